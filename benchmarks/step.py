@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from models import FIT_STEPS, GPU_FLAGS, ROOT, Shape, on_gpu
-from results import default_output, note, save, show
+from models import FIT_STEPS, GPU_FLAGS, ROOT, Shape, note, on_gpu, save, show
 
 from megatron.remoe.files.indexed import IndexedWriter
 from tools.console.flags import whole
@@ -144,7 +143,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=usual, metavar="NAME", help=text)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each variant (default 3)")
     parser.add_argument("--steps", type=int, default=6, help="measured steps of each run (default 6)")
-    parser.add_argument("--output", type=Path, default=default_output("step"))
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "benchmarks" / "step.json")
     text = "measure memory, for these numbers of experts (default: 8 64 128)"
     parser.add_argument("--memory", type=int, nargs="*", metavar="E", help=text)
     parser.add_argument("more", nargs="*", help="more of Megatron's flags, after --")
@@ -154,24 +153,15 @@ def main() -> None:
         return measure_memory(options)
     variants = [VARIANTS[name] for name in options.variants]
     results: dict[str, Any] = {}
-    for name in options.shapes:
-        results[name] = measure(SHAPES[name], variants, options.rounds, options.steps, options.more)
+    columns = ["variant", "s/step", "tokens/s", f"s/step over {variants[0].name}", "experts/token", "of matmul rate"]
+    for shape in (SHAPES[name] for name in options.shapes):
+        figures = results[shape.name] = measure(shape, variants, options.rounds, options.steps, options.more)
         save(options.output, {"results": results})
-    for shape, figures in ((SHAPES[name], figures) for name, figures in results.items()):
-        first = figures[variants[0].name]["seconds"]
+        first, names = figures[variants[0].name]["seconds"], ("active_experts_of_full_size", "utilization")
         rows = [
-            (
-                name,
-                figure["seconds"],
-                f"{figure['tokens_per_second']:,.0f}",
-                figure["seconds"] / first,
-                figure["active_experts_of_full_size"],
-                figure["utilization"],
-            )
-            for name, figure in figures.items()
+            (name, one["seconds"], f"{one['tokens_per_second']:,.0f}", one["seconds"] / first, *map(one.get, names))
+            for name, one in figures.items()
         ]
-        over = f"s/step over {variants[0].name}"
-        columns = ["variant", "s/step", "tokens/s", over, "experts/token", "of matmul rate"]
         settings = shape.settings(options.more)
         tokens = whole(settings, "--global-batch-size") * whole(settings, "--seq-length")
         size = f"{whole(settings, '--num-layers')} layers, {tokens} tokens"

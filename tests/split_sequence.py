@@ -15,7 +15,10 @@ console.hide_unhelpful_warnings()
 cpu.install()
 
 from megatron.core import parallel_state  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.remoe.baselines import ROUTERS  # noqa: E402
+from megatron.remoe.baselines.pairs import PairCounter  # noqa: E402
 from megatron.remoe.routing.controller import SparsityController  # noqa: E402
 from tests.layers import HIDDEN, make_config, make_layer  # noqa: E402
 
@@ -33,8 +36,11 @@ def main(kind: str) -> None:
     else:
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     model_parallel_cuda_manual_seed(1234)
+    for router in ["hash", "expert_choice"] if kind == "baselines" else []:
+        check_baseline(router)
     for kernels in ["torch", "triton"] if find_spec("triton") else ["torch"]:
-        check(moe_kernels=kernels)
+        if kind != "baselines":
+            check(moe_kernels=kernels)
     print(f"rank {torch.distributed.get_rank()} ok", flush=True)
 
 
@@ -72,10 +78,34 @@ def check(**changes: str) -> None:
     active, num_tokens = counts.active.item(), counts["tokens"].item()
     assert num_tokens == 17
     assert split.sparsity == 1 - active / (num_tokens * 8)
-    assert split.expert_load[1] == [count / num_tokens for count in counts["tokens_per_expert"].tolist()]
+    assert split.tokens_per_expert[1] == [
+        round(count / num_tokens, 5) for count in counts["tokens_per_expert"].tolist()
+    ]
     torch.testing.assert_close(split.l1_loss, counts["l1_loss"].item(), rtol=1e-6, atol=0.0)
     assert exponent == (1 if active > num_tokens else -1)
     assert controller.totals() == {"total_active_pairs": active, "total_layer_tokens": num_tokens}  # each token once
+
+
+def check_baseline(name: str) -> None:
+    """Check that both ranks route their parts as one rank routes the whole sequence."""
+    rank, settings = torch.distributed.get_rank(), {"moe_relu_routing": False, "moe_router_topk": 2}
+    config = make_config(**settings, moe_baseline_router=name, tensor_model_parallel_size=2, sequence_parallel=True)
+    router = ROUTERS[name](config, ProcessGroupCollection.use_mpu_process_groups())
+    router.set_layer_number(1)
+    torch.manual_seed(7)
+    tokens, ids = torch.randn(10, 2, HIDDEN, dtype=torch.float64), torch.randint(0, 300, (2, 10))
+    if name == "hash":
+        router.token_ids = ids
+    else:
+        router.weight.data = torch.randn_like(router.weight)
+    counter = PairCounter([router])
+    parts = router(tokens[rank * 5 : rank * 5 + 5])
+    counter.update()
+    router.tp_group = router.tp_cp_group = torch.distributed.new_subgroups(1)[0]
+    wholes = router(tokens)
+    for part, whole in zip(parts, wholes, strict=True):
+        torch.testing.assert_close(part, whole[rank * 10 : rank * 10 + 10])
+    assert counter.totals() == {"total_active_pairs": int(wholes[1].sum()), "total_layer_tokens": 20}
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ PURE = {
     "baselines": {"torch", "megatron"},
     "layer": {"torch", "megatron"},
     "transformer": {"torch", "megatron", "fla"},
-    "kernels": {"torch", "triton", "quack", "megatron"},
+    "kernels": {"torch", "triton", "megatron"},
     "hf": {"torch", "transformers", "huggingface_hub", "megatron"},
 }
 

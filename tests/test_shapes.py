@@ -1,4 +1,4 @@
-"""Test the shapes of docs/shapes.md with that page's flags: training, resuming, layouts, export, cost, rehearsal."""
+"""Test the shapes of docs/conversion.md with its flags: train, resume, layouts, export, cost, rehearsal."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from tools.models.export import command as export_hf
 from tools.plan.rehearse import command as rehearse
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
-PAGE = (REPOSITORY / "docs" / "shapes.md").read_text()
+PAGE = (REPOSITORY / "docs" / "conversion.md").read_text()
 SHAPES = dict(re.findall(r'^(\w+)="(.+)"$', PAGE.split("```bash")[1], re.MULTILINE))
 COMMON, LATENT = [SHAPES.pop(name) for name in ("model", "experts", "training")], SHAPES.pop("latent")
 PLAIN = re.findall('^plain="(.+)"$', PAGE, re.MULTILINE)[0].split()

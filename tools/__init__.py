@@ -1,1 +1,1 @@
-"""Programs around a training. Start one with `python tools/NAME`."""
+"""The commands of `remoe`: everything around a training run."""

@@ -125,15 +125,6 @@ def train_launched(machine: Machine, case: Case, stage: str, steps: int, limit: 
     }
 
 
-def train_logged(machine: Machine, case: Case, steps: int) -> dict[str, list[float]]:
-    """Train from the start; return the loss and milliseconds per step that the log has every ten steps."""
-    environment, flags = case.planned(10 if machine.is_rehearsed else steps)
-    more = "--log-interval 10 --cuda-graph-warmup-steps 3".split()
-    printed = machine.python(ROOT / "pretrain_gpt.py", *flags, *more, share=SHARES["dense"], **environment)
-    fields = read_log(printed).values()
-    return {name: [float(one[name]) for one in fields] for name in ("lm loss", "elapsed time per iteration (ms)")}
-
-
 def profile(machine: Machine, case: Case, trace: Path) -> dict[str, Any]:
     """Save Megatron's profiler trace of two steps as `trace`; return its times, counts and attention kernels."""
     environment, flags = case.planned(WARM_UP + 4)

@@ -6,26 +6,24 @@ python -m tests.gpu.rehearsed pytest ...         check on a machine without a GP
 
 import copy
 import math
-from argparse import Namespace
-from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron.remoe.layer import plan
+from megatron.remoe.layer import counting
 from tests.golden_run import FLAGS, committed, differences
 from tests.gpu.report import Report
-from tests.gpu.runs import FUSED_FLAGS, Case, Machine, environment, profile, train_golden, train_launched, train_logged
+from tests.gpu.runs import FUSED_FLAGS, Case, Machine, environment, profile, train_golden, train_launched
+from tests.layers import make_config, make_layer
 from tools.console.flags import last_value
 from tools.plan.cost.gpus import ACCELERATORS
 from tools.plan.rehearse.cards import CARDS
 from tools.plan.rehearse.host_reads import Pairs
 
 pytestmark = pytest.mark.gpu
-TRITON, QUACK = "triton", "quack"
+TRITON = "triton"
 HALF = ("--num-layers", "12")  # of 978M's 24, whose optimizer state of 64 GiB a single GPU cannot share with others
 # In the order of measurement.
 LAUNCHES = [
@@ -38,9 +36,6 @@ LAUNCHES = [
     (Case(kernels=TRITON), "dense"),
 ]
 FINER = [(Case(kernels=TRITON, flags=("--moe-granularity", number)), "steady") for number in ("8", "64")]
-FUSED = [(replace(case, flags=(*case.flags, "--moe-kernels", QUACK)), stage) for case, stage in FINER]
-# Flags that a CUDA graph of a whole step needs.
-BOUNDED = tuple("--moe-relu-max-experts 2 --moe-relu-activation-limit 0 --no-check-for-nan-in-loss-and-grad".split())
 GRAINS = {"(8, 1)": (8, 1), "(8, 8)": (64, 8), "(64, 1)": (64, 1)}  # (E, G): experts, and active ones per token
 
 
@@ -75,35 +70,25 @@ def test_profile(machine: Machine, report: Report) -> None:
     assert machine.is_rehearsed or (figures["kernel_seconds"] > 0 and figures["attention"])
 
 
-def skip_without_quack() -> None:
-    if find_spec("quack") is None:
-        pytest.skip("needs quack-kernels[cu13]")
-
-
 @pytest.mark.usefixtures("process_groups")
-@pytest.mark.parametrize("way", [TRITON, QUACK])
 @pytest.mark.parametrize("grain", GRAINS)
-def test_kernels_against_float64(
-    grain: str, way: str, machine: Machine, report: Report, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_against_float64(grain: str, machine: Machine, report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error of the output and of each gradient is at most 1.5 times that of PyTorch in bf16."""
-    if way == QUACK:
-        skip_without_quack()
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-    from layer import megatron_layer
     from timed_entry import start_at_target
 
     experts, topk = GRAINS[grain]
     if machine.is_rehearsed:  # a map that was never computed has any number of pairs
-        monkeypatch.setattr(plan, "read_pairs", Pairs(topk / experts).counted(plan.read_pairs))
-    options = Namespace(hidden=768, ffn=3072 // topk, topk=topk)
+        monkeypatch.setattr(counting, "read_pairs", Pairs(topk / experts).counted(counting.read_pairs))
+    sizes = {"hidden_size": 768, "moe_ffn_hidden_size": 3072 // topk, "num_moe_experts": experts}
+    sizes |= {"moe_router_topk": topk, "moe_router_dtype": None, "init_method_std": 0.02}
     torch.manual_seed(1)
     tokens = (torch.randn(16384, 1, 768) + torch.randn(768).sign()).to("cuda", torch.bfloat16)
     upstream = torch.randn_like(tokens)
 
     def results(way: str, dtype: torch.dtype, state: dict[str, torch.Tensor] | None) -> tuple[Any, dict[str, Any]]:
         more = {"moe_kernels": way, "moe_relu_l1_reg_coeff_init": 1e-3}  # so that L1's gradient shows
-        layer = megatron_layer(experts, options, True, dtype, **more)
+        layer = make_layer(make_config(**sizes, **more, params_dtype=dtype, pipeline_dtype=dtype), fused=True)
         if state is None:
             start_at_target(layer.router, tokens)
         else:
@@ -116,14 +101,14 @@ def test_kernels_against_float64(
         return state, {name: value.detach().double().cpu() for name, value in found.items() if value is not None}
 
     state, plain = results("torch", torch.bfloat16, None)
-    _, fused = results(way, torch.bfloat16, state)
+    _, fused = results(TRITON, torch.bfloat16, state)
     _, exact = results("torch", torch.float64, state)
     errors = {
         kernels: {name: float((found[name] - value).norm() / value.norm()) for name, value in exact.items()}
-        for kernels, found in (("torch", plain), (way, fused))
+        for kernels, found in (("torch", plain), (TRITON, fused))
     }
     report(errors)
-    for name, error in errors[way].items():
+    for name, error in errors[TRITON].items():
         assert machine.is_rehearsed or error <= 1.5 * errors["torch"][name], name
 
 
@@ -152,20 +137,3 @@ def test_300_steps(machine: Machine, report: Report) -> None:
 @pytest.mark.parametrize(("case", "stage"), FINER, ids=str)
 def test_granularity(case: Case, stage: str, machine: Machine, report: Report) -> None:
     launch(case, stage, machine, report)
-
-
-@pytest.mark.parametrize(("case", "stage"), FUSED, ids=str)
-def test_quack(case: Case, stage: str, machine: Machine, report: Report) -> None:
-    """The cases of `test_granularity` with QuACK, to compare the figures."""
-    skip_without_quack()
-    launch(case, stage, machine, report)
-
-
-def test_cuda_graph(machine: Machine, report: Report) -> None:
-    """Losses with and without a graph differ by at most 0.02: a graph rounds experts' weight gradients to bf16."""
-    graphs = {
-        impl: Case(kernels=TRITON, flags=(*BOUNDED, "--cuda-graph-impl", impl)) for impl in ("none", "full_iteration")
-    }
-    found = {impl: train_logged(machine, case, 50) for impl, case in graphs.items()}
-    report(found)
-    assert found["full_iteration"]["lm loss"] == pytest.approx(found["none"]["lm loss"], abs=0.02)

@@ -1,5 +1,6 @@
 """Test the structure that inference servers expect of the model for transformers."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -40,6 +41,17 @@ def test_structure_that_servers_ask_for() -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, logits, rtol=1e-5, atol=1e-5)
     assert seen == [0, 1]
+
+
+def test_arguments_that_vllm_passes() -> None:
+    """vLLM requires these names in the decoder's signature. The positions take effect."""
+    model, ids = make("relu").model.get_decoder(), tokens()
+    assert {"input_ids", "inputs_embeds", "position_ids"} <= set(inspect.signature(type(model).forward).parameters)
+    given = {"input_ids": ids, "inputs_embeds": None, "use_cache": False, "attention_instances": {}}
+    positions = torch.arange(ids.shape[1])[None]
+    with torch.no_grad():
+        hidden, stretched = (model(**given, position_ids=n * positions, return_dict=False)[0] for n in (1, 2))
+        assert torch.equal(hidden, model(ids).last_hidden_state) and not torch.allclose(stretched, hidden)
 
 
 def test_block_that_vllm_replaces() -> None:

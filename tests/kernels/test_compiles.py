@@ -5,23 +5,33 @@ import torch
 
 pytest.importorskip("triton")
 
-from megatron.remoe.kernels import plan, swiglu, token_sums
+from megatron.remoe.kernels import plan, router, swiglu, triton
 from tests.kernels.compiled import Kernel, usages
 
 MAP = {"map_TE": "*i1", "num_tokens": "i32", "num_experts": "i32"}
 COUNTS = {"counts_EB": "*i32", "by_token": "*i32"}
+GATED = MAP | {"logits_TE": "*bf16", "padding_T": "*i1", "probs_TE": "*bf16", "counts_EB": "*i32", "sums_EB": "*fp32"}
+GRADIENT = {
+    "d_probs_TE": "*bf16",
+    "map_TE": "*i1",
+    "on_E": "*fp32",
+    "off": "*fp32",
+    "d_logits_TE": "*bf16",
+    "size": "i32",
+}
 FILLED = MAP | COUNTS | {"probs_TE": "*fp32", "token_index_P": "*i32", "gates_P": "*fp32"}
-SPREAD = MAP | COUNTS | {"d_gates_P": "*fp32", "d_probs_TE": "*fp32"}
+SPREAD = MAP | COUNTS | {"d_gates_P": "*fp32", "d_probs_TE": "*fp32", "num_pairs": "i32"}
 
 
 def plans(num_tokens: int, num_experts: int) -> list[Kernel]:
     """Return the kernels of a plan of this size."""
-    block, tile = plan._tile(num_tokens, num_experts)
+    block, tile = plan.choose_tile(num_tokens, num_experts)
     constants = {"BLOCK": block, "TILE": tile}
     filling = constants | {"BLOCKS": num_tokens // block}
     divided = ["num_experts"] if num_experts % 16 == 0 else []
     return [
         Kernel("plan:_count", MAP | COUNTS, constants, divided, plan.WARPS),
+        Kernel("router:_gates", GATED, constants, divided, plan.WARPS),
         Kernel("plan:_fill", FILLED | {"num_blocks": "i32", "num_pairs": "i32"}, filling, divided, plan.WARPS),
     ]
 
@@ -30,14 +40,14 @@ def experts(dtype: str, ffn: int) -> list[Kernel]:
     """Return the kernels of experts of this size."""
     pairs, width = swiglu._tile(torch.empty(0, ffn))
     constants = {"PAIRS": pairs, "WIDTH": width}
-    given = {"hidden_PF": dtype, "gates_P": "*fp32", "activated_PF": dtype, "end": "*i32"}
+    given = {"hidden_PF": dtype, "gates_P": "*fp32", "activated_PF": dtype}
     given |= {"num_pairs": "i32", "ffn": "i32"}
     gradients = {"d_hidden_PF": dtype, "d_gates_P": "*fp32"}
     summed = {"pairs_PH": dtype, "by_token": "*i32", "sums_TH": dtype, "hidden": "i32"}
     return [
         Kernel("swiglu:_activate", given, constants, ["ffn"]),
         Kernel("swiglu:_activate_backward", given | gradients, constants, ["ffn"]),
-        Kernel("token_sums:_sum", summed, {"WIDTH": token_sums.WIDTH}, ["hidden"]),
+        Kernel("triton:_sum", summed, {"WIDTH": triton.SUM_WIDTH}, ["hidden"]),
     ]
 
 
@@ -52,6 +62,7 @@ def rotations(interleaved: bool) -> Kernel:
 def test_nothing_is_spilled() -> None:
     spread = Kernel("plan:_spread", SPREAD, {"BLOCK": plan.SPREAD // 64, "TILE": 64}, ["num_experts"])
     kernels = [*plans(16384, 8), *plans(16384, 512), *plans(65536, 512), spread]
+    kernels += [Kernel("router:_gradient", GRADIENT, {"E": number, "BLOCK": router.BLOCK}) for number in (8, 512)]
     kernels += [*experts("*bf16", 3072), *experts("*fp32", 48), rotations(False), rotations(True)]
     found = usages(kernels)
     assert len(found) == 3 * len(kernels) and not any(usage.spilled for usage in found)

@@ -1,6 +1,5 @@
 """Test attention and experts of PyTorch's fused kernels against Megatron's: values, gradients and trainings."""
 
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.remoe.layer import experts as local_experts
 from megatron.remoe.layer.experts import GroupedExperts
 from megatron.remoe.layer.layer import ReMoELayer
 from megatron.remoe.layer.specs import with_fused_layers
@@ -156,31 +154,6 @@ def test_other_experts_stay_megatrons(changes: dict[str, Any]) -> None:
     assert isinstance(make_layer(make_config(**changes), fused=True).experts, SequentialMLP)
 
 
-@needs_groups
-@pytest.mark.parametrize(
-    ("rank", "changes", "expected"),
-    [
-        ("0", {}, "expert FFN size 12 on a rank is not a multiple of 8"),
-        ("1", {}, None),
-        ("0", {"moe_ffn_hidden_size": 16}, None),
-    ],
-    ids=["refused", "other rank", "taken"],
-)
-def test_sizes_that_the_kernel_refuses_are_told_once(
-    rank: str, changes: dict[str, Any], expected: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The warning comes once, and experts stay grouped: a checkpoint's contents depend on flags, not on the GPU."""
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(local_experts, "has_grouped_kernel", lambda _device: True)
-    config = make_config(**({"params_dtype": torch.bfloat16, "moe_router_dtype": "fp32"} | changes))
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("default")
-        layers = [make_layer(config, fused=True) for _ in range(2)]
-    assert all(isinstance(layer.experts, GroupedExperts) for layer in layers)
-    found = [str(warning.message) for warning in warned if "kernel" in str(warning.message)]
-    assert len(found) == (expected is not None) and all(text.startswith(str(expected)) for text in found)
-
-
 def test_norms_refuse_weights_centered_at_zero() -> None:
     with pytest.raises(ValueError, match="--apply-layernorm-1p: "):
         SequenceParallelTorchNorm(make_config(layernorm_zero_centered_gamma=True), HIDDEN)
@@ -209,35 +182,3 @@ def test_same_training(kind: str, data: Path) -> None:
         for flags in ([], ["--no-local-layer-fusion"])
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 4
-
-
-EP2, EXPERT_TP2 = ["--expert-model-parallel-size", "2"], "--tensor-model-parallel-size 2 --sequence-parallel".split()
-EXPERT_TP2 += ["--expert-tensor-parallel-size", "2"]
-BOUNDED = {
-    "one process": (1, []),
-    "EP2": (2, EP2),
-    "EP2, allgather": (2, [*EP2, "--moe-token-dispatcher-type", "allgather"]),
-    "EP2, overlap": (2, [*EP2, *"--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather".split()]),
-    "expert TP2": (2, EXPERT_TP2),
-}
-
-
-@pytest.fixture(scope="module")
-def unbounded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    folder = tmp_path_factory.mktemp("unbounded")
-    common = [*TINY, *RELU, "--data-path", str(data), "--train-iters", "4", "--moe-relu-activation-limit", "0"]
-    run([*common, "--exit-interval", "1", "--save", str(folder), "--save-interval", "1"])
-    return folder, run([*common, "--load", str(folder), "--finetune"])
-
-
-@pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.bulk] * (name == "EP2")) for name in BOUNDED])
-def test_bounded_activations_change_nothing(layout: str, data: Path, unbounded: tuple[Path, str]) -> None:
-    """In all steps S is far from the target: about 4 experts per token are active, and the limit is 1."""
-    folder, expected = unbounded
-    processes, flags = BOUNDED[layout]
-    flags = [*flags, "--train-iters", "4", "--moe-relu-activation-limit", "1", "--load", str(folder), "--finetune"]
-    found = run([*TINY, *RELU, "--data-path", str(data), *flags], processes)
-    assert min(series(expected, "sparsity")) < 0.6
-    assert series(found, "lm loss") == pytest.approx(series(expected, "lm loss"), rel=1e-5)
-    assert series(found, "sparsity") == pytest.approx(series(expected, "sparsity"), abs=1e-3)
-    assert series(found, "l1 coefficient") == series(expected, "l1 coefficient")

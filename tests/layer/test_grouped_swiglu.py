@@ -11,10 +11,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron.remoe.kernels.backend import Order
+from megatron.remoe.kernels.interface import Order
 from megatron.remoe.kernels.pytorch import PYTORCH, SortedPairs, TokenOrder
 from megatron.remoe.layer import grouped_swiglu as module
-from megatron.remoe.layer.grouped_swiglu import OneByOne, OneKernel, _GroupedSwiGLU, grouped_swiglu, sizes_refused
+from megatron.remoe.layer.grouped_swiglu import (
+    OneByOne,
+    OneKernel,
+    _GroupedSwiGLU,
+    grouped_swiglu,
+    takes_grouped_kernel,
+)
 from tests.layers import SumTypes
 
 HIDDEN, FFN = 6, 5
@@ -90,9 +96,7 @@ def test_matrices_of_their_own_keep_no_copy_for_the_backward_pass() -> None:
     stacked = [torch.randn(4, 2 * FFN, HIDDEN, device=DEVICE), torch.randn(4, HIDDEN, FFN, device=DEVICE)]
     whole = [torch.nn.Parameter(weight) for weight in stacked]
     split = [[torch.nn.Parameter(matrix.clone()) for matrix in weight] for weight in stacked]
-    expected, output = (
-        grouped_swiglu(*inputs, *weights, torch.tensor(sizes), SortedPairs(), PYTORCH) for weights in (whole, split)
-    )
+    expected, output = (grouped_swiglu(*inputs, *weights, sizes, SortedPairs(), PYTORCH) for weights in (whole, split))
     assert torch.equal(output, expected)
     kept = output.grad_fn.weights
     assert all(mine is right for mine, right in zip(kept, [*split[0], *split[1]], strict=True))
@@ -109,7 +113,7 @@ def test_values_and_gradients(sizes: list[int], accumulates: bool, gathers: bool
     torch.manual_seed(len(sizes))
     num_tokens, rows = some_rows(sizes, gathers)
     ours, right = leaves_of(num_tokens, sizes, accumulates)
-    output = grouped_swiglu(*ours, torch.tensor(sizes), order_of(rows), PYTORCH)
+    output = grouped_swiglu(*ours, sizes, order_of(rows), PYTORCH)
     compare(output, one_by_one(*right, sizes, rows), ours, right, accumulates)
 
 
@@ -119,7 +123,7 @@ def test_values_and_gradients(sizes: list[int], accumulates: bool, gathers: bool
 @pytest.mark.parametrize("sizes", [SIZES["few rows"], SIZES["many rows"]], ids=["few rows", "many"])
 def test_half_precision(sizes: list[int], kernel: bool, accumulates: bool, gathers: bool) -> None:
     """Results are within 1 % of float64 with `grouped_mm`, a kernel on some GPUs, and without it."""
-    products = OneKernel(torch.tensor(sizes), sum(sizes), torch.device(DEVICE)) if kernel else OneByOne(sizes)
+    products = OneKernel(sizes, torch.device(DEVICE)) if kernel else OneByOne(sizes)
     torch.manual_seed(len(sizes))
     hidden, ffn = 32, 24  # the kernel needs rows of a multiple of 16 bytes
     num_tokens, rows = some_rows(sizes, gathers)
@@ -179,21 +183,16 @@ class Products(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("large", [True, False], ids=["large", "small"])
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
-def test_gradients_are_added_to_fp32(pretend, monkeypatch, capability: tuple[int, int], large: bool) -> None:
-    """Large gradients are added expert by expert without a copy in bf16; without a grouped kernel, all are."""
-    pretend(capability)
-    monkeypatch.setattr(module, "LARGE_MATRIX", 16 * 16 if large else 16 * 16 + 1)  # fc1's; fc2's are smaller
-    sizes = torch.tensor([3, 0, 2])
+def test_gradients_are_added_to_fp32(pretend) -> None:
+    """Without a grouped kernel they are added expert by expert without a copy in bf16."""
+    pretend((8, 0))
     with FakeTensorMode(allow_non_fake_inputs=True), Products() as products:
-        run_on_fake_gpu(sizes, 5, main_grad=torch.float32)
-    assert products.count == (4 if capability == (8, 0) else 2 * large)
+        run_on_fake_gpu([3, 0, 2], main_grad=torch.float32)
+    assert products.count == 4
 
 
 def run_on_fake_gpu(
-    sizes: torch.Tensor,
-    pairs: int,
+    sizes: list[int],
     dtype: torch.dtype = torch.bfloat16,
     hidden: int = 16,
     ffn: int = 8,
@@ -201,12 +200,12 @@ def run_on_fake_gpu(
 ) -> type:
     """Run forward and backward passes over 7 tokens; return the type of the products."""
     experts, options = len(sizes), {"dtype": dtype, "device": "cuda:0"}
-    tokens, gates = torch.empty(7, hidden, **options, requires_grad=True), torch.empty(pairs, **options)
+    tokens, gates = torch.empty(7, hidden, **options, requires_grad=True), torch.empty(sum(sizes), **options)
     fc1 = torch.nn.Parameter(torch.empty(experts, 2 * ffn, hidden, **options))
     fc2 = torch.nn.Parameter(torch.empty(experts, hidden, ffn, **options))
     for weight in (fc1, fc2) if main_grad else ():
         weight.main_grad, weight.grad_added_to_main_grad = torch.empty_like(weight, dtype=main_grad), False
-    rows = torch.empty(pairs, dtype=torch.int64, device="cuda:0")
+    rows = torch.empty(sum(sizes), dtype=torch.int64, device="cuda:0")
     output = grouped_swiglu(tokens, gates, fc1, fc2, sizes, TokenOrder(rows), PYTORCH)
     with torch.no_grad():  # called directly: autograd would start a thread for a GPU that does not exist
         gradients = _GroupedSwiGLU.backward(output.grad_fn, torch.empty_like(output))
@@ -236,39 +235,28 @@ def run_on_fake_gpu(
 def test_kernels_of_gpus(pretend, capability: tuple[int, int], dtype: torch.dtype, is_one_kernel: bool) -> None:
     """PyTorch's `grouped_mm` is one kernel on two generations in bf16, and a loop that waits everywhere else."""
     pretend(capability)
-    sizes = torch.tensor([3, 0, 2])
+    sizes = [3, 0, 2]
     with FakeTensorMode(allow_non_fake_inputs=True):
-        assert (run_on_fake_gpu(sizes, 5, dtype) is OneKernel) is is_one_kernel
+        assert (run_on_fake_gpu(sizes, dtype) is OneKernel) is is_one_kernel
 
 
 @pytest.mark.parametrize(
-    ("experts", "hidden", "ffn", "refused"),
-    [
-        (3, 16, 8, []),
-        (3, 20, 8, ["hidden size 20 is not"]),
-        (3, 16, 12, ["expert FFN size 12 on a rank is not"]),
-        (1023, 16, 8, []),
-        (1024, 20, 12, ["hidden size 20", "expert FFN size 12", "1024 experts on a rank"]),
-    ],
-    ids=str,
+    ("experts", "hidden", "ffn", "is_taken"),
+    [(3, 16, 8, True), (3, 20, 8, False), (3, 16, 12, False), (1023, 16, 8, True), (1024, 16, 8, False)],
 )
-def test_sizes_that_the_kernel_refuses(pretend, experts: int, hidden: int, ffn: int, refused: list[str]) -> None:
-    """Experts of these sizes are computed one by one on a GPU too."""
+def test_sizes_that_the_kernel_takes(pretend, experts: int, hidden: int, ffn: int, is_taken: bool) -> None:
     pretend((9, 0))
-    found = sizes_refused(torch.empty(experts, 2 * ffn, hidden, device="meta"))
-    assert len(found) == len(refused) and all(map(str.startswith, found, refused))
-    if experts == 3:
-        sizes = torch.tensor([0, 5, 0])
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            assert (run_on_fake_gpu(sizes, 5, hidden=hidden, ffn=ffn) is OneByOne) == bool(refused)
+    with FakeTensorMode():
+        fc1 = torch.empty(experts, 2 * ffn, hidden, dtype=torch.bfloat16, device="cuda:0")
+        assert takes_grouped_kernel(fc1) is is_taken
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
-def test_nothing_routed_runs_no_kernel_and_waits_for_nothing(pretend, capability: tuple[int, int]) -> None:
+def test_nothing_routed_runs_no_kernel(pretend, capability: tuple[int, int]) -> None:
     """`grouped_mm` can fail or hang without rows."""
     pretend(capability)
     with FakeTensorMode():
-        assert run_on_fake_gpu(torch.empty(3, dtype=torch.int64, device="cuda:0"), 0) is OneByOne
+        assert run_on_fake_gpu([0, 0, 0]) is OneByOne
 
 
 def test_experts_without_pairs_have_no_gradient_on_sm100(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,6 +272,6 @@ def test_experts_without_pairs_have_no_gradient_on_sm100(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", leaves_memory)
     left, right = (torch.randn(7, width, dtype=torch.bfloat16) for width in (16, 8))
-    found = OneKernel(sizes, len(left), torch.device("cpu")).outers(left, right)
+    found = OneKernel(sizes.tolist(), torch.device("cpu")).outers(left, right)
     assert not found[sizes == 0].any() and found[sizes > 0].all()
     torch.testing.assert_close(found[0], left[:3].T @ right[:3])

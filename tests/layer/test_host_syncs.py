@@ -1,17 +1,12 @@
-"""Test that the host waits for the device once per MoE layer, for the tokens of each expert, and never in the update.
-
-If every token has k experts and one rank has all experts, the host does not wait at all.
-"""
+"""Test that the host waits for the device once per MoE layer, for the counts, and never in the update."""
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron.remoe.layer import plan
-from megatron.remoe.layer.grouped_swiglu import takes_grouped_kernel
-from megatron.remoe.layer.layer import ReMoELayer
+from megatron.remoe.layer import counting
 from megatron.remoe.routing.controller import SparsityController
-from tests.layers import HIDDEN, make_config, make_layer, make_topk_config
+from tests.layers import HIDDEN, make_config, make_layer
 from tools.plan.rehearse.host_reads import Pairs
 
 WAITING = {
@@ -75,26 +70,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
         calls.append(arguments)
         return read_pairs(*arguments)
 
-    read_pairs = plan.read_pairs
-    monkeypatch.setattr(plan, "read_pairs", read)
+    read_pairs = counting.read_pairs
+    monkeypatch.setattr(counting, "read_pairs", read)
     return calls
-
-
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
-def test_a_topk_layer_does_not_wait(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = make_layer(make_topk_config(moe_router_topk=2, moe_kernels=kernels), fused=True)
-    assert isinstance(layer, ReMoELayer)
-    tokens = torch.randn(8, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
-    calls = reads(monkeypatch)
-    with Waits() as waits:
-        layer(tokens)[0].sum().backward()
-    assert calls == [] and waits.found == []
-
-    dropping = make_layer(make_topk_config(moe_router_topk=2, moe_expert_capacity_factor=0.5), fused=True)
-    pairs: list[int] = []
-    dropping.experts.register_forward_pre_hook(lambda _module, arguments: pairs.append(len(arguments[2])))
-    dropping(tokens)[0].sum().backward()
-    assert len(calls) == 1 and pairs[0] < 2 * 16
 
 
 def test_the_update_does_not_wait() -> None:
@@ -118,7 +96,7 @@ def test_waiting_is_noticed() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: PyTorch tells of waits on CUDA alone")
 def test_cuda_tells_of_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.get_device_name().endswith("(rehearsal)"):  # a map that was never computed has any number of pairs
-        monkeypatch.setattr(plan, "read_pairs", Pairs(0.5).counted(plan.read_pairs))
+        monkeypatch.setattr(counting, "read_pairs", Pairs(0.5).counted(counting.read_pairs))
     config = make_config(**HALF_PRECISION)
     layer = make_layer(config, fused=True)
     controller = SparsityController([layer], config)
@@ -132,20 +110,3 @@ def test_cuda_tells_of_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(warned) == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: PyTorch tells of waits on CUDA alone")
-def test_cuda_tells_of_no_wait_with_topk(recwarn: pytest.WarningsRecorder) -> None:
-    """On a GPU without a kernel for all experts at once, the forward pass waits once, for the sizes."""
-    layer = make_layer(make_topk_config(**HALF_PRECISION), fused=True)
-    tokens = torch.randn(8, 2, HIDDEN, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-    layer(tokens)[0].sum().backward()
-    recwarn.clear()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        layer(tokens)[0].sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    waits = [warning for warning in recwarn if "synchroniz" in str(warning.message)]
-    assert len(waits) == (0 if takes_grouped_kernel(layer.experts.fc1) else 1)

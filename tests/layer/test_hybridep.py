@@ -79,18 +79,6 @@ def test_a_layer_gives_what_it_gives_by_alltoall(share: str, limit: float, fused
                 torch.testing.assert_close(other, right, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("kernels")
-def test_nothing_is_sized_by_k() -> None:
-    """The manager keeps the whole map and all gates, and sets no number of pairs before they are counted."""
-    dispatcher = make_layer(make_config(**HYBRIDEP)).token_dispatcher
-    routing_map = torch.tensor([[True] * 4, [False] * 4, [False, True, False, True]])
-    probs = routing_map * torch.rand(3, 4)
-    dispatcher.dispatch_preprocess(torch.rand(3, 1, HIDDEN), routing_map, probs)
-    manager = dispatcher._comm_manager
-    assert torch.equal(manager.routing_map, routing_map) and torch.equal(manager.token_probs, probs)
-    assert manager.num_permuted_tokens is None and manager.capacity is None
-
-
 def test_training_is_that_of_alltoall(data: Path) -> None:
     """Two ranks with half of the experts each, which start in chunks, train as with alltoall."""
     words = [*TINY, *RELU, "--data-path", str(data), "--expert-model-parallel-size", "2", "--train-iters", "3"]

@@ -13,8 +13,6 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.remoe import patches
 from megatron.remoe.transformer.cross_entropy import vocab_parallel_cross_entropy
 from megatron.remoe.transformer.rotary import fused_rotary_embedding
-from tests.tiny_model import RELU
-from tests.trainings import TINY, run, series
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,22 +116,3 @@ def test_megatrons_flags_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
     t, freqs = random(5, 2, 3, 16), random(5, 1, 1, 8).repeat(1, 1, 1, 2)
     fused = apply_rotary_pos_emb(t, freqs, config, cp_group=SimpleNamespace())
     torch.testing.assert_close(fused, _apply_rotary_pos_emb_bshd(t, freqs))
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="interpreted, where flags that need a GPU are turned off otherwise")
-def test_a_training_is_the_same(tmp_path: Path) -> None:
-    flags = [*TINY, *RELU, "--mock-data", *"--train-iters 2 --global-batch-size 2".split()]
-    script = tmp_path / "with_kernels.py"
-    script.write_text(
-        "import sys\n"
-        "from megatron.remoe.cpu import flags\n"
-        "del flags.CPU_VALUES['cross_entropy_loss_fusion'], flags.CPU_VALUES['apply_rope_fusion']\n"
-        "from megatron.remoe import pretrain\n"
-        "pretrain.main()\n"
-        "print('it ran:', 'megatron.remoe.kernels.rotary' in sys.modules)\n"
-    )
-    fused = run([*flags, "--cross-entropy-loss-fusion"], script=script)
-    plain = run([*flags, "--no-rope-fusion"], script=script)
-    assert "Training on the CPU without" not in fused + plain
-    assert "it ran: True" in fused and "it ran: False" in plain and len(series(fused, "lm loss")) == 2
-    assert series(fused, "lm loss") == pytest.approx(series(plain, "lm loss"), rel=1e-5)

@@ -12,15 +12,12 @@ import torch
 from megatron.core.extensions import transformer_engine_spec_provider as provider
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.tensor_parallel import random
-from megatron.core.transformer import transformer_config
-from megatron.core.transformer.moe import experts
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.remoe.layer import layer as remoe_layer
-from megatron.remoe.layer.engine_experts import EngineExperts
 from megatron.remoe.layer.layer import ReMoELayer
-from megatron.remoe.layer.specs import with_engine_kernels, with_relu_routing
+from megatron.remoe.layer.specs import with_planned_dispatch, with_relu_routing
 from megatron.remoe.routing.router import ReLURouter
 from tests.layers import HIDDEN, make_config, make_layer, make_topk_config, oracle
 
@@ -67,7 +64,7 @@ def test_kernels_are_for_any_routing(engine_spec: ModuleSpec) -> None:
     """Top-k layers use a plan too, with sizes on the host, and equal Megatron's layer."""
     stock, planned = (
         spec.submodules.mlp(config=make_topk_config(moe_router_topk=2, moe_grouped_gemm=True), layer_number=1)
-        for spec in (engine_spec, with_engine_kernels(engine_spec))
+        for spec in (engine_spec, with_planned_dispatch(engine_spec))
     )
     assert (type(stock), type(planned)) == (MoELayer, ReMoELayer) and type(planned.router) is type(stock.router)
     planned.load_state_dict(stock.state_dict())
@@ -84,10 +81,7 @@ def test_kernels_are_for_any_routing(engine_spec: ModuleSpec) -> None:
 @pytest.mark.parametrize("limit", [0.0, 1.0], ids=["unbounded", "bounded"])
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize("topk", [1, 2])
-@pytest.mark.parametrize("with_kernels", [False, True], ids=["stock", "kernels"])
-def test_engine_experts_equal_oracle(
-    engine_spec: ModuleSpec, with_kernels: bool, topk: int, dispatcher: str, limit: float
-) -> None:
+def test_engine_experts_equal_oracle(engine_spec: ModuleSpec, topk: int, dispatcher: str, limit: float) -> None:
     """Experts accept the sizes and gates of any number of pairs; outputs and gradients are right."""
     torch.manual_seed(topk)
     config = make_config(
@@ -97,12 +91,10 @@ def test_engine_experts_equal_oracle(
         moe_relu_activation_limit=limit,
         moe_relu_l1_reg_coeff_init=1e-30,
     )
-    spec = with_relu_routing(engine_spec)
-    layer = (with_engine_kernels(spec) if with_kernels else spec).submodules.mlp(config=config, layer_number=1)
+    layer = with_relu_routing(engine_spec).submodules.mlp(config=config, layer_number=1)
     layer.set_layer_number(1)
     layer.to(torch.float64)
-    assert type(layer.experts) is (EngineExperts if with_kernels else TEGroupedMLP)
-    assert not with_kernels or layer.experts.is_plain
+    assert type(layer.experts) is TEGroupedMLP
     pairs_of_weights = list(zip(layer.experts.linear_fc1.weights, layer.experts.linear_fc2.weights, strict=True))
     tokens = torch.randn(9, 2, HIDDEN, dtype=torch.float64, requires_grad=True)
     weights = [tokens, layer.router.weight, *layer.experts.parameters()]
@@ -165,55 +157,3 @@ def test_a_layer_in_fp8_is_recomputed_in_fp8(monkeypatch: pytest.MonkeyPatch) ->
         outputs.append(layer(tokens)[0])
     assert groups == [layer.tp_group]
     torch.testing.assert_close(*outputs)
-
-
-class Padding(torch.nn.Module):
-    """The interface of Transformer Engine's `Fp8Padding` and `Fp8Unpadding`: experts' rows become multiples of 16."""
-
-    def __init__(self, experts: int, align_size: int | None = None) -> None:
-        super().__init__()
-
-    def forward(self, rows: torch.Tensor, m_splits: list[int]) -> tuple[torch.Tensor, list[int]]:
-        sizes = [-(-size // 16) * 16 for size in m_splits]
-        parts = zip(rows.split(m_splits), m_splits, sizes, strict=True)
-        return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, to - of)) for part, of, to in parts]), sizes
-
-
-class Unpadding(Padding):
-    def forward(self, rows: torch.Tensor, m_splits: list[int]) -> torch.Tensor:
-        padded = [-(-size // 16) * 16 for size in m_splits]
-        return torch.cat([part[:size] for part, size in zip(rows.split(padded), m_splits, strict=True)])
-
-
-@pytest.mark.parametrize("share", [1.0, 0.0, -1.0], ids=["all", "some", "none"])
-def test_fp8_gets_whole_blocks_of_each_expert(
-    engine_spec: ModuleSpec, share: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Padding changes no result, for any number of pairs; the rounding of FP8 is not simulated."""
-    monkeypatch.setattr(transformer_config, "is_te_min_version", lambda version: True)
-    monkeypatch.setattr(experts, "HAVE_TE", True)
-    monkeypatch.setattr(experts, "Fp8Padding", Padding)
-    monkeypatch.setattr(experts, "Fp8Unpadding", Unpadding)
-    seen: list[int] = []
-    forward = GroupedLinear.forward
-
-    def watched(self: GroupedLinear, rows: torch.Tensor, m_splits: list[int]) -> tuple[torch.Tensor, None]:
-        seen.extend(m_splits)
-        return forward(self, rows, m_splits)
-
-    monkeypatch.setattr(GroupedLinear, "forward", watched)
-    tokens, found, weights = torch.rand(9, 2, HIDDEN, dtype=torch.float64) + 0.1, [], None
-    for precision in ({}, {"fp8": "hybrid", "fp8_recipe": "mxfp8"}):
-        config = make_config(moe_router_topk=2, moe_grouped_gemm=True, moe_relu_activation_limit=0.0, **precision)
-        layer = with_engine_kernels(with_relu_routing(engine_spec)).submodules.mlp(config=config, layer_number=1)
-        layer.set_layer_number(1)
-        weights = weights or layer.to(torch.float64).state_dict()
-        layer.to(torch.float64).load_state_dict(weights)
-        if share:
-            layer.router.weight.data.abs_().mul_(share)
-        seen.clear()
-        output, _ = layer(copy := tokens.clone().requires_grad_())
-        found.append((output, *torch.autograd.grad(output.square().sum(), [copy, *layer.parameters()])))
-    assert seen and all(size % 16 == 0 for size in seen)
-    for mine, plain in zip(*found, strict=True):
-        torch.testing.assert_close(mine, plain)

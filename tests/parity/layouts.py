@@ -15,12 +15,8 @@ ROUTINGS: dict[str, list[str]] = {
     "ReMoE": [*RELU, "--moe-relu-l1-reg-coeff-init", "1e-3"],
     "top-k": TOPK,
 }
-CHEAPER_START = "ReMoE, cheaper start"
-ROUTINGS[CHEAPER_START] = [
-    *ROUTINGS["ReMoE"],
-    *"--moe-relu-l1-reg-start-power 3 --moe-relu-l1-reg-start-setback 4 --moe-relu-max-experts 2".split(),
-    *"--moe-relu-l1-reg-coeff-max 0.01 --moe-relu-sparse-start".split(),
-]
+FEW_EXPERTS = "ReMoE, at most 2 experts"
+ROUTINGS[FEW_EXPERTS] = [*ROUTINGS["ReMoE"], "--moe-relu-max-experts", "2"]
 DENSE_AND_MOE = "dense and MoE layers"
 VARIANTS: dict[str, list[str]] = {
     "plain": [],

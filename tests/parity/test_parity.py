@@ -14,7 +14,7 @@ import pytest
 
 from megatron.remoe.files.files import write_text
 from tests.data_sets import write_real_text
-from tests.parity.layouts import CHEAPER_START, DENSE_AND_MOE, FSDP, LAYOUTS, SINGLE, VARIANTS
+from tests.parity.layouts import DENSE_AND_MOE, FEW_EXPERTS, FSDP, LAYOUTS, SINGLE, VARIANTS
 from tests.parity.measure import Case, Difference, Training, compare, train
 from tools.console import markdown
 from tools.console.places import ROOT
@@ -27,8 +27,8 @@ CORE = [
     Case("gpt", "ReMoE", "plain", "TP2 x EP2, expert TP 2"),
     Case("gpt", "ReMoE", DENSE_AND_MOE, "PP2, 2 virtual stages"),
     Case("gpt", "ReMoE", DENSE_AND_MOE, "PP2 x EP2"),
-    pytest.param(Case("gpt", CHEAPER_START, "plain", "TP2 x EP2, expert TP 2"), marks=pytest.mark.bulk),
-    Case("gpt", CHEAPER_START, DENSE_AND_MOE, "PP2, 2 virtual stages"),
+    pytest.param(Case("gpt", FEW_EXPERTS, "plain", "TP2 x EP2, expert TP 2"), marks=pytest.mark.bulk),
+    Case("gpt", FEW_EXPERTS, DENSE_AND_MOE, "PP2, 2 virtual stages"),
     Case("gpt", "ReMoE", "plain", "EP2, Megatron-FSDP"),
     # HybridModel in a layout against GPTModel in one process.
     pytest.param(Case("hybrid", "ReMoE", "plain", "TP2 x EP2, expert TP 2"), marks=pytest.mark.bulk),
@@ -39,7 +39,7 @@ CORE = [
 # Model class, routing, and the title of its row; ReMoE in GPTModel has a row for each layout.
 CHECKED = {
     ("gpt", "ReMoE"): "",
-    ("gpt", CHEAPER_START): "cheaper start, largest",
+    ("gpt", FEW_EXPERTS): "at most 2 experts, largest",
     ("gpt", "top-k"): "top-k, largest",
     ("hybrid", "ReMoE"): "HybridModel, largest",
 }

@@ -1,34 +1,19 @@
-"""Test which settings are refused, and that Megatron's source has what the refusals name."""
+"""Test which settings are refused, and that the page has them."""
 
 import argparse
-import ast
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-import megatron.core
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.gpt import experimental_attention_variant_module_specs as variants
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.remoe.layer.layer import ReMoELayer
 from megatron.remoe.layer.specs import with_relu_routing
-from megatron.remoe.routing.problems import relu_routing_problems
 from megatron.remoe.routing.refusals import REFUSALS, flag
 from megatron.training.arguments import add_megatron_arguments
 from tests.layers import make_config
 from tests.trainings import REPOSITORY
-
-MEGATRON = Path(megatron.core.__file__).parents[1]
-
-
-@pytest.mark.parametrize("where", sorted({refusal.where for refusal in REFUSALS}))
-def test_what_shows_the_reason_is_there(where: str) -> None:
-    file, name = where.split(": ")
-    body: Any = ast.parse((MEGATRON / file).read_text()).body
-    for part in name.split("."):
-        (found,) = (node for node in body if getattr(node, "name", None) == part)
-        body = found.body
 
 
 def test_flags_are_megatrons() -> None:
@@ -42,7 +27,6 @@ SETTINGS = {  # settings of which only some values are refused
     "`seq_aux_loss`, `sinkhorn` or `none`)",
     "moe_router_load_balancing_type": "`--moe-router-load-balancing-type` other than these four",
     "moe_router_score_function": "`--moe-router-score-function` other than `softmax`",
-    "transformer_impl": "`--transformer-impl inference_optimized`",
 }
 
 
@@ -54,16 +38,7 @@ def test_the_page_has_every_refusal() -> None:
 
 
 REFUSED_TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
-    "DeepEP": ({"moe_token_dispatcher_type": "flex", "num_moe_experts": 33}, "backend deepep .* 33 slots"),
-    "DeepEP with experts on two ranks": (
-        {"moe_token_dispatcher_type": "flex", "num_moe_experts": 32, "tensor_model_parallel_size": 2}
-        | {"sequence_parallel": True},
-        "backend deepep .* 64 slots",
-    ),
-    "NCCL-EP": (
-        {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "ncclep"},
-        "backend ncclep .* slots",
-    ),
+    "DeepEP": ({"moe_token_dispatcher_type": "flex"}, "flex with its backend deepep cannot be used"),
     "HybridEP with a budget": (
         {
             "moe_token_dispatcher_type": "flex",
@@ -85,14 +60,22 @@ REFUSED_TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
         {"fine_grained_activation_offloading": True, "offload_modules": ["core_attn", "moe_act"]},
         "--fine-grained-activation-offloading .* add --moe-relu-activation-limit 0",
     ),
-    "prediction with local norms": (
-        {
-            "mtp_num_layers": 1,
-            "transformer_impl": "local",
-            "sequence_parallel": True,
-            "tensor_model_parallel_size": 2,
-        },
-        "--mtp-num-layers 1 .* or no tensor parallelism",
+    "a graph of the whole step": (
+        {"cuda_graph_impl": "full_iteration"},
+        "full_iteration with --cuda-graph-modules full",
+    ),
+    "a graph of the whole step, without ReLU": (
+        {"cuda_graph_impl": "full_iteration", "moe_relu_routing": False, "moe_baseline_router": "random"},
+        "full_iteration .* --moe-baseline-router random",
+    ),
+    "graphs of layers": ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local with --cuda-graph-modules full cannot"),
+    "graphs of GPTModel's attention": (
+        {"cuda_graph_impl": "local", "cuda_graph_modules": ["attn"]},
+        "--cuda-graph-modules attn cannot be used",
+    ),
+    "a graph of the router": (
+        {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": ["moe_router"]},
+        "modules moe_router cannot",
     ),
     "prediction on a stage of its own": (
         {"mtp_num_layers": 1, "pipeline_model_parallel_layout": [["embedding", "decoder"], ["mtp"], ["loss"]]},
@@ -101,17 +84,16 @@ REFUSED_TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def test_megatron_turns_sequence_parallelism_off_on_one_rank() -> None:
-    args = make_config(mtp_num_layers=1, transformer_impl="local")
-    args.sequence_parallel = True  # as a user gives it; Megatron's validation comes later
-    assert not [*relu_routing_problems(args)]
-
-
 @pytest.mark.parametrize("name", REFUSED_TOGETHER)
 def test_refused_together(name: str) -> None:
     settings, message = REFUSED_TOGETHER[name]
     with pytest.raises(ValueError, match=message):
         make_config(**settings)
+
+
+def test_attention_of_a_hybrid_model_can_be_captured() -> None:
+    config = make_config(is_hybrid_model=True, cuda_graph_impl="local", cuda_graph_modules=["attn"])
+    assert config.cuda_graph_impl == "local"
 
 
 def test_attention_variants_take_the_router(monkeypatch: pytest.MonkeyPatch) -> None:

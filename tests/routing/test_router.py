@@ -78,25 +78,6 @@ def test_evaluation_and_no_grad_count_nothing(make_router) -> None:
     assert router.counts is None
 
 
-def test_input_jitter_scales_tokens_within_its_range() -> None:
-    torch.manual_seed(0)
-    router = router_of(moe_input_jitter_eps=0.1)
-    router.weight.data.fill_(1.0)
-    tokens = torch.ones(50, 1, HIDDEN, dtype=torch.float64, device=router.weight.device)
-    probs, _ = router(tokens)
-    assert probs.std() > 0
-    assert probs.min() > 0.9 * HIDDEN and probs.max() < 1.1 * HIDDEN
-
-
-@pytest.mark.parametrize(
-    ("router_dtype", "expected"), [(None, torch.bfloat16), ("fp32", torch.float32), ("fp64", torch.float64)]
-)
-def test_router_dtype(make_router, router_dtype: str | None, expected: torch.dtype) -> None:
-    router = make_router(moe_router_dtype=router_dtype, params_dtype=torch.bfloat16, bf16=True)
-    probs, _ = router(random_tokens(router, dtype=torch.bfloat16))
-    assert probs.dtype == expected
-
-
 def test_l1_gradient_follows_the_loss_scale_and_the_coefficient(make_router) -> None:
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 

@@ -74,6 +74,15 @@ def test_cost_names_what_differs_from_the_paper(tmp_path: Path) -> None:
     assert "With --moe-relu-max-experts 8 it takes " in output  # 4 · k for 64 experts, before granularity 2 splits them
 
 
+@pytest.mark.parametrize(("gpus_per_node", "leaves_node"), [("8", True), ("16", False)])
+def test_expert_parallelism_over_nodes(gpus_per_node: str, leaves_node: bool) -> None:
+    """With TP 2, experts on EP 8 need 16 GPUs."""
+    layout = {"NNODES": "4", "MASTER_ADDR": "x", "TP": "2", "PP": "2", "EP": "8"}
+    output = dry_run("978m_remoe", gpus_per_node, "60000", "2", **layout)
+    assert ("WARNING: expert-parallel groups of 16 GPUs do not fit in nodes of 8" in output) == leaves_node
+    assert re.search("time +at best [0-9.]+ hours", output)
+
+
 @pytest.mark.parametrize(("given", "weights"), [("{}", [1]), ("1.0 {0} 3.0 {0}", [0.25, 0.75])])
 def test_epochs(given: str, weights: list[float], data: Path) -> None:
     """The epochs are those of 100 · 512 · 64 tokens. So few documents get another split than the paper's."""

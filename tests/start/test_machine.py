@@ -7,18 +7,15 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
-from argparse import Namespace
 from contextlib import nullcontext
 from importlib.metadata import requires
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 from megatron.remoe.files.errors import DataError, UsageError
 from megatron.remoe.start import machine
-from megatron.remoe.start.environment import check_quack
 from tests.trainings import REPOSITORY
 
 IMPORT_MEGATRON = "import megatron.core.tensor_parallel.layers as layers; print('have', layers.HAVE_TE)"
@@ -95,40 +92,6 @@ def test_triton_kernels_without_triton(without, tmp_path: Path) -> None:
     without.setitem(sys.modules, "triton", None)
     with pytest.raises(UsageError, match=r"Triton cannot be imported \(\w+: .*triton"):
         machine.check_kernels("triton", on_cpu=False)
-
-
-@pytest.mark.parametrize(
-    ("on_cpu", "generation", "missing", "words"),
-    [
-        (True, 9, "", "no GPU"),
-        (False, 8, "", "compute capability is 8"),
-        (False, 9, "quack.gemm_interface", "quack-kernels[cu13] cannot be imported"),
-        (False, 10, "triton", "Triton cannot be imported"),
-        (False, 9, "", ""),
-    ],
-)
-def test_where_quack_can_run(on_cpu: bool, generation: int, missing: str, words: str, without, tmp_path: Path) -> None:
-    """QuACK needs a GPU of compute capability 9 or 10, even with Triton's interpreter."""
-    add_program(tmp_path, "gcc")
-    without.setenv("TRITON_INTERPRET", "1")
-    without.setattr(machine.torch.cuda, "get_device_capability", lambda: (generation, 0))
-    for name in ("quack", "quack.gemm_interface", "triton"):
-        without.setitem(sys.modules, name, None if name == missing else ModuleType(name))
-    if not words:
-        return machine.check_kernels("quack", on_cpu)
-    with pytest.raises(UsageError, match=re.escape(words)) as refused:
-        machine.check_kernels("quack", on_cpu)
-    assert refused.value.code == "REMOE-E102" and "--moe-kernels quack" in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("stacks", "bf16", "fsdp", "refused"),
-    [(True, True, False, False), (False, True, False, True), (True, False, False, True), (True, True, True, True)],
-)
-def test_what_quack_needs(stacks: bool, bf16: bool, fsdp: bool, refused: bool) -> None:
-    with pytest.raises(UsageError, match="--bf16") if refused else nullcontext() as caught:
-        check_quack(Namespace(bf16=bf16, use_megatron_fsdp=fsdp), stacks)
-    assert caught is None or caught.value.code == "REMOE-E213"
 
 
 def engine(folder: Path, start: str) -> None:

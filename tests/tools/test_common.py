@@ -3,6 +3,8 @@
 import ast
 import os
 import pty
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from megatron.remoe.files.files import write_aside
 from tests.trainings import REPOSITORY
+from tools.console import places
 from tools.console.errors import ToolError
 from tools.console.files import lock, new_folder, write_json
 from tools.experiments import compare
@@ -25,6 +28,15 @@ def test_all_cores_where_a_process_is_not_bound_to_some(monkeypatch: pytest.Monk
     """--processes defaults to all cores without `os.sched_getaffinity`, as on macOS."""
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert compare.parse_arguments([]).processes == os.cpu_count()
+
+
+@pytest.mark.parametrize("folder", ["clone", "remoe"])
+def test_a_clone_can_have_any_name(folder: str, tmp_path: Path) -> None:
+    copy = tmp_path / folder / "tools" / "common" / "places.py"
+    copy.parent.mkdir(parents=True)
+    shutil.copy(places.__file__, copy)
+    (tmp_path / folder / "pretrain_gpt.py").touch()
+    assert runpy.run_path(str(copy))["PACKAGE"] == tmp_path / folder / "megatron" / "remoe"
 
 
 @pytest.mark.parametrize("tool", STARTED, ids=lambda path: str(path.relative_to(TOOLS)))

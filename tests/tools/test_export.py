@@ -122,7 +122,7 @@ def test_other_models(
 def test_settings_of_a_gpu_and_noise() -> None:
     """The model of a training on GPUs, with noise on the router's input, is built for the CPU and without noise."""
     model = make("relu")
-    on_gpus = {"moe_kernels": "quack", "moe_relu_launch_ahead": True, "moe_permute_fusion": True, "fp8": "e4m3"}
+    on_gpus = {"moe_kernels": "triton", "moe_permute_fusion": True, "fp8": "e4m3"}
     on_gpus |= {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}
     on_gpus |= {"overlap_moe_expert_parallel_comm": True, "delay_wgrad_compute": True, "use_te_activation_func": True}
     args = args_of(model.config)

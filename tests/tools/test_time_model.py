@@ -5,9 +5,6 @@ from argparse import Namespace
 import pytest
 import torch
 
-from megatron.remoe.kernels.pytorch import TokenOrder
-from megatron.remoe.layer.fused_swiglu import FusedSwiGLU
-from tests import quack_stand_in
 from tools.plan.rehearse import engine, report
 from tools.plan.rehearse.cards import rates
 from tools.plan.rehearse.roofline import Roofline, host_seconds, share_of_grouped, step_seconds
@@ -46,25 +43,6 @@ def test_work_of_engine_attention() -> None:
         moved, flops, rate = engine.work_of(name, [8, 8, query, key, key], [query, key])
         assert (moved, rate) == (query.nbytes + key.nbytes, "attention")
         assert flops == products * 2 * (2 * 4 * 8 * 8 * 16) / 2
-
-
-@pytest.mark.parametrize("accumulates", [False, True])
-def test_work_of_fused_products(accumulates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """QuACK takes six FLOPs per pair and expert weight in six products; gathering and SwiGLU add no pass."""
-    products = quack_stand_in.put_in(monkeypatch)
-    tokens, pairs, hidden, ffn = 7, 9, 8, 4
-    weights = [torch.nn.Parameter(torch.ones(3, *sizes)) for sizes in ((2 * ffn, hidden), (hidden, ffn))]
-    for weight in weights if accumulates else ():
-        weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight), False
-    order, starts = TokenOrder(torch.arange(pairs) % tokens), torch.tensor([0, 5, 5, 9], dtype=torch.int32)
-    args = Namespace(moe_ffn_hidden_size=ffn, expert_tensor_parallel_size=1)
-    with Roofline(args, rates("h100"), engine.Calls()) as roofline:
-        x = torch.ones(tokens, hidden, requires_grad=True)
-        FusedSwiGLU.apply(x, torch.ones(pairs), *weights, starts, order, products).sum().backward()
-    work = roofline.parts["experts' products"]
-    assert work.operations == 6 and work.flops == 3 * 2 * pairs * hidden * 3 * ffn
-    # Weights are read twice and their gradients written, 3 · F · H elements of each expert.
-    assert work.bytes > 4 * 3 * (3 * 3 * ffn * hidden) and [*roofline.parts] == ["experts' products"]
 
 
 def test_the_gpu_waits_for_the_host() -> None:

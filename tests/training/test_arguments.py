@@ -10,8 +10,7 @@ import pytest
 import megatron.remoe
 from megatron.remoe import pretrain
 from megatron.remoe.routing.config import ReMoEConfig
-from megatron.remoe.routing.problems import relu_routing_problems
-from megatron.remoe.routing.refusals import REFUSALS, flag
+from megatron.remoe.routing.refusals import REFUSALS, flag, relu_routing_problems
 from megatron.remoe.start.removed_flags import REMOVED
 from megatron.remoe.training import arguments
 from megatron.training.arguments import add_megatron_arguments

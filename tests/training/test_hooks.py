@@ -40,7 +40,7 @@ def test_what_was_called_once_a_step_still_is() -> None:
     assert int(layer.router.l1_exponent) == 1, "and λ moved"
 
 
-@pytest.mark.parametrize("name", [None, "routing_free", "top_p", "expert_threshold"])
+@pytest.mark.parametrize("name", [None, "top_p", "expert_threshold"])
 def test_a_step_that_runs_again_counts_once(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Megatron rejects a result and runs the step again, from the same state and with the same outcome."""
     machine = rerun_state_machine.RerunStateMachine(lambda: {"of": "Megatron"}, lambda saved: restored.append(saved))

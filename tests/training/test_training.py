@@ -253,7 +253,7 @@ def test_tensorboard_and_wandb_get_the_same_figures(data: Path, tmp_path: Path) 
     assert list(values) == [2, 4, 6, 8]
     printed = series(output, "sparsity")
     assert list(values.values()) == pytest.approx([printed[step - 1] for step in values], abs=1e-6)
-    for name in ("sparsity_target", "l1_reg_coeff", "l1_reg_loss", "sparsity_min_layer", "sparsity_max_layer"):
+    for name in ("target_sparsity", "l1_coefficient", "l1_loss", "lowest_layer_sparsity", "highest_layer_sparsity"):
         assert len(events.Scalars(f"moe_relu/{name}")) == 4
     against_samples = {event.step: event.value for event in events.Scalars("moe_relu/sparsity vs samples")}
     consumed = series(output, "consumed samples")

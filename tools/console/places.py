@@ -4,9 +4,10 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]  # root of a clone
+ROOT = Path(__file__).resolve().parents[2]  # root of a clone, or the installed megatron/remoe
 LOG = "train.log"  # in a run's folder: what the training printed
-PACKAGE = ROOT if ROOT.name == "remoe" else ROOT / "megatron" / "remoe"  # holds tools/ when installed
+# Only a clone has this file; an installed package has tools/ in megatron/remoe.
+PACKAGE = ROOT / "megatron" / "remoe" if (ROOT / "pretrain_gpt.py").exists() else ROOT
 
 
 def run_folder(place: Path) -> Path:

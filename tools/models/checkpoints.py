@@ -77,7 +77,7 @@ def find(root: Path, step: int | None) -> Checkpoint:
     if any(folder.glob("mp_rank_*")):
         raise ConversionError(
             f"{folder}: has one file per rank. Convert it to a distributed checkpoint with Megatron's "
-            "--ckpt-convert-format torch_dist and --ckpt-convert-save."
+            "--ckpt-convert-format torch_dist --ckpt-convert-save FOLDER, and load FOLDER/torch_dist."
         )
     try:
         with reading(folder):

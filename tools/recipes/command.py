@@ -85,7 +85,8 @@ def show(launch: Launch, size: str, routing: str) -> int:
     if os.environ["DRY_RUN"] != "command":
         from ..plan.cost.command import main as cost
 
-        options = ["--gpus", str(launch.layout.world), "--gpu", os.environ.get("GPU") or "h100"]
+        options = ["--gpus", str(launch.layout.world), "--gpus-per-node", str(launch.layout.gpus_per_node)]
+        options += ["--gpu", os.environ.get("GPU") or "h100"]
         options += ["--utilization", os.environ.get("UTILIZATION") or "0.4", "--paper", size, routing]
         if code := cost([*options, "--", *launch.flags]):
             return code

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.remoe.baselines.whole_sequence import gather_sequence
 
 
 class ExpertChoiceRouter(TopKRouter):
@@ -24,7 +24,11 @@ class ExpertChoiceRouter(TopKRouter):
         """Route k · sequence / E tokens of each sequence to each expert; gates are the softmax over the experts."""
         logits = self.apply_z_loss(logits, None if padding_mask is None else padding_mask.reshape(-1))
         scores = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-        ranked = gather_sequence(scores, padding_mask, self.tp_cp_group)
+        ranked = scores.detach()
+        if padding_mask is not None:
+            ranked = ranked.masked_fill(padding_mask.unsqueeze(-1), -1.0)  # last
+        if self.tp_cp_group.size() > 1:  # rank r has the r-th of the group's equal parts of the sequence
+            ranked = gather_from_sequence_parallel_region(ranked, group=self.tp_cp_group)
         capacity = max(1, len(ranked) * self.topk // self.num_experts)
         taken = torch.zeros_like(ranked, dtype=torch.bool).scatter_(0, ranked.topk(capacity, dim=0).indices, True)
         routing_map = taken.chunk(self.tp_cp_group.size())[self.tp_cp_group.rank()]

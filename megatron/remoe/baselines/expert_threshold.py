@@ -53,7 +53,7 @@ class ExpertThresholdRouter(TopKRouter):
         map_TE = seen_TE > thresholds_E.double() * UNIT
         return torch.where(map_TE, logits_TE.sigmoid(), 0.0), map_TE
 
-    def end_step(self, *_of_all_layers: torch.Tensor) -> None:
+    def end_step(self) -> None:
         """Move the thresholds. They stay fixed during a step, so that recomputation routes as the first pass did."""
         here_E = self.exceeded // self.parts.clamp(min=1)
         before_E = torch.where(self.batches > 0, self.thresholds, here_E)

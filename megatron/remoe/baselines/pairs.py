@@ -45,7 +45,7 @@ class PairCounter:
         self.running_sums += self._step
         for router in self.routers:
             if hasattr(router, "end_step"):
-                router.end_step(*self._step)
+                router.end_step()
         self._step.zero_()
 
     def totals(self) -> dict[str, int]:

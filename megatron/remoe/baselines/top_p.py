@@ -53,7 +53,7 @@ class TopPRouter(TopKRouter):
             self.seen[1] += len(map_TE) - (0 if padding_mask_T is None else padding_mask_T.sum())
         return torch.where(map_TE, scores_TE, 0.0).to(logits.dtype), map_TE
 
-    def end_step(self, *_of_all_layers: torch.Tensor) -> None:
+    def end_step(self) -> None:
         """Move p. It stays fixed during a step, so that recomputation routes as the first pass did."""
         seen = self.seen.double()
         self.seen.zero_()

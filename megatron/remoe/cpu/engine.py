@@ -70,7 +70,6 @@ def _adapt_tensors() -> None:
 def _adapt_modules() -> None:
     from megatron.core.distributed.fsdp import mcore_fsdp_adapter
     from megatron.core.distributed.fsdp.src.megatron_fsdp import megatron_fsdp
-    from megatron.core.optimizer import clip_grads, optimizer
     from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as tensor_parallel_random
     from megatron.core.transformer.moe import token_dispatcher
@@ -91,13 +90,6 @@ def _adapt_modules() -> None:
     mcore_fsdp_adapter.DeviceMesh = SimpleNamespace(from_group=_cpu_mesh)
     # It warms up fused kernels, which do not exist here.
     initialize._warmup_jit_function = lambda *_args, **_kwargs: None
-    # Clipping would write gradients to new memory and copy them back.
-    clip_grads.multi_tensor_scale_impl = optimizer.multi_tensor_scale_impl = _scale
-
-
-def _scale(_chunk_size: int, _noop_flag: Any, tensor_lists: list[list[torch.Tensor]], scale: float) -> None:
-    for source, target in zip(*tensor_lists, strict=True):
-        torch.mul(source, scale, out=target)
 
 
 def _cpu_mesh(*arguments: Any, **options: Any) -> DeviceMesh:

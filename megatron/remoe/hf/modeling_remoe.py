@@ -177,6 +177,7 @@ class RemoeModel(RemoePreTrainedModel, LlamaModel):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,  # vLLM looks for this name in the signature
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -187,7 +188,11 @@ class RemoeModel(RemoePreTrainedModel, LlamaModel):
         if self.config.hash_routing:
             kwargs["token_ids"] = input_ids
         return super().forward(
-            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
         )
 
 

@@ -10,11 +10,6 @@ def wants_kernels(config: object) -> bool:
     return getattr(config, "moe_kernels", "torch") != "torch"
 
 
-def wants_quack(config: object) -> bool:
-    """Return whether they also ask for QuACK's products."""
-    return getattr(config, "moe_kernels", "torch") == "quack"
-
-
 def cdiv(number: int, divisor: int) -> int:
     """Return the quotient, rounded up; Triton's own takes ten Python calls at each launch."""
     return -(-number // divisor)

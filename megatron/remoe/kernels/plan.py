@@ -26,7 +26,7 @@ def count_blocks(routing_map: torch.Tensor) -> torch.Tensor:
         int32 `[E, blocks]`.
     """
     num_tokens, num_experts = routing_map.shape
-    block, tile = _tile(num_tokens, num_experts)
+    block, tile = choose_tile(num_tokens, num_experts)
     blocks = cdiv(max(num_tokens, 1), block)
     counts = torch.empty(num_experts, blocks, dtype=torch.int32, device=routing_map.device)
     _count[(blocks,)](
@@ -44,8 +44,7 @@ class _Filled(torch.autograd.Function):
         probs: `[T, E]`, the gates.
         routing_map: bool `[T, E]`.
         counts: of `count_blocks`.
-        num_pairs: P, or a guess at it. If it is too high, the last rows belong to no pair: they have token 0 and any
-            gate. If it is too low, pairs are missing, but no index is out of range.
+        num_pairs: P, which the map has. If it is too low, pairs are missing, but no index is out of range.
 
     Returns:
         token_index: int32 `[P]`, the token of each pair.
@@ -61,7 +60,7 @@ class _Filled(torch.autograd.Function):
         token_index = torch.empty(num_pairs, dtype=torch.int32, device=probs.device)
         by_token = torch.empty(num_tokens + 1 + num_pairs, dtype=torch.int32, device=probs.device)
         gates = torch.empty(num_pairs, dtype=probs.dtype, device=probs.device)
-        (block, tile), blocks = _tile(num_tokens, num_experts), counts.shape[1]
+        (block, tile), blocks = choose_tile(num_tokens, num_experts), counts.shape[1]
         _fill[(blocks,)](
             probs.contiguous(), routing_map, counts, token_index, by_token, gates, num_tokens, num_experts,
             blocks, num_pairs, BLOCK=block, TILE=tile, BLOCKS=next_power_of_2(blocks), num_warps=WARPS,
@@ -82,15 +81,16 @@ class _Filled(torch.autograd.Function):
         block = SPREAD // tile
         grid = (cdiv(num_tokens, block),)
         _spread[grid](
-            d_gates.contiguous(), routing_map, by_token, d_probs, num_tokens, num_experts, BLOCK=block, TILE=tile
-        )
+            d_gates.contiguous(), routing_map, by_token, d_probs, num_tokens, num_experts, len(d_gates),
+            BLOCK=block, TILE=tile,
+        )  # fmt: skip
         return d_probs, None, None, None
 
 
 fill = _Filled.apply
 
 
-def _tile(num_tokens: int, num_experts: int) -> tuple[int, int]:
+def choose_tile(num_tokens: int, num_experts: int) -> tuple[int, int]:
     """Return the tokens of a block, and the experts that a program takes at once."""
     block = max(LEAST_TOKENS, next_power_of_2(cdiv(num_tokens, MOST_BLOCKS)))
     return block, min(next_power_of_2(num_experts), max(1, TILE_COUNTS // max(2 * block, MOST_BLOCKS)))
@@ -125,16 +125,12 @@ def _fill(
 ):  # fmt: skip
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     of_token = tl.zeros([BLOCK], tl.int32)
-    before, found = 0, 0  # pairs of the blocks before, and of all
+    before = 0  # pairs of the blocks before
     for first in range(0, num_experts, TILE):
         expert = first + tl.arange(0, TILE)
         of_token += tl.sum(_active(map_TE, token, expert, num_tokens, num_experts), axis=1)
-        total, in_blocks_before = _counted(counts_EB, expert, num_experts, num_blocks, BLOCKS)
+        _, in_blocks_before = _counted(counts_EB, expert, num_experts, num_blocks, BLOCKS)
         before += tl.sum(in_blocks_before)
-        found += tl.sum(total)
-    for first in range(found + tl.program_id(0) * BLOCK, num_pairs, tl.num_programs(0) * BLOCK):
-        row = first + tl.arange(0, BLOCK)
-        tl.store(token_index_P + row, tl.zeros([BLOCK], tl.int32), mask=row < num_pairs)
     last = num_tokens + 1 + num_pairs
     ends = num_tokens + 1 + before + tl.cumsum(of_token, axis=0)
     tl.store(by_token + 1 + token, tl.minimum(ends, last), mask=token < num_tokens)
@@ -149,7 +145,7 @@ def _fill(
         row = (expert_ends - total + in_blocks_before)[None, :] + tl.cumsum(active, axis=0) - active
         is_active = active > 0
         has_row = is_active & (row < num_pairs)
-        gate = tl.load(probs_TE + _at(token, expert, num_experts), mask=has_row)
+        gate = tl.load(probs_TE + element(token, expert, num_experts), mask=has_row)
         tl.store(gates_P + row, gate, mask=has_row)
         tl.store(token_index_P + row, token[:, None] + tl.zeros_like(row), mask=has_row)
         at = place[:, None] + tl.cumsum(active, axis=1) - active
@@ -158,23 +154,28 @@ def _fill(
         expert_start += tl.sum(total)
 
 
-@triton.jit(launch_metadata=_spread_bytes)
-def _spread(d_gates_P, map_TE, by_token, d_probs_TE, num_tokens, num_experts, BLOCK: tl.constexpr, TILE: tl.constexpr):
+@triton.jit(launch_metadata=_spread_bytes, do_not_specialize=["num_pairs"])
+def _spread(
+    d_gates_P, map_TE, by_token, d_probs_TE, num_tokens, num_experts, num_pairs, BLOCK: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     place = tl.load(by_token + token, mask=token < num_tokens, other=0)
     for first in range(0, num_experts, TILE):
         expert = first + tl.arange(0, TILE)
         active = _active(map_TE, token, expert, num_tokens, num_experts)
         is_active = active > 0
-        row = tl.load(by_token + place[:, None] + tl.cumsum(active, axis=1) - active, mask=is_active, other=0)
-        gradient = tl.load(d_gates_P + row, mask=is_active, other=0.0)
+        at = place[:, None] + tl.cumsum(active, axis=1) - active
+        has_row = is_active & (at < num_tokens + 1 + num_pairs)
+        row = tl.load(by_token + at, mask=has_row, other=0)
+        gradient = tl.load(d_gates_P + row, mask=has_row, other=0.0)
         is_inside = (token < num_tokens)[:, None] & (expert < num_experts)[None, :]
-        tl.store(d_probs_TE + _at(token, expert, num_experts), gradient, mask=is_inside)
+        tl.store(d_probs_TE + element(token, expert, num_experts), gradient, mask=is_inside)
         place += tl.sum(active, axis=1)
 
 
 @triton.jit
-def _at(token, expert, num_experts):
+def element(token, expert, num_experts):
+    """Return the offsets in a contiguous `[T, E]`, int64 `[tokens, experts]`."""
     return token.to(tl.int64)[:, None] * num_experts + expert[None, :]
 
 
@@ -182,7 +183,7 @@ def _at(token, expert, num_experts):
 def _active(map_TE, token, expert, num_tokens, num_experts):
     """Load the map as int32 `[tokens, experts]`, 1 where it is True."""
     is_inside = (token < num_tokens)[:, None] & (expert < num_experts)[None, :]
-    return tl.load(map_TE + _at(token, expert, num_experts), mask=is_inside, other=0).to(tl.int32)
+    return tl.load(map_TE + element(token, expert, num_experts), mask=is_inside, other=0).to(tl.int32)
 
 
 @triton.jit

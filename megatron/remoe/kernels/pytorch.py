@@ -1,118 +1,64 @@
-"""The backend of PyTorch's operations: the default, and the reference of what the Triton kernels compute.
+"""The backend of PyTorch's operations: the default, and the reference for the Triton kernels.
 
-T tokens, E experts, P pairs (of a token and an expert that is active for it), H hidden size, F the experts' FFN size.
+T tokens, E experts, B blocks of tokens (here 1), P pairs (of a token and an expert that is active for it), H hidden
+size, F the experts' FFN size.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import silu
 
-from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.remoe.kernels.backend import Backend, Regularization
+from megatron.remoe.kernels.interface import Backend
 
 
-def relu_routing(
-    regularization: Regularization,
-    logits_TE: torch.Tensor,
-    padding_mask_T: torch.Tensor | None,
-    exponent: torch.Tensor,
-    guarded: torch.Tensor,
-    counts: torch.Tensor,
-    group: torch.distributed.ProcessGroup,
-    per_token: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gates, with the gradient of λ · L_reg attached, and the routing map (paper sections 3.2 to 3.4).
-
-        G_te  = ReLU(logits_te)                       the gates; expert e is active for token t where G_te > 0
-        f_e   = E / (k T) · Σ_t 1[G_te > 0]           no gradient flows through it; without load balancing 1 (eq. 9)
-        L_reg = 1/T · Σ_t Σ_e f_e · G_te
-
-    A guarded layer has no L1, but the loss -guard · mean(logits) where its gates are off: a router that is off for
-    every token has no other gradient, and would stay off.
+def gate(
+    logits_TE: torch.Tensor, padding_mask_T: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute ReLU, where it is positive, and sums over the tokens.
 
     Args:
-        regularization: its settings.
         logits_TE: `[T, E]`, of any floating-point type.
-        padding_mask_T: bool `[T]`, True at padding, which is neither routed nor counted.
-        exponent: int64 scalar n of λ.
-        guarded: int64 scalar, 1 where the layer is freed from L1 and pushed up.
-        counts: float64; the pairs of each expert, tokens, L_reg and micro-batches are added to its first E + 3.
-        group: the ranks that share a sequence.
-        per_token: whether gradients are divided by the number of tokens of the global batch later.
+        padding_mask_T: bool `[T]`, True at padding, where the result is 0; or None.
 
     Returns:
         probs: `[T, E]`, of the type of `logits_TE`.
-        routing_map: bool `[T, E]`.
+        routing_map: bool `[T, E]`, where they are positive.
+        counts: as `count` returns them for this map.
+        sums: fp32 `[E]`, of the probs.
     """
-    num_tokens, num_experts = logits_TE.shape
-    map_TE = active(logits_TE, padding_mask_T)
-    if padding_mask_T is None:
-        tokens = map_TE.new_full((1,), num_tokens, dtype=torch.int64)
-    else:
-        tokens = (~padding_mask_T).sum(dim=0, keepdim=True)
-    own_counts = torch.cat([map_TE.sum(dim=0), tokens])
-    # The tokens of one sequence may be split over tensor (sequence) and context parallel ranks.
-    sequence_counts = own_counts
-    if group.size() > 1:
-        sequence_counts = reduce_from_tensor_model_parallel_region(own_counts.clone(), group)
-    active_E, sequence_tokens = sequence_counts[:-1], sequence_counts[-1].clamp(min=1)
-
-    coefficient = l1_coefficient(regularization, exponent) * (1 - guarded)
-    push = 0.0 - regularization.guard * guarded / (sequence_tokens * num_experts)
-    if per_token:
-        # finalize_model_grads divides every gradient by the number of tokens of the global batch.
-        scale = tokens[0] * group.size()
-        coefficient, push = coefficient * scale, push * scale
-    probs_TE = GuardedReLU.apply(logits_TE, map_TE, push)
-
-    gates_TE = probs_TE.float()
-    if regularization.balances:
-        weight = num_experts / (regularization.topk * sequence_tokens * sequence_tokens)
-        l1_loss = torch.sum(gates_TE.sum(dim=0) * active_E) * weight
-    else:
-        l1_loss = gates_TE.sum() / sequence_tokens
-
-    with torch.no_grad():
-        counts[: num_experts + 1] += own_counts
-        counts[num_experts + 1].add_(l1_loss)
-        counts[num_experts + 2].add_(1.0 / group.size())
-    return MoEAuxLossAutoScaler.apply(probs_TE, coefficient * l1_loss), map_TE
-
-
-def active(logits_TE: torch.Tensor, padding_mask_T: torch.Tensor | None) -> torch.Tensor:
-    """Return the routing map: where logits are positive and tokens are no padding, bool `[T, E]`."""
     map_TE = logits_TE > 0
-    return map_TE if padding_mask_T is None else map_TE & ~padding_mask_T.unsqueeze(-1)
+    if padding_mask_T is not None:
+        map_TE = map_TE & ~padding_mask_T.unsqueeze(-1)
+    probs_TE = torch.where(map_TE, logits_TE, 0.0)
+    return probs_TE, map_TE, count(map_TE), probs_TE.float().sum(dim=0)
 
 
-def l1_coefficient(regularization: Regularization, exponent: torch.Tensor) -> torch.Tensor:
-    """Return λ = init · multiplier^exponent as a float64 scalar on the device."""
-    multiplier = torch.full_like(exponent, regularization.multiplier, dtype=torch.float64)
-    return regularization.init * multiplier**exponent
+def gate_backward(
+    d_probs_TE: torch.Tensor, map_TE: torch.Tensor, on_E: torch.Tensor, off: torch.Tensor
+) -> torch.Tensor:
+    """Return the gradient of the logits, `[T, E]`.
+
+    Args:
+        d_probs_TE: `[T, E]`, the gradient of the probs.
+        map_TE: bool `[T, E]`.
+        on_E: `[E]`, added to the gradient where the map is True.
+        off: one element, the gradient elsewhere.
+    """
+    dtype = d_probs_TE.dtype
+    return torch.where(map_TE, d_probs_TE + on_E.to(dtype), off.to(dtype))
 
 
-class GuardedReLU(torch.autograd.Function):
-    """ReLU whose gradient is `push` instead of 0 where it is off."""
+def count(map_TE: torch.Tensor) -> torch.Tensor:
+    """Count the tokens of each expert.
 
-    @staticmethod
-    def forward(ctx: Any, logits_TE: torch.Tensor, map_TE: torch.Tensor, push: torch.Tensor) -> torch.Tensor:
-        """Return the gates.
+    Args:
+        map_TE: bool `[T, E]`.
 
-        Args:
-            logits_TE: `[T, E]`.
-            map_TE: bool `[T, E]`, where the result is not 0.
-            push: one element, the gradient elsewhere, as that of a loss term; 0 makes it an ordinary ReLU.
-        """
-        ctx.save_for_backward(map_TE, push)
-        return torch.where(map_TE, logits_TE, 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        map_TE, push = ctx.saved_tensors
-        push = push * MoEAuxLossAutoScaler.main_loss_backward_scale  # set by Megatron between forward and backward
-        return torch.where(map_TE, gradient, push.to(gradient.dtype)), None, None
+    Returns:
+        Integers `[E, B]`, by blocks of tokens.
+    """
+    return map_TE.sum(dim=0).unsqueeze(1)
 
 
 class TokenOrder(NamedTuple):
@@ -148,28 +94,15 @@ class SortedPairs(NamedTuple):
         return pairs_PH
 
 
-def count(map_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Count the tokens of each expert.
-
-    Args:
-        map_TE: bool `[T, E]`.
-
-    Returns:
-        The counts, integers `[E]`, and what `plan` goes by.
-    """
-    counts_E = map_TE.sum(dim=0)
-    return counts_E, counts_E
-
-
 def plan(
-    probs_TE: torch.Tensor, map_TE: torch.Tensor, counted: torch.Tensor, num_pairs: int
+    probs_TE: torch.Tensor, map_TE: torch.Tensor, counts_EB: torch.Tensor, num_pairs: int
 ) -> tuple[TokenOrder, torch.Tensor]:
     """Sort the pairs by expert, without a host wait.
 
     Args:
         probs_TE: `[T, E]`, the gates.
         map_TE: bool `[T, E]`.
-        counted: the second result of `count`.
+        counts_EB: of `count`; not needed here.
         num_pairs: P, which the map has.
 
     Returns:
@@ -180,25 +113,24 @@ def plan(
     return TokenOrder(token_index), gates_P
 
 
-def activate(hidden: torch.Tensor, gates_P: torch.Tensor, end: torch.Tensor | None = None) -> torch.Tensor:
+def activate(hidden: torch.Tensor, gates_P: torch.Tensor) -> torch.Tensor:
     """Return `gate · SiLU(left) ⊙ right`, `[P, F]`.
 
     Args:
         hidden: `[P, 2 * F]`, left and then right.
         gates_P: `[P]`.
-        end: int32, one element: rows from here on belong to no pair. A backend may skip them; this one does not.
     """
     left, right = hidden.chunk(2, dim=-1)
     return silu(left).mul_(right).mul_(gates_P.unsqueeze(-1))
 
 
 def activate_backward(
-    hidden: torch.Tensor, gates_P: torch.Tensor, d_activated: torch.Tensor, end: torch.Tensor | None = None
+    hidden: torch.Tensor, gates_P: torch.Tensor, d_activated: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return `activate`'s result again, and the gradients of its arguments.
 
     Args:
-        hidden, gates_P, end: as above.
+        hidden, gates_P: as above.
         d_activated: `[P, F]`, the result's gradient, whose memory is used up.
     """
     left, right = hidden.chunk(2, dim=-1)
@@ -214,4 +146,4 @@ def activate_backward(
     return activated, d_hidden, d_gates
 
 
-PYTORCH = Backend(relu_routing, count, plan, activate, activate_backward)
+PYTORCH = Backend(gate, gate_backward, count, plan, activate, activate_backward)

@@ -15,26 +15,26 @@ from megatron.remoe.kernels import cdiv, next_power_of_2
 TILE = 1024
 
 
-def activate(hidden: torch.Tensor, gates: torch.Tensor, end: torch.Tensor | None = None) -> torch.Tensor:
-    """Compute `pytorch.activate`, except for rows from `end` on; moves `3 · P · F` elements."""
+def activate(hidden: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """Compute `pytorch.activate`; moves `3 · P · F` elements."""
     activated = hidden.new_empty(hidden.shape[0], hidden.shape[1] // 2)
     (pairs, width), (num_pairs, ffn) = _tile(activated), activated.shape
     grid = cdiv(num_pairs, pairs), cdiv(ffn, width)
-    _activate[grid](hidden, gates, activated, end, num_pairs, ffn, PAIRS=pairs, WIDTH=width)
+    _activate[grid](hidden, gates, activated, num_pairs, ffn, PAIRS=pairs, WIDTH=width)
     return activated
 
 
 def activate_backward(
-    hidden: torch.Tensor, gates: torch.Tensor, d_activated: torch.Tensor, end: torch.Tensor | None = None
+    hidden: torch.Tensor, gates: torch.Tensor, d_activated: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute `pytorch.activate_backward`, except for rows from `end` on; moves `6 · P · F` elements.
+    """Compute `pytorch.activate_backward`; moves `6 · P · F` elements.
 
     `activate`'s result is written into the memory of `d_activated`.
     """
     d_hidden, d_gates = torch.empty_like(hidden), torch.empty_like(gates)
     (pairs, width), (num_pairs, ffn) = _tile(d_activated), d_activated.shape
     _activate_backward[(cdiv(num_pairs, pairs),)](
-        hidden, gates, d_activated, d_hidden, d_gates, end, num_pairs, ffn, PAIRS=pairs, WIDTH=width
+        hidden, gates, d_activated, d_hidden, d_gates, num_pairs, ffn, PAIRS=pairs, WIDTH=width
     )
     return d_activated, d_hidden, d_gates
 
@@ -53,9 +53,7 @@ def _bytes(name: str, columns: int, grid: Any, metadata: Any, args: dict[str, An
 
 # The number of pairs changes with each launch: specialized by it, both kernels would compile again in mid-training.
 @triton.jit(launch_metadata=partial(_bytes, "swiglu: forward", 3), do_not_specialize=["num_pairs"])
-def _activate(hidden_PF, gates_P, activated_PF, end, num_pairs, ffn, PAIRS: tl.constexpr, WIDTH: tl.constexpr):
-    if end is not None:
-        num_pairs = tl.minimum(num_pairs, tl.load(end))
+def _activate(hidden_PF, gates_P, activated_PF, num_pairs, ffn, PAIRS: tl.constexpr, WIDTH: tl.constexpr):
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     gate = tl.load(gates_P + pair, mask=pair < num_pairs, other=0.0).to(tl.float32)[:, None]
@@ -65,11 +63,9 @@ def _activate(hidden_PF, gates_P, activated_PF, end, num_pairs, ffn, PAIRS: tl.c
 
 @triton.jit(launch_metadata=partial(_bytes, "swiglu: backward", 6), do_not_specialize=["num_pairs"])
 def _activate_backward(
-    hidden_PF, gates_P, activated_PF, d_hidden_PF, d_gates_P, end, num_pairs, ffn,
+    hidden_PF, gates_P, activated_PF, d_hidden_PF, d_gates_P, num_pairs, ffn,
     PAIRS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    if end is not None:
-        num_pairs = tl.minimum(num_pairs, tl.load(end))
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     gate = tl.load(gates_P + pair, mask=pair < num_pairs, other=0.0).to(tl.float32)[:, None]
     d_gate = tl.zeros([PAIRS], tl.float32)

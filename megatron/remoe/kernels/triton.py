@@ -1,15 +1,18 @@
 """The backend of Triton kernels: `--moe-kernels triton`. The same numbers as `pytorch.py`'s, in fewer passes.
 
-T tokens, E experts, P pairs, H hidden size.
+T tokens, E experts, B blocks of tokens, P pairs, H hidden size.
 """
 
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 
-from megatron.remoe.kernels import plan, swiglu, token_sums
-from megatron.remoe.kernels.backend import Backend
-from megatron.remoe.kernels.router import relu_routing
+from megatron.remoe.kernels import cdiv, next_power_of_2, plan, router, swiglu
+from megatron.remoe.kernels.interface import Backend
+
+SUM_WIDTH = 1024  # columns that a program sums for a token
 
 
 class TritonOrder(NamedTuple):
@@ -27,12 +30,25 @@ class TritonOrder(NamedTuple):
         return tokens_TH.index_select(0, self.token_index_P)
 
     def sum(self, pairs_PH: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        return token_sums.sum_rows(pairs_PH, self.by_token)
+        return sum_rows(pairs_PH, self.by_token)
 
 
-def _count(map_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    counts_EB = plan.count_blocks(map_TE)
-    return counts_EB.sum(dim=1, dtype=counts_EB.dtype), counts_EB  # another type would be one launch more
+def sum_rows(pairs: torch.Tensor, by_token: torch.Tensor) -> torch.Tensor:
+    """Add up in fp32, in the order of the experts, and round once; moves `(P + T) · H` elements.
+
+    Args:
+        pairs: `[P, H]`.
+        by_token: int32 `[T + 1 + P]`, as `plan.fill` returns it.
+
+    Returns:
+        `[T, H]`, of the type of `pairs`.
+    """
+    num_pairs, hidden = pairs.shape
+    num_tokens = by_token.shape[0] - 1 - num_pairs
+    sums = pairs.new_empty(num_tokens, hidden)
+    width = min(next_power_of_2(hidden), SUM_WIDTH)
+    _sum[(num_tokens, cdiv(hidden, width))](pairs.contiguous(), by_token, sums, hidden, WIDTH=width)
+    return sums
 
 
 def _plan(
@@ -42,4 +58,15 @@ def _plan(
     return TritonOrder(token_index_P, by_token), gates_P
 
 
-TRITON = Backend(relu_routing, _count, _plan, swiglu.activate, swiglu.activate_backward)
+@triton.jit
+def _sum(pairs_PH, by_token, sums_TH, hidden, WIDTH: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros([WIDTH], tl.float32)
+    for place in range(tl.load(by_token + token), tl.load(by_token + token + 1)):
+        row = tl.load(by_token + place).to(tl.int64)
+        total += tl.load(pairs_PH + row * hidden + column, mask=column < hidden, other=0.0).to(tl.float32)
+    tl.store(sums_TH + token * hidden + column, total, mask=column < hidden)
+
+
+TRITON = Backend(router.gate, router.gate_backward, plan.count_blocks, _plan, swiglu.activate, swiglu.activate_backward)

@@ -1,5 +1,10 @@
 """All-to-all dispatch for a number of experts that varies from token to token.
 
+Megatron's dispatcher would do with one change (docs/upstream.md: size the output by the routing map). It is not used
+here because the layer has counted the pairs already, to bound its memory, and Megatron's would count them again and
+make the host wait a second time in each layer. It would also sort T · E booleans, and sum each token's experts in the
+tokens' type, in bf16 with an error that grows with the number of experts, which is half of all at the start.
+
 T tokens on this rank, E experts in all, P pairs (of a token here and an expert that is active for it), H hidden size.
 """
 
@@ -7,68 +12,48 @@ from typing import Any
 
 import torch
 
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
-from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.remoe.kernels.backend import Order, backend_of
-from megatron.remoe.layer.plan import DispatchPlan, count_pairs, plan_dispatch
+from megatron.remoe.kernels.backend import choose_backend
+from megatron.remoe.kernels.interface import Order
+from megatron.remoe.layer.counting import Counts, count_pairs
 
 
 class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
-    """Megatron's all-to-all dispatcher, with a planned permutation in place of its sort.
+    """Megatron's all-to-all dispatcher, with sizes that are known before and a permutation in place of its sort.
 
-    The layer calls `permute`, Megatron's steps from `token_dispatch` to `token_combine`, and `unpermute`.
+    Attributes:
+        counts: those of the next tokens, set by the layer. Without them, the dispatcher counts itself: schedules call a
+            layer's steps one by one.
     """
 
-    def __init__(
-        self,
-        num_local_experts: int,
-        local_expert_indices: list[int],
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection,
-    ) -> None:
-        super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
-        self.backend = backend_of(config)
-        self._plan: DispatchPlan | None = None
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.backend = choose_backend(self.config)
+        self.counts: Counts | None = None
+        self._order: Order | None = None
 
-    def permute(
-        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, plan: DispatchPlan
+    def dispatch_preprocess(
+        self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sort tokens and gates by expert, and store the plan's sizes where Megatron's steps read them.
+        """Sort tokens and gates by expert, and store the sizes where Megatron's next steps read them.
 
         Args:
             hidden_states: `[sequence, batch, H]`.
-            probs_TE: `[T, E]`.
-            plan: made for these tokens.
+            routing_map: bool `[T, E]`.
+            probs: `[T, E]`.
 
         Returns:
             `[P, H]` and `[P]`.
         """
-        self.hidden_shape, self.probs = hidden_states.shape, probs_TE
-        assert isinstance(plan.counts.tokens_per_expert, torch.Tensor)
-        self.tokens_per_expert = plan.counts.tokens_per_expert
-        if (exchange := plan.counts.exchange) is not None:
-            self.input_splits, self.output_splits = exchange.sent.numpy(), exchange.received.numpy()
-            self.output_splits_tp = exchange.gathered.numpy()
-            self.num_global_tokens_per_local_expert = exchange.per_expert
+        counts, self.counts = self.counts or count_pairs(routing_map, None, self, self.backend)[0], None
+        self._order, gates_P = self.backend.plan(probs, routing_map, counts.counts_EB, counts.num_pairs)
+        self.hidden_shape, self.probs = hidden_states.shape, probs
+        self.tokens_per_expert = counts.tokens_per_expert
+        self.input_splits, self.output_splits = counts.sent.numpy(), counts.received.numpy()
+        self.output_splits_tp, self.num_global_tokens_per_local_expert = counts.gathered.numpy(), counts.per_rank
         if self.shared_experts is not None:
             self.shared_experts.pre_forward_comm(hidden_states)
-        return _Take.apply(hidden_states.view(-1, self.hidden_shape[-1]), plan.order), plan.gates_P
-
-    def unpermute(self, pairs_PH: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:
-        """Sum each token's pairs.
-
-        Args:
-            pairs_PH: `[P, H]`, the experts' outputs.
-            plan: that of `permute`.
-
-        Returns:
-            `[sequence, batch, H]`.
-        """
-        output = _Sum.apply(pairs_PH, plan.order, self.hidden_shape[:-1].numel()).view(self.hidden_shape)
-        if self.shared_experts is not None:
-            output += self.shared_experts.get_output()
-        return output
+        return _Take.apply(hidden_states.view(-1, self.hidden_shape[-1]), self._order), gates_P
 
     def dispatch_postprocess(
         self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
@@ -82,22 +67,15 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
         """Undo `dispatch_postprocess`."""
         return hidden_states if self.tp_ep_group.size() == 1 else super().combine_preprocess(hidden_states)
 
-    # Megatron's names of the first and the last step, for schedules that call a layer's steps one by one. As in its own
-    # dispatchers, the first step keeps what the last one needs.
-
-    def dispatch_preprocess(
-        self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Count, plan and call `permute`."""
-        (counts,) = count_pairs(routing_map, self, self.backend)
-        self._plan = plan_dispatch(probs, routing_map, counts, self.backend)
-        return self.permute(hidden_states, probs, self._plan)
-
     def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
-        """Call `unpermute` with the plan of `dispatch_preprocess`."""
-        plan, self._plan = self._plan, None
-        assert plan is not None
-        return self.unpermute(permutated_local_input_tokens, plan)
+        """Sum each token's pairs, `[P, H]` → `[sequence, batch, H]`."""
+        order, self._order = self._order, None
+        assert order is not None
+        num_tokens = self.hidden_shape[:-1].numel()
+        output = _Sum.apply(permutated_local_input_tokens, order, num_tokens).view(self.hidden_shape)
+        if self.shared_experts is not None:
+            output += self.shared_experts.get_output()
+        return output
 
 
 class _Take(torch.autograd.Function):

@@ -4,8 +4,6 @@ T tokens, P pairs (of a token and one of its experts), L experts on this rank, H
 (with expert tensor parallelism, this rank's part).
 """
 
-import os
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +17,10 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_exper
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
-from megatron.remoe.kernels.backend import Order, backend_of
+from megatron.remoe.kernels.backend import choose_backend
+from megatron.remoe.kernels.interface import Order
 from megatron.remoe.kernels.pytorch import SortedPairs
-from megatron.remoe.layer.grouped_swiglu import grouped_swiglu, has_grouped_kernel, sizes_refused
+from megatron.remoe.layer.grouped_swiglu import grouped_swiglu
 
 
 def takes_grouped_experts(config: TransformerConfig) -> bool:
@@ -60,7 +59,7 @@ class GroupedExperts(MegatronModule):
             pg_collection: has the groups `ep`, `expt_tp` and `expt_dp`.
         """
         super().__init__(config=config)
-        self.num_local_experts, self.backend = num_local_experts, backend_of(config)
+        self.num_local_experts, self.backend = num_local_experts, choose_backend(config)
         self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         assert config.moe_ffn_hidden_size is not None
         ffn, hidden = config.moe_ffn_hidden_size // self.tp_group.size(), config.hidden_size
@@ -110,7 +109,7 @@ class GroupedExperts(MegatronModule):
             `[P, H]`, or with an `order` each token's sum `[T, H]`; with expert tensor parallelism, this rank's
             summand. And None, for no bias.
         """
-        given = permuted_local_hidden_states, permuted_probs, *self._weights(), tokens_per_expert
+        given = permuted_local_hidden_states, permuted_probs, *self._weights(), tokens_per_expert.tolist()
         return grouped_swiglu(*given, SortedPairs() if order is None else order, self.backend), None
 
     def backward_dw(self) -> None:
@@ -191,11 +190,6 @@ class SplitExperts(GroupedExperts):
     def _weights(self) -> tuple[Any, Any]:
         return self.linear_fc1(), self.linear_fc2()
 
-    @property
-    def fc1(self) -> torch.Tensor:  # type: ignore[override]
-        """A tensor with the device, type and shape of the stacked weights."""
-        return next(self.linear_fc1.parameters()).expand(self.num_local_experts, -1, -1)
-
 
 class _Matrices(torch.nn.Module):
     """One parameter for each expert. Megatron-FSDP gathers them when this module is called."""
@@ -225,18 +219,4 @@ def build_experts(
     """Build grouped experts if the configuration allows them, otherwise call `stock`."""
     if not takes_grouped_experts(config):
         return stock(num_local_experts, config, pg_collection=pg_collection, name=name)
-    experts = kind(num_local_experts, config, pg_collection)
-    _warn_of_refused_sizes(experts.fc1)
-    return experts
-
-
-def _warn_of_refused_sizes(fc1: torch.Tensor) -> None:
-    """Warn, in one process, if the GPU's grouped kernel does not support these sizes."""
-    if fc1.dtype != torch.bfloat16 or not has_grouped_kernel(fc1.device) or os.environ.get("RANK", "0") != "0":
-        return
-    if refused := sizes_refused(fc1):
-        warnings.warn(
-            f"{', '.join(refused)}: PyTorch's kernel for all experts at once does not take that. The experts are "
-            "multiplied one by one instead: the same results, but slower.",
-            stacklevel=2,
-        )
+    return kind(num_local_experts, config, pg_collection)

@@ -4,20 +4,16 @@ T tokens, P pairs (of a token and one of its experts), E experts on this rank, H
 """
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn import functional
 
-from megatron.remoe.kernels.backend import Backend, Order
+from megatron.remoe.kernels.interface import Backend, Order
 from megatron.remoe.kernels.main_grad import add_outer, main_grad_of, mark_as_added
-from megatron.remoe.layer.fused_swiglu import FusedSwiGLU
 
 KERNEL_EXPERTS, KERNEL_MULTIPLE = 1023, 8  # maximum number of experts; a row of bf16 is a multiple of 16 bytes
 SM90, SM100 = 9, 10
-# From this number of elements on, each expert's weight gradient is a separate product that adds to Megatron's buffer.
-# This saves 4 bytes per element, which at this size take as long as a launch.
-LARGE_MATRIX = 2**21
 
 
 @cache
@@ -26,55 +22,11 @@ def _generation(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
-def has_grouped_kernel(device: torch.device) -> bool:
-    """Return whether `grouped_mm` is one kernel on this device; on others it is a loop that waits for the sizes."""
-    return _generation(device) in (SM90, SM100)
-
-
-def sizes_refused(fc1: torch.Tensor) -> list[str]:
-    """Describe the sizes in the shape `[E, 2 * F, H]` that the kernel does not support."""
-    experts, ffn, hidden = fc1.shape[0], fc1.shape[1] // 2, fc1.shape[2]
-    multiple = f"is not a multiple of {KERNEL_MULTIPLE}"
-    checks = {
-        f"hidden size {hidden} {multiple}": hidden % KERNEL_MULTIPLE,
-        f"expert FFN size {ffn} on a rank {multiple}": ffn % KERNEL_MULTIPLE,
-        f"{experts} experts on a rank are more than {KERNEL_EXPERTS}": experts > KERNEL_EXPERTS,
-    }
-    return [text for text, is_refused in checks.items() if is_refused]
-
-
 def takes_grouped_kernel(fc1: torch.Tensor) -> bool:
-    """Return whether one kernel computes all experts with these weights."""
-    return fc1.dtype == torch.bfloat16 and has_grouped_kernel(fc1.device) and not sizes_refused(fc1)
-
-
-class LateSizes(NamedTuple):
-    """The number of tokens of each expert, which the host reads after it has launched the products.
-
-    Attributes:
-        on_device: integers `[E]`.
-        on_host: a copy, valid after `arrived`.
-        arrived: None if there is nothing to wait for.
-    """
-
-    on_device: torch.Tensor
-    on_host: torch.Tensor
-    arrived: torch.cuda.Event | None
-
-    @classmethod
-    def of(cls, on_device: torch.Tensor) -> "LateSizes":
-        """Start the copy to the host."""
-        on_host, arrived = on_device.to("cpu", non_blocking=True), None
-        if on_device.is_cuda:
-            arrived = torch.cuda.Event()
-            arrived.record()
-        return cls(on_device, on_host, arrived)
-
-    def tolist(self) -> list[int]:
-        """Return the sizes once the device has counted them, without waiting for later work."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return self.on_host.tolist()
+    """Return whether `grouped_mm` is one kernel for weights `[E, 2 * F, H]`; otherwise it loops or refuses them."""
+    experts, ffn, hidden = fc1.shape[0], fc1.shape[1] // 2, fc1.shape[2]
+    takes_sizes = not (hidden % KERNEL_MULTIPLE or ffn % KERNEL_MULTIPLE or experts > KERNEL_EXPERTS)
+    return fc1.dtype == torch.bfloat16 and _generation(fc1.device) in (SM90, SM100) and takes_sizes
 
 
 def grouped_swiglu(
@@ -82,7 +34,7 @@ def grouped_swiglu(
     gates_P: torch.Tensor,
     fc1: torch.nn.Parameter | list[torch.nn.Parameter],
     fc2: torch.nn.Parameter | list[torch.nn.Parameter],
-    tokens_per_expert: torch.Tensor | LateSizes,
+    sizes: list[int],
     order: Order,
     backend: Backend,
 ) -> torch.Tensor:
@@ -93,30 +45,19 @@ def grouped_swiglu(
         gates_P: `[P]`, sorted by expert.
         fc1: `[E, 2 * F, H]`, W_left and then W_right; or a list with the matrix of each expert.
         fc2: `[E, H, F]`, W_down; or a list with the matrix of each expert.
-        tokens_per_expert: integers `[E]`. The host waits for them if they are on a GPU, except with
-            `takes_grouped_kernel`. With `LateSizes`, P is a guess of their sum.
+        sizes: the pairs of each expert.
         order: of the pairs.
-        backend: computes SwiGLU between the products, or the products too.
+        backend: computes SwiGLU between the products.
     """
-    products: OneByOne | OneKernel
     stacked = fc1[0].expand(len(fc1), -1, -1) if isinstance(fc1, list) else fc1  # only type and shape count
-    if not len(gates_P):  # grouped_mm may fail or hang without rows
-        products = OneByOne([0] * len(fc1))
-    elif takes_grouped_kernel(stacked):
-        products = OneKernel(tokens_per_expert, len(gates_P), tokens_TH.device)
-    else:
-        products = OneByOne(tokens_per_expert.tolist())
-    if backend.products is not None and isinstance(products, OneKernel) and not isinstance(fc1, list):
-        starts = functional.pad(products.ends, (1, 0))
-        return FusedSwiGLU.apply(tokens_TH, gates_P, fc1, fc2, starts, order, backend.products())
+    is_one = len(gates_P) and takes_grouped_kernel(stacked)  # without rows grouped_mm may fail or hang
+    products = OneKernel(sizes, tokens_TH.device) if is_one else OneByOne(sizes)
     weights = (*fc1, *fc2) if isinstance(fc1, list) else (fc1, fc2)
     return _GroupedSwiGLU.apply(tokens_TH, gates_P, products, order, backend, *weights)
 
 
 class OneByOne:
     """Compute a separate product for each expert; works for every device, type and size."""
-
-    end: torch.Tensor | None = None
 
     def __init__(self, sizes: list[int]) -> None:
         self.sizes = sizes  # pairs of each expert
@@ -145,20 +86,8 @@ class OneByOne:
 class OneKernel:
     """Compute the products of all experts with one `grouped_mm`, which reads their sizes on the device."""
 
-    def __init__(self, tokens_per_expert: torch.Tensor | LateSizes, num_pairs: int, device: torch.device) -> None:
-        """
-        Args:
-            tokens_per_expert: integers `[E]`, on the host or the device; not waited for.
-            num_pairs: rows of the products. The sum of `tokens_per_expert` may be lower; with `LateSizes` also higher.
-            device: of the weights.
-        """
-        late = tokens_per_expert if isinstance(tokens_per_expert, LateSizes) else None
-        counted = tokens_per_expert if isinstance(tokens_per_expert, torch.Tensor) else tokens_per_expert.on_device
-        self.ends = counted.cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
-        if late is not None:
-            self.ends.clamp_(max=num_pairs)
-        self.end = self.ends[-1:]  # later rows belong to no pair
-        self.sizes = tokens_per_expert if late is not None or not counted.is_cuda else None
+    def __init__(self, sizes: list[int], device: torch.device) -> None:
+        self.ends = torch.tensor(sizes).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
 
     def multiply(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Multiply as `OneByOne.multiply`."""
@@ -173,12 +102,8 @@ class OneKernel:
         return outers
 
     def add_outers(self, outs: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Add as `OneByOne.add_outers`, which also adds large ones if the host knows the sizes."""
-        if self.sizes is None or outs[0].numel() < LARGE_MATRIX:
-            outs.add_(self.outers(left, right))
-        else:
-            sizes = self.sizes.tolist()
-            OneByOne(sizes).add_outers(outs, left[: sum(sizes)], right[: sum(sizes)])
+        """Add as `OneByOne.add_outers`."""
+        outs.add_(self.outers(left, right))
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
@@ -203,7 +128,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         fc1, fc2 = _stacked(weights)
         hidden = products.multiply(order.take(tokens_TH), fc1.transpose(1, 2))
         ctx.save_for_backward(tokens_TH, gates_P, hidden, *order)
-        pairs_PH = products.multiply(backend.activate(hidden, gates_P, products.end), fc2.transpose(1, 2))
+        pairs_PH = products.multiply(backend.activate(hidden, gates_P), fc2.transpose(1, 2))
         return order.sum(pairs_PH, len(tokens_TH))
 
     @staticmethod
@@ -212,7 +137,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         products, order, (fc1, fc2) = ctx.products, ctx.order_type(*of_order), _stacked(ctx.weights)
         gradient_PH = order.take(gradient).contiguous()
         d_activated = products.multiply(gradient_PH, fc2)
-        activated, d_hidden, d_gates = ctx.backend.activate_backward(hidden, gates_P, d_activated, products.end)
+        activated, d_hidden, d_gates = ctx.backend.activate_backward(hidden, gates_P, d_activated)
         d_fc2 = _weight_gradient(fc2, products, gradient_PH, activated)
         d_fc1 = _weight_gradient(fc1, products, d_hidden, order.take(tokens_TH))
         d_tokens = order.sum(products.multiply(d_hidden, fc1), len(tokens_TH))
@@ -236,19 +161,3 @@ def _weight_gradient(
         return products.outers(left, right)
     products.add_outers(main_grad, left, right)
     return mark_as_added(weight)
-
-
-class SwiGLU(torch.autograd.Function):
-    """SwiGLU with gates between the products of Transformer Engine: `hidden`, `gates`, backend → `[P, F]`."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, gates_P: torch.Tensor, backend: Backend) -> torch.Tensor:
-        ctx.save_for_backward(hidden, gates_P)
-        ctx.backend = backend
-        return backend.activate(hidden, gates_P)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        # Only this function reads the second product's gradient, so it may be overwritten.
-        _, d_hidden, d_gates = ctx.backend.activate_backward(*ctx.saved_tensors, gradient)
-        return d_hidden, d_gates, None

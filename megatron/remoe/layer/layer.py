@@ -2,7 +2,7 @@
 
 T tokens (sequence x batch), E experts, P pairs (a token and an expert that is active for it), H hidden size.
 
-    forward → _forward: route → count → for each chunk of tokens: plan → dispatch → experts → combine
+    forward → _forward: route → count → for each chunk of tokens: run the experts (ways.py)
 
 At the target sparsity there is one chunk.
 """
@@ -20,13 +20,12 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules, te_checkpoint
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.moe.token_dispatcher import _DeepepManager
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.remoe.kernels.backend import backend_of
+from megatron.remoe.kernels.backend import choose_backend
+from megatron.remoe.layer.counting import Counts, count_pairs
 from megatron.remoe.layer.dispatcher import PlannedAlltoAllDispatcher
 from megatron.remoe.layer.experts import GroupedExperts
-from megatron.remoe.layer.grouped_swiglu import takes_grouped_kernel
-from megatron.remoe.layer.plan import Counts, Guess, count_known, count_later, count_pairs, plan_dispatch
+from megatron.remoe.layer.ways import ByExchange, ByMegatron, InPlace, Way
 
 
 class ReMoELayer(MoELayer):
@@ -37,6 +36,7 @@ class ReMoELayer(MoELayer):
 
     Attributes:
         pairs_limit: this bound in pairs per token; 0 for none.
+        way: runs the experts.
     """
 
     def __init__(
@@ -50,41 +50,23 @@ class ReMoELayer(MoELayer):
     ) -> None:
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
-        self.backend = backend_of(config)
-        is_topk = type(self.router) is TopKRouter
-        self.pairs_limit = 0.0 if is_topk else _pairs_limit(config)
-        self._most, self._pair_multiple = 0, 1
-        self._guess: Guess | None = None
-        self._run_experts = self._by_exchange if takes_plans(config) else self._by_megatron
-        if takes_plans(config):
-            self.token_dispatcher = PlannedAlltoAllDispatcher(
-                self.num_local_experts, self.local_expert_indices, config, pg_collection
-            )
-            if self.shared_expert_overlap:
-                self.token_dispatcher.set_shared_experts(self.shared_experts)
-        is_alone = self.token_dispatcher.tp_ep_group.size() == 1
-        if takes_plans(config) and is_alone and isinstance(self.experts, GroupedExperts):
-            self._most = _known_most(config, self.experts.fc1, is_topk, self.pairs_limit)
-            if not self.shared_expert_overlap:
-                self._run_experts = self._in_place
-                if takes_grouped_kernel(self.experts.fc1):
-                    self._pair_multiple = self.backend.pair_multiple
-                    if getattr(config, "moe_relu_launch_ahead", False) and not (is_topk or self._most):
-                        self._guess = Guess(config.moe_router_topk, self.pairs_limit)
-        manager = getattr(self.token_dispatcher, "_comm_manager", None)
-        if isinstance(manager, _DeepepManager) and not is_topk:
-            # One slot for each expert that a token can have. With any capacity factor, gates of 0 are not sent.
-            slots = getattr(config, "moe_relu_max_experts", None) or config.num_moe_experts
-            manager.router_topk = slots * self.token_dispatcher.tp_size
-            manager.capacity_factor = 1.0
+        self.backend = choose_backend(config)
+        self.pairs_limit = 0.0 if type(self.router) is TopKRouter else _pairs_limit(config)
+        self.way = self._choose_way(config, pg_collection)
         is_fused = config.use_transformer_engine_op_fuser  # recomputes without freeing
         self._frees_activations = getattr(self.experts, "activation_recompute", False) and not is_fused
         _prepare_experts(self.experts)
 
-    @property
-    def waits(self) -> bool:
-        """Whether the host reads the number of pairs from the device; a CUDA graph does not allow it."""
-        return not self._most
+    def _choose_way(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> Way:
+        if not takes_plans(config):
+            return ByMegatron(self)
+        self.token_dispatcher = PlannedAlltoAllDispatcher(
+            self.num_local_experts, self.local_expert_indices, config, pg_collection
+        )
+        if self.shared_expert_overlap:
+            self.token_dispatcher.set_shared_experts(self.shared_experts)
+        is_alone = self.token_dispatcher.tp_ep_group.size() == 1 and not self.shared_expert_overlap
+        return InPlace(self) if is_alone and isinstance(self.experts, GroupedExperts) else ByExchange(self)
 
     def forward(
         self,
@@ -107,8 +89,8 @@ class ReMoELayer(MoELayer):
         Raises:
             ValueError: in training with tensor parallelism and without sequence parallelism.
         """
-        in_graphs = intermediate_tensors is not None or self.config.cuda_graph_impl not in ("none", "full_iteration")
-        if not self.pairs_limit and (in_graphs or self._run_experts == self._by_megatron):
+        in_graphs = intermediate_tensors is not None or self.config.cuda_graph_impl != "none"
+        if not self.pairs_limit and (in_graphs or type(self.way) is ByMegatron):
             return super().forward(hidden_states, intermediate_tensors, padding_mask, **for_router)
         if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
             raise ValueError("MoE layers with tensor parallelism need sequence parallelism to train.")
@@ -127,39 +109,14 @@ class ReMoELayer(MoELayer):
     ) -> torch.Tensor:
         shared_expert_output = self.shared_experts_compute(hidden_states)
         probs_TE, map_TE = self.route(hidden_states, padding_mask, **for_router)
-        output = self._run_ahead(hidden_states, probs_TE, map_TE)
-        if output is None:
-            output = self._run_counted(hidden_states, probs_TE, map_TE)
-        return output if shared_expert_output is None else output + shared_expert_output
-
-    def _run_ahead(
-        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Launch the experts for a guessed number of pairs, and read the true number while they run.
-
-        Returns:
-            `[sequence, batch, H]`; None without a guess, or if it was too low.
-        """
-        if self._guess is None or not (num_pairs := self._guess.pairs(len(map_TE))):
-            return None
-        counts = count_later(map_TE, self.backend, num_pairs)
-        output = self._in_place(hidden_states, probs_TE, map_TE, counts)
-        found = sum(counts.tokens_per_expert.tolist())
-        self._guess.learn(found, len(map_TE))
-        return output if found <= num_pairs else None
-
-    def _run_counted(self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor) -> torch.Tensor:
-        """Count the pairs, unless there is room for the maximum, and run the experts; above the limit, in chunks."""
-        if self._most:
-            counts = count_known(map_TE, self.backend, self._most)
-        else:
-            counts = count_pairs(map_TE, self.token_dispatcher, self.backend, self.pairs_limit)
-        if self._guess is not None:
-            self._guess.learn(sum(count.num_pairs for count in counts), len(map_TE))
+        counts_EB = getattr(self.router, "counts_EB", None)
+        counts = count_pairs(map_TE, counts_EB, self.token_dispatcher, self.backend, self.pairs_limit)
         if len(counts) == 1:
             self._free_activations(True)
-            return self._run_experts(hidden_states, probs_TE, map_TE, counts[0])
-        return self._run_chunks(hidden_states, probs_TE, map_TE, counts)
+            output = self.way.run(hidden_states, probs_TE, map_TE, counts[0])
+        else:
+            output = self._run_chunks(hidden_states, probs_TE, map_TE, counts)
+        return output if shared_expert_output is None else output + shared_expert_output
 
     def _run_chunks(
         self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: list[Counts]
@@ -168,7 +125,7 @@ class ReMoELayer(MoELayer):
 
         def run_chunk(tokens: torch.Tensor, *chunk: Any) -> torch.Tensor:
             self._free_activations(False)  # the checkpoint saves them
-            return self._run_experts(_OwnGradient.apply(tokens), *chunk)
+            return self.way.run(_OwnGradient.apply(tokens), *chunk)
 
         run = partial(
             checkpoint,
@@ -189,34 +146,6 @@ class ReMoELayer(MoELayer):
         """Turn --recompute-modules moe_act on or off if the user gave it."""
         if self._frees_activations:
             self.experts.activation_recompute = frees
-
-    # Three ways to run the experts, `[sequence, batch, H]` → the same shape. `__init__` chooses one.
-
-    def _in_place(
-        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
-    ) -> torch.Tensor:
-        """Run the experts without sending tokens: this rank has all experts."""
-        plan = plan_dispatch(probs_TE, map_TE, counts, self.backend, self._pair_multiple)
-        tokens_TH = hidden_states.view(-1, hidden_states.shape[-1])
-        output, _ = self.experts(tokens_TH, counts.tokens_per_expert, plan.gates_P, plan.order)
-        return output.view_as(hidden_states)
-
-    def _by_exchange(
-        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
-    ) -> torch.Tensor:
-        """Send the pairs to the ranks of their experts and back, as planned."""
-        plan = plan_dispatch(probs_TE, map_TE, counts, self.backend)
-        pairs_PH, gates_P = self.token_dispatcher.permute(hidden_states, probs_TE, plan)
-        output, _ = self.routed_experts_compute(*self.dispatch(pairs_PH, gates_P))
-        return self.token_dispatcher.unpermute(self.combine(output), plan)
-
-    def _by_megatron(
-        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
-    ) -> torch.Tensor:
-        """Send the pairs with Megatron's dispatcher, which does its own counting."""
-        pairs_PH, gates_P = self.preprocess(hidden_states, probs_TE, map_TE)
-        output, _ = self.routed_experts_compute(*self.dispatch(pairs_PH, gates_P))
-        return self.postprocess(self.combine(output), None)
 
 
 def _prepare_experts(experts: torch.nn.Module) -> None:
@@ -269,15 +198,6 @@ def takes_plans(config: TransformerConfig) -> bool:
     return config.moe_token_dispatcher_type == "alltoall" and not (
         changes or is_captured or config.moe_pad_expert_input_to_capacity
     )
-
-
-def _known_most(config: TransformerConfig, fc1: torch.Tensor, is_topk: bool, limit: float) -> int:
-    """Return the experts per token for which a layer with all experts has room; 0 if it counts them instead."""
-    if is_topk:
-        drops, waits = config.moe_expert_capacity_factor is not None, fc1.is_cuda and not takes_grouped_kernel(fc1)
-        return 0 if drops or waits else config.moe_router_topk
-    is_captured = config.cuda_graph_impl == "full_iteration" and takes_grouped_kernel(fc1) and not limit
-    return (getattr(config, "moe_relu_max_experts", None) or 0) if is_captured else 0
 
 
 def _pairs_limit(config: TransformerConfig) -> float:

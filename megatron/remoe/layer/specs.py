@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
@@ -18,7 +18,6 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.remoe.layer.engine_experts import EngineExperts
 from megatron.remoe.layer.experts import GroupedExperts, build_experts
 from megatron.remoe.layer.layer import ReMoELayer
 from megatron.remoe.routing.router import ReLURouter
@@ -75,9 +74,9 @@ def with_fused_layers(spec: Any, experts: type[GroupedExperts] = GroupedExperts)
     return _replaced(spec, {DotProductAttention: FusedDotProductAttention, MoELayer: ReMoELayer, SequentialMLP: build})
 
 
-def with_engine_kernels(spec: Any) -> Any:
-    """Return a copy of `spec` whose MoE layers and Transformer Engine experts take `--moe-kernels`."""
-    return _replaced(spec, {MoELayer: ReMoELayer, TEGroupedMLP: EngineExperts})
+def with_planned_dispatch(spec: Any) -> Any:
+    """Return a copy of `spec` whose MoE layers take `--moe-kernels`; routers and experts stay."""
+    return _replaced(spec, {MoELayer: ReMoELayer})
 
 
 def _replaced(spec: Any, classes: dict[Any, Any], router: type[TopKRouter] | None = None) -> Any:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from megatron.remoe.routing.problems import relu_routing_problems
+from megatron.remoe.routing.refusals import relu_routing_problems
 
 
 @dataclass
@@ -29,30 +29,9 @@ class ReMoEConfig(TransformerConfig):
     """Factor by which the coefficient grows or shrinks once per step (default %(default)s). A larger one settles sooner
     and swings more."""
 
-    moe_relu_l1_reg_start_power: int = 1
-    """Shorten the dense start: change the coefficient by this power of the factor per step until the sparsity first
-    reaches its target (e.g. 3; default %(default)s: as later)."""
-
-    moe_relu_l1_reg_start_setback: int = 0
-    """With --moe-relu-l1-reg-start-power: divide the coefficient by the factor this many times when the sparsity first
-    reaches its target, which it overshoots otherwise (default %(default)s)."""
-
-    moe_relu_l1_reg_coeff_min: float = 0.0
-    """Lower bound of the coefficient (e.g. 1e-9; default %(default)s: none)."""
-
-    moe_relu_l1_reg_coeff_max: float = 0.0
-    """Upper bound of the coefficient (default %(default)s: none)."""
-
     moe_relu_l1_reg_load_balancing: bool = True
     """Weigh each expert's gates in the L1 term by its share of the tokens, which balances the load (default); otherwise
     all alike (f_e = 1, the paper's equation 9)."""
-
-    moe_relu_start_topk: int | None = None
-    """Move the target: it starts at this many experts per token, and reaches topk after --moe-relu-start-steps. For a
-    converted model that should need fewer experts than its source (default: the target is topk from the start)."""
-
-    moe_relu_start_steps: int = 0
-    """Optimizer steps in which the target moves in a straight line from --moe-relu-start-topk to topk (e.g. 1000)."""
 
     moe_relu_layer_floor: float = 1e-3
     """Keep layers alive: a layer with fewer active experts per token than this share of topk is freed from the L1 term,
@@ -63,30 +42,17 @@ class ReMoEConfig(TransformerConfig):
     and sparsity count all positive gates. Bounds FLOPs, memory and traffic of the dense start (recommended: 4 times
     topk, from 32 times topk experts on)."""
 
-    moe_relu_sparse_start: bool = False
-    """Start at the target sparsity: the router gets a bias for each expert that lets it take a share of topk/experts of
-    the tokens at first. Choose a larger --moe-relu-l1-reg-coeff-init with it, such as 1e-3."""
-
     moe_relu_activation_limit: float = 2.0
     """Limit memory while routing is dense: a layer holds the activations of at most this many times topk experts per
     token; above, it works in chunks that the backward pass computes again (default %(default)s; 0: no limit). Exact."""
-
-    moe_relu_launch_ahead: bool = False
-    """Launch a layer's experts before the host knows how many pairs there are, with room for slightly more than before,
-    and read the number while they run. If there are more, the layer runs again. Exact. Needs --moe-kernels triton and
-    all experts on each rank; has no effect where the GPU has no kernel for all experts at once."""
-
-    moe_relu_router_bias: bool = False
-    """Give the ReLU router a bias, as other linear layers have; neither the paper nor its code does."""
 
     moe_granularity: int = 1
     """Split every expert into this many smaller ones: multiplies experts and topk, divides the experts' hidden size;
     FLOPs and target sparsity stay (default %(default)s). For ReLU and top-k routing."""
 
-    moe_kernels: Literal["torch", "triton", "quack"] = "torch"
+    moe_kernels: Literal["torch", "triton"] = "torch"
     """Backend of router, dispatch and activation, for ReLU and top-k routing: PyTorch's operations, or this project's
-    Triton kernels, or these with QuACK's products of experts, which gather tokens and compute SwiGLU too. Kernels need
-    a GPU and have not been run on one yet (default %(default)s)."""
+    Triton kernels, which need a GPU and have not been run on one yet (default %(default)s)."""
 
     moe_warmup_topk: int | None = None
     """Near-dense warm-up of top-k routing, as in the paper's comparison: experts per token in the first steps (e.g. 6
@@ -95,24 +61,10 @@ class ReMoEConfig(TransformerConfig):
     moe_warmup_steps: int = 0
     """Optimizer steps of the near-dense warm-up (e.g. 100)."""
 
-    moe_baseline_router: (
-        Literal[
-            "hash",
-            "expert_choice",
-            "random",
-            "expert_threshold",
-            "top_p",
-            "null_experts",
-            "sequence_topk",
-            "routing_free",
-        ]
-        | None
-    ) = None
+    moe_baseline_router: Literal["hash", "expert_choice", "random", "expert_threshold", "top_p"] | None = None
     """Replace top-k by another router: by the token's id (hash), experts that choose tokens and see the future of their
     sequence (expert_choice), at random, or with a number of experts that varies around topk: by a threshold of each
-    expert (expert_threshold, arXiv 2603.11535), by a probability to reach (top_p, arXiv 2512.13996), with experts that
-    compute nothing (null_experts, arXiv 2406.13233), shared by a sequence (sequence_topk, arXiv 2511.06494), or by a
-    score of each expert (routing_free, arXiv 2604.00801)."""
+    expert (expert_threshold, arXiv 2603.11535), or by a probability to reach (top_p, arXiv 2512.13996)."""
 
     def __post_init__(self) -> None:
         problems = relu_routing_problems(self)
@@ -131,17 +83,6 @@ class ReMoEConfig(TransformerConfig):
         """The share of inactive (token, expert) pairs to reach: 1 - k/E (paper section 3.3)."""
         assert self.num_moe_experts is not None
         return 1.0 - self.moe_router_topk / self.num_moe_experts
-
-    def target_topk(self, step: int) -> float:
-        """Return the number of experts per token that an optimizer step aims at.
-
-        Args:
-            step: optimizer steps before this one, including those before a checkpoint.
-        """
-        start, steps = self.moe_relu_start_topk, self.moe_relu_start_steps
-        if start is None or step >= steps:
-            return self.moe_router_topk
-        return start + (self.moe_router_topk - start) * step / steps
 
 
 @dataclass

@@ -6,19 +6,19 @@ After every optimizer step, with k experts per token as the target and α slight
     S      = 1 - active pairs / (tokens · E)      over all MoE layers and the global batch
     λ      ← λ · α^sign(target - S)
 
-The routers keep λ = λ₀ · α^n as the integer n, so the update adds -1, 0 or 1 to n. Until S first reaches the target it
-may add more (`moe_relu_l1_reg_start_power`).
+The routers keep λ = λ₀ · α^n as the integer n, so the update adds -1, 0 or 1 to n.
 """
 
-import math
+import itertools
 from collections.abc import Iterable
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.counts import RoutingSummary, StepSums
-from megatron.remoe.routing.layers import layer_numbers, norm_weights
 from megatron.remoe.routing.router import ReLURouter
 
 
@@ -41,31 +41,25 @@ class SparsityController:
         self.routers = [module for module in modules if isinstance(module, ReLURouter)]
         self.device = torch.device(torch.cuda.current_device())
         self._numbers = layer_numbers(self.routers, modules, config.num_layers)
-        self._num_layers = max([config.num_layers, *self._numbers])
-        if config.mtp_num_layers:  # one pipeline stage has these layers, and the others cannot count them
-            self._num_layers = _largest_of_ranks(self._num_layers, self.device)
-        # A router that is off for all tokens has no gradient, but the norms of every layer have one.
-        self._watched = [*norm_weights(modules), *(router.weight for router in self.routers)]
-        self._bounds = exponent_bounds(config)
+        # A depth of multi-token prediction has at most as many layers as the decoder; rows without a router stay 0.
+        self._num_layers = config.num_layers * (1 + (config.mtp_num_layers or 0))
+        # A router that is off for all tokens has no gradient, but the vectors of every layer, its norms' weights, have.
+        vectors = [weight for module in modules for weight in module.parameters(recurse=False) if weight.dim() == 1]
+        self._watched = [*vectors, *(router.weight for router in self.routers)]
         self._last: StepSums | None = None
-        self._target_topk: float = config.moe_router_topk  # k of the last step's target
         # Computed pairs and tokens of each layer over all steps.
         self.running_sums = torch.zeros(2, self._num_layers, dtype=torch.float64, device=self.device)
 
     @torch.no_grad()
-    def update(self, step: int = 0) -> None:
+    def update(self) -> None:
         """Add up the counts of all ranks, move λ one step towards the target, guard dying layers, and reset the counts.
 
         Call it once per optimizer step on every rank, after the backward passes.
-
-        Args:
-            step: optimizer steps before this one, including those before a checkpoint; for a target that moves.
         """
         self._last = sums = self._collect()
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             # Every rank counted other tokens, or other layers, in every layout.
             torch.distributed.all_reduce(sums.buffer)
-        self._target_topk = self.config.target_topk(step)
         topk, active, tokens = self.config.moe_router_topk, sums.counts.active, sums.counts["tokens"]
         computed = active - sums.counts["left_out"] if self.config.moe_relu_max_experts else active
         torch._foreach_add_([*self.running_sums.unbind()], [computed, tokens])
@@ -74,8 +68,8 @@ class SparsityController:
         # Megatron skips a step that is not finite, or ends the training: such a step moves nothing here either.
         finite = torch.isfinite(sums.buffer).all()
         # target - S has the sign of active - k · tokens, which is exact in whole numbers.
-        direction = torch.where(finite, torch.sign((active - self._target_topk * tokens).sum()), 0.0)
-        exponent = self._moved(direction.to(torch.int64), finite)
+        direction = torch.where(finite, torch.sign((active - topk * tokens).sum()), 0.0)
+        exponent = self.routers[0].l1_exponent + direction.to(torch.int64)
         dying = active < self.config.moe_relu_layer_floor * topk * tokens
         guarded = torch.where(finite, dying, sums.guarded > 0).to(torch.int64).unbind()
         # One launch for all routers.
@@ -83,23 +77,6 @@ class SparsityController:
             [*(router.l1_exponent for router in self.routers), *(router.guarded for router in self.routers)],
             [exponent] * len(self.routers) + [guarded[number - 1] for number in self._numbers],
         )
-
-    def _moved(self, direction: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
-        """Return the exponent n of the next step, which is the same on all ranks.
-
-        Args:
-            direction: int64 scalar, the sign of target - S.
-            finite: bool scalar, False for a step that moves nothing.
-        """
-        first, step = self.routers[0], direction
-        if first.reached is not None:
-            reached = first.reached | (finite & (direction <= 0))
-            at_first = reached - first.reached
-            step = torch.where(reached > 0, direction, direction * self.config.moe_relu_l1_reg_start_power)
-            step = step - at_first * self.config.moe_relu_l1_reg_start_setback
-            torch._foreach_copy_([router.reached for router in self.routers], [reached] * len(self.routers))
-        exponent = first.l1_exponent + step
-        return exponent.clamp(*self._bounds) if any(bound is not None for bound in self._bounds) else exponent
 
     def _collect(self) -> StepSums:
         """Return this rank's counts and state, 0 for layers without a router here, and reset the routers' counts."""
@@ -138,7 +115,7 @@ class SparsityController:
         if self._last is None:
             return None
         sums = StepSums.of(self._last.buffer.cpu(), self._num_layers)
-        return RoutingSummary.of(sums, self._target_topk, self.config)
+        return RoutingSummary.of(sums, self.config)
 
 
 def _reduced_gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
@@ -148,23 +125,18 @@ def _reduced_gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
-def exponent_bounds(config: ReMoEConfig) -> tuple[int | None, int | None]:
-    """Return the smallest and the largest exponent n within the bounds of λ; None where there is no bound."""
+def layer_numbers(routers: Iterable[TopKRouter], modules: Iterable[torch.nn.Module], num_layers: int) -> list[int]:
+    """Return each router's layer number, from 1.
 
-    def exponent_of(coefficient: float) -> float:
-        steps = math.log(coefficient / config.moe_relu_l1_reg_coeff_init)
-        return round(steps / math.log(config.moe_relu_l1_reg_coeff_multiplier), 9)  # a power of α keeps its exponent
+    Layers of multi-token prediction, which Megatron numbers from 1 again, follow the decoder's.
 
-    lowest, highest = config.moe_relu_l1_reg_coeff_min, config.moe_relu_l1_reg_coeff_max
-    return (
-        math.ceil(exponent_of(lowest)) if lowest else None,
-        math.floor(exponent_of(highest)) if highest else None,
-    )
-
-
-def _largest_of_ranks(number: int, device: torch.device) -> int:
-    """Return the largest of all ranks' numbers; waits for the device."""
-    largest = torch.tensor(number, device=device)
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-    return int(largest)
+    Args:
+        routers: in the model's order.
+        modules: the whole model on this rank.
+        num_layers: layers of the decoder.
+    """
+    blocks = [module for module in modules if isinstance(module, MultiTokenPredictionBlock)]
+    # In a hybrid model, routers do not know that they belong to multi-token prediction.
+    predicting = {id(module) for block in blocks for module in block.modules()}
+    after = itertools.count(num_layers + 1)
+    return [next(after) if id(router) in predicting else router.layer_number for router in routers]

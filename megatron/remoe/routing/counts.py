@@ -41,6 +41,12 @@ class RoutingCounts:
             return self.table[..., : -len(COLUMNS)]
         return self.table[..., COLUMNS.index(name) - len(COLUMNS)]
 
+    def add(self, tokens: torch.Tensor, l1_loss: torch.Tensor, micro_batches: float) -> None:
+        """Add to a row: integers `[E + 1]`, the tokens of each expert and all tokens; L_reg, one element; a share."""
+        self.table[: len(tokens)] += tokens
+        self["l1_loss"].add_(l1_loss.squeeze())
+        self["micro_batches"].add_(micro_batches)
+
     @property
     def active(self) -> torch.Tensor:
         """Active (token, expert) pairs, `[...]`."""
@@ -82,36 +88,36 @@ class StepSums:
 
 @dataclass(frozen=True)
 class RoutingSummary:
-    """Figures of all routers of the job, on the host; of one optimizer step.
+    """Figures of all routers of the job in one optimizer step, on the host, under their names in SAVE/metrics.jsonl.
 
     Layers are numbered from 1: the decoder's, then those of multi-token prediction.
 
     Attributes:
         sparsity: S, share of inactive (token, expert) pairs over all MoE layers, 0 to 1.
-        target_sparsity: 1 - k/E, with the k that the step aimed at.
+        target_sparsity: 1 - k/E.
         l1_coefficient: the λ that was in force during the step.
         l1_loss: L_reg summed over layers, mean over micro-batches (without λ).
-        layer_l1_loss: layer → its L_reg.
-        layer_sparsity: layer → its sparsity.
-        lowest_layer_sparsity, highest_layer_sparsity: of these; 1 without layers.
-        expert_load: layer → share of its tokens that each expert got, `num_experts` values.
+        lowest_layer_sparsity, highest_layer_sparsity: of the layers; 1 without layers.
         guarded_layers: layers that were freed from L1 and pushed up, because they were almost off before.
+        layer_sparsity: layer → its sparsity, to 6 decimals.
+        layer_l1_loss: layer → its L_reg, to 6 digits.
+        tokens_per_expert: layer → share of its tokens that each expert got, `num_experts` values to 5 decimals.
     """
 
     sparsity: float
     target_sparsity: float
     l1_coefficient: float
     l1_loss: float
-    layer_l1_loss: dict[int, float]
-    layer_sparsity: dict[int, float]
     lowest_layer_sparsity: float
     highest_layer_sparsity: float
-    expert_load: dict[int, list[float]]
     guarded_layers: list[int]
+    layer_sparsity: dict[int, float]
+    layer_l1_loss: dict[int, float]
+    tokens_per_expert: dict[int, list[float]]
 
     @classmethod
-    def of(cls, sums: StepSums, topk: float, config: ReMoEConfig) -> "RoutingSummary":
-        """Return the figures of a step's sums, which are on the host, and of its target k."""
+    def of(cls, sums: StepSums, config: ReMoEConfig) -> "RoutingSummary":
+        """Return the figures of a step's sums, which are on the host."""
         numbered = {number: RoutingCounts(row) for number, row in enumerate(sums.counts.table, start=1)}
         layers = {number: row for number, row in numbered.items() if row["tokens"] > 0}
         l1_losses = {number: (row["l1_loss"] / row["micro_batches"]).item() for number, row in layers.items()}
@@ -119,15 +125,16 @@ class RoutingSummary:
         assert experts is not None
         pairs = sums.counts["tokens"].sum().item() * experts
         sparsities = {n: 1.0 - (row.active / (row["tokens"] * experts)).item() for n, row in layers.items()}
+        shares = {number: (row["tokens_per_expert"] / row["tokens"]).tolist() for number, row in layers.items()}
         return cls(
             sparsity=1.0 - sums.counts.active.sum().item() / pairs if pairs else 1.0,
-            target_sparsity=1.0 - topk / experts,
+            target_sparsity=config.target_sparsity,
             l1_coefficient=config.moe_relu_l1_reg_coeff_init * config.moe_relu_l1_reg_coeff_multiplier**exponent,
             l1_loss=sum(l1_losses.values()),
-            layer_l1_loss=l1_losses,
-            layer_sparsity=sparsities,
             lowest_layer_sparsity=min(sparsities.values(), default=1.0),
             highest_layer_sparsity=max(sparsities.values(), default=1.0),
-            expert_load={n: (row["tokens_per_expert"] / row["tokens"]).tolist() for n, row in layers.items()},
             guarded_layers=[number for number in layers if sums.guarded[number - 1] > 0],
+            layer_sparsity={number: round(sparsity, 6) for number, sparsity in sparsities.items()},
+            layer_l1_loss={number: float(f"{loss:.6g}") for number, loss in l1_losses.items()},
+            tokens_per_expert={number: [round(share, 5) for share in row] for number, row in shares.items()},
         )

@@ -1,11 +1,12 @@
-"""The settings of Megatron that ReLU routing, a warm-up and baseline routers refuse, as one table.
+"""Settings that cannot be used with ReLU routing, a near-dense warm-up or a baseline router.
 
-Most assume exactly k experts per token, drop or add token-expert pairs, or would be ignored silently. The attribute
-names are those of Megatron's parsed arguments, which its `TransformerConfig` shares, so the table serves the
-command line and the library.
+Most assume exactly k experts per token, drop or add token-expert pairs, or would be ignored silently. What Megatron
+itself refuses is not repeated: `--moe-paged-stash`, for example, needs a capacity factor. Attributes have the names of
+Megatron's parsed arguments, which its `TransformerConfig` shares, so the tables serve the command line and the library.
+Comments name the code of megatron-core 0.19.2 behind a reason.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +20,12 @@ class Refusal:
     Attributes:
         name: attribute that holds the setting; the flag is derived from it.
         reason: what would go wrong.
-        where: file and function of megatron-core 0.19.2 that show it.
         remedy: what to do instead.
         refused: whether a value of the attribute, other than None, is refused.
     """
 
     name: str
     reason: str
-    where: str
     remedy: str = "Leave it out"
     refused: Callable[[Any], bool] = bool
 
@@ -38,13 +37,9 @@ class Refusal:
         return f"{flag(self.name)} {shown(value)} cannot be used with {given}: {self.reason}. {self.remedy}."
 
 
-WITHOUT_FLAG = "moe_router_topk_limited_devices"
-SPELLED = {"fp8": "--fp8-format", "fp4": "--fp4-format", WITHOUT_FLAG: WITHOUT_FLAG}
-
-
 def flag(name: str) -> str:
-    """Return Megatron's spelling of an attribute on the command line, or the name of a field without a flag."""
-    return SPELLED.get(name, "--" + name.replace("_", "-"))
+    """Return Megatron's spelling of an attribute on the command line."""
+    return {"fp8": "--fp8-format", "fp4": "--fp4-format"}.get(name, "--" + name.replace("_", "-"))
 
 
 def shown(value: Any) -> str:
@@ -56,129 +51,211 @@ def shown(value: Any) -> str:
     return str(getattr(value, "name", value))
 
 
+def as_list(value: Any) -> list[Any]:
+    """Return a list or tuple as a list, and any other value as a list with this value."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 def _given(_value: Any) -> bool:
     return True
 
 
-def as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-ADDS_PAIRS = "it adds token-expert pairs that were not routed"
-BALANCED = "The L1 term balances the load: leave it out"
-DROPLESS = "Leave it out: ReMoE is dropless"
-DROPS = "it drops or pads tokens"
-IGNORED = "it acts on top-k only"
-OTHER_CLASS = "Megatron replaces the configuration class for it"
-TOPK_SPEC = "its router and dispatcher compute top-k"
-UNTESTED_STATE = "it needs GPUs, and was never run with the router's state"
-
-CONFIG = "core/transformer/transformer_config.py: TransformerConfig"
-DISPATCHERS = "core/transformer/moe/token_dispatcher.py"
-EXPERTS = "core/transformer/moe/experts.py: TEGroupedMLP"
-INFERENCE_SPEC = "core/models/gpt/moe_module_specs.py: get_inference_optimized_moe_spec"
-MOE_LAYER = "core/transformer/moe/moe_layer.py: MoELayer.forward"
-MOE_UTILS = "core/transformer/moe/moe_utils.py"
-ROUTING = "core/transformer/moe/router.py: TopKRouter.routing"
-WRAPPING = "training/models/dist_utils.py"
-SETTINGS = "training/argument_utils.py: core_transformer_config_from_args"
+DROPS, DROPLESS = "it drops or pads tokens", "Leave it out: routing is dropless"
+IGNORED = "it acts on top-k only"  # router.py: TopKRouter.routing
 
 REFUSALS: tuple[Refusal, ...] = (
-    Refusal("moe_expert_capacity_factor", DROPS, f"{MOE_UTILS}: apply_router_token_dropping", DROPLESS, _given),
-    Refusal(
-        "moe_pad_expert_input_to_capacity", DROPS, f"{DISPATCHERS}: MoEAlltoAllTokenDispatcher.preprocess", DROPLESS
-    ),
-    Refusal(
-        "moe_pad_experts_for_cuda_graph_inference",
-        DROPS,
-        "core/inference/utils.py: set_decode_expert_padding",
-        DROPLESS,
-    ),
-    Refusal(
-        "moe_expert_rank_capacity_factor", DROPS, f"{DISPATCHERS}: _HybridEPManager.setup_metadata", DROPLESS, _given
-    ),
-    Refusal("moe_paged_stash", "its buffers are sized for k experts per token", f"{EXPERTS}._fused_forward"),
-    Refusal(
-        "moe_permute_fusion",
-        "Transformer Engine's permutation fails if a layer routes no token",
-        f"{MOE_UTILS}: permute",
-        "Leave it out: tokens are not sorted, so there is nothing to fuse",
-    ),
-    Refusal(
-        "moe_enable_routing_replay",
-        "replay records k experts per token",
-        f"{MOE_UTILS}: topk_routing_with_score_function",
-    ),
-    Refusal(
-        "moe_routing_trace_path",
-        "it records exactly k experts per token",
-        "core/transformer/moe/router_trace.py: RouterTracer._record",
-        refused=_given,
-    ),
+    # moe_utils.py: apply_router_token_dropping, pad_routing_map; token_dispatcher.py: _HybridEPManager.setup_metadata
+    Refusal("moe_expert_capacity_factor", DROPS, DROPLESS, _given),
+    Refusal("moe_expert_rank_capacity_factor", DROPS, DROPLESS, _given),
+    Refusal("moe_router_padding_for_quantization", "it adds token-expert pairs that were not routed"),
+    # moe_utils.py: permute
+    Refusal("moe_permute_fusion", "Transformer Engine's permutation fails if a layer routes no token"),
+    # moe_utils.py: topk_routing_with_score_function; router_trace.py: RouterTracer._record
+    Refusal("moe_enable_routing_replay", "replay records k experts per token"),
+    Refusal("moe_routing_trace_path", "it records exactly k experts per token", refused=_given),
+    # experts.py: TEGroupedMLP.forward
     Refusal(
         "moe_apply_probs_on_input",
         "it assumes one expert per token",
-        f"{EXPERTS}.forward",
         "Leave it out: the gate scales the expert's output",
     ),
-    Refusal("moe_router_padding_for_quantization", ADDS_PAIRS, f"{MOE_UTILS}: pad_routing_map"),
-    Refusal("moe_aux_loss_coeff", IGNORED, ROUTING, BALANCED, lambda value: any(as_list(value))),
-    Refusal("moe_router_enable_expert_bias", IGNORED, ROUTING, BALANCED),
+    Refusal("moe_aux_loss_coeff", IGNORED, refused=lambda value: any(as_list(value))),
     Refusal(
         "moe_router_load_balancing_type",
         IGNORED,
-        ROUTING,
-        "The L1 term balances the load: use --moe-router-load-balancing-type none or leave it out",
+        "Use --moe-router-load-balancing-type none or leave it out",
         lambda value: not set(as_list(value)) <= {"none", "aux_loss"},
     ),
+    Refusal("moe_router_score_function", IGNORED, refused=lambda value: value != "softmax"),
+    Refusal("moe_router_topk_scaling_factor", IGNORED, refused=_given),
+    Refusal("moe_router_num_groups", IGNORED, refused=_given),
+    Refusal("moe_router_fusion", "the fused kernel computes top-k"),
+    # moe_utils.py: apply_biased_logits, apply_random_logits
+    Refusal("moe_router_force_biased", "its random bias changes the number of experts", refused=_given),
+    Refusal("moe_router_force_load_balancing", "random logits do not activate k experts"),
+    # upcycling_utils.py: _convert_to_moe_state_dict
+    Refusal("moe_use_upcycling", "it scales the experts for a softmax", "Use remoe convert, which fits the gates"),
+    Refusal("moe_latent_size", "the planned dispatch does not project to the latent size", refused=_given),
+    # training/models/dist_utils.py: _ddp_wrap, to_empty_if_meta_device
+    Refusal("use_torch_fsdp2", "it needs GPUs, and was never run with the router's state"),
+    Refusal("init_model_with_meta_device", "experts and the router's state would stay uninitialized"),
+)
+
+OR_NO_CHUNKS = "Leave it out, or add --moe-relu-activation-limit 0"
+ONE_DISPATCH = "a layer that works in chunks has no single dispatch to overlap with"
+# PyTorch's checkpoint runs a chunk again without fp8_autocast. Transformer Engine's would, but keeps the scales of
+# delayed scaling in the order of the forward passes, while chunks go backward from the last.
+QUANTIZED = "chunks of a layer are computed again outside of the quantized part"
+NOT_IN_CHUNKS = (
+    Refusal("moe_shared_expert_overlap", ONE_DISPATCH, OR_NO_CHUNKS),
+    Refusal("overlap_moe_expert_parallel_comm", ONE_DISPATCH, OR_NO_CHUNKS),
+    Refusal("overlap_dispatch_backward_with_experts_wgrad", ONE_DISPATCH, OR_NO_CHUNKS),
+    Refusal("fp8", QUANTIZED, OR_NO_CHUNKS),
+    Refusal("fp4", QUANTIZED, OR_NO_CHUNKS),
     Refusal(
-        "moe_router_score_function",
-        IGNORED,
-        ROUTING,
-        "Leave it out: the score is ReLU",
-        lambda value: value != "softmax",
-    ),
-    Refusal("moe_router_topk_scaling_factor", IGNORED, ROUTING, refused=_given),
-    Refusal("moe_router_num_groups", IGNORED, ROUTING, refused=_given),
-    Refusal("moe_router_group_topk", IGNORED, ROUTING, refused=_given),
-    Refusal(WITHOUT_FLAG, IGNORED, CONFIG, refused=_given),
-    Refusal("moe_router_fusion", "the fused kernel computes top-k", ROUTING),
-    Refusal(
-        "moe_router_force_biased",
-        "its random bias changes the number of experts",
-        f"{MOE_UTILS}: apply_biased_logits",
-        refused=_given,
-    ),
-    Refusal(
-        "moe_router_force_load_balancing",
-        "random logits do not activate k experts",
-        f"{MOE_UTILS}: apply_random_logits",
-    ),
-    Refusal(
-        "moe_use_upcycling",
-        "it scales the experts for a softmax",
-        "core/transformer/moe/upcycling_utils.py: _convert_to_moe_state_dict",
-        "Use remoe convert, which fits the gates",
-    ),
-    Refusal(
-        "moe_latent_size",
-        "planned dispatch would skip the latent projections",
-        "core/transformer/moe/moe_layer.py: MoELayer.preprocess",
-        refused=_given,
-    ),
-    Refusal(
-        "transformer_impl",
-        TOPK_SPEC,
-        INFERENCE_SPEC,
-        "Use --transformer-impl transformer_engine or local",
-        lambda value: value == "inference_optimized",
-    ),
-    Refusal("heterogeneous_layers_config_path", OTHER_CLASS, SETTINGS, refused=_given),
-    Refusal("heterogeneous_layers_config_encoded_json", OTHER_CLASS, SETTINGS, refused=_given),
-    Refusal("use_torch_fsdp2", UNTESTED_STATE, f"{WRAPPING}: _ddp_wrap"),
-    Refusal(
-        "init_model_with_meta_device",
-        "experts and the router's state would stay uninitialized",
-        f"{WRAPPING}: to_empty_if_meta_device",
+        "offload_modules",
+        "--fine-grained-activation-offloading would keep activations that a chunk computes again",
+        OR_NO_CHUNKS,
+        lambda value: not {"expert_fc1", "moe_act", "fused_group_mlp"}.isdisjoint(value),
     ),
 )
+
+NOT_WITH_HASH = (
+    Refusal("mtp_num_layers", "its layers embed other ids, which all routers would take"),
+    Refusal(
+        "pipeline_model_parallel_size",
+        "only the first and the last stage have the tokens' ids",
+        refused=lambda stages: stages > 1,
+    ),
+    Refusal(
+        "overlap_moe_expert_parallel_comm",
+        "layers of two micro-batches take turns, and the router knows the ids of one",
+    ),
+)
+
+
+def relu_routing_problems(settings: Settings) -> list[str]:
+    """Return everything in `settings` that cannot be used with ReLU routing, a warm-up or a baseline router.
+
+    Args:
+        settings: Megatron's parsed arguments or a `ReMoEConfig`, read by attribute name.
+
+    Returns:
+        One message per problem: the flag, its value, the remedy and the code. Empty if all is well.
+    """
+    by_code = {
+        "REMOE-E205": _values(settings) if settings.moe_relu_routing else (),
+        "REMOE-E204": _refused(settings, "--moe-relu-routing") if settings.moe_relu_routing else (),
+        "REMOE-E206": _warmup(settings),
+        "REMOE-E207": _baseline(settings),
+    }
+    return [f"{problem} [{code}]" for code, problems in by_code.items() for problem in problems]
+
+
+def _refused(settings: Settings, given: str) -> Iterator[str]:
+    """Yield Megatron's settings that cannot be used with the router of the flag `given`."""
+    refusals = [(refusal, given) for refusal in REFUSALS]
+    if given == "--moe-warmup-topk":  # it uses the settings of top-k routing
+        refusals = [(refusal, given) for refusal in REFUSALS if refusal.reason != IGNORED]
+    if given == "--moe-baseline-router hash":
+        refusals += [(refusal, given) for refusal in NOT_WITH_HASH]
+    if settings.moe_relu_activation_limit:
+        refusals += [(refusal, "--moe-relu-activation-limit") for refusal in NOT_IN_CHUNKS]
+    yield from filter(None, (refusal.problem(settings, name) for refusal, name in refusals))
+    yield from _combinations(settings, given)
+
+
+def _combinations(settings: Settings, given: str) -> Iterator[str]:
+    """Yield settings of which only some values are refused in combination."""
+    backend = getattr(settings, "moe_flex_dispatcher_backend", None)
+    if getattr(settings, "moe_token_dispatcher_type", None) == "flex" and backend != "hybridep":
+        yield (  # token_dispatcher.py: _DeepepManager and _NCCLEPManager.setup_metadata
+            f"--moe-token-dispatcher-type flex with its backend {backend} cannot be used with {given}: it sends k "
+            "pairs per token. Use --moe-flex-dispatcher-backend hybridep, or --moe-token-dispatcher-type alltoall."
+        )
+    is_hybrid = getattr(settings, "hybrid_layer_pattern", None) or getattr(settings, "is_hybrid_model", False)
+    has_layout = getattr(settings, "pipeline_model_parallel_layout", None)
+    if getattr(settings, "mtp_num_layers", None) and has_layout and not is_hybrid:
+        yield (
+            f"--mtp-num-layers {settings.mtp_num_layers} cannot be used with {given} and "
+            "--pipeline-model-parallel-layout: only the first and the last stage get tokens and embeddings here. "
+            "Leave the layout out."
+        )
+    graphs = getattr(settings, "cuda_graph_impl", None)
+    modules = as_list(getattr(settings, "cuda_graph_modules", None) or "full")  # without modules Megatron takes layers
+    has_moe = any(str(getattr(module, "name", module)).startswith(("moe", "full")) for module in modules)
+    captures = {
+        "full_iteration": True,
+        # Of GPTModel's layers, which hold attention and experts, attn takes all: create_mcore_cudagraph_manager.
+        "local": has_moe or not is_hybrid,
+        "transformer_engine": has_moe,
+    }
+    if captures.get(graphs or "none"):
+        yield (
+            f"--cuda-graph-impl {graphs} with --cuda-graph-modules {shown(modules)} cannot be used with {given}: the "
+            "number of routed pairs changes from step to step. Use --cuda-graph-impl none, or local with "
+            "--cuda-graph-modules attn and a --hybrid-layer-pattern."
+        )
+
+
+def _values(settings: Settings) -> Iterator[str]:
+    """Yield settings of ReLU routing that are out of range."""
+    experts, topk, most = _experts(settings), settings.moe_router_topk, settings.moe_relu_max_experts
+    init, multiplier = settings.moe_relu_l1_reg_coeff_init, settings.moe_relu_l1_reg_coeff_multiplier
+    floor, limit = settings.moe_relu_layer_floor, settings.moe_relu_activation_limit
+    if not experts:
+        yield "--moe-relu-routing needs experts to route to: give --num-experts (for instance 8)."
+    elif not 0 < topk < experts:
+        yield (
+            f"--moe-router-topk {topk} must be at least 1 and below --num-experts {experts} with --moe-relu-routing: "
+            "the target sparsity is 1 - topk/experts."
+        )
+    if not 0.0 < init < float("inf"):
+        yield f"--moe-relu-l1-reg-coeff-init {init} must be a positive number (default 1e-8)."
+    if not 1.0 < multiplier < float("inf"):
+        yield f"--moe-relu-l1-reg-coeff-multiplier {multiplier} must be above 1 (default 1.2)."
+    if not 0.0 <= floor < 1.0:
+        yield f"--moe-relu-layer-floor {floor} must be at least 0 and below 1 (default 0.001, 0 turns it off)."
+    if most is not None and experts and not topk <= most <= experts:
+        yield (
+            f"--moe-relu-max-experts {most} must be at least --moe-router-topk {topk} and at most "
+            f"--num-experts {experts}."
+        )
+    if limit and not 1.0 <= limit < float("inf"):
+        yield f"--moe-relu-activation-limit {limit} must be at least 1 (default 2), or 0 for no limit."
+
+
+def _warmup(settings: Settings) -> Iterator[str]:
+    """Yield what cannot be used with a near-dense warm-up, in which k changes."""
+    topk, steps, experts = settings.moe_warmup_topk, settings.moe_warmup_steps, _experts(settings)
+    if topk is None and not steps:
+        return
+    if topk is None or steps < 1:
+        yield "--moe-warmup-topk and --moe-warmup-steps belong together: give both, for instance 6 (of 8) and 100."
+    elif not settings.moe_router_topk < topk <= experts:
+        yield (
+            f"--moe-warmup-topk {topk} must be above --moe-router-topk {settings.moe_router_topk} and at most "
+            f"--num-experts {experts}."
+        )
+    if settings.moe_relu_routing:
+        yield "--moe-warmup-topk cannot be used with --moe-relu-routing, which is dense at first anyway. Leave it out."
+    else:
+        yield from _refused(settings, "--moe-warmup-topk")
+
+
+def _baseline(settings: Settings) -> Iterator[str]:
+    """Yield what cannot be used with a baseline router."""
+    if settings.moe_baseline_router is None:
+        return
+    given = f"--moe-baseline-router {settings.moe_baseline_router}"
+    if not _experts(settings):
+        yield f"{given} needs experts to route to: give --num-experts (for instance 8)."
+    if settings.moe_relu_routing or settings.moe_warmup_topk is not None:
+        other = "--moe-relu-routing" if settings.moe_relu_routing else "--moe-warmup-topk"
+        yield f"{other} cannot be used with {given}: each is a router of its own. Give one of them."
+    yield from _refused(settings, given)
+
+
+def _experts(settings: Settings) -> int:
+    """Return the number of experts; Megatron's arguments and configuration name it differently. 0 for dense models."""
+    return getattr(settings, "num_experts", None) or getattr(settings, "num_moe_experts", None) or 0

@@ -1,19 +1,24 @@
-"""The ReLU router (paper section 3.1). Its gates, L1 term and counts are `relu_routing` in `kernels/pytorch.py`.
+"""The ReLU router and its L1 term (paper sections 3.1 to 3.4).
 
-    R(x) = ReLU(x W)                 an expert is active for a token where its gate is positive
-    y    = Σ_e R(x)_e · FFN_e(x)     the layer's output: a gate is also the weight of its expert
+    R(x)  = ReLU(x W)                        the gates; expert e is active for token t where R(x_t)_e > 0
+    y     = Σ_e R(x)_e · FFN_e(x)            the layer's output: a gate is also the weight of its expert
+    L     = L_lm + λ · Σ_layers L_reg        λ comes from `controller.py`
+    L_reg = 1/T · Σ_t Σ_e f_e · R(x_t)_e     equation 9, where f_e = 1, with the load balancing of section 3.4:
+    f_e   = E / (k T) · Σ_t 1[R(x_t)_e > 0]
 
-T tokens (sequence x batch), E experts.
+The paper also divides L_reg by the number of layers; its code does not, and λ adapts to either.
+
+T tokens (sequence x batch), E experts, B blocks of tokens.
 """
 
-from statistics import NormalDist
 from typing import Any
 
 import torch
 
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.remoe.kernels.backend import Regularization, backend_of
-from megatron.remoe.kernels.pytorch import active
+from megatron.remoe.kernels.backend import choose_backend
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.counts import RoutingCounts
 
@@ -30,39 +35,28 @@ class ReLURouter(TopKRouter):
         l1_exponent: int64 scalar n of λ = init · multiplier^n, saved with the model. Half-precision wrappers cast
             floating-point buffers and leave integers, so λ stays exact.
         guarded: int64 scalar, 1 if the layer was almost off in the last optimizer step and is pushed up in this one.
-        reached: int64 scalar, 1 once S has reached its target. None unless `moe_relu_l1_reg_start_power` is above 1.
         counts: what the router saw since the last optimizer step, on the device. None before the first counted
             forward pass.
+        counts_EB: integers `[E, B]`, the pairs in the routing map that was returned last, for its layer; None if
+            `moe_relu_max_experts` changed the map.
 
     Raises:
         ValueError: `config` does not ask for ReLU routing, so settings that assume top-k were not refused.
     """
 
     config: ReMoEConfig
-    bias: torch.nn.Parameter | None
 
     def __init__(self, config: ReMoEConfig, *arguments: Any, **options: Any) -> None:
         if not getattr(config, "moe_relu_routing", False):
             raise ValueError(f"ReLURouter needs a ReMoEConfig with moe_relu_routing=True, got {type(config).__name__}.")
         super().__init__(config, *arguments, **options)
-        if not config.moe_relu_router_bias:
-            self.bias = None
-        if config.moe_relu_sparse_start:
-            self._start_sparse()
+        self.bias = None  # Megatron's router has one if other linear layers have
         device = torch.cuda.current_device()
-        for name in ("l1_exponent", "guarded", "reached"):
+        for name in ("l1_exponent", "guarded"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
-        if config.moe_relu_l1_reg_start_power == 1:
-            self.reached = None
         self.counts: RoutingCounts | None = None
-        self.backend = backend_of(config)
-        self.regularization = Regularization(
-            topk=config.moe_router_topk,
-            init=config.moe_relu_l1_reg_coeff_init,
-            multiplier=config.moe_relu_l1_reg_coeff_multiplier,
-            guard=GUARD_COEFFICIENT,
-            balances=config.moe_relu_l1_reg_load_balancing,
-        )
+        self.counts_EB: torch.Tensor | None = None
+        self.backend = choose_backend(config)
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_unused: Any
@@ -82,47 +76,95 @@ class ReLURouter(TopKRouter):
         logits_TE = logits.view(-1, self.num_experts)
         padding_mask_T = None if padding_mask is None else padding_mask.reshape(-1)
         logits_TE = self.apply_z_loss(logits_TE, padding_mask=padding_mask_T)
-
         # Count once: recomputation runs the forward pass twice, the first time without gradients.
-        if not (self.training and torch.is_grad_enabled()):
-            map_TE = active(logits_TE, padding_mask_T)
-            return self._keep_largest(torch.where(map_TE, logits_TE, 0.0), map_TE)
-        if self.counts is None:
-            self.counts = RoutingCounts.zeros(self.num_experts, logits.device)
-        probs_TE, map_TE = self.backend.relu_routing(
-            self.regularization,
-            logits_TE,
-            padding_mask_T,
-            self.l1_exponent,
-            self.guarded,
-            self.counts.table,
-            self.tp_cp_group,
-            self.calculate_per_token_loss,
-        )
-        probs_TE, computed_TE = self._keep_largest(probs_TE, map_TE)
-        if computed_TE is not map_TE:
-            self.counts["left_out"].add_((map_TE & ~computed_TE).sum())
-        return probs_TE, computed_TE
-
-    def _keep_largest(self, probs_TE: torch.Tensor, map_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return gates and map of each token's `moe_relu_max_experts` largest gates; without it, all of them.
-
-        Gates that are left out still have the gradient of λ · L_reg.
-        """
-        most = self.config.moe_relu_max_experts
-        if most is None:
+        is_counted = self.training and torch.is_grad_enabled()
+        if is_counted:
+            probs_TE, map_TE, self.counts_EB = _RegularizedReLU.apply(logits_TE, padding_mask_T, self)
+        else:
+            probs_TE, map_TE, self.counts_EB, _ = self.backend.gate(logits_TE, padding_mask_T)
+        if (most := self.config.moe_relu_max_experts) is None:
             return probs_TE, map_TE
-        largest = torch.zeros_like(map_TE).scatter_(1, probs_TE.detach().topk(most, dim=1).indices, True)
-        computed_TE = map_TE & largest
+        self.counts_EB = None
+        # Gates that are left out still have the gradient of λ · L_reg.
+        computed_TE = map_TE & torch.zeros_like(map_TE).scatter_(1, probs_TE.detach().topk(most, dim=1).indices, True)
+        if is_counted and self.counts is not None:
+            self.counts["left_out"].add_((map_TE & ~computed_TE).sum())
         return torch.where(computed_TE, probs_TE, 0.0), computed_TE
 
-    def _start_sparse(self) -> None:
-        """Add a bias that gives each expert a share k/E of the tokens before the first step.
+    def l1_coefficient(self) -> torch.Tensor:
+        """Return λ = init · multiplier^n as a float64 scalar on the device."""
+        multiplier = torch.full_like(
+            self.l1_exponent, self.config.moe_relu_l1_reg_coeff_multiplier, dtype=torch.float64
+        )
+        return self.config.moe_relu_l1_reg_coeff_init * multiplier**self.l1_exponent
 
-        After a norm a token has length √H, so x · w has standard deviation |w| over directions x. The bias is the
-        quantile of that distribution: -|w| · Φ⁻¹(1 - k/E).
+    def count_and_regularize(
+        self, pairs_E: torch.Tensor, tokens: torch.Tensor, sums_E: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add a micro-batch to the counts, and return the gradients of its L1 term and of the guard.
+
+        No gradient flows through f_e, so that of λ · L_reg is λ · f_e / T for each gate of expert e. A guarded layer
+        has no L1, but the loss -0.1 · mean(logits) where its gates are off: a router that is off for every token has
+        no other gradient, and would stay off.
+
+        Args:
+            pairs_E: integers `[E]`, the tokens of each expert.
+            tokens: int64 `[1]`, their number without padding.
+            sums_E: fp32 `[E]`, the sum of each expert's gates.
+
+        Returns:
+            on: fp32 `[E]`, the gradient of each active gate.
+            off: fp32 `[1]`, the gradient of each inactive logit.
         """
-        quantile = NormalDist().inv_cdf(self.config.target_sparsity)
-        bias = torch.nn.Parameter((-quantile * self.weight.detach().float().norm(dim=1)).to(self.weight.dtype))
-        bias.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
-        self.bias = bias
+        # The tokens of one sequence may be split over tensor (sequence) and context parallel ranks.
+        own_counts = torch.cat([pairs_E, tokens])
+        ranks, sequence_counts = self.tp_cp_group.size(), own_counts
+        if ranks > 1:
+            sequence_counts = reduce_from_tensor_model_parallel_region(own_counts.clone(), self.tp_cp_group)
+        active_E, sequence_tokens = sequence_counts[:-1], sequence_counts[-1:].clamp(min=1)
+
+        if self.config.moe_relu_l1_reg_load_balancing:  # f_e / T = active_E · weight
+            weight = self.num_experts / (self.config.moe_router_topk * sequence_tokens * sequence_tokens)
+        else:
+            active_E, weight = torch.ones_like(active_E), 1 / sequence_tokens
+        l1_loss = (sums_E * active_E).sum() * weight
+
+        coefficient = self.l1_coefficient() * (1 - self.guarded)
+        off = 0.0 - GUARD_COEFFICIENT * self.guarded / (sequence_tokens * self.num_experts)
+        if self.calculate_per_token_loss:
+            # finalize_model_grads divides every gradient by the number of tokens of the global batch.
+            coefficient, off = coefficient * (tokens * ranks), off * (tokens * ranks)
+        if self.counts is None:
+            self.counts = RoutingCounts.zeros(self.num_experts, pairs_E.device)
+        self.counts.add(own_counts, l1_loss, 1.0 / ranks)
+        return coefficient.float() * weight * active_E, off
+
+
+class _RegularizedReLU(torch.autograd.Function):
+    """ReLU whose backward pass adds the gradient of λ · L_reg: logits, padding mask, router → probs, map, counts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_TE: torch.Tensor, padding_mask_T: torch.Tensor | None, router: ReLURouter
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        probs_TE, map_TE, counts_EB, sums_E = router.backend.gate(logits_TE, padding_mask_T)
+        if padding_mask_T is None:
+            tokens = counts_EB.new_full((1,), len(logits_TE), dtype=torch.int64)
+        else:
+            tokens = (~padding_mask_T).sum(dim=0, keepdim=True)
+        gradients = router.count_and_regularize(counts_EB.sum(dim=1), tokens, sums_E)
+        ctx.save_for_backward(map_TE, *gradients)
+        ctx.backend, ctx.dtype = router.backend, probs_TE.dtype
+        ctx.mark_non_differentiable(map_TE, counts_EB)
+        ctx.set_materialize_grads(False)  # otherwise PyTorch writes zeros for the map
+        return probs_TE, map_TE, counts_EB
+
+    @staticmethod
+    def backward(ctx: Any, d_probs_TE: torch.Tensor | None, *_: None) -> tuple[torch.Tensor, None, None]:
+        map_TE, on_E, off = ctx.saved_tensors
+        if d_probs_TE is None:  # λ · L_reg has a gradient even if the gates have none
+            d_probs_TE = torch.zeros_like(map_TE, dtype=ctx.dtype)
+        scale = MoEAuxLossAutoScaler.main_loss_backward_scale  # set by Megatron between forward and backward
+        if scale is not None:
+            on_E, off = on_E * scale, off * scale
+        return ctx.backend.gate_backward(d_probs_TE, map_TE, on_E, off), None, None

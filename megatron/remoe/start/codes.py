@@ -21,7 +21,6 @@ REMOE-E209 | A setting does not work with --transformer-impl local. | Follow the
 REMOE-E210 | --inprocess-restart needs nvidia-resiliency-ext, free ports, and --load. | Follow the message.
 REMOE-E211 | A flag of an older Megatron no longer exists. | Give the flag in the message, or leave it out.
 REMOE-E212 | A setting does not work with --teacher, or the teacher has another shape. | Follow the message.
-REMOE-E213 | A setting does not work with --moe-kernels quack. | Add what the message names, or use triton.
 REMOE-E300 | An input or output file is missing, wrong or in use. | Follow the message.
 REMOE-E301 | A data set is missing or cannot be read. | Give the prefix of a .bin/.idx pair, without suffix.
 REMOE-E302 | A data set is truncated or corrupt. | Copy or make it again; remoe inspect checks it.

@@ -42,8 +42,7 @@ moe_warmup_topk moe_warmup_steps moe_baseline_router
 RESULT_OF_RELU = [
     field.name
     for field in fields(ReMoEConfig)
-    if field.name.startswith("moe_relu_")
-    and field.name not in ("moe_relu_activation_limit", "moe_relu_launch_ahead", "moe_relu_router_bias")
+    if field.name.startswith("moe_relu_") and field.name not in ("moe_relu_activation_limit",)
 ]
 # Megatron identifies parameter groups in a checkpoint by these.
 RATES = ["lr", "min_lr"]
@@ -61,7 +60,14 @@ expert_model_parallel_size expert_tensor_parallel_size
 FOLLOWS = {"kv_channels": "hidden_size", "moe_layer_freq": "num_layers", "lr_decay_iters": "train_iters"}
 FOLLOWS |= {"expert_tensor_parallel_size": "tensor_model_parallel_size"}
 FOLLOWS |= dict.fromkeys(("start_weight_decay", "end_weight_decay"), "weight_decay")
-MULTIPLIED = ("num_experts", "moe_router_topk", "moe_warmup_topk", "moe_relu_max_experts", "moe_relu_start_topk")
+# Options of version 0.1 that only it can continue with, and their defaults.
+REMOVED_OPTIONS: dict[str, Any] = dict.fromkeys(("moe_relu_router_bias", "moe_relu_sparse_start"), False) | {
+    "moe_relu_l1_reg_start_power": 1,
+    "moe_relu_l1_reg_coeff_min": 0.0,
+    "moe_relu_l1_reg_coeff_max": 0.0,
+    "moe_relu_start_topk": None,
+}
+MULTIPLIED = ("num_experts", "moe_router_topk", "moe_warmup_topk", "moe_relu_max_experts")
 FOLLOWS |= dict.fromkeys((*MULTIPLIED, "moe_ffn_hidden_size"), "moe_granularity")
 SHOWN = 120  # characters of a setting, for example of a list of data sets
 Settings = dict[str, Any]
@@ -108,11 +114,7 @@ def shape(args: argparse.Namespace) -> Settings:
     if getattr(args, "group_query_attention", False):
         found["num_query_groups"] = args.num_query_groups
     if getattr(args, "moe_relu_routing", False):
-        # Before this flag existed, the router had a bias if other linear layers had one.
-        found["moe_relu_router_bias"] = getattr(args, "moe_relu_router_bias", args.add_bias_linear)
-        # The first gives the router a bias too, the second a state.
-        found["moe_relu_sparse_start"] = getattr(args, "moe_relu_sparse_start", False)
-        found["moe_relu_l1_reg_start_power"] = getattr(args, "moe_relu_l1_reg_start_power", 1)
+        found |= {name: getattr(args, name, default) for name, default in REMOVED_OPTIONS.items()}
     if pattern:
         del found["num_layers"]
         found["hybrid_layer_pattern"] = pattern.replace("|", "")

@@ -216,22 +216,6 @@ def check_local_layers(args: argparse.Namespace, stacks_experts: bool) -> None:
     )
 
 
-def check_quack(args: argparse.Namespace, stacks_experts: bool) -> None:
-    """Refuse settings with which --moe-kernels quack would have no effect.
-
-    Args:
-        args: see above.
-        stacks_experts: as for `check_local_layers`; this includes bias-free SwiGLU without FP8.
-    """
-    if not (stacks_experts and args.bf16) or args.use_megatron_fsdp:
-        raise UsageError(
-            "--moe-kernels quack needs --bf16, --num-experts, --swiglu, --disable-bias-linear, --transformer-impl "
-            "local and none of --no-local-layer-fusion, --fp8-format, --fp4-format, --moe-latent-size, "
-            "--use-megatron-fsdp. Change this, or use --moe-kernels triton.",
-            "REMOE-E213",
-        )
-
-
 def _refuse(code: str, problems: Mapping[str, Any]) -> None:
     """Raise an error with the messages of all problems that hold."""
     if found := [message for message, holds in problems.items() if holds]:

@@ -9,17 +9,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
 from megatron.remoe.files.errors import DataError, UsageError
 
 ENGINE = "transformer_engine"
-# --moe-kernels: the modules that it imports, by the names of their packages.
-PACKAGES = {
-    "triton": {"Triton": "triton"},
-    "quack": {"Triton": "triton", "quack-kernels[cu13]": "quack.gemm_interface"},
-}
-QUACK_GENERATIONS = (9, 10)  # those with which the layer does not wait for the experts' sizes
 
 
 def disable_unavailable(on_cpu: bool) -> None:
@@ -83,13 +75,10 @@ def _kernel_problem(kernels: str, on_cpu: bool) -> str:
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1" and kernels == "triton"
     if on_cpu and not is_interpreted:
         return "there is no GPU. Leave it out, or try triton slowly with TRITON_INTERPRET=1 in the environment"
-    if kernels == "quack" and (generation := torch.cuda.get_device_capability()[0]) not in QUACK_GENERATIONS:
-        return f"the GPU's compute capability is {generation}, not 9 or 10. Use --moe-kernels triton"
-    for package, module in PACKAGES[kernels].items():
-        try:
-            import_module(module)
-        except Exception as error:
-            return f"{package} cannot be imported ({type(error).__name__}: {error}). Install it, or leave the flag out"
+    try:
+        import_module("triton")
+    except Exception as error:
+        return f"Triton cannot be imported ({type(error).__name__}: {error}). Install it, or leave the flag out"
     missing = "" if is_interpreted else missing_for_triton()
     return f"there is no {missing}. Install it, or leave the flag out" if missing else ""
 

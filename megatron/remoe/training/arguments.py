@@ -11,8 +11,7 @@ from megatron.remoe.files.errors import UsageError
 from megatron.remoe.files.gpt2_files import GPT2_TOKENIZER
 from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig, ReMoEMLAConfig
-from megatron.remoe.routing.problems import relu_routing_problems
-from megatron.remoe.routing.refusals import as_list, shown
+from megatron.remoe.routing.refusals import as_list, relu_routing_problems, shown
 from megatron.remoe.start.checkpoint_files import loaded_flag
 from megatron.remoe.start.checkpoint_fit import check_has_no_code
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
@@ -268,7 +267,7 @@ def apply_granularity(args: argparse.Namespace) -> None:
     args.moe_ffn_hidden_size = size // granularity
     args.num_experts *= granularity
     args.moe_router_topk *= granularity
-    for name in ("moe_warmup_topk", "moe_relu_max_experts", "moe_relu_start_topk"):
+    for name in ("moe_warmup_topk", "moe_relu_max_experts"):
         if getattr(args, name) is not None:
             setattr(args, name, getattr(args, name) * granularity)
 

@@ -22,16 +22,14 @@ from megatron.core.utils import get_model_config
 from megatron.remoe.baselines import ROUTERS
 from megatron.remoe.baselines.hash import pass_token_ids
 from megatron.remoe.baselines.pairs import PairCounter
-from megatron.remoe.files.errors import UsageError
-from megatron.remoe.kernels import wants_kernels, wants_quack
+from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.layer.experts import GroupedExperts, SplitExperts, takes_grouped_experts
-from megatron.remoe.layer.layer import ReMoELayer
 from megatron.remoe.layer.specs import (
     LayerSpec,
-    with_engine_kernels,
     with_fused_layers,
     with_latent_attention,
     with_norms_of_all_heads,
+    with_planned_dispatch,
     with_router,
     with_sequence_parallel_norms,
 )
@@ -40,7 +38,7 @@ from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.controller import SparsityController
 from megatron.remoe.routing.router import ReLURouter
 from megatron.remoe.routing.warmup import WarmupTopKRouter
-from megatron.remoe.start.environment import check_local_layers, check_quack
+from megatron.remoe.start.environment import check_local_layers
 from megatron.remoe.training.arguments import model_config_from_args
 from megatron.remoe.training.flips import FlipMeter
 from megatron.remoe.training.metrics import ReMoEMetricsTracker
@@ -90,15 +88,8 @@ def install_routing(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
 def _install_controller(
     args: argparse.Namespace, config: ReMoEConfig, model_chunks: list[torch.nn.Module]
 ) -> list[torch.nn.Module]:
-    layers = (module for chunk in model_chunks for module in chunk.modules() if isinstance(module, ReMoELayer))
-    if config.cuda_graph_impl == "full_iteration" and any(layer.waits for layer in layers):
-        raise UsageError(
-            "--cuda-graph-impl full_iteration needs --bf16, hidden sizes that are multiples of 8, and a GPU with a "
-            "kernel for all experts at once (H100, B200). Use --cuda-graph-impl none.",
-            "REMOE-E204",
-        )
     controller = SparsityController(model_chunks, config)
-    _after_each_step(model_chunks, lambda: controller.update(_steps_done(args)))
+    _after_each_step(model_chunks, controller.update)
     _restore_for_reruns(controller)
     set_moe_metrics_tracker(ReMoEMetricsTracker(args, controller))
     return model_chunks
@@ -184,11 +175,9 @@ def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> No
         _change_layers(model_cfg, lambda spec, _vp_stage: with_norms_of_all_heads(spec))
     is_local = args.transformer_impl == "local" and args.local_layer_fusion
     stacks_experts = args.num_experts and is_local and takes_grouped_experts(model_cfg.transformer)
-    if wants_quack(args):
-        check_quack(args, stacks_experts)
     if args.transformer_impl != "local":
         if wants_kernels(args):
-            _change_layers(model_cfg, lambda spec, _vp_stage: with_engine_kernels(spec))
+            _change_layers(model_cfg, lambda spec, _vp_stage: with_planned_dispatch(spec))
         return
     check_local_layers(args, stacks_experts)
     is_hybrid = isinstance(model_cfg, HybridModelConfig)

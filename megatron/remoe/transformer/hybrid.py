@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-LOCAL_LAYERS = {Symbols.ATTENTION: "attention", Symbols.MLP: "dense MLP", Symbols.MOE: "MoE"}
+LOCAL_LAYERS = {Symbols.ATTENTION, Symbols.MLP, Symbols.MOE}
 
 
 class LocalHybridStack(HybridStack):
@@ -54,13 +54,11 @@ def local_hybrid_stack_spec(config: TransformerConfig, pattern: str) -> ModuleSp
     Raises:
         ValueError: the pattern has layers that exist only in Transformer Engine's stack.
     """
-    others = sorted(set(pattern) & Symbols.VALID_LAYERS - set(LOCAL_LAYERS))
+    others = sorted(set(pattern) & Symbols.VALID_LAYERS - LOCAL_LAYERS)
     if others:
-        known = ", ".join(f"{letter} ({name})" for letter, name in LOCAL_LAYERS.items())
         raise ValueError(
             f"--hybrid-layer-pattern {pattern}: there are no plain PyTorch layers for {', '.join(others)}, but for "
-            f"{known}. With --transformer-impl transformer_engine Megatron has them where its packages are installed "
-            "(Transformer Engine; mamba-ssm for M, flash-linear-attention for G)."
+            "* (attention), - (dense MLP) and E (MoE). Use --transformer-impl transformer_engine."
         )
     dense, moe = (
         get_gpt_layer_local_submodules(

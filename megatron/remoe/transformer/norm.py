@@ -14,12 +14,10 @@ class SequenceParallelTorchNorm:
     that carry `sequence_parallel`. Takes the place of `WrappedTorchNorm` in a layer specification.
 
     Raises:
-        ValueError: `config.normalization` is neither LayerNorm nor RMSNorm, or weights are to be centered at 0.
+        ValueError: weights are to be centered at 0.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> torch.nn.Module:  # type: ignore[misc]
-        if config.normalization not in NORMS:
-            raise ValueError(f"--normalization {config.normalization}: choose from {', '.join(NORMS)}.")
         if config.layernorm_zero_centered_gamma:
             raise ValueError("--apply-layernorm-1p: PyTorch's norms do not have it. Leave it out.")
         norm = NORMS[config.normalization](hidden_size, eps=eps)

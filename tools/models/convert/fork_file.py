@@ -19,7 +19,7 @@ EXPERT = re.compile(
 )
 IN_THE_FORK = (
     "Start the fork once more with its flags and --ckpt-convert-format torch_dist --ckpt-convert-save FOLDER, "
-    "and convert FOLDER."
+    "and convert FOLDER/torch_dist."
 )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.remoe.routing.problems import relu_routing_problems
+from megatron.remoe.routing.refusals import relu_routing_problems
 from megatron.remoe.training.arguments import apply_granularity
 from megatron.training.arguments import moe_freq_type
 

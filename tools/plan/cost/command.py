@@ -27,6 +27,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     )
     add, kinds = parser.add_argument, ", ".join(ACCELERATORS)
     add("--gpus", type=whole_number(1), required=True, help="number of GPUs")
+    add("--gpus-per-node", type=whole_number(1), metavar="N", help="default: 8, or all if fewer")
     add("--gpu", default="h100", help=f"kind of GPU, for hours and memory (default: h100): {kinds}")
     add("--tflops", type=above_zero, help="dense bf16 TFLOP/s of a GPU that is not listed")
     add("--memory", type=above_zero, help="GiB of memory of a GPU that is not listed")
@@ -34,6 +35,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     add("--paper", nargs=2, metavar=("SIZE", "ROUTING"), help="list differences from the paper's run, e.g. 182m remoe")
     own, flags = split(arguments)
     options = parser.parse_args(own)
+    options.gpus_per_node = options.gpus_per_node or min(8, options.gpus)
     if not 0 < options.utilization <= 1:
         parser.error(f"--utilization {options.utilization}: give a share above 0 and up to 1")
     if options.paper and (options.paper[0] not in PAPER or options.paper[1] not in ROUTINGS):

@@ -43,6 +43,11 @@ def plan_lines(args: argparse.Namespace, options: argparse.Namespace) -> Iterato
     yield f"  layers          {LAYERS.get(args.transformer_impl, args.transformer_impl)} (--transformer-impl)"
     if args.context_parallel_size > 1 and args.transformer_impl == "local":
         yield "  WARNING: context parallelism needs --transformer-impl transformer_engine."
+    ranks = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or args.tensor_model_parallel_size)
+    if args.num_experts and args.expert_model_parallel_size > 1 and options.gpus_per_node % ranks:
+        yield f"  WARNING: expert-parallel groups of {ranks} GPUs do not fit in nodes of {options.gpus_per_node}."
+        yield "  All-to-all crosses the network, and training can take several times as long as estimated. Reduce EP or"
+        yield "  --expert-tensor-parallel-size, or rehearse the run with REHEARSE=1."
     if args.fp8 or args.fp4:
         yield "  number format   FP8 and FP4 count as bf16, in memory and in time"
 
@@ -93,7 +98,8 @@ def _compute_lines(
     yield f"                      {per_sequence / 1e9:,.0f} G per sequence of {args.seq_length} tokens"
     whole = f"{sequences * per_sequence:.3g} for the whole run of {sequences * args.seq_length:,} tokens"
     yield f"                      {whole}"
-    yield f"  time                {duration} on {options.gpus} x {options.gpu} at {options.utilization:.0%} utilization"
+    gpus = f"{options.gpus} x {options.gpu} at {options.utilization:.0%} utilization"
+    yield f"  time                at best {duration} on {gpus}; collectives are not counted"
     for title, experts_per_token in phases(args)[:-1][:1]:
         ratio = flops.flops_per_sequence(args, experts_per_token) / per_sequence
         yield f"  FLOPs count k experts per token; a step of the {title} takes {ratio:.2f} times as many."

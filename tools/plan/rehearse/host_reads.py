@@ -23,10 +23,9 @@ class Pairs:
     def put_in(self) -> None:
         """Patch the readers; call this when Megatron is imported."""
         from megatron.core.transformer.moe import token_dispatcher
-        from megatron.remoe.layer import layer, plan
+        from megatron.remoe.layer import counting
 
-        plan.read_pairs = self.counted(plan.read_pairs)
-        layer.count_later = self._arrived(layer.count_later)
+        counting.read_pairs = self.counted(counting.read_pairs)
         token_dispatcher.maybe_move_tensor_to_cpu = self._moved(token_dispatcher.maybe_move_tensor_to_cpu)
         item, truth = torch.Tensor.item, torch.Tensor.__bool__
 
@@ -42,26 +41,17 @@ class Pairs:
         for name, function in {"item": read, "__bool__": read_truth}.items():
             setattr(torch.Tensor, name, function)
 
-    def counted(self, real: Callable[..., tuple[torch.Tensor, Any]]) -> Callable[..., tuple[torch.Tensor, Any]]:
+    def counted(self, real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         """Return `read_pairs` with the numbers of this share, about evenly over the experts."""
 
-        def read_pairs(routing_map: torch.Tensor, chunks: int, *how: Any) -> tuple[torch.Tensor, Any]:
-            pairs, counted = real(routing_map, chunks, *how)
+        def read_pairs(routing_map: torch.Tensor, chunks: int, *how: Any) -> torch.Tensor:
+            pairs = real(routing_map, chunks, *how)
             for chunk, tokens in enumerate(len(part) for part in routing_map.tensor_split(chunks)):
                 for number in pairs[chunk]:
                     number.copy_(torch.tensor([self._some_of(tokens) for _ in number]))
-            return pairs, counted
+            return pairs
 
         return read_pairs
-
-    def _arrived(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        def count_later(routing_map: torch.Tensor, *how: Any) -> Any:
-            counts = real(routing_map, *how)
-            sizes = counts.tokens_per_expert.on_host
-            sizes.copy_(torch.tensor([self._some_of(len(routing_map)) for _ in sizes]))
-            return counts
-
-        return count_later
 
     def _some_of(self, tokens: int) -> int:
         off = self._random.uniform(-SPREAD, SPREAD)

@@ -81,7 +81,6 @@ class Rehearsal:
         from megatron.core.transformer.moe.moe_layer import MoELayer
         from megatron.core.transformer.transformer_layer import TransformerLayer
         from megatron.remoe.layer import layer
-        from megatron.remoe.layer.engine_experts import EngineExperts
         from megatron.remoe.layer.experts import GroupedExperts
         from megatron.remoe.routing.controller import SparsityController
 
@@ -91,47 +90,21 @@ class Rehearsal:
             (SelfAttention, "forward", "attention"),
             (MoELayer, "route", "router"),
             (layer, "count_pairs", "count"),
-            (layer, "count_known", "count"),
-            (layer, "count_later", "count"),
-            (layer, "plan_dispatch", "plan"),
             (GroupedExperts, "forward", "experts"),
             (TEGroupedMLP, "forward", "experts"),
-            (EngineExperts, "forward", "experts"),
             (SparsityController, "update", "update"),
         ):
             self.launches.watch(owner, method, part)
-        self._watch_late_waits(layer)
         # HybridModel has attention and MLP in layers of their own.
         self.launches.watch(
             TransformerLayer, "forward", "layer", lambda layer: isinstance(layer.self_attention, IdentityOp)
         )
 
-    def _watch_late_waits(self, layer: Any) -> None:
-        """Note where the host waits for sizes in the forward pass; what it launched since may still run."""
-        from megatron.remoe.layer.grouped_swiglu import LateSizes
-
-        count_later, tolist = layer.count_later, LateSizes.tolist
-
-        def counted(*arguments: Any) -> Any:
-            counts = count_later(*arguments)
-            self.counted_at = self.roofline.operations if self.roofline is not None else 0
-            return counts
-
-        def waited(sizes: Any) -> list[int]:
-            if torch.is_grad_enabled() and self.roofline is not None:
-                self.roofline.wait(self.roofline.operations - self.counted_at)
-            elif torch.is_grad_enabled() and self.collectives.is_counting:
-                self.late_waits += 1
-                self._mark()
-            return tolist(sizes)
-
-        layer.count_later, LateSizes.tolist = counted, waited  # type: ignore[method-assign, assignment]
-
     def _step(self, plan: dict[str, str], run: Any) -> Any:
         from megatron.training import get_args
 
         args = get_args()
-        self._settle(self.options["shares"].get(plan["stage"], 0.0))
+        self.pairs.share = self.options["shares"].get(plan["stage"], 0.0)
         torch.cuda.reset_peak_memory_stats()
         start = time.monotonic()
         if plan["for"] == "events":
@@ -166,14 +139,6 @@ class Rehearsal:
         print(f"{line}{torch.cuda.max_memory_allocated() / GIB:.2f} GiB", file=sys.stderr, flush=True)
         write_json(Path(self.options["record"]), self.record)
         return result
-
-    def _settle(self, share: float) -> None:
-        """Set the stage's share of active pairs; layers forget those of the stage before."""
-        if share != self.pairs.share:
-            for module in (module for chunk in self.model for module in chunk.modules()):
-                if (guess := getattr(module, "_guess", None)) is not None:
-                    guess.recent = 0.0
-        self.pairs.share = share
 
     def _count_events(self, run: Any) -> Any:
         self.collectives.is_counting = True

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Rehearse the 30B ReMoE of scale.md: bash docs/scale.sh GPUS [FLAG...]
+# Rehearse the 30B ReMoE of docs/gpu.md: bash examples/rehearse_30b.sh GPUS [FLAG...]
 set -euo pipefail
 gpus=$1
 shift

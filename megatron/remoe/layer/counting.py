@@ -1,0 +1,109 @@
+"""Count the pairs that ranks send each other, once per layer and step, for dispatch, experts and combine.
+
+T tokens on this rank, E experts in all, L of them on this rank, B blocks of tokens, P pairs (of a token here and an
+expert that is active for it), C chunks of tokens, R ranks that exchange tokens.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from megatron.remoe.kernels.interface import Backend
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The numbers of pairs of a layer's tokens, or of one chunk; int64 on the host, except for the last.
+
+    Attributes:
+        num_pairs: P.
+        tokens_per_expert: `[L]`, pairs that arrive at each expert here.
+        sent: `[ep]`, pairs that this rank sends to each slice of experts.
+        received: `[ep]`, pairs that it receives from each.
+        gathered: `[tp]`, pairs that each rank with the same experts has after that.
+        per_rank: `[R, L]`, pairs from each rank's tokens for each expert here.
+        counts_EB: integers `[E, B]` on the device, those of this rank, for the backend's `plan`.
+    """
+
+    num_pairs: int
+    tokens_per_expert: torch.Tensor
+    sent: torch.Tensor
+    received: torch.Tensor
+    gathered: torch.Tensor
+    per_rank: torch.Tensor
+    counts_EB: torch.Tensor
+
+
+def count_pairs(
+    map_TE: torch.Tensor,
+    counts_EB: torch.Tensor | None,
+    dispatcher: MoETokenDispatcher,
+    backend: Backend,
+    limit: float = 0.0,
+) -> list[Counts]:
+    """Count the tokens that each rank sends to each expert, in enough chunks to keep each one within a limit.
+
+    Waits for the device once for each number of chunks that it tries.
+
+    Args:
+        map_TE: bool `[T, E]`.
+        counts_EB: its counts, if the router has made them.
+        dispatcher: of the layer; all ranks of its `tp_ep_group` must call this function.
+        backend: counts the pairs.
+        limit: maximum number of pairs per token that a rank sends or receives at once; 0 for none.
+
+    Returns:
+        The `Counts` of each chunk; chunks are cut as by `tensor_split`.
+    """
+    num_tokens, bound, chunks = len(map_TE), limit * len(map_TE), 1
+    parts = [backend.count(map_TE) if counts_EB is None else counts_EB]
+    while True:
+        pairs_CRE = read_pairs(map_TE, chunks, parts, dispatcher)
+        if not bound or chunks == num_tokens:
+            break
+        # A rank has the experts of one slice, and the tokens of its tensor parallel partners.
+        received = pairs_CRE.sum(dim=1).view(chunks, dispatcher.ep_size, -1).sum(dim=2) / dispatcher.tp_size
+        most = max(pairs_CRE.sum(dim=2).flatten().tolist() + received.flatten().tolist())
+        if most <= bound:
+            break
+        chunks = min(num_tokens, max(chunks + 1, math.ceil(chunks * most / bound)))
+        parts = [backend.count(part) for part in map_TE.tensor_split(chunks)]
+    return [_sizes(pairs_RE, part, dispatcher) for pairs_RE, part in zip(pairs_CRE, parts, strict=True)]
+
+
+def read_pairs(
+    map_TE: torch.Tensor, chunks: int, parts: list[torch.Tensor], dispatcher: MoETokenDispatcher
+) -> torch.Tensor:
+    """Read the pairs of all ranks by chunk and expert from the device; the only host wait.
+
+    Args:
+        map_TE, dispatcher: as in `count_pairs`.
+        chunks: C.
+        parts: integers `[E, B]` of each chunk.
+
+    Returns:
+        int64 `[C, R, E]` on the host.
+    """
+    pairs_CE = torch.stack([part.sum(dim=1) for part in parts])
+    if dispatcher.tp_ep_group.size() > 1:
+        pairs_CE = gather_from_sequence_parallel_region(pairs_CE, group=dispatcher.tp_ep_group)
+    return pairs_CE.view(dispatcher.tp_ep_group.size(), chunks, -1).transpose(0, 1).cpu().long()
+
+
+def _sizes(pairs_RE: torch.Tensor, counts_EB: torch.Tensor, dispatcher: MoETokenDispatcher) -> Counts:
+    # Neighboring ranks of the group are tensor parallel partners.
+    sent = pairs_RE.view(dispatcher.ep_size, dispatcher.tp_size, -1).transpose(0, 1)
+    own_E = sent[dispatcher.tp_rank, dispatcher.ep_rank]
+    received = sent.unflatten(2, (dispatcher.ep_size, -1))[:, :, dispatcher.ep_rank]
+    return Counts(
+        num_pairs=sum(own_E.tolist()),
+        tokens_per_expert=received.sum(dim=(0, 1)),
+        sent=own_E.view(dispatcher.ep_size, -1).sum(dim=1),
+        received=received[dispatcher.tp_rank].sum(dim=1),
+        gathered=received.sum(dim=(1, 2)),
+        per_rank=received.flatten(0, 1),
+        counts_EB=counts_EB,
+    )
