@@ -3,7 +3,7 @@
 from setuptools import find_namespace_packages, find_packages, setup
 
 INSTALLED = "megatron.remoe.tools"
-rooms = find_packages("tools", exclude=["experiments.compare", "experiments.sweep"])  # which need a clone
+rooms = find_packages("tools")
 setup(
     packages=[
         *find_namespace_packages(include=["megatron.remoe*"]),

@@ -66,15 +66,19 @@ class Shape:
         """Return the tokens of one step."""
         return self.micro_batch * self.sequence
 
-    def flags(self, routing: str) -> list[str]:
-        """Return the training's flags, without data and number of steps."""
-        size = Size(
+    @property
+    def size(self) -> Size:
+        """Return the dimensions of the model."""
+        return Size(
             self.layers, self.hidden, 12, self.ffn, sequence=self.sequence, init_std=0.02, vocabulary_multiple=128
         )
+
+    def flags(self, routing: str) -> list[str]:
+        """Return the training's flags, without data and number of steps."""
         batch = f"--micro-batch-size {self.micro_batch} --global-batch-size {self.micro_batch}".split()
         batch += ["--vocab-size", str(self.vocabulary)]
         experts = Routing(routing, self.experts, self.granularity).flags(self.ffn)
-        return [*size.layer_flags(routing), *size.flags(), *COMMON, *batch, *experts]
+        return [*self.size.layer_flags(routing), *self.size.flags(), *COMMON, *batch, *experts]
 
     def settings(self, more: Sequence[str]) -> Settings:
         """Return the flags of top-k, changed by `more`."""

@@ -26,8 +26,8 @@ from models import FIT_STEPS, GPU_FLAGS, ROOT, Shape, note, on_gpu, save, show
 
 from megatron.remoe.files.indexed import IndexedWriter
 from tools.console.flags import whole
-from tools.experiments.sweep.settings import tokens_per_iteration
-from tools.recipes.flops import arguments_of, flops_per_sequence
+from tools.recipes.flops import flops_per_sequence, model_arguments
+from tools.recipes.models import Routing
 
 SHAPES = {shape.name: shape for shape in (Shape(8, 1), Shape(8, 8), Shape(64, 1))}
 WARM_UP = FIT_STEPS + (10 if on_gpu() else 0)  # a GPU's memory pool and clock settle too
@@ -97,7 +97,9 @@ def measure(shape: Shape, variants: list[Variant], rounds: int, steps: int, more
             seconds = statistics.median(records[variant.name][-1]["steps"][WARM_UP:])
             note(f"{shape.name} round {number + 1}/{rounds} {variant.name}: {seconds:.4g} s a step")
     figures, settings = {}, shape.settings(more)
-    tokens, args = tokens_per_iteration(settings), arguments_of(settings)
+    args = model_arguments(shape.size, Routing("moe", shape.experts, shape.granularity), shape.vocabulary + 1)
+    args.num_layers, args.seq_length = whole(settings, "--num-layers"), whole(settings, "--seq-length")
+    tokens = whole(settings, "--global-batch-size") * args.seq_length
     peak = max(record["peak_flops"] for found in records.values() for record in found)
     for name, found in records.items():
         times = [seconds for record in found for seconds in record["steps"][WARM_UP:]]
@@ -161,7 +163,8 @@ def main() -> None:
             for name, one in figures.items()
         ]
         settings = shape.settings(options.more)
-        size = f"{whole(settings, '--num-layers')} layers, {tokens_per_iteration(settings)} tokens"
+        tokens = whole(settings, "--global-batch-size") * whole(settings, "--seq-length")
+        size = f"{whole(settings, '--num-layers')} layers, {tokens} tokens"
         show(f"(E, G) = {shape.name}, {size}", columns, rows, options.output)
 
 

@@ -29,7 +29,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # These take minutes each. They start first, so that none is left when the other test processes are done.
 LONG = """
-test_rehearse test_static_checks test_sweep_training test_quickstart test_training test_parity test_conversion
+test_rehearse test_static_checks test_experiments_training test_quickstart test_training test_parity test_conversion
 test_from_hf test_shapes
 """.split()
 
@@ -48,9 +48,9 @@ FAST = """
 files kernels/test_plan.py kernels/test_token_sums.py kernels/test_swiglu.py layer/test_grouped_swiglu.py
 layer/test_order.py layer/test_moe_layer.py layer/test_bounded_memory.py layer/test_host_syncs.py start/test_codes.py
 start/test_data.py start/test_messages.py start/test_saved_settings.py routing
-scripts/test_launch_commands.py test_rooms.py test_static_checks.py
-tools/test_sweep_logs.py training/test_arguments.py
+scripts/test_launch_commands.py test_rooms.py test_static_checks.py training/test_arguments.py
 tools/test_rehearse_command.py tools/test_time_model.py hf/test_modeling.py hf/test_servers.py tools/test_fitting.py
+tools/test_experiments.py tools/test_paper.py tools/test_results.py tools/test_significance.py
 """.split()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from tests.trainings import REPOSITORY
-from tools.experiments.sweep.command import main
+from tools.experiments.sweep import main
 
 
 def given(environment: dict[str, str]) -> dict[str, str]:
@@ -68,10 +68,8 @@ def final(iteration: int, loss: float, **more: object) -> dict[str, object]:
 
 
 def write_run(folder: Path, train_iters: int, *records: dict[str, object], **args: object) -> None:
-    """Write a run's command and metrics."""
+    """Write a run's metrics."""
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    command = "python -m torch.distributed.run --nproc-per-node 4 /there/pretrain_gpt.py --hidden-size 768"
-    (folder / "command.sh").write_text(f"{command} --train-iters {train_iters} --split 969\\,30\\,1")
     args = {"train_iters": train_iters, "seq_length": 64, "global_batch_size": 4} | args
     lines = [{"kind": "start", "iteration": 0, "args": args}, *records]
     (folder / "checkpoints" / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))

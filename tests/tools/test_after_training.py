@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from tools.console.flags import parse, words_of
 from tools.models.export.command import main as export
 from tools.models.text import read_batches, read_sequences
 from tools.recipes import tiny
+from tools.recipes.models import Routing
 from tools.text.corpora import dataset
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
@@ -76,7 +77,8 @@ def of_quickstart(model: str) -> Trained:
         pytest.skip(f"needs a finished quickstart in {QUICKSTART}: scripts/quickstart.sh, or QUICKSTART=FOLDER")
     folder, size = QUICKSTART.resolve(), tiny.SIZE
     log = (folder / model / "train.log").read_text()
-    words = tiny.common_flags(size, STEPS, seed) + tiny.model_flags(model, size)
+    words = tiny.common_flags(size, replace(tiny.TRAINING, iterations=STEPS), seed)
+    words += tiny.model_flags(Routing(model), size)
     words += dataset.data_flags(folder / "data", tokens)
     kept = {flag: values for flag, values in parse(words).items() if flag not in VALIDATION}
     printed = {

@@ -16,7 +16,7 @@ from tests.trainings import REPOSITORY
 from tools.console import places
 from tools.console.errors import ToolError
 from tools.console.files import lock, new_folder, write_json
-from tools.experiments.compare import command as compare
+from tools.experiments import compare
 from tools.start import COMMANDS, IMPORT_TORCH
 
 TOOLS = REPOSITORY / "tools"

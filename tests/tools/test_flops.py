@@ -1,15 +1,12 @@
 """Test training FLOPs: they are Megatron's count plus the routers, for each kind of layer."""
 
-from pathlib import Path
-
 import pytest
-import tokenizers
 
 from megatron.training.training import num_floating_point_operations
 from tests.tools.test_cost import arguments
-from tests.tools.test_cost_command import EXPERTS, MODEL, cost, figures
-from tools.console.flags import parse
-from tools.recipes.flops import arguments_of, flops_per_sequence, vocabulary_words
+from tests.tools.test_cost_command import cost, figures
+from tools.recipes.flops import flops_per_sequence, model_arguments
+from tools.recipes.models import PAPER, Routing, Training
 
 COUNTED = {
     "dense": {"num_experts": None},
@@ -45,53 +42,25 @@ def test_flops_are_megatrons_and_the_routers(name: str) -> None:
     assert args.num_experts is None or routers / found > 0.001
 
 
-@pytest.mark.parametrize(("router", "rows"), [("hash", 0), ("top_p", 1)])
-def test_routers_of_baselines(router: str, rows: int) -> None:
-    """A router has this number of rows of weights per expert."""
-    args = arguments_of(parse([*MODEL, *EXPERTS]))
+def test_routers_without_weights() -> None:
+    args = model_arguments(PAPER["182m"], Routing("moe"), 50257)
     plain = flops_per_sequence(args)
-    args.moe_baseline_router = router
-    assert flops_per_sequence(args) - plain == 6 * 1024 * 12 * 768 * 8 * (rows - 1)
+    args.moe_baseline_router = "hash"
+    assert plain - flops_per_sequence(args) == 6 * 1024 * 12 * 768 * 8
 
 
-LATENT = "--moe-relu-routing --multi-latent-attention --kv-lora-rank 48 --qk-head-dim 24 --v-head-dim 40"
-SHARED = (
-    "--moe-router-pre-softmax --moe-shared-expert-intermediate-size 512 --moe-shared-expert-gate --mtp-num-layers 1"
-)
+@pytest.mark.parametrize(("size", "gigaflops"), [("182m", 995), ("469m", 2873), ("978m", 5991)])
+def test_flops_of_the_papers_table(size: str, gigaflops: int) -> None:
+    dense = flops_per_sequence(model_arguments(PAPER[size], Routing("dense"), 50257))
+    assert dense / 1e9 == pytest.approx(gigaflops, abs=0.5)
 
 
-@pytest.mark.parametrize(
-    "more", ["--moe-relu-routing --moe-granularity 4", f"{SHARED} --moe-layer-freq ([0]+[1]*11)", LATENT]
-)
-def test_flops_of_a_command_are_those_of_its_arguments(more: str) -> None:
-    """FLOPs counted from flags are those of remoe cost, which parses the flags with Megatron."""
-    flags = [*MODEL, *EXPERTS, *more.split()]
-    if more == LATENT:
-        flags.remove("--group-query-attention")
-    counted = flops_per_sequence(arguments_of(parse(flags)))
-    assert figures(cost("--gpus", "8", "--", *flags), f"{counted / 1e9:,.0f}")
-
-
-def test_vocabulary_of_a_command(tmp_path: Path) -> None:
-    tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, [])).save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2}')
-    for flags, words in (
-        (["--tokenizer-model", str(tmp_path)], 2),
-        (["--vocab-file", str(tmp_path / "vocab.json")], 3),
-        (["--vocab-size", "4", "--tokenizer-model", str(tmp_path)], 4),
-        (["--tokenizer-model", "meta-llama/Llama-3.1-8B"], 50257),
-    ):
-        assert vocabulary_words(parse(["--tokenizer-type", "any", *flags])) == words
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="--tokenizer-model: .*other"):
-        vocabulary_words(parse(["--tokenizer-model", str(tmp_path / "other")]))
-
-
-@pytest.mark.parametrize("pattern", ["[0,", "0", "[1]*[1]"])
-def test_wrong_pattern_of_layers(pattern: str) -> None:
-    with pytest.raises(ValueError, match="--moe-layer-freq"):
-        arguments_of(parse([*MODEL, *EXPERTS, "--moe-layer-freq", pattern]))
+def test_flops_of_a_recipe_are_those_of_its_command() -> None:
+    """`remoe cost` parses the flags of the recipe with Megatron."""
+    size, routing = PAPER["182m"], Routing("remoe", 8, 4)
+    counted = flops_per_sequence(model_arguments(size, routing, 50257))
+    command = [*size.layer_flags("remoe"), *size.flags(), *Training().flags(), *routing.flags(size.ffn)]
+    assert figures(cost("--gpus", "8", "--", *command), f"{counted / 1e9:,.0f}")
 
 
 def test_layers_that_are_not_counted_are_refused() -> None:

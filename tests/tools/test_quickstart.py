@@ -1,5 +1,6 @@
 """Test the quickstart: its figures, resuming after an interrupt, and a few iterations end to end."""
 
+import io
 import json
 import os
 import re
@@ -12,21 +13,25 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
 from tests.data_sets import write_small_corpus
 from tests.trainings import finish
-from tools.console.errors import ToolError
-from tools.console.files import lock, write_json
+from tools.console.files import lock
 from tools.console.places import ROOT
-from tools.experiments.quickstart import picture, report, training
+from tools.experiments import quickstart_picture as picture
+from tools.experiments import quickstart_report as report
+from tools.experiments.execute import execute
+from tools.experiments.jobs import Grid, Job
+from tools.experiments.run import Run
+from tools.models.evaluate.arguments import parse_arguments as evaluate
+from tools.models.export.arguments import parse_arguments as export
+from tools.models.generate.arguments import parse_arguments as generate
 from tools.recipes import tiny
 from tools.runs.figure_reader import read_figures
-from tools.runs.run_figures import Curve, RunFigures
-from tools.runs.training_display import ShownTraining, TrainingDisplay
+from tools.runs.run_figures import RunFigures
 from tools.text.corpora import dataset
 
 ITERATIONS = 20
@@ -89,14 +94,6 @@ def test_summary_of_written_figures(runs: dict[str, RunFigures]) -> None:
     assert picture.late_load(runs["remoe"], 100)[2] == pytest.approx(expected)
 
 
-def test_late_sparsity_is_that_of_all_late_steps(runs: dict[str, RunFigures]) -> None:
-    """S comes from the running sums, not the logged values: after step 40, 20 steps have 0.5 and 40 have 0.875."""
-    figures = runs["remoe"]
-    assert report.late_sparsity(figures, 60, 8) == pytest.approx(0.75)
-    figures.curves["sparsity"] = Curve(np.array([60, 100]), np.array([0.5, 0.25]))
-    assert report.late_sparsity(figures, 100, 8) == pytest.approx(0.875)
-
-
 def test_table_and_picture(runs: dict[str, RunFigures], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     summary = report.summarize(runs, 100, 7, dataset.MIXED)
     assert "±" not in shown(summary)
@@ -128,43 +125,15 @@ def assert_is_picture(path: Path) -> None:
     assert picture.shape[:2] == (1100, 1600) and picture.std() > 0.05
 
 
-# ---------------------------------------------------------------- resuming
-
-
-def job(folder: Path, inputs: str, flags: list[str] | None = None) -> training.Training:
-    return training.Training("dense", folder, flags or [], evaluations=2, inputs=inputs)
-
-
-def test_other_inputs_start_anew_and_the_same_go_on(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "dense" / "checkpoints" / "latest_checkpointed_iteration.txt"
-    assert not job(tmp_path / "dense", "a").prepare()
-    checkpoint.parent.mkdir()
-    checkpoint.write_text("5")
-    assert not job(tmp_path / "dense", "a").prepare()
-    assert checkpoint.exists()
-    for inputs in "cb":
-        old = job(tmp_path / "dense", inputs).prepare()
-        assert old and [*(tmp_path / "dense").iterdir()] == [tmp_path / "dense" / "inputs.json"]
-    assert [path.read_text() for path in tmp_path.rglob(checkpoint.name)] == ["5"], "an earlier training is kept"
-
-    assert not job(tmp_path / "dense", "b").is_done()
-    write_json(tmp_path / "dense" / "done.json", {"inputs": "b"})
-    assert job(tmp_path / "dense", "b").is_done()
-    assert not job(tmp_path / "dense", "a").is_done()
-
-
-def test_failing_training_shows_the_end_of_its_log(tmp_path: Path) -> None:
-    failing = job(tmp_path / "dense", "a", ["--cpu", "--no-such-flag"])
-    shown = ShownTraining("dense", iterations=10, tokens_per_iteration=1, cost=1.0)
-    with (
-        lock(tmp_path, "quickstart") as held,
-        TrainingDisplay(Console(quiet=True), [shown], held) as display,
-        pytest.raises(ToolError, match=r"(?s)ended with exit code 2.*unrecognized arguments: --no-such-flag") as error,
-    ):
-        training.run(failing, display, shown)
-    log = failing.folder / "train.log"
-    assert str(log) in str(error.value) and "--no-such-flag" in log.read_text()
-    assert not failing.is_done()
+def test_failing_run_shows_the_end_of_its_log(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "pretrain_gpt.py"), "--cpu", "--no-such-flag"]
+    stamp = {"settings": {}, "per_byte": None, "fingerprint": "a"}
+    job, output = Job(Run("dense", steps=10), tmp_path / "dense", "dense", stamp, command), io.StringIO()
+    with lock(tmp_path, "quickstart") as held:
+        assert execute(Console(file=output, width=200), Grid(tmp_path), [job], 1, held) == ["dense"]
+    log = job.folder / "train.log"
+    assert re.search("failed with exit code 2.*unrecognized arguments: --no-such-flag", output.getvalue(), re.DOTALL)
+    assert f"The whole log: {log}" in output.getvalue() and "--no-such-flag" in log.read_text() and not job.is_done
 
 
 def test_pages_have_the_spread_of_the_table() -> None:
@@ -212,7 +181,7 @@ def test_end_to_end(tmp_path: Path) -> None:
     _, errors = finish(process, code=130)
     assert "The same command goes on from here" in errors and "Traceback" not in errors
     cut = saved_iteration(runs / "dense")
-    assert cut > 0 and not (runs / "dense" / "done.json").exists()
+    assert cut > 0
     lock(output_dir, "quickstart").close()  # nothing is left running
 
     output, errors = finish(start(*arguments, folder=tmp_path), code=0)
@@ -236,35 +205,18 @@ def test_end_to_end(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in runs.glob("*/**/*") if path.is_file()}
     output, _ = finish(start(*arguments, folder=tmp_path), code=0)
     assert {path: path.stat().st_mtime_ns for path in runs.glob("*/**/*") if path.is_file()} == before
-    assert output.count(": reused") == 3
+    assert output.count(": reused, ") == 3
     assert json.loads((runs / "summary.json").read_text()) == summary
     assert not (output_dir / "summary.json").exists(), "that is the place of a whole training's"
 
-    try_what_it_says(output, tmp_path, summary["remoe"]["val_loss_by_domain"]["docs"])
-
-
-def try_what_it_says(output: str, folder: Path, loss: float) -> None:
-    """Run the printed commands in `folder`; evaluation must find the training's loss."""
+    # What it says to try next can be parsed, and the files are there.
     commands = [shlex.split(line) for line in output.partition("To try next")[2].splitlines()[1:]]
-    assert [words[1] for words in commands] == ["generate", "evaluate", "export"]
-    said = []
-    for program, *words in commands:
+    parsers = {"generate": generate, "evaluate": evaluate, "export": export}
+    assert [words[1] for words in commands] == [*parsers]
+    for program, command, *words in commands:
         assert program == str(ROOT / ".venv" / "bin" / "remoe")
-        environment = os.environ | {"COLUMNS": "200"}
-        result = subprocess.run(
-            [sys.executable, str(ROOT / "tools"), *words],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert result.returncode == 0 and "Warning" not in result.stderr, result.stderr
-        said.append(result.stdout)
-    assert said[0].startswith("My lord, ") and len(said[0]) > 50
-    found = re.search(r" none +([0-9.]+) ", said[1])
-    assert found and float(found[1]) == pytest.approx(loss, abs=1e-4)
-    assert (folder / commands[2][-1] / "model.safetensors").exists()
+        parsers[command](words)
+        assert (tmp_path / words[words.index("--load") + 1]).exists()
 
 
 def assert_is_complete(summary: dict, folder: Path) -> None:

@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 from tests.tiny_model import RELU
 from tests.trainings import REPOSITORY, TINY, finish, run
-from tools.experiments.sweep.run_log import read_outcome
+from tools.experiments.results import read_result
 from tools.models.evaluate.command import main as evaluate
 from tools.recipes.stages import Flops
 from tools.report.command import main
@@ -91,9 +91,9 @@ def test_metrics_and_the_printed_log_hold_the_same(trained: Path, other: Path) -
     )
     of_the_fork = {name: value for name, value in printed.args.items() if name not in later}
     assert Flops.of(metrics.args) == Flops.of(printed.args) == Flops.of(of_the_fork)
-    known, outcome = read_outcome(trained), read_outcome(other)
-    assert known is not None and outcome is not None and known.finished and outcome.finished
-    assert (known.iterations, known.tokens, known.settled) == (outcome.iterations, outcome.tokens, outcome.settled)
+    known, outcome = read_result(trained), read_result(other)
+    assert known is not None and outcome is not None and known.is_finished and outcome.is_finished
+    assert (known.iterations, known.settled) == (outcome.iterations, outcome.settled)
 
 
 def test_the_page_tells_what_the_files_do(page: Path, trained: Path, data: Path) -> None:

@@ -11,7 +11,7 @@ from bokeh.models import Scatter
 from tests.tools import odd_logs
 from tests.tools.sweeping import evaluated, logged
 from tools.console.errors import ToolError
-from tools.experiments.sweep.run_log import read_outcome
+from tools.experiments.results import read_result
 from tools.recipes.stages import Flops, training_flops
 from tools.recipes.stages import stages as stages_of
 from tools.report.command import main
@@ -178,7 +178,7 @@ def test_an_odd_log_is_read_or_refused(kind: str, content: bytes, tmp_path: Path
     tables = [summary([run]), stages({"run": stages_of(run.figures, UNKNOWN)}), differences([run, Run("other")])]
     assert all(isinstance(cell, str) for table in tables for row in table.rows for cell in row)
     assert isinstance(headline([run]), str) and isinstance(panels([run]), dict)
-    read_outcome(tmp_path)
+    read_result(tmp_path)
     for curve in run.figures.curves.values():
         assert np.isfinite(curve.values).all() and (np.diff(curve.iterations) > 0).all()
 

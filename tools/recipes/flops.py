@@ -1,25 +1,19 @@
-"""Count the training FLOPs of a model, for all tools."""
+"""Count the training FLOPs of a model, for all tools.
+
+Megatron's own `num_floating_point_operations` is not called. It counts attention over half of the square, counts no
+routers, and needs arguments that older logs do not have. Importing it takes the tools that read logs eight seconds.
+tests/tools/test_flops.py compares both for each kind of layer.
+"""
 
 import argparse
-import json
-import os
-from functools import cache, partial
 from typing import Any
 
-from megatron.remoe.routing.refusals import flag
-
-from ..console.flags import GPT2_WORDS, Settings, whole
+from .models import Routing, Size
 
 CONVENTION = (
     "A product of m x k and k x n matrices counts 2mnk; backward counts twice forward; attention counts over the whole",
     "square of the sequence, causal or not; routers and the output layer are in; norms and lookups are not.",
 )
-NUMBERS = {  # arguments by Megatron's names → its defaults
-    "num_layers": 0, "hidden_size": 0, "seq_length": 0, "num_attention_heads": 1, "kv_channels": 0,
-    "num_query_groups": 1, "q_lora_rank": 0, "kv_lora_rank": 32, "qk_head_dim": 128, "qk_pos_emb_head_dim": 64,
-    "v_head_dim": 128, "mtp_num_layers": 0, "moe_latent_size": 0, "moe_shared_expert_intermediate_size": 0,
-}  # fmt: skip
-SWITCHES = "group_query_attention swiglu attention_output_gate multi_latent_attention moe_shared_expert_gate".split()
 UNLEARNED = ("hash", "random")  # --moe-baseline-router without weights
 
 
@@ -31,31 +25,31 @@ def flops_per_sequence(args: argparse.Namespace, experts_per_token: float | None
     multiply-adds of a token, times 2 for FLOPs, times 3 for forward and backward.
 
     Args:
-        args: Megatron's validated arguments, or `arguments_of` a command's flags.
+        args: Megatron's validated arguments, or `model_arguments` of a recipe.
         experts_per_token: active experts of a token in each MoE layer; k if None.
 
     Raises:
         ValueError: the model has layers that are not counted here, such as Mamba.
     """
-    of = _Defaulting(**vars(args))
-    pattern, mtp = of.hybrid_layer_pattern, of.mtp_num_layers or 0
-    if of.experimental_attention_variant or (pattern and set(pattern) - set("*-E|/")):
-        found = of.experimental_attention_variant or f"--hybrid-layer-pattern {pattern}"
-        raise ValueError(f"FLOPs are counted for attention, MLP and experts only, not for {found}")
+    args = _Defaulting(**vars(args))
+    pattern, mtp = args.hybrid_layer_pattern, args.mtp_num_layers or 0
+    if args.experimental_attention_variant or (pattern and set(pattern) - set("*-E|/")):
+        kind = args.experimental_attention_variant or f"--hybrid-layer-pattern {pattern}"
+        raise ValueError(f"FLOPs are counted for attention, MLP and experts only, not for {kind}")
     if pattern:
         mtp = pattern.rstrip("/").count("/")
         kinds = {kind: pattern.count(kind) for kind in "*-E"}
     else:
-        experts = [bool(of.num_experts and expert) for expert in _frequency(of.moe_layer_freq, of.num_layers)]
+        experts = [bool(args.num_experts and expert) for expert in _frequency(args.moe_layer_freq, args.num_layers)]
         experts += experts[-1:] * mtp
         kinds = {"*": len(experts), "-": experts.count(False), "E": experts.count(True)}
-    products = 3 if of.swiglu else 2
-    token = kinds["*"] * _attention(of) + kinds["-"] * products * of.hidden_size * of.ffn_hidden_size
+    products = 3 if args.swiglu else 2
+    token = kinds["*"] * _attention(args) + kinds["-"] * products * args.hidden_size * args.ffn_hidden_size
     if kinds["E"]:
-        topk = of.moe_router_topk if experts_per_token is None else experts_per_token
-        token += kinds["E"] * _experts(of, topk, products)
-    token += (1 + mtp) * of.hidden_size * of.padded_vocab_size + mtp * 2 * of.hidden_size**2
-    return 6.0 * of.seq_length * token
+        topk = args.moe_router_topk if experts_per_token is None else experts_per_token
+        token += kinds["E"] * _experts(args, topk, products)
+    token += (1 + mtp) * args.hidden_size * args.padded_vocab_size + mtp * 2 * args.hidden_size**2
+    return 6.0 * args.seq_length * token
 
 
 class _Defaulting(argparse.Namespace):
@@ -71,92 +65,42 @@ def _frequency(frequency: int | list[int] | None, layers: int) -> list[bool]:
     return [number % (frequency or 1) == 0 for number in range(layers)]
 
 
-def _attention(of: _Defaulting) -> float:
+def _attention(args: _Defaulting) -> float:
     """Multiply-adds of a token in an attention layer."""
-    hidden, heads = of.hidden_size, of.num_attention_heads
-    if of.multi_latent_attention:
-        key, value = of.qk_head_dim + of.qk_pos_emb_head_dim, of.v_head_dim
-        query = of.q_lora_rank * (hidden + heads * key) if of.q_lora_rank else hidden * heads * key
-        latent = of.kv_lora_rank * (hidden + heads * (of.qk_head_dim + value)) + hidden * of.qk_pos_emb_head_dim
-        return query + latent + heads * value * hidden + of.seq_length * heads * (key + value)
-    head = of.kv_channels or hidden // heads
-    groups = of.num_query_groups if of.group_query_attention else heads
-    projections = head * (heads * (3 if of.attention_output_gate else 2) + 2 * groups)
-    return hidden * projections + 2 * of.seq_length * heads * head
+    hidden, heads = args.hidden_size, args.num_attention_heads
+    if args.multi_latent_attention:
+        key, value = args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
+        query = args.q_lora_rank * (hidden + heads * key) if args.q_lora_rank else hidden * heads * key
+        latent = args.kv_lora_rank * (hidden + heads * (args.qk_head_dim + value)) + hidden * args.qk_pos_emb_head_dim
+        return query + latent + heads * value * hidden + args.seq_length * heads * (key + value)
+    head = args.kv_channels or hidden // heads
+    groups = args.num_query_groups if args.group_query_attention else heads
+    projections = head * (heads * (3 if args.attention_output_gate else 2) + 2 * groups)
+    return hidden * projections + 2 * args.seq_length * heads * head
 
 
-def _experts(of: _Defaulting, topk: float, products: int) -> float:
+def _experts(args: _Defaulting, topk: float, products: int) -> float:
     """Multiply-adds of a token in a layer of experts, router included."""
-    hidden, latent = of.hidden_size, of.moe_latent_size
-    width = of.moe_ffn_hidden_size or of.ffn_hidden_size
-    router = 0 if of.moe_baseline_router in UNLEARNED else hidden * of.num_experts
-    shared = hidden * (products * (of.moe_shared_expert_intermediate_size or 0) + bool(of.moe_shared_expert_gate))
+    hidden, latent = args.hidden_size, args.moe_latent_size
+    width = args.moe_ffn_hidden_size or args.ffn_hidden_size
+    router = 0 if args.moe_baseline_router in UNLEARNED else hidden * args.num_experts
+    shared = hidden * (products * (args.moe_shared_expert_intermediate_size or 0) + bool(args.moe_shared_expert_gate))
     return router + shared + topk * products * (latent or hidden) * width + 2 * hidden * (latent or 0)
 
 
-def arguments_of(settings: Settings) -> argparse.Namespace:
-    """Return the arguments of a command's flags that FLOPs depend on, under Megatron's names.
+def model_arguments(size: Size, routing: Routing, vocabulary: int) -> argparse.Namespace:
+    """Return the arguments of a recipe that FLOPs depend on, under Megatron's names.
 
-    Granularity G multiplies experts and k, and divides their width, as Megatron's arguments have it.
-
-    Raises:
-        ValueError: --moe-layer-freq is not a pattern, or the tokenizer cannot be read.
+    Args:
+        size: of the model.
+        routing: its granularity G multiplies experts and k, and divides their width.
+        vocabulary: words, before Megatron pads them.
     """
-    number = partial(whole, settings)
-    granularity, hidden = number("--moe-granularity", 1), number("--hidden-size")
-    ffn = number("--ffn-hidden-size", hidden * 8 // 3 // 64 * 64 if "--swiglu" in settings else 4 * hidden)
-    multiple = number("--make-vocab-size-divisible-by", 128)
+    has_experts, multiple = routing.kind != "dense", size.vocabulary_multiple
     return argparse.Namespace(
-        **{name: number(flag(name), default) for name, default in NUMBERS.items()},
-        **{name: flag(name) in settings for name in SWITCHES},
-        **{name: "".join(settings.get(flag(name), ())) for name in ("hybrid_layer_pattern", "moe_baseline_router")},
-        ffn_hidden_size=ffn,
-        num_experts=number("--num-experts") * granularity or None,
-        moe_layer_freq=layer_frequency("".join(settings.get("--moe-layer-freq", ("1",)))),
-        moe_router_topk=number("--moe-router-topk", 2) * granularity,
-        moe_ffn_hidden_size=number("--moe-ffn-hidden-size", ffn) // granularity,
-        padded_vocab_size=-(-vocabulary_words(settings) // multiple) * multiple,
-    )
-
-
-def layer_frequency(text: str) -> int | list[int]:
-    """Return a number or a pattern of layers as Megatron reads it.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if text.isdecimal() and int(text):
-        return int(text)
-    from megatron.training.arguments import moe_freq_type  # slow to import
-
-    try:
-        found: int | list[int] = moe_freq_type(text)
-        if found:
-            return found
-    except (ValueError, SyntaxError, TypeError) as error:
-        raise ValueError(f"--moe-layer-freq {text}: {error}") from error
-    raise ValueError(f"--moe-layer-freq {text}: give a number of at least 1, or a pattern such as ([0,1]*6)")
-
-
-def vocabulary_words(settings: Settings) -> int:
-    """Return the words of --vocab-size, --vocab-file or --tokenizer-model's tokenizer.json; else GPT-2's number.
-
-    Raises:
-        ValueError: tokenizer.json cannot be read.
-    """
-    file, folder = ("".join(settings.get(name, ())) for name in ("--vocab-file", "--tokenizer-model"))
-    place = os.path.join(folder, "tokenizer.json") if folder else file
-    return whole(settings, "--vocab-size") or (_words_in(place) if os.path.isfile(place) else GPT2_WORDS)
-
-
-@cache
-def _words_in(path: str) -> int:
-    if path.endswith("tokenizer.json"):
-        from tokenizers import Tokenizer
-
-        try:
-            return Tokenizer.from_file(path).get_vocab_size()
-        except Exception as error:  # tokenizers has no exception of its own
-            raise ValueError(f"--tokenizer-model: {path} cannot be read ({error})") from error
-    with open(path, encoding="utf-8") as file:
-        return len(json.load(file))
+        num_layers=size.layers, hidden_size=size.hidden, num_attention_heads=size.heads, swiglu=True,
+        ffn_hidden_size=size.ffn, group_query_attention=True, num_query_groups=size.query_groups,
+        seq_length=size.sequence, num_experts=routing.experts * routing.granularity if has_experts else None,
+        moe_router_topk=routing.topk * routing.granularity, moe_ffn_hidden_size=size.ffn // routing.granularity,
+        padded_vocab_size=-(-vocabulary // multiple) * multiple,
+    )  # fmt: skip

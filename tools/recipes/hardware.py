@@ -34,8 +34,8 @@ def kernel_flags(kernels: str, interpreter: str) -> list[str]:
 def count_gpus(environment: Mapping[str, str], interpreter: str) -> int:
     """Return the number of GPUs of this machine that processes see, by the driver's tool or else by PyTorch."""
     if shutil.which("nvidia-smi") is None:
-        found = _last_line([interpreter, "-c", "import torch; print(torch.cuda.device_count())"])
-        return int(found) if found.isdecimal() else 0
+        printed = _last_line([interpreter, "-c", "import torch; print(torch.cuda.device_count())"])
+        return int(printed) if printed.isdecimal() else 0
     listed = sum(line.startswith("GPU ") for line in _output(["nvidia-smi", "-L"]).splitlines())
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
@@ -49,10 +49,10 @@ def check_gpus(wanted: int, environment: Mapping[str, str], interpreter: str) ->
     Raises:
         RecipeError: it has fewer.
     """
-    found = count_gpus(environment, interpreter)
-    if found < wanted:
-        remedy = (f"Ask for at most {found}, or add" if found else "Add") + " --cpu after -- to use the CPU"
-        raise RecipeError(f"gpus_per_node is {wanted}, and {found} GPUs were found. {remedy}")
+    present = count_gpus(environment, interpreter)
+    if present < wanted:
+        remedy = (f"Ask for at most {present}, or add" if present else "Add") + " --cpu after -- to use the CPU"
+        raise RecipeError(f"gpus_per_node is {wanted}, and {present} GPUs were found. {remedy}")
 
 
 def _output(command: Sequence[str]) -> str:
@@ -96,19 +96,19 @@ def gpu_flags(has_experts: bool, kernels: str, flags: Sequence[str], interpreter
     if interpreter and last_value(flags, "--transformer-impl") != "local":
         problem = problem_with(interpreter, ENGINE)
     if problem is None:
-        engine, found = "Transformer Engine", ["--transformer-impl", "transformer_engine"]
+        engine, chosen = "Transformer Engine", ["--transformer-impl", "transformer_engine"]
         if has_experts:
-            found.append("--moe-grouped-gemm")
+            chosen.append("--moe-grouped-gemm")
     else:
         engine = f"plain PyTorch (Transformer Engine{problem})"
-        found = [*PLAIN_PYTORCH]
+        chosen = [*PLAIN_PYTORCH]
         if not kernels:
-            found.append("--no-rope-fusion")
+            chosen.append("--no-rope-fusion")
     # Without apex, PyTorch's product has to add weight gradients, in Megatron's output layer at least, and no GPU has
     # run that yet.
     if not kernels and (not interpreter or problem_with(interpreter, APEX) is not None):
-        found.append("--no-gradient-accumulation-fusion")
-    return [*GPU_FLAGS, *found], engine
+        chosen.append("--no-gradient-accumulation-fusion")
+    return [*GPU_FLAGS, *chosen], engine
 
 
 def precedes_blackwell(gpu: str | None) -> bool:
@@ -128,12 +128,12 @@ def precedes_blackwell(gpu: str | None) -> bool:
 
 def gpu_settings(flags: Sequence[str], environment: Mapping[str, str], gpu: str | None) -> dict[str, str]:
     """Return the environment variables of a training on GPUs; the user's own stay. `gpu`: see `precedes_blackwell`."""
-    found = {}
+    chosen = {}
     # Before Blackwell, Megatron refuses TP and CP without one connection. It refuses FSDP with it, and the overlap of
     # expert parallelism wants more.
     parallel = [last_value(flags, f"--{kind}-parallel-size") for kind in ("tensor-model", "context")]
     if parallel != ["1", "1"] and not _WITHOUT_CONNECTIONS & set(flags) and precedes_blackwell(gpu):
-        found["CUDA_DEVICE_MAX_CONNECTIONS"] = environment.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        chosen["CUDA_DEVICE_MAX_CONNECTIONS"] = environment.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # The number of pairs changes every step, and segments of a fixed size would fragment. All versions of PyTorch read
     # this name. CUDA graphs, NCCL's buffers and checkpoint workers do not work with it without more settings.
     if (
@@ -141,5 +141,5 @@ def gpu_settings(flags: Sequence[str], environment: Mapping[str, str], gpu: str 
         and (last_value(flags, "--cuda-graph-impl") or "none") == "none"
         and not _WITHOUT_SEGMENTS & set(flags)
     ):
-        found["PYTORCH_CUDA_ALLOC_CONF"] = environment.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    return found
+        chosen["PYTORCH_CUDA_ALLOC_CONF"] = environment.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    return chosen

@@ -12,8 +12,11 @@ from .layout import LARGEST, MOST_EXPERTS, Layout, RecipeError, whole_number
 from .models import PAPER, SAVE_INTERVALS, Routing, Size, Training
 
 PROJECT = "remoe"
-# Beginnings of the flags that cut the layers into unequal stages.
-UNEQUAL = ("--hybrid-layer-pattern", "--pipeline-model-parallel-layout", "--decoder-", "--account-for-")
+# Beginnings of the flags that change what the layout has to divide.
+MODEL_FLAGS = (
+    "--num-layers", "--num-attention-heads", "--num-experts", "--moe-granularity", "--expert-tensor-parallel-size",
+    "--hybrid-layer-pattern", "--pipeline-model-parallel-layout", "--decoder-", "--account-for-",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,16 +106,8 @@ def plan(
     fast = hardware.kernel_flags(kernels, interpreter)
     layout = Layout.read(numbers["gpus_per_node"], environment)
 
-    def overridden(flag: str, default: int) -> int:
-        given = last_value(extra, flag)
-        return default if given is None else whole_number(flag, given)
-
-    layout.check(
-        layers=0 if any(word.startswith(UNEQUAL) for word in extra) else overridden("--num-layers", model.layers),
-        heads=overridden("--num-attention-heads", model.heads),
-        experts=overridden("--num-experts", kind.experts) * overridden("--moe-granularity", kind.granularity),
-        expert_tp=overridden("--expert-tensor-parallel-size", layout.tp),
-    )
+    if not any(word.startswith(MODEL_FLAGS) for word in extra):  # else Megatron checks the model that it builds
+        layout.check(model.layers, model.heads, kind.experts * kind.granularity if has_experts else 0)
     depth = _depth_flags(model, routing, layout, environment.get("MODEL") or "gpt", extra)
     launcher = layout.launcher(interpreter, environment, planned)
     suited, engine = list[str](), ""

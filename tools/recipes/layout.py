@@ -58,14 +58,13 @@ class Layout:
         """Processes on all nodes."""
         return self.gpus_per_node * self.nodes
 
-    def check(self, layers: int, heads: int, experts: int, expert_tp: int) -> None:
+    def check(self, layers: int, heads: int, experts: int) -> None:
         """Check that the parallel sizes fit.
 
         Args:
-            layers: of the model; 0 if it is not cut into equal stages.
+            layers: of the model.
             heads: of the model.
             experts: of a layer, after granularity; 0 for a dense model.
-            expert_tp: tensor parallel size of experts.
 
         Raises:
             RecipeError: names the variable that does not.
@@ -81,19 +80,20 @@ class Layout:
             raise RecipeError(f"PP={pp} x VPP={vpp} does not divide the {layers} layers")
         if experts and experts % ep:
             raise RecipeError(f"EP={ep} does not divide the {experts} experts")
-        if experts and self.world % (expert_tp * pp * ep):
-            split = f" x expert TP={expert_tp}" if expert_tp > 1 else ""
-            raise RecipeError(f"EP={ep} does not fit: PP={pp} x EP={ep}{split} does not divide {self.world} processes")
+        if experts and self.world % (tp * pp * ep):
+            raise RecipeError(
+                f"EP={ep} does not fit: TP={tp} x PP={pp} x EP={ep} does not divide {self.world} processes"
+            )
 
     def flags(self, has_experts: bool) -> list[str]:
         """Return Megatron's flags."""
-        found = ["--tensor-model-parallel-size", str(self.tp), "--pipeline-model-parallel-size", str(self.pp)]
-        found += ["--context-parallel-size", str(self.cp)]
+        words = ["--tensor-model-parallel-size", str(self.tp), "--pipeline-model-parallel-size", str(self.pp)]
+        words += ["--context-parallel-size", str(self.cp)]
         if self.tp > 1:
-            found.append("--sequence-parallel")
+            words.append("--sequence-parallel")
         if has_experts:
-            found += ["--expert-model-parallel-size", str(self.ep)]
-        return found
+            words += ["--expert-model-parallel-size", str(self.ep)]
+        return words
 
     def launcher(self, interpreter: str, environment: Mapping[str, str], planned: bool) -> list[str]:
         """Return torchrun's words in front of the program; a plan without a node's rank is the first node's.

@@ -87,7 +87,14 @@ class Routing:
 
 @dataclass(frozen=True)
 class Training:
-    """Batches and optimizer. Learning rates are text, as flags have them; `warmup` is a share of the iterations."""
+    """Batches and optimizer. Learning rates are text, as flags have them.
+
+    Attributes:
+        warmup: share of the iterations in which the learning rate rises.
+        warmup_steps: this number of steps instead of a share.
+        decay_steps: steps at the end in which the learning rate falls linearly, constant before; None: it follows a
+            cosine.
+    """
 
     iterations: int = 60000
     micro_batch: int = 16
@@ -97,12 +104,17 @@ class Training:
     beta2: float = 0.999
     weight_decay: float = 0.01
     warmup: float = 0.01
+    warmup_steps: int | None = None
+    decay_steps: int | None = None
 
     def flags(self) -> list[str]:
         """Return Megatron's flags."""
+        warmup = f"fraction {self.warmup}" if self.warmup_steps is None else f"iters {self.warmup_steps}"
+        linear = f"WSD --lr-wsd-decay-style linear --lr-wsd-decay-iters {self.decay_steps}"
         return f"""
             --micro-batch-size {self.micro_batch} --global-batch-size {self.global_batch}
-            --train-iters {self.iterations} --lr {self.lr} --min-lr {self.min_lr} --lr-decay-style cosine
-            --lr-warmup-fraction {self.warmup} --adam-beta1 0.9 --adam-beta2 {self.beta2}
+            --train-iters {self.iterations} --lr {self.lr} --min-lr {self.min_lr}
+            --lr-decay-style {"cosine" if self.decay_steps is None else linear}
+            --lr-warmup-{warmup} --adam-beta1 0.9 --adam-beta2 {self.beta2}
             --weight-decay {self.weight_decay} --clip-grad 1.0
         """.split()

@@ -94,8 +94,8 @@ def _last_error(log: Path, start: int) -> str:
     with log.open("rb") as file:
         file.seek(max(start, log.stat().st_size - LAST_BYTES))
         text = file.read().decode(errors="replace")
-    found = re.findall(r"^\S+\.py: error: .*?(?=^[EW]\d{4} |^Traceback |\Z)", text, re.MULTILINE | re.DOTALL)
-    return found[-1].strip() if found else ""
+    errors = re.findall(r"^\S+\.py: error: .*?(?=^[EW]\d{4} |^Traceback |\Z)", text, re.MULTILINE | re.DOTALL)
+    return errors[-1].strip() if errors else ""
 
 
 def run_training(command: Sequence[str], log: Path) -> int:

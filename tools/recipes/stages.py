@@ -73,14 +73,14 @@ def stages(figures: RunFigures, flops: Flops) -> list[Stage]:
         dense = 0 if sparsity[0] >= target else dense
         ends = [("dense", dense), ("way", figures.settled or last), ("steady", last)]
     cost = steps * batches * (flops.sequence + (experts - figures.topk) * flops.expert)
-    found, before = [], figures.began
+    stages_found, before = [], figures.began
     for name, end in ends:
         lines = (before < iterations) & (iterations <= end)
         if lines.any():
             hours, mean = seconds[lines].sum() / 3600, (steps * experts)[lines].sum() / (end - before)
-            found.append(Stage(name, before + 1, end, float(hours), float(cost[lines].sum()), float(mean)))
+            stages_found.append(Stage(name, before + 1, end, float(hours), float(cost[lines].sum()), float(mean)))
             before = end
-    return found
+    return stages_found
 
 
 def training_flops(figures: RunFigures) -> float | None:
@@ -92,8 +92,8 @@ def training_flops(figures: RunFigures) -> float | None:
         flops = Flops.of(figures.args)
     except (ValueError, TypeError, AttributeError, ArithmeticError):  # uncounted layers, or a log without arguments
         return None
-    found = stages(figures, flops)
-    if not found or figures.began:
+    stages_found = stages(figures, flops)
+    if not stages_found or figures.began:
         return None
-    unlogged = figures.whole("train_iters") - found[-1].last  # at the target
-    return sum(stage.flops for stage in found) + unlogged * figures.whole("global_batch_size") * flops.sequence
+    unlogged = figures.whole("train_iters") - stages_found[-1].last  # at the target
+    return sum(stage.flops for stage in stages_found) + unlogged * figures.whole("global_batch_size") * flops.sequence

@@ -1,5 +1,6 @@
 """Define the tiny models of the quickstart, of sweeps with --tiny and of remoe compare."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from .models import Routing, Size, Training
@@ -7,11 +8,12 @@ from .models import Routing, Size, Training
 # The rate rises for longer than the dense start of about 100 steps, in which experts die at the full rate.
 TRAINING = Training(1200, 32, 32, "4e-3", "4e-4", 0.95, 0.1, warmup=0.25)
 NAMES = {"dense": "dense", "moe": "MoE (top-k)", "remoe": "ReMoE"}
+BASE_SIZE = "182m"
 
 
 @dataclass(frozen=True)
 class TinySize(Size):
-    """Dimensions of a model, with its experts and the sequences in a batch; tokens are bytes."""
+    """Dimensions of a model, with its experts and the sequences in a batch."""
 
     experts: int = 8
     topk: int = 1
@@ -24,18 +26,27 @@ class TinySize(Size):
 
 
 SIZE = TinySize(2, 64, 4, 128, query_groups=2, sequence=128, init_std=0.02, vocabulary_multiple=8)
+# By the size of the launch script that each replaces, or by layers and hidden size.
+SIZES: Mapping[str, TinySize] = {
+    BASE_SIZE: SIZE,
+    "469m": replace(SIZE, layers=4, hidden=80, ffn=160),
+    "978m": replace(SIZE, layers=4, hidden=128, ffn=256),
+    "2x128": replace(SIZE, hidden=128, ffn=256),
+    "2x256": replace(SIZE, hidden=256, ffn=512),
+    "4x256": replace(SIZE, layers=4, hidden=256, ffn=512),
+}
 ITERATIONS = TRAINING.iterations
 SEED = 1234
-RELATIVE_COST = {"dense": 1.0, "moe": 1.3, "remoe": 1.3}  # time of an iteration, for the time left
 
 
-def common_flags(size: TinySize, iterations: int, seed: int) -> list[str]:
+def common_flags(size: TinySize, training: Training, seed: int) -> list[str]:
     """Return the Megatron flags that all routings share."""
+    iterations = training.iterations
     log_interval, save_interval = max(1, min(20, iterations // 20)), max(1, iterations // 10)
-    training = replace(TRAINING, iterations=iterations, micro_batch=size.batch, global_batch=size.batch)
+    training = replace(training, micro_batch=size.batch, global_batch=size.batch)
     rest = f"""
         --seed {seed} --num-workers 0 --no-create-attention-mask-in-dataloader
-        --eval-interval {iterations + 1} --multiple-validation-sets --full-validation
+        --eval-interval {iterations + 1}
         --log-interval {log_interval} --log-timers-to-tensorboard
         --tensorboard-log-interval {max(1, log_interval // 4)}
         --save-interval {save_interval} --save-retain-interval {100 * save_interval} --exit-signal-handler
@@ -43,7 +54,7 @@ def common_flags(size: TinySize, iterations: int, seed: int) -> list[str]:
     return ["--cpu", *size.layer_flags("dense"), *size.flags(), *training.flags(), *rest.split()]
 
 
-def model_flags(model: str, size: TinySize) -> list[str]:
+def model_flags(routing: Routing, size: TinySize) -> list[str]:
     """Return the flags of a routing; none for a dense model."""
-    flags = Routing(model, size.experts, topk=size.topk).flags(size.ffn)
+    flags = routing.flags(size.ffn)
     return [*flags, "--moe-per-layer-logging"] if flags else []

@@ -14,9 +14,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.remoe.routing.refusals import flag, relu_routing_problems
 from megatron.remoe.training.arguments import apply_granularity
+from megatron.training.arguments import moe_freq_type
 
 from ...console.errors import ConversionError
-from ...recipes.flops import layer_frequency
 from ..hf.settings import complete
 from ..megatron_model import EXPERT, HERE
 from .fitting import split_mlp
@@ -89,11 +89,18 @@ def _become_mixture(target: argparse.Namespace, options: argparse.Namespace) -> 
     target.moe_router_topk = 1 if options.moe_router_topk is None else options.moe_router_topk
     target.moe_granularity = options.moe_granularity or 1
     try:
-        target.moe_layer_freq = layer_frequency(options.moe_layer_freq or "1")
-    except ValueError as error:
-        raise ConversionError(f"{error}.", FLAGS) from error
-    if isinstance(target.moe_layer_freq, list) and not any(target.moe_layer_freq):
-        raise ConversionError(f"--moe-layer-freq {options.moe_layer_freq}: has no layer with experts.", FLAGS)
+        target.moe_layer_freq = moe_freq_type(options.moe_layer_freq or "1")
+        if not target.moe_layer_freq:
+            raise ValueError("give a number of at least 1, or a pattern such as ([0]+[1]*11)")
+    except (ValueError, SyntaxError, TypeError) as error:
+        raise ConversionError(f"--moe-layer-freq {options.moe_layer_freq}: {error}.", FLAGS) from error
+    pattern = target.moe_layer_freq
+    if isinstance(pattern, list) and (len(pattern) != target.num_layers or not any(pattern)):
+        raise ConversionError(
+            f"--moe-layer-freq {options.moe_layer_freq}: is a pattern of {len(pattern)} layers with {sum(pattern)} MoE "
+            f"layers. It must have {target.num_layers}, and one or more MoE layers.",
+            FLAGS,
+        )
     try:
         apply_granularity(target)
     except ValueError as error:

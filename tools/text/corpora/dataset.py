@@ -1,6 +1,7 @@
-"""Convert a corpus to Megatron data sets, with bytes as tokens."""
+"""Convert a corpus to Megatron data sets, with bytes or subwords as tokens."""
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ CORPORA: Mapping[str, Callable[[], corpus.Sources]] = {
     MIXED: lambda: corpus.SOURCES,
     TECHNICAL: technical.sources,
 }
+BYTES, SUBWORDS = "bytes", "subwords"
+TOKENS = {BYTES: "data", SUBWORDS: "data-subwords"}  # kind of tokens → folder of the data sets beside the corpus
+SUBWORD_ENTRIES = 4096  # of a byte-level BPE that is trained on the training text
 FOLDERS = {MIXED: Path("runs", "quickstart"), TECHNICAL: Path("runs", "quickstart-technical")}
 
 
@@ -23,7 +27,7 @@ def inputs(text: dict[str, Any]) -> str:
     return fingerprint(text["inputs"], text["domains"], fingerprint_of_files(sources))
 
 
-def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int) -> dict[str, Any]:
+def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int, tokens: str = BYTES) -> dict[str, Any]:
     """Write {folder}/{train,heldout}_{domain}_text_document.bin and .idx, or reuse them.
 
     Args:
@@ -31,9 +35,11 @@ def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int)
         corpus_folder: the corpus.
         text: its manifest.
         threads: number of threads for encoding.
+        tokens: one of `TOKENS`.
 
     Returns:
-        The manifest: "inputs", "tokens" (part → domain → number of tokens), "reused".
+        The manifest: "inputs", "tokens" and "bytes" (part → domain → number of tokens, and of bytes and ends of
+        documents), "reused".
 
     Raises:
         ToolError: preprocessing failed.
@@ -48,8 +54,13 @@ def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int)
     from ..preprocessing.pipeline import Job, preprocess
 
     make_empty(folder)
-    encoder = gpt2_encoder(*byte_level_vocabulary(folder), threads)
+    files = byte_level_vocabulary(folder) if tokens == BYTES else train_subwords(folder, corpus_folder / "train")
+    encoder = gpt2_encoder(*files, threads)
     manifest: dict[str, Any] = {"inputs": inputs(text), "tokens": {"train": {}, "heldout": {}}, "reused": False}
+    manifest["bytes"] = {
+        part: {name: sum(of_domain[part].values()) for name, of_domain in text["domains"].items()}
+        for part in manifest["tokens"]
+    }
     for part, of_part in manifest["tokens"].items():
         for domain in text["domains"]:
             source = str(corpus_folder / part / f"{domain}.jsonl")
@@ -58,16 +69,33 @@ def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int)
                 done = preprocess(Job([source], prefix, append_eod=True, workers=threads), encoder)
             except DataError as error:
                 raise ToolError(f"Preprocessing {domain}: {error}") from error
-            of_part[domain] = done.tokens  # one for each byte and for each end of a document
+            of_part[domain] = done.tokens
     write_json(folder / "manifest.json", manifest)
     return manifest
 
 
-def make_text(folder: Path, name: str, say: Callable[[str], None]) -> Path:
+def train_subwords(folder: Path, texts: Path) -> tuple[Path, Path]:
+    """Train a byte-level BPE of `SUBWORD_ENTRIES` entries; return folder/vocab.json and folder/merges.txt."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    from megatron.remoe.files.gpt2_files import END_OF_TEXT
+
+    def documents() -> Iterator[str]:
+        for path in sorted(texts.glob("*.jsonl")):
+            with path.open(encoding="utf-8") as file:
+                yield from (json.loads(line)["text"] for line in file)
+
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(documents(), SUBWORD_ENTRIES, show_progress=False, special_tokens=[END_OF_TEXT])
+    vocabulary, merges = tokenizer.save_model(str(folder))
+    return Path(vocabulary), Path(merges)
+
+
+def make_text(folder: Path, name: str, say: Callable[[str], None], tokens: str = BYTES) -> Path:
     """Build a corpus and its data sets, or reuse them, and return the data sets' folder."""
     text = corpus.build(folder / "corpus", say, name, CORPORA[name]())
-    build(folder / "data", folder / "corpus", text, threads=1)
-    return folder / "data"
+    build(folder / TOKENS[tokens], folder / "corpus", text, threads=1, tokens=tokens)
+    return folder / TOKENS[tokens]
 
 
 def data_prefix(data: Path, part: str, domain: str) -> str:
@@ -75,20 +103,28 @@ def data_prefix(data: Path, part: str, domain: str) -> str:
     return str(data / f"{part}_{domain}_text_document")
 
 
-def data_flags(data: Path, train_tokens: dict[str, int]) -> list[str]:
-    """Return the flags for the text: training on all domains in proportion to their size, evaluation on each domain.
+def vocabulary_flags(data: Path) -> list[str]:
+    """Return the flags for the tokenizer in a data sets' folder."""
+    files = ["--vocab-file", str(data / "vocab.json"), "--merge-file", str(data / "merges.txt")]
+    return ["--tokenizer-type", "GPT2BPETokenizer", *files, "--data-cache-path", str(data / "cache")]
+
+
+def weighted_training_sets(data: Path, train_tokens: Mapping[str, int]) -> list[str]:
+    """Return weights and prefixes of the training text: all domains in proportion to their size."""
+    return [word for domain, n in train_tokens.items() for word in (str(n), data_prefix(data, "train", domain))]
+
+
+def data_flags(data: Path, train_tokens: Mapping[str, int]) -> list[str]:
+    """Return the flags for the text: training on all domains, evaluation on all held-out text of each domain.
 
     Args:
         data: folder of the preprocessed text and its vocabulary.
         train_tokens: domain → number of training tokens.
     """
-    weighted = [word for domain, n in train_tokens.items() for word in (str(n), data_prefix(data, "train", domain))]
-    held_out = [data_prefix(data, "heldout", domain) for domain in train_tokens]
     return [
-        *("--tokenizer-type", "GPT2BPETokenizer"),
-        *("--vocab-file", str(data / "vocab.json"), "--merge-file", str(data / "merges.txt")),
-        *("--train-data-path", *weighted),
-        *("--valid-data-path", *held_out),
+        *vocabulary_flags(data),
+        *("--train-data-path", *weighted_training_sets(data, train_tokens)),
+        *("--valid-data-path", *(data_prefix(data, "heldout", domain) for domain in train_tokens)),
         *("--validation-set-names", *train_tokens),
-        *("--data-cache-path", str(data / "cache")),
+        *("--multiple-validation-sets", "--full-validation"),
     ]

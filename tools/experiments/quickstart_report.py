@@ -14,12 +14,12 @@ from rich.table import Table
 
 from megatron.remoe import megatron_version
 
-from ...console.display import say
-from ...console.places import LOG, interpreter, short, tool
-from ...recipes import tiny
-from ...runs.run_figures import TOTALS, RunFigures
-from ...text.corpora.corpus import SOURCES
-from ...text.corpora.dataset import MIXED, data_prefix
+from ..console.display import say
+from ..console.places import LOG, interpreter, short, tool
+from ..recipes import tiny
+from ..runs.run_figures import TOTALS, RunFigures
+from ..text.corpora.corpus import SOURCES
+from ..text.corpora.dataset import MIXED, data_prefix
 
 # Standard deviation of the validation loss after 1200 iterations, from docs/experiments.md, "Quickstart, six seeds".
 SEEDS, SPREAD_ITERATIONS = 6, 1200
@@ -55,7 +55,7 @@ def summarize(runs: Mapping[str, RunFigures], iterations: int, seed: int, corpus
         unused = (size.experts - size.topk) * size.layers * 3 * size.hidden * size.ffn if run.num_experts else 0
         summary[model] = {
             "val_loss": run.validation_loss,
-            "val_loss_by_domain": {domain: found[-1].loss for domain, found in run.evaluations.items()},
+            "val_loss_by_domain": {domain: evaluations[-1].loss for domain, evaluations in run.evaluations.items()},
             "train_tokens": iterations * size.tokens_per_iteration,
             "tokens_per_second": size.tokens_per_iteration / float(np.median(seconds)),
             "active_params": total - unused,

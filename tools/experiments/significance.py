@@ -59,8 +59,8 @@ def compare[Row: Hashable](rows: Mapping[Row, Sequence[float]], margin: float) -
     worse = [_p(values, margin, "less") for values in rows.values()]
     better = [_p(values, -margin, "greater") for values in rows.values()]
     corrected = zip(different, holm([*map(max, worse, better)]), holm(worse), strict=True)
-    found = zip(rows.items(), corrected, strict=True)
-    return {row: Difference(float(np.mean(values)), half_width(values), *p, margin) for (row, values), p in found}
+    differences = zip(rows.items(), corrected, strict=True)
+    return {row: Difference(float(np.mean(values)), half_width(values), *p, margin) for (row, values), p in differences}
 
 
 def half_width(values: Sequence[float]) -> float:

@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...console.picture_style import TARGET, picture, routing_color
-from ...recipes import tiny
-from ...runs.run_figures import RunFigures, smooth
-from .report import is_late
+from ..console.picture_style import TARGET, picture, routing_color
+from ..recipes import tiny
+from ..runs.run_figures import RunFigures, smooth
+from .quickstart_report import is_late
 
 SKIPPED_SHARE = 0.05  # of the loss curves at their steep start, which would hide the differences
 
 
 def draw(path: Path, runs: Mapping[str, RunFigures], summary: dict[str, Any]) -> None:
-    """Write the picture from each model's figures and the summary of `report.summarize`."""
+    """Write the picture from each model's figures and the summary of `quickstart_report.summarize`."""
     remoe, iterations = runs["remoe"], summary["iterations"]
     with picture(path, font_size=11, pad=(0.15, 0.15), figsize=(16, 11)) as figure:
         ((loss, sparsity), (coefficient, load)) = figure.subplots(2, 2)

@@ -1,0 +1,397 @@
+"""Test the experiments' plans: runs, their names and flags, what is refused, jobs for Slurm, and tables by hand."""
+
+import json
+import os
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.image import imread
+
+from tests.tools.sweeping import final, line, sweep, write_run
+from tests.trainings import REPOSITORY
+from tools.console.errors import ToolError
+from tools.console.flags import parse
+from tools.experiments import compare, figures, jobs, pictures, results, tables
+from tools.experiments.arms import ARMS, SETTINGS
+from tools.experiments.run import Run, Text, rounded, run_from_fields
+from tools.experiments.sweep import parse_arguments, plan_runs
+from tools.recipes.flops import flops_per_sequence, model_arguments
+from tools.recipes.layout import RecipeError
+from tools.recipes.models import Routing
+from tools.recipes.tiny import SIZE
+from tools.text.corpora import dataset
+
+TEXT = Text(Path("text"), {"code": 30, "docs": 10}, "text", {"code": 1.0, "docs": 1.0, "": 1.0})
+
+
+def paper_runs(*words: str, **environment: str) -> dict[str, list[str]]:
+    """Return name → command of a dry run with the launch scripts."""
+    output, _ = sweep("--dry-run", "--output-dir", "/nowhere/runs", *words, **environment)
+    *lines, last = output.splitlines()
+    assert last == f"# to train: {len(lines) // 2} runs"
+    heads = [head.removeprefix("# ").removesuffix(": not started") for head in lines[::2]]
+    return dict(zip(heads, map(shlex.split, lines[1::2]), strict=True))
+
+
+def test_the_papers_figures() -> None:
+    """The default list has the paper's 32 runs, as calls of the launch scripts with the paper's defaults."""
+    found = paper_runs()
+    expected = [f"182m_dense.sh 8 60000  {expansion}" for expansion in (1, 8)]
+    expected += [f"{size}_dense.sh 8 60000  1" for size in ("469m", "978m")]
+    for routing in ("moe", "remoe"):
+        expected += [f"{size}_{routing}.sh 8 60000  8 1" for size in ("182m", "469m", "978m")]
+        expected += [f"182m_{routing}.sh 8 60000  {experts} 1" for experts in (4, 16, 32, 64, 128)]
+        expected += [f"182m_{routing}.sh 8 60000  8 {granularity}" for granularity in (2, 4, 8, 16, 32, 64)]
+    scripts = f"{REPOSITORY}/scripts/train_llama_"
+    assert sorted(" ".join(words[2:]) for words in found.values()) == sorted(
+        f"{scripts}{words} -- --seed 1234" for words in expected
+    )
+    assert all(words[:2] == [f"OUTPUT_DIR=/nowhere/runs/{name}", "bash"] for name, words in found.items())
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ("--figures size --sizes 469m", "469m_dense_ffn1 469m_moe_e8g1k1 469m_remoe_e8g1k1"),
+        ("--figures experts --routings dense", "182m_dense_ffn1 182m_dense_ffn8"),
+        ("--figures experts granularity --routings remoe --experts 4 8 --granularities 1 2",
+         "182m_remoe_e4g1k1 182m_remoe_e8g1k1 182m_remoe_e8g2k1"),
+        ("--figures l1-init --l1-inits 1e-16 1e-8", "182m_remoe_e8g1k1_l1-init1e-16 182m_remoe_e8g1k1"),
+        ("--figures aux-coeff --routings moe-post remoe --granularities 1 2 --aux-coeffs 1e-3",
+         "182m_moe-post_e8g2k1_aux-coeff0.001"),
+        ("--figures lr --lrs 2 --routings dense moe", "182m_dense_ffn1_lr2 182m_moe_e8g1k1_lr2"),
+        ("--figures variable-k", " ".join(f"182m_{arm}_e8g2k1" for arm in ("moe", "remoe", *figures.PAIRED))),
+        ("--figures size --sizes 182m --routings moe --seeds 1 2", "182m_moe_e8g1k1 182m_moe_e8g1k1"),
+    ],
+)  # fmt: skip
+def test_narrowed_lists(words: str, names: str) -> None:
+    found = [re.sub(r"_gpu_steps\d+_seed\d+", "", name) for name in paper_runs(*words.split())]
+    assert found == names.split()
+
+
+def test_flags_for_megatron_and_expert_parallelism() -> None:
+    options = "--figures experts --experts 4 16 --train-iters 100 --micro-batch-size 4 -- --moe-z-loss-coeff 1e-3"
+    dense, _, few, *_, many = (" ".join(words) for words in paper_runs(*options.split(), EP="8").values())
+    assert dense.endswith("train_llama_182m_dense.sh 8 100 4 1 -- --seed 1234")
+    assert few.endswith("train_llama_182m_moe.sh 8 100 4 4 1 -- --seed 1234 --moe-z-loss-coeff 1e-3")
+    assert " EP=4 " in few and " EP=" not in many + dense  # 8 does not divide 4 experts
+
+
+@pytest.mark.parametrize(
+    ("words", "facts"),
+    [
+        ("--experts 1", "--experts: '1'"),
+        ("--train-iters many", "'many'"),
+        ("--l1-inits 0", "--l1-inits: '0'"),
+        ("--sbatch-flags=--nodes", "--sbatch-flags --slurm"),
+        ("--slurm --tiny", "--slurm --tiny"),
+        ("--slurm --sbatch-flags=-Mfar", "--sbatch-flags -Mfar"),
+        ("-- --num-experts 4", "--num-experts --experts"),
+        ("-- --save=x", "--save --output-dir"),
+        ("-- --seed 1", "--seed --seeds"),
+        ("--figures gate -- --moe-router-topk-scaling-factor 2", "--moe-router-topk-scaling-factor _gate2"),
+        ("--figures lr --lrs 2 -- --lr 1e-3", "--lr _lr2"),
+        ("--figures gate --routings remoe", "--figures gate --routings remoe"),
+        ("--collect", "--output-dir"),
+        ("--results tests/golden/tiny_remoe.json", "tests/golden/tiny_remoe.json"),
+    ],
+)
+def test_bad_values_are_named(words: str, facts: str, tmp_path: Path) -> None:
+    code = 1 if "--results" in words else 2
+    _, errors = sweep("--output-dir", str(tmp_path), *words.split(), code=code)
+    assert all(fact in errors for fact in facts.split()), errors
+
+
+@pytest.mark.parametrize(
+    ("words", "fact"),
+    [
+        ("--steps 403", "--steps 403"),
+        ("--steps 370", "--warmups 300"),
+        ("--tuning-steps 15", "--tuning-steps 15"),
+        ("--seeds 1233", "--seeds 1233"),
+    ],
+)
+def test_bad_values_of_a_comparison(words: str, fact: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        compare.parse_arguments(words.split())
+    assert fact in capsys.readouterr().err
+
+
+def test_errors_of_the_scripts_stop_it_before_the_first_run(tmp_path: Path) -> None:
+    _, errors = sweep("--output-dir", str(tmp_path), code=2, DATA_PATH="")
+    assert errors.startswith("sweep: error: 182m_dense_ffn1_gpu") and "set DATA_PATH" in errors
+    _, errors = sweep("--output-dir", str(tmp_path), code=2, TP="8")
+    assert "TP=8 does not divide the 12 attention heads" in errors
+
+
+@pytest.mark.parametrize(("value", "is_on"), [("", False), ("0", False), ("1", True)])
+def test_a_dry_run_is_asked_for_as_in_launch_scripts(value: str, is_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRY_RUN", value)
+    assert parse_arguments([]).dry_run == is_on
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_runs_have_their_own_names_and_are_read_back() -> None:
+    base = Run("remoe")
+    changed = {
+        "arm": "moe", "seed": 1, "steps": 400, "size": "469m", "experts": 32, "granularity": 2, "topk": 2,
+        "rate": 0.5, "warmup": 12, "is_wsd": True, "is_tuning": True, "is_tiny": False, "tokens": dataset.SUBWORDS,
+    }  # fmt: skip
+    runs = [base, base.at("l1-init", 1e-4), *(replace(base, **{name: value}) for name, value in changed.items())]
+    runs += [Run("dense"), Run("dense", expansion=8)]
+    assert len({run.name for run in runs}) == len(runs)
+    assert base.at("l1-init", 1e-8) == base and Run("dense", experts=32) == Run("dense")
+    for run in runs:
+        assert run_from_fields(json.loads(json.dumps(vars(run))) | {"later": 1}) == run
+
+
+def flags_of(run: Run, *given: str) -> dict[str, tuple[str, ...]]:
+    return parse(run.tiny_flags(TEXT, given))
+
+
+def test_flags_of_tiny_runs() -> None:
+    plain, wide = flags_of(Run("dense"), "--moe-z-loss-coeff", "1"), flags_of(Run("dense", expansion=8))
+    assert plain["--ffn-hidden-size"] == ("128",) and wide["--ffn-hidden-size"] == ("1024",)
+    assert not any(flag.startswith("--moe") for flag in plain) and plain["--seed"] == ("1234",)
+    assert plain["--train-data-path"][::2] == ("30", "10") and "--full-validation" in plain
+    shapes = {size: flags_of(Run("moe", size=size)) for size in ("469m", "2x256")}
+    assert [(of["--num-layers"], of["--hidden-size"]) for of in shapes.values()] == [
+        (("4",), ("80",)),
+        (("2",), ("256",)),
+    ]
+    few, many = (flags_of(Run("remoe-capped", topk=k))["--moe-relu-max-experts"] for k in (1, 2))
+    assert (few, many) == (("4",), ("8",))
+    tuning = flags_of(Run("moe", steps=400, rate=2, warmup=40, is_wsd=True, is_tuning=True))
+    assert (tuning["--lr"], tuning["--min-lr"], tuning["--lr-warmup-iters"]) == (("0.008",), ("0.0008",), ("40",))
+    assert tuning["--lr-decay-style"] == ("WSD",) and tuning["--lr-wsd-decay-iters"] == ("80",)
+    assert "--valid-data-path" not in tuning and tuning["--split"] == ("95,5,0",)
+    assert tuning["--save-retain-interval"] == ("320",) and 320 % int(tuning["--save-interval"][0]) == 0
+    assert Run("moe", steps=12000).decay_start == 9600 and rounded(463.4) == 465 and rounded(1) == 5
+
+
+def test_every_arm_and_setting_is_documented() -> None:
+    text = (REPOSITORY / "docs" / "baselines.md").read_text()
+    assert set(re.findall(r"^\| `([a-z0-9-]+)` \|", text, re.MULTILINE)) == {*ARMS, *SETTINGS}
+    for name, setting in SETTINGS.items():
+        [row] = re.findall(rf"^\| `{name}` \|.*\| (.*) \| `--{name}s` \|$", text, re.MULTILINE)
+        [base] = re.findall(r"\*\*(.*)\*\*", row)
+        assert [float(value.strip("*")) for value in row.split()] == [*setting.values] and float(base) == setting.base
+
+
+def finish_run(grid: jobs.Grid, run: Run, loss: float = 2.0, **args: object) -> jobs.Job:
+    """Write a finished run as its job would."""
+    job = jobs.make_job(run, grid)
+    losses = [final(run.steps, loss, set=name, tokens=100) for name in TEXT.train_tokens]
+    steps = [
+        line(at, lm_loss=2.0, total_active_pairs=150 * at, total_layer_tokens=100 * at)
+        for at in range(5, run.steps + 1, 5)
+    ]
+    known = vars(model_arguments(SIZE, Routing(run.routing, run.experts), 257))
+    write_run(job.folder, run.steps, *steps, *losses, **known, validation_set_names=[*TEXT.train_tokens], **args)
+    jobs.write_json(job.folder / results.STAMP, job.stamp)
+    return job
+
+
+def test_a_run_is_done_when_its_fingerprint_and_its_loss_are_there(tmp_path: Path) -> None:
+    grid, run = jobs.Grid(tmp_path, text=TEXT), Run("moe", steps=20)
+    assert not jobs.make_job(run, grid).is_done
+    job = finish_run(grid, run)
+    assert job.is_done and not jobs.make_job(run, replace(grid, code="later")).is_done
+    moved = replace(TEXT, folder=Path("elsewhere"))
+    assert jobs.make_job(run, replace(grid, text=moved)).is_done, "the same text in another place"
+    other = jobs.make_job(run, replace(grid, flags=("--lr", "1e-3")))
+    assert not other.is_done
+    with pytest.raises(RecipeError, match="(?s)--lr was 4e-3.*another --output-dir"):
+        jobs.check_conflicts([other])
+    said: list[str] = []
+    jobs.prepare(other, said.append)
+    assert f"{job.folder.name}.old1" in said[0] and not other.is_done, "no run overwrites another"
+    assert (tmp_path / f"{job.folder.name}.old1" / "checkpoints" / "metrics.jsonl").exists()
+    jobs.prepare(other, said.append)
+    assert len(said) == 1
+
+
+def test_a_longer_run_goes_on_from_the_decay_of_a_shorter_one(tmp_path: Path) -> None:
+    grid, run = jobs.Grid(tmp_path, text=TEXT), Run("moe", is_wsd=True)
+    for steps in (20, 40, 60):
+        job = finish_run(grid, replace(run, steps=steps))
+        start = job.run.decay_start
+        (job.folder / "checkpoints" / f"iter_{start:07}").mkdir()
+    finish_run(grid, replace(run, steps=80, seed=1))
+    longer = jobs.make_job(replace(run, steps=45), grid)
+    jobs.prepare(longer, print)
+    jobs.go_on_from_shorter(longer, grid)
+    saves = longer.folder / "checkpoints"
+    assert (saves / "latest_checkpointed_iteration.txt").read_text() == "30" and (saves / "iter_0000030").exists()
+    lines = [json.loads(line) for line in (saves / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["iteration"] == 30 and {line["kind"] for line in lines} == {"start", "log"}
+    other = jobs.make_job(replace(run, steps=15), grid)
+    jobs.go_on_from_shorter(other, grid)
+    assert not other.has_checkpoint, "all others have decayed by then"
+
+
+def test_runs_of_equal_flops(tmp_path: Path) -> None:
+    """ReMoE used the FLOPs of 60 more steps; the router computes 1.5 experts per token, plain top-k counts k = 1."""
+    grid = jobs.Grid(tmp_path, text=TEXT)
+    base = Run("remoe", steps=100, is_wsd=True, warmup=5)
+    reference = finish_run(grid, base)
+    one = flops_per_sequence(model_arguments(SIZE, Routing("moe"), 257))
+    found = {}
+    for arm in ("moe", "moe-topp"):
+        job = finish_run(grid, replace(base, arm=arm), moe_baseline_router="top_p")
+        extra = 60 * 4 * one
+        found[arm] = compare.steps_with_flops(job, compare.flops_of_job(job) + extra)
+    assert found["moe"] == found["moe-topp"] == rounded(100 + 60 * one / flops_per_sequence(
+        model_arguments(SIZE, Routing("moe"), 257), 1.5
+    ))  # fmt: skip
+    assert compare.runs_of_equal_flops([reference]) == []
+
+
+def tuned_rows(args: Any) -> list[results.Row]:
+    """Return made-up results: rate 2 is best for dense and top-k, 1 for ReMoE."""
+    rows: list[results.Row] = []
+    for run in compare.tuning_runs(args):
+        best = 1.0 if run.routing == "remoe" else 2.0
+        rows.append((run, results.Result(20, 20, loss=2.0 + abs(run.rate - best) + (run.warmup or 0) / 1000)))
+    return rows
+
+
+def test_each_arm_has_its_own_rate_and_warmup(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = "--arms dense moe --experts 4 8 --steps 40 --seeds 1 2 1 --lr-factors 1 2 --warmups 4 8 --tuning-steps 20"
+    args = compare.parse_arguments([*words.split(), "--output-dir", str(tmp_path)])
+    rows = tuned_rows(args)
+    assert len(rows) == 4 * (2 * 2 + 1), "dense is tuned once for all numbers of experts"
+    tuned = compare.choose_rates(args, rows)
+    assert tuned == {(0, "dense"): (2.0, 4)} | {
+        (experts, arm): (2.0 if arm == "moe" else 1.0, 4) for experts in (4, 8) for arm in ("moe", "remoe")
+    }  # fmt: skip
+    planned = compare.planned_runs(args, tuned)
+    assert len(planned) == 2 * (2 * 2 + 1) and planned[0].arm == "remoe"
+    assert compare.choose_rates(args, []) == {} and compare.planned_runs(args, {}) == []
+    for run in planned:
+        loss = {"dense": 2.0, "moe": 1.6, "remoe": 1.5}[run.arm] + run.seed / 100
+        rows.append((run, results.Result(40, 40, loss=loss, flops=1e9 if run.arm != "remoe" else 1.5e9)))
+        if run.arm != "remoe":
+            result = results.Result(60, 60, loss=loss - 0.05, flops=1.5e9)
+            rows.append((replace(run, steps=60), result))
+    results.write_results(tmp_path / "points.json", rows)
+    kept = results.read_results(tmp_path / "points.json")
+    assert [(run, result and result.loss) for run, result in kept] == [(run, of.loss) for run, of in rows if of]
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    assert (
+        compare.main([*words.split(), "--output-dir", str(tmp_path), "--results", str(tmp_path / "points.json")]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "- moe tuned, loss by factor on the learning rate and warm-up: 1 and 4: 3.0040," in printed
+    assert re.search(
+        r"\| 40 \| moe \| 1\.6150 ± .* \| \+0\.1000 ± \S+ \(2\) \| higher \| \+0\.0500 ± \S+ \(2\) \|", printed
+    )
+    assert imread(folder / "results.png").std() > 0.05
+
+
+# ---------------------------------------------------------------- tables and pictures
+
+
+def test_gaps_by_hand() -> None:
+    def seeds(*losses: float) -> dict[int, dict[str, Any]]:
+        return {seed: {"loss": loss, "inactive": (0, seed)} for seed, loss in enumerate(losses, 1)}
+
+    lines = [
+        tables.Line(("ReMoE",), seeds(1.50, 1.52, 1.51)),
+        tables.Line(("top-k",), seeds(1.60, 1.62, 1.61, 9.99), seeds(1.51, 1.51, 1.52, 9.99), ("ReMoE",)),
+    ]
+    lines[0].matched = lines[0].seeds
+    made = [*tables.markdown(["run"], lines, margin=0.05)]
+    cells = [cell.strip() for cell in made[3].split("|")]
+    assert cells[3].startswith("+0.1000 ± ") and cells[3].endswith(" (3)") and cells[4] == "higher"
+    assert cells[5].startswith("+0.0033 ± ") and cells[6] == "equivalent within 0.05"
+    assert "0.0, 2.0" in made[2] and "2 comparisons" in made[5] and "Gaps differ by 0.0" in made[6]
+
+
+def test_tables_and_panels_of_a_folder(tmp_path: Path) -> None:
+    grid = jobs.Grid(tmp_path, text=TEXT)
+    base = Run("remoe", steps=20)
+    for seed in (1, 2):
+        for run, loss in ((base, 1.5), (replace(base, arm="moe"), 1.6), (base.at("l1-init", 1.0), 1.7)):
+            finish_run(grid, replace(run, seed=seed), loss + seed / 100)
+    job = jobs.make_job(replace(base, arm="moe-hash"), grid)
+    write_run(job.folder, 20, line(8))
+    jobs.write_json(job.folder / results.STAMP, job.stamp)
+    (tmp_path / "else").mkdir()
+    options = "--tiny --steps 20 --seeds 1 2 --figures size routing l1-init --collect --output-dir".split()
+    output, _ = sweep(*options, str(tmp_path))
+    page = (tmp_path / "results.md").read_text()
+    assert re.search(r"\| 182m_moe_e8g1k1_steps20 \| 1\.6150 ± \S+ \| \+0\.1000 ± 0\.0000 \(2\) \| higher", page)
+    assert f"- {job.run.name}: not finished, at iteration 8 of 20" in page and page.count("| 182m") == 3
+    assert "moe-hash" in output and imread(tmp_path / "results.png").size
+    args = parse_arguments([*options, str(tmp_path)])
+    rows = dict(results.read_folder(tmp_path))
+    panels = [figures.make_panel(figure, planned, rows) for figure, planned in plan_runs(args).items()]
+    assert [panel.title for panel in panels] == ["Size", "Routings", "L1 coefficient"]
+    assert panels[2].lines[("remoe", "")] == {1e-8: [1.51, 1.52], 1.0: [1.71, 1.72]}
+    pictures.draw(tmp_path / "one.png", panels[:1], "loss", 0.01)
+    assert imread(tmp_path / "one.png").shape[1] == 1000
+
+
+# ---------------------------------------------------------------- Slurm
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Path:
+    """Return a folder with stubs of Slurm: sbatch records what it is called with, squeue prints the file `queue`."""
+    folder = tmp_path / "cluster"
+    folder.mkdir()
+    commands = {
+        "sbatch": "n=$(cat count 2>/dev/null || echo 100)\necho $((n + 1)) | tee count\n"
+        '{ echo "$OUTPUT_DIR ${EP-}"; printf "%s\\n" "$@"; } >job.$((n + 1))',
+        "squeue": '[[ -f queue ]] || { echo "Unable to contact slurm controller" >&2; exit 1; }\ncat queue',
+    }
+    for name, text in commands.items():
+        (folder / name).write_text(f"#!/bin/bash\ncd {folder}\n{text}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def test_slurm_jobs_are_submitted_once(cluster: Path, tmp_path: Path) -> None:
+    output_dir, path = tmp_path / "sweep", f"{cluster}{os.pathsep}{os.environ['PATH']}"
+    options = f"--figures experts --experts 4 --routings moe remoe --output-dir {output_dir} --train-iters 50".split()
+    options += ["--slurm", "--sbatch-flags=--nodes 2 --comment='a b'", "--", "--lr", "1e-3"]
+
+    def submit(code: int = 0) -> tuple[str, str]:
+        return sweep(*options, code=code, PATH=path, EP="8", TP="2")
+
+    (cluster / "queue").touch()
+    output, _ = submit()
+    moe, remoe = (output_dir / f"182m_{arm}_e4g1k1_gpu_steps50_seed1234" for arm in ("moe", "remoe"))
+    assert f"{moe.name}: Slurm job 101\n" in output and f"{remoe.name}: Slurm job 102\n" in output
+    scripts = REPOSITORY / "scripts"
+    assert (cluster / "job.102").read_text().splitlines() == [
+        f"{remoe} 4",
+        *("--parsable", f"--job-name={remoe}", f"--output={remoe}/slurm-%j.out", "--gpus-per-node=8"),
+        *("--nodes", "2", "--comment=a b", f"{scripts}/slurm/train.sbatch", f"{scripts}/train_llama_182m_remoe.sh"),
+        *("8", "50", "", "4", "1", "--", "--seed", "1234", "--lr", "1e-3"),
+    ]
+    # One is still queued; the other is gone without a result.
+    (cluster / "queue").write_text(f"    7 of another\n102 {remoe}\n")
+    output, _ = submit()
+    assert "queued or running as Slurm job 102" in output and f"{moe.name}: Slurm job 103\n" in output
+    # One has its result and is still listed.
+    write_run(remoe, 50, line(50), final(50, 4.0))
+    (cluster / "queue").write_text(f"102 {remoe}\n103 {moe}\n")
+    output, _ = submit()
+    assert f"{remoe.name}: finished" in output and sorted(cluster.glob("job.*"))[-1].name == "job.103"
+    (cluster / "queue").unlink()
+    assert "squeue failed: Unable to contact slurm controller" in submit(code=1)[1]
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    for place in (REPOSITORY / "docs" / "compare" / "size-mixed.json", tmp_path / "nothing.json"):
+        with pytest.raises(ToolError, match=place.name):
+            results.read_results(place)

@@ -1,0 +1,236 @@
+"""Train small grids: they resume, notice other settings, and end at a second interrupt."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import rich.progress
+from rich.console import Console
+
+from tests.data_sets import write_small_corpus
+from tests.entry import shared_entry
+from tests.tools.sweeping import logged, start, sweep
+from tests.trainings import REPOSITORY, SMALL, finish, records
+from tools.experiments import compare
+from tools.experiments.arms import ARMS, SETTINGS
+from tools.experiments.results import read_folder
+from tools.experiments.run import Run, Text
+from tools.runs import training_display, training_process
+from tools.runs.training_display import ShownTraining, TrainingDisplay
+from tools.text.corpora.dataset import MIXED, SUBWORDS, make_text
+
+ITERATIONS = 20
+FLAGS = [
+    *SMALL,
+    *"--moe-ffn-hidden-size 128 --split 80,20,0 --eval-interval 20 --eval-iters 2 --ckpt-format torch".split(),
+]
+
+
+SLOW_TO_SAVE = """
+import os, sys
+from pathlib import Path
+from tools.recipes.process import run_training
+print(os.getpid(), flush=True)
+slow = "bash -c 'trap : TERM; for i in {1..900}; do sleep 0.1; done'; true"
+sys.exit(run_training(["bash", "-c", slow], Path(sys.argv[1])))
+"""
+
+
+def test_a_second_interrupt_ends_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of three trainings run at once, and each takes 90 seconds to save. The third does not start."""
+    monkeypatch.setattr(training_process, "SECONDS_TO_DIE", 60)
+    shown = [ShownTraining(name, iterations=10, tokens_per_iteration=1, cost=1.0) for name in "abc"]
+    output, interrupts = io.StringIO(), []
+
+    def train(place: int) -> None:
+        command = [sys.executable, "-c", SLOW_TO_SAVE, str(tmp_path / f"{place}.log")]
+        with (tmp_path / f"{place}.pid").open("w", buffering=1) as log:
+            display.run(shown[place], command, os.environ | {"PYTHONPATH": str(REPOSITORY)}, log)
+
+    def interrupt_twice() -> None:
+        while not all((tmp_path / f"{place}.log").exists() for place in (0, 1)):  # tee and the training have started
+            time.sleep(0.05)
+        for _ in range(2):
+            time.sleep(1.0)
+            interrupts.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt_twice)
+    with (tmp_path / "lock").open("w") as lock, TrainingDisplay(Console(file=output), shown, lock) as display:
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            display.run_all([partial(train, place) for place in range(3)], at_once=2)
+    assert time.monotonic() - interrupts[1] < 30
+    thread.join()
+    assert "saving a checkpoint" in output.getvalue() and "was killed" not in output.getvalue()
+    assert not (tmp_path / "2.pid").exists()
+    for place in (0, 1):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / f"{place}.pid").read_text().split()[0]), 0)
+
+
+def test_time_left_counts_neither_reused_nor_failed_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four trainings have the same cost, and the clock advances one second per iteration."""
+    shown = [ShownTraining(name, iterations=100, tokens_per_iteration=1, cost=100.0) for name in "abcd"]
+    clock = partial(rich.progress.Progress, get_time=lambda: float(min(shown[1].done, 10) + shown[2].done))
+    monkeypatch.setattr(training_display, "Progress", clock)
+    output = io.StringIO()
+    console = Console(file=output, width=200)
+    with (tmp_path / "lock").open("w") as lock, TrainingDisplay(console, shown, lock) as display:
+        display.finish(shown[0], "reused")
+        for training, end in ((shown[1], 20), (shown[2], 70)):
+            lines = "".join(logged(at, 100) for at in range(10, end, 10))
+            display.run(training, ["printf", "%s", lines], dict(os.environ))
+            display.finish(training, "failed")
+    found = re.findall(r"c: (\d+)/100 .* all: (\S+) left", output.getvalue())
+    assert found == [("30", "2:50"), ("60", "2:20")]
+
+
+@pytest.mark.parametrize("cut", [1, 5, 13])
+def test_the_last_line_of_a_resumed_training_is_shown(cut: int, tmp_path: Path) -> None:
+    shown, output = ShownTraining("a", iterations=20, tokens_per_iteration=1, cost=1.0), io.StringIO()
+    lines = [f"successfully loaded checkpoint from RUN [ t 1/1 ] at iteration {cut}\n"]
+    lines += [logged(at, 20) for at in range(cut + 1, 21)]
+    console = Console(file=output, width=200)
+    with (tmp_path / "lock").open("w") as lock, TrainingDisplay(console, [shown], lock) as display:
+        display.run(shown, ["printf", "%s", "".join(lines)], dict(os.environ))
+    assert f"goes on from iteration {cut}" in output.getvalue() and " a: 20/20  loss" in output.getvalue()
+
+
+# ---------------------------------------------------------------- launch scripts
+
+
+@pytest.mark.slow
+def test_trains_goes_on_and_notices_other_settings(data: Path, tmp_path: Path) -> None:
+    output_dir, environment = tmp_path / "sweep", {"DATA_PATH": str(data)}
+    options = f"--output-dir {output_dir} --gpus-per-node 1 --micro-batch-size 2 --train-iters {ITERATIONS}".split()
+    options += "--figures granularity --routings remoe --granularities".split()
+    name = "182m_remoe_e8g{}k1_gpu_steps20_seed1234"
+    log = output_dir / name.format(1) / "train.log"
+
+    # Stop the first run; it saves a checkpoint.
+    process = start(*options, "1", "2", "--", *FLAGS, **environment)
+    while process.poll() is None and not (log.exists() and len(records(log.read_text())) > 2):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, errors = finish(process, code=130)
+    assert "saving a checkpoint" in output and "The same command goes on from here" in errors
+    cut = max(records(log.read_text()))
+    assert cut < ITERATIONS
+
+    # 3 does not divide the FFN size: that run fails, the other does not.
+    output, errors = sweep(*options, "3", "1", "--", *FLAGS, code=1, **environment)
+    assert f"1/2 {name.format(3)}: failed with exit code" in output and "--moe-granularity" in output
+    assert f"2/2 {name.format(1)}: goes on from iteration {cut}" in output
+    assert f"2/2 {name.format(1)}: validation loss" in output
+    assert f"1 runs did not finish: {name.format(3)}." in errors
+    assert list(records(log.read_text())) == list(range(1, ITERATIONS + 1))
+
+    # All done: nothing is trained again.
+    before = {path: path.stat().st_mtime_ns for path in log.parent.rglob("*")}
+    output, _ = sweep(*options, "1", "--", *FLAGS, **environment)
+    assert "1 finished; 0 to train" in output
+    assert {path: path.stat().st_mtime_ns for path in log.parent.rglob("*")} == before
+    _, errors = sweep(*options, "1", "--", *FLAGS, "--lr", "1e-3", code=2, **environment)
+    assert "--lr was 5e-4 and is now 1e-3" in errors and "another --output-dir" in errors
+
+    # The results are those of the log.
+    rows = {run.granularity: result for run, result in read_folder(output_dir) if result is not None}
+    result, text = rows[1], log.read_text()
+    printed = re.findall(rf"loss at iteration {ITERATIONS} on validation set \| lm loss value: (\S+)", text)
+    assert result.loss == pytest.approx(float(printed[-1]), rel=1e-5)
+    assert (result.flops or 0) > 0 and len(result.inactive) > 0
+    assert str(result.total_parameters) == re.findall(r"number of parameters on .*: (\d+)", text)[-1]
+
+
+# ---------------------------------------------------------------- tiny models
+
+
+@contextmanager
+def fork(_: object, words: list[str], environment: dict[str, str], *_rest: object) -> Iterator[SimpleNamespace]:
+    """Replace `Processes.start`: train in a fork of a process with Megatron imported."""
+    code, printed = shared_entry().run(words[2:], limit=240)
+    yield SimpleNamespace(returncode=code, stdout=printed.splitlines(keepends=True))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a small corpus."""
+    folder = tmp_path_factory.mktemp("text") / MIXED
+    write_small_corpus(folder / "corpus")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_small_comparison(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--arms moe --experts 4 --steps 20 40 --seeds 1 --lr-factors 1 2 --warmups 4 --tuning-steps 20".split()
+    words += ["--processes", "1", "--output-dir", str(tmp_path), "--text-dir", str(text)]
+    tool, pipe = str(REPOSITORY / "tools"), subprocess.PIPE
+    process = subprocess.Popen([sys.executable, tool, "compare", *words], stdout=pipe, stderr=pipe, text=True)
+    while process.poll() is None and not [*tmp_path.glob("mixed/*/train.log")]:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert "The same command goes on from here" in finish(process, code=130)[1]
+
+    monkeypatch.setattr(training_process.Processes, "start", fork)
+    assert compare.main(words) == 0
+    printed = capsys.readouterr().out
+    rows = {run: result for run, result in read_folder(tmp_path / "mixed") if result is not None}
+    tuning = [run for run in rows if run.is_tuning]
+    assert len(tuning) == 4 and {run.seed for run in tuning} == {compare.TUNING_SEED}
+    best = {arm: min((rows[run].loss, run.rate) for run in tuning if run.arm == arm)[1] for arm in ("moe", "remoe")}
+    trained = {(run.arm, run.steps): (run, result) for run, result in rows.items() if not run.is_tuning}
+    assert {run.arm: run.rate for run, _ in trained.values()} == best
+    more = {steps for arm, steps in trained if arm == "moe"} - {20, 40}
+    assert len(more) == 2, "ReMoE's dense start costs more"
+    step = trained["moe", 20][1].flops / 20
+    for steps, length in zip(sorted(more), (20, 40), strict=True):
+        flops = [trained[arm][1].flops for arm in (("moe", steps), ("remoe", length))]
+        assert flops[0] == pytest.approx(flops[1], abs=2.5 * step + 1)
+    assert "| 20 | moe | " in printed and "verdict, equal FLOPs" in printed
+    longer = tmp_path / "mixed" / trained["moe", 40][0].name / "train.log"
+    assert min(records(longer.read_text())) == 16, "it goes on from step 15 of the shorter one"
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")}
+    assert compare.main(words) == 0 and {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "run", [*(Run(arm, topk=1 + (arm == "moe-post")) for arm in ARMS),
+            *(Run(of.arms[0]).at(name, of.values[-1]) for name, of in SETTINGS.items())],
+    ids=lambda run: run.name,
+)  # fmt: skip
+def test_each_arm_and_each_setting_trains(run: Run, text: Path) -> None:
+    known = Text.read(make_text(text, MIXED, print))
+    few = "--exit-interval 2 --eval-iters 1 --seq-length 32 --max-position-embeddings 32 --log-interval 1".split()
+    code, printed = shared_entry().run([*run.tiny_flags(known, few)], limit=120)
+    assert code == 0, printed[-3000:]
+    assert list(records(printed)) == [1, 2]
+
+
+@pytest.mark.slow
+def test_subword_tokens(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on subwords has its loss in nats per byte: about that of 256 equally likely bytes before it has learned."""
+    monkeypatch.setattr(training_process.Processes, "start", fork)
+    options = f"--tiny --tokens {SUBWORDS} --figures size --sizes 182m --routings moe --steps 10".split()
+    output, _ = sweep(*options, "--output-dir", str(tmp_path), "--text-dir", str(text), DATA_PATH="")
+    [(run, result)] = read_folder(tmp_path)
+    manifest = json.loads((text / "data-subwords" / "manifest.json").read_text())
+    assert run.tokens == SUBWORDS and result is not None and result.loss is not None
+    tokens, sizes = (sum(manifest[name]["heldout"].values()) for name in ("tokens", "bytes"))
+    assert tokens < sizes / 2 and 1.0 < result.loss < 4.2
+    assert len(json.loads((text / "data-subwords" / "vocab.json").read_text())) <= 4096

@@ -1,1 +1,0 @@
-"""Compare ways of training by length, at equal steps and at equal FLOPs."""

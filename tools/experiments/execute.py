@@ -1,0 +1,155 @@
+"""Train the runs of a list that are missing: as processes of this machine, or as Slurm jobs."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import IO
+
+from rich.console import Console
+
+from ..console.display import say
+from ..console.errors import ToolError
+from ..console.flags import whole
+from ..console.places import LOG, ROOT
+from ..console.units import duration
+from ..runs.training_display import ShownTraining, TrainingDisplay
+from .jobs import SAVES, Grid, Job, check_conflicts, go_on_from_shorter, prepare
+from .run import Run
+
+
+def execute(console: Console, grid: Grid, jobs: Sequence[Job], processes: int, held: IO[str]) -> list[str]:
+    """Train the jobs that are not done, on this machine or as Slurm jobs.
+
+    Args:
+        console: shows their progress.
+        grid: of the jobs.
+        jobs: with a WSD schedule, those that differ only in their steps run one after another, shortest first: each
+            goes on from the one before.
+        processes: number of runs at once.
+        held: a file whose lock the runs hold too.
+
+    Returns:
+        The titles of those that did not finish.
+
+    Raises:
+        RecipeError: a folder holds another run.
+        ToolError: Slurm is missing or refuses.
+    """
+    if not grid.starts_over:
+        check_conflicts(jobs)
+    if grid.sbatch_flags is not None:
+        submit(console, grid, jobs)
+        return []
+    failed: list[str] = []
+    shown = {id(job): ShownTraining(job.title, job.run.steps, _tokens_per_iteration(job), job.run.cost) for job in jobs}
+    chains: dict[Run, list[Job]] = {}
+    for job in jobs:
+        chains.setdefault(replace(job.run, steps=0) if job.run.is_wsd else job.run, []).append(job)
+    with TrainingDisplay(console, [*shown.values()], held) as display:
+
+        def train(chain: Sequence[Job]) -> None:
+            for job in sorted(chain, key=lambda job: job.run.steps):
+                line = shown[id(job)]
+                if (result := job.result()) is not None and result.is_finished:
+                    display.finish(line, f"reused, validation loss {result.loss:.4f}")
+                    continue
+                prepare(job, display.say)
+                if job.run.is_wsd:
+                    go_on_from_shorter(job, grid)
+                if not _train(job, line, display):
+                    failed.append(job.title)
+                    return
+
+        display.run_all([partial(train, chain) for chain in chains.values()], processes)
+    return failed
+
+
+def _tokens_per_iteration(job: Job) -> int:
+    return whole(job.settings, "--global-batch-size") * whole(job.settings, "--seq-length")
+
+
+def _train(job: Job, line: ShownTraining, display: TrainingDisplay) -> bool:
+    """Train a run to its end; return whether it has its final loss."""
+    began = time.monotonic()
+    environment = {"PYTHON": sys.executable} | {**os.environ, **job.environment, "DRY_RUN": "0"}
+    if job.run.is_tiny:
+        with (job.folder / LOG).open("a", encoding="utf-8", buffering=1) as log:
+            print(f"$ OMP_NUM_THREADS=1 {shlex.join(job.words)}", file=log)
+            code, cause = display.run(line, job.words, environment, log)
+    else:
+        code, cause = display.run(line, job.words, environment)  # writes its log itself
+    result = job.result()
+    if code == 0 and result is not None and result.is_finished:
+        if job.run.is_wsd:  # longer runs go on from the start of the decay
+            shutil.rmtree(job.folder / SAVES / f"iter_{job.run.steps:07}", ignore_errors=True)
+        display.finish(line, f"validation loss {result.loss:.4f}, {duration(time.monotonic() - began)}")
+        return True
+    reason = f"ended at iteration {line.done} of {line.iterations}, without its final evaluation"
+    reason = f"failed with exit code {code}" if code else reason
+    log_file = job.folder / LOG
+    where = f"\nThe whole log: {log_file}" if log_file.exists() else ""
+    display.finish(line, f"{reason}. The end of its output:\n{cause}{where}\n")
+    return False
+
+
+def state(job: Job, queued: Mapping[str, str]) -> str:
+    """Return the state of a run, given folder → number of the Slurm jobs that wait or run."""
+    result = job.result()
+    if result is not None and result.is_finished:
+        return "finished"
+    if number := queued.get(str(job.folder)):
+        return f"queued or running as Slurm job {number}"
+    return "not started" if result is None else f"unfinished, at iteration {result.iterations} of {result.train_iters}"
+
+
+# ---------------------------------------------------------------- Slurm
+
+
+def submit(console: Console, grid: Grid, jobs: Sequence[Job]) -> None:
+    """Submit the runs that are neither done nor queued. A Slurm job has the name of its run's folder.
+
+    Raises:
+        ToolError: sbatch or squeue is missing or refuses.
+    """
+    queued = queued_jobs()  # before the results: a job may just have finished
+    for job in jobs:
+        if job.is_done or str(job.folder) in queued:
+            say(console, f"  {job.title}: {state(job, queued)}")
+            continue
+        prepare(job, partial(say, console))
+        answer = _ask(sbatch_command(job, grid), {**os.environ, **job.environment})
+        number = answer.strip().rpartition("\n")[2].partition(";")[0]
+        say(console, f"  {job.title}: Slurm job {number}")
+
+
+def sbatch_command(job: Job, grid: Grid) -> list[str]:
+    """Return the submission of a run; the user's sbatch flags override these and those in the file."""
+    options = ["--parsable", f"--job-name={job.folder}", f"--output={job.folder / 'slurm-%j.out'}"]
+    options += [f"--gpus-per-node={grid.gpus_per_node}", *(grid.sbatch_flags or ())]
+    return ["sbatch", *options, str(ROOT / "scripts" / "slurm" / "train.sbatch"), *job.words[1:]]
+
+
+def queued_jobs() -> dict[str, str]:
+    """Return folder of a run → number of its waiting, running or ending job, for the user's jobs.
+
+    Raises:
+        ToolError: squeue is missing or fails.
+    """
+    lines = _ask(["squeue", "--me", "--noheader", "--format=%A %j"], dict(os.environ)).splitlines()
+    return {name: number for number, _, name in (line.strip().partition(" ") for line in lines)}
+
+
+def _ask(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    try:
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    except FileNotFoundError:
+        raise ToolError(f"{command[0]} was not found: run this on a machine of the Slurm cluster.") from None
+    if result.returncode:
+        raise ToolError(f"{command[0]} failed: {result.stderr.strip()}\n  {shlex.join(command)}")
+    return result.stdout

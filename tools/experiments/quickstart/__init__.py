@@ -1,1 +1,0 @@
-"""Train three models on real text and compare them."""

@@ -1,0 +1,229 @@
+"""Define a run: a recipe with a routing, its sizes, seed and schedule, and the text that it is trained on."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..console.flags import parse, without
+from ..recipes import tiny
+from ..recipes.layout import RecipeError
+from ..recipes.models import Routing, Training
+from ..text.corpora import dataset
+from .arms import ARMS, RATE, SETTINGS, routing_of_arm
+
+CAP = 4  # largest number of experts per token of remoe-capped, for k = 1
+DECAY = 0.2  # share of a WSD schedule's steps in which the learning rate falls
+STEP = 5  # steps of a WSD schedule are multiples of it, so that a line of the log has their exact FLOPs
+SAVED = 200  # largest number of steps between two checkpoints of a WSD schedule
+TUNING = "--split 95,5,0 --eval-iters 40"  # a part of the training text that tuning runs are evaluated on
+
+
+@dataclass(frozen=True)
+class Text:
+    """A corpus as data sets of one kind of tokens.
+
+    Attributes:
+        folder: of the data sets and their vocabulary.
+        train_tokens: domain → tokens of its training text.
+        inputs: fingerprint of everything that the data sets were made from.
+        per_byte: set ("" for a part of the training text, else a domain's held-out text) → tokens of a byte.
+    """
+
+    folder: Path
+    train_tokens: Mapping[str, int]
+    inputs: str
+    per_byte: Mapping[str, float]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Text":
+        """Read the manifest in a folder of data sets.
+
+        Raises:
+            RecipeError: there is none.
+        """
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise RecipeError(f"there is no text in {folder}. Leave out --dry-run, which makes none.") from error
+        tokens, sizes = manifest["tokens"], manifest["bytes"]
+        share = {name: number / sizes["heldout"][name] for name, number in tokens["heldout"].items()}
+        share[""] = sum(tokens["train"].values()) / sum(sizes["train"].values())
+        return cls(folder, tokens["train"], manifest["inputs"], share)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; every field is part of its name.
+
+    Attributes:
+        arm: key of `ARMS`.
+        seed: of weights and the order of the text.
+        steps: optimizer steps.
+        size: of the launch script, or key of `tiny.SIZES`.
+        experts: of a layer, before granularity splits them; 0 for a dense model.
+        granularity: number of smaller experts of each.
+        topk: active experts of a token, before granularity.
+        expansion: a dense model's FFN over the recipe's.
+        setting, value: a setting of `SETTINGS` that is not at its base; "" for none.
+        rate: factor on the recipe's learning rate.
+        warmup: steps in which the learning rate rises; None for the recipe's share.
+        is_wsd: the rate is constant and falls linearly in the last fifth; else it follows a cosine.
+        is_tuning: evaluates a part of the training text instead of the held-out text.
+        is_tiny: one of `tiny.SIZES` on the CPU; else a launch script's model.
+        tokens: key of `dataset.TOKENS`, for tiny runs.
+    """
+
+    arm: str
+    seed: int = tiny.SEED
+    steps: int = tiny.ITERATIONS
+    size: str = tiny.BASE_SIZE
+    experts: int = 8
+    granularity: int = 1
+    topk: int = 1
+    expansion: int = 1
+    setting: str = ""
+    value: float = 0.0
+    rate: float = 1.0
+    warmup: int | None = None
+    is_wsd: bool = False
+    is_tuning: bool = False
+    is_tiny: bool = True
+    tokens: str = dataset.BYTES
+
+    def __post_init__(self) -> None:
+        if self.arm == "dense":  # one run for all numbers of experts
+            for name, value in (("experts", 0), ("granularity", 1), ("topk", 1)):
+                object.__setattr__(self, name, value)
+
+    @property
+    def routing(self) -> str:
+        """Return dense, moe or remoe."""
+        return routing_of_arm(self.arm)
+
+    @property
+    def name(self) -> str:
+        """Return the name of the run's folder; no other run has it."""
+        parts = [
+            self.size, self.arm,
+            f"ffn{self.expansion}" if not self.experts else f"e{self.experts}g{self.granularity}k{self.topk}",
+            f"{self.setting}{self.value:g}" if self.setting else "",
+            f"lr{self.rate:g}" if self.rate != 1 else "",
+            f"warmup{self.warmup}" if self.warmup is not None else "",
+            "" if self.is_tiny else "gpu", self.tokens if self.tokens != dataset.BYTES else "",
+            "wsd" if self.is_wsd else "", f"steps{self.steps}", f"seed{self.seed}", "tuning" if self.is_tuning else "",
+        ]  # fmt: skip
+        return "_".join(filter(None, parts))
+
+    @property
+    def cost(self) -> float:
+        """Return an estimate of the run's time in relation to other runs, for the time left."""
+        return self.steps * (1 + self.experts / 32)
+
+    @property
+    def decay_start(self) -> int:
+        """Return the step at which the rate of a WSD schedule begins to fall."""
+        return self.steps - rounded(DECAY * self.steps)
+
+    def at(self, setting: str, value: float) -> "Run":
+        """Return the run at another value of a setting."""
+        if setting == RATE:
+            return replace(self, rate=value)
+        return self if value == SETTINGS[setting].base else replace(self, setting=setting, value=value)
+
+    def training(self) -> Training:
+        """Return the batches, rates and schedule of a tiny run."""
+        base = tiny.TRAINING
+        decay = self.steps - self.decay_start if self.is_wsd else None
+        lr, min_lr = self.rates(base)
+        return replace(base, iterations=self.steps, warmup_steps=self.warmup, decay_steps=decay, lr=lr, min_lr=min_lr)
+
+    def rates(self, base: Training) -> tuple[str, str]:
+        """Return the run's highest and lowest learning rate, given the recipe's."""
+        if self.rate == 1:
+            return base.lr, base.min_lr
+        return f"{self.rate * float(base.lr):g}", f"{self.rate * float(base.min_lr):g}"
+
+    def added_flags(self) -> list[str]:
+        """Return the flags that the run adds to its recipe's: those of its arm and its setting."""
+        numbers = {"most": CAP * self.topk * self.granularity, "near_dense": self.experts * 6 // 8}
+        words = ARMS[self.arm].flags.format(**numbers).split()
+        return [*words, SETTINGS[self.setting].flag, f"{self.value:g}"] if self.setting else words
+
+    def tiny_flags(self, text: Text, given: Sequence[str]) -> list[str]:
+        """Return Megatron's flags for a tiny run, without its folders, and with those `given` for all runs."""
+        size = tiny.SIZES[self.size]
+        size = replace(size, ffn=size.ffn * self.expansion)
+        routing = Routing(self.routing, self.experts, self.granularity, self.topk)
+        flags = tiny.common_flags(size, self.training(), self.seed) + tiny.model_flags(routing, size)
+        if self.is_wsd:
+            # Longer runs go on from the checkpoint at the start of the decay, which stays; of others, only the newest.
+            start = self.decay_start
+            every = max(steps for steps in range(1, min(SAVED, start) + 1) if start % steps == 0)
+            flags += f"--log-interval {STEP} --save-interval {every} --save-retain-interval {start}".split()
+            flags.append("--override-opt_param-scheduler")
+        if self.is_tuning:
+            flags += [*dataset.vocabulary_flags(text.folder), *TUNING.split()]
+            flags += ["--data-path", *dataset.weighted_training_sets(text.folder, text.train_tokens)]
+        else:
+            flags += dataset.data_flags(text.folder, text.train_tokens)
+        return [*flags, *self.added_flags(), *self.fitting(given)]
+
+    def script_words(self, gpus_per_node: int, micro_batch: int | None, given: Sequence[str]) -> list[str]:
+        """Return the arguments of the launch script train_llama_{size}_{routing}.sh."""
+        words = [str(gpus_per_node), str(self.steps), "" if micro_batch is None else str(micro_batch)]
+        words += [str(self.experts), str(self.granularity)] if self.experts else [str(self.expansion)]
+        flags = self.added_flags() + (["--moe-router-topk", str(self.topk)] if self.topk > 1 else [])
+        if self.rate != 1:
+            flags += [word for pair in zip(RATES, self.rates(Training()), strict=True) for word in pair]
+        return [*words, "--", *flags, "--seed", str(self.seed), *self.fitting(given)]
+
+    def script_environment(self, given: Mapping[str, str]) -> dict[str, str]:
+        """Return what the run changes in the `given` environment: EP is lowered to divide its experts."""
+        if not self.experts or not given.get("EP", "").isdecimal():
+            return {}
+        fitting = math.gcd(int(given["EP"]), self.experts * self.granularity)
+        return {"EP": str(fitting)} if fitting != int(given["EP"]) else {}
+
+    def fitting(self, given: Sequence[str]) -> list[str]:
+        """Return the flags without --moe-... ones for a dense model: Megatron refuses some of them."""
+        return [*given] if self.experts else without(given, lambda flag: flag.startswith("--moe-"))
+
+
+RATES = ("--lr", "--min-lr")
+CHOSEN = {
+    "--seed": "--seeds", "--train-iters": "--steps", "--num-experts": "--experts", "--moe-router-topk": "--topk",
+    "--moe-granularity": "--granularities", "--moe-relu-routing": "--arms", "--micro-batch-size": "--micro-batch-size",
+    **dict.fromkeys(("--save", "--load", "--tensorboard-dir"), "--output-dir"),
+}  # fmt: skip
+
+
+def check_flags(given: Sequence[str], runs: Sequence[Run]) -> None:
+    """Refuse Megatron flags behind -- that the runs set themselves.
+
+    Raises:
+        RecipeError: names the flag and the remedy.
+    """
+    for flag in parse(given):
+        if flag in CHOSEN:
+            raise RecipeError(f"{flag} behind --: each run sets it. Choose it with {CHOSEN[flag]} before --.")
+        for run in runs:
+            varied = RATES if run.rate != 1 else ()
+            if flag in parse(run.added_flags()) or flag in varied or (run.expansion > 1 and "ffn" in flag):
+                raise RecipeError(f"{flag} behind --: {run.name} sets it. Leave out the flag, or that run.")
+
+
+def rounded(steps: float) -> int:
+    """Return the nearest multiple of `STEP`, at least one of them."""
+    return max(1, round(steps / STEP)) * STEP
+
+
+def run_from_fields(fields: Mapping[str, Any]) -> Run:
+    """Return the run with these fields; unknown ones are ignored.
+
+    Raises:
+        TypeError: one is missing.
+    """
+    return Run(**{name: value for name, value in fields.items() if name in Run.__dataclass_fields__})

@@ -1,1 +1,0 @@
-"""Train the runs of the paper's scaling figures."""
