@@ -73,7 +73,7 @@ def planned(args: argparse.Namespace) -> list[plan.Run]:
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; words after -- become `flags`."""
     parser = argparse.ArgumentParser(
-        prog="scripts/sweep.sh",
+        prog="remoe sweep",
         usage="%(prog)s [options] [-- Megatron flags]",
         description=DESCRIPTION,
         epilog="docs/baselines.md has examples.",
