@@ -100,7 +100,7 @@ def figures(folder: Path) -> dict[str, Any]:
     """
     run = read_figures(folder)
     found: dict[str, Any] = {"loss": run.validation_loss}
-    if run.target is not None:
+    if run.target_sparsity is not None:
         last = [*run.loads.values()][-5:]
         layers = run.layers["layer_sparsity"].items()
         found["experts"] = {layer: run.num_experts * (1 - fmean(curve.values[-5:])) for layer, curve in layers}

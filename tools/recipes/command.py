@@ -51,8 +51,8 @@ def usage(size: str = "SIZE", routing: str = "remoe") -> str:
     """Return what a launch script prints for --help."""
     arguments = f"[gpus_per_node] [train_iters] [micro_batch_size] {ARGUMENTS[routing]} [project_name]"
     script = f"bash scripts/train_llama_{size}_{routing}.sh"
-    usage = f"usage: remoe train {size} {routing} {arguments} [-- Megatron flags]\n    or {script} with the same arguments"
-    return f"{usage}\n\n{__doc__}\n{ENVIRONMENT}"
+    usage = f"usage: remoe train {size} {routing} {arguments} [-- Megatron flags]"
+    return f"{usage}\n    or {script} with the same arguments\n\n{__doc__}\n{ENVIRONMENT}"
 
 
 def main(words: Sequence[str]) -> int:

@@ -72,7 +72,7 @@ def summary(runs: Sequence[Run]) -> Table:
         "training loss, nats per token": _newest("lm_loss", ".4f"),
         **{f"validation loss {name}".strip(): _validation(name) for name in sets},
         "sparsity S": _newest("sparsity", ".4f"),
-        "target": lambda of: None if of.target is None else f"{of.target:.4f}",
+        "target": lambda of: None if of.target_sparsity is None else f"{of.target_sparsity:.4f}",
         "first within 1 % of the target, at iteration": lambda of: _iteration(of, of.first_near),
         "within 1 % from then on, at iteration": lambda of: _iteration(of, of.settled),
         "λ": _newest("l1_coefficient", ".3e"),
@@ -81,7 +81,7 @@ def summary(runs: Sequence[Run]) -> Table:
         "guarded layers": _guarded,
         "parameters": lambda of: f"{of.parameters:,}" if of.parameters else None,
         "tokens": _tokens,
-        "tokens per second": _rate,
+        "tokens per second": lambda of: None if of.tokens_per_second is None else f"{of.tokens_per_second:,.0f}",
     }
     rows = [[name, *(cell(run.figures) or "" for run in runs)] for name, cell in cells.items()]
     return Table("State", ["", *(run.name for run in runs)], [row for row in rows if any(row[1:])])
@@ -106,16 +106,16 @@ def _time_left(figures: RunFigures) -> str | None:
 
 
 def _iteration(figures: RunFigures, at: int | None) -> str | None:
-    return None if figures.target is None else "not yet" if at is None else f"{at:,}"
+    return None if figures.target_sparsity is None else "not yet" if at is None else f"{at:,}"
 
 
 def _experts_per_token(figures: RunFigures) -> str | None:
-    sparsity = None if figures.target is None else figures.newest("sparsity")
+    sparsity = None if figures.target_sparsity is None else figures.newest("sparsity")
     return f"{figures.computed_experts(sparsity):.3f}" if figures.num_experts and sparsity is not None else None
 
 
 def _guarded(figures: RunFigures) -> str | None:
-    if figures.target is None:
+    if figures.target_sparsity is None:
         return None
     if now := figures.guarded.get(figures.last):
         return ", ".join(map(str, now))
@@ -125,11 +125,6 @@ def _guarded(figures: RunFigures) -> str | None:
 def _tokens(figures: RunFigures) -> str | None:
     samples, length = figures.newest("consumed_samples"), figures.whole("seq_length")
     return f"{samples * length:,.0f}" if samples and length else None
-
-
-def _rate(figures: RunFigures) -> str | None:
-    rates = figures.curve("tokens_per_second").values
-    return f"{np.median(rates):,.0f}" if len(rates) else None
 
 
 def stages(of_runs: Mapping[str, Sequence[Stage]]) -> Table:

@@ -51,7 +51,7 @@ class RunFigures:
         args: Megatron's arguments by name, of the last start.
         curves: name of a figure in metrics.jsonl → its values; every logged number.
         layers: name of a figure by layer → layer → its values.
-        loads: iteration → layer → share of its tokens that each expert got; for evenly spaced lines and the last one.
+        loads: iteration → layer → share of its tokens that each expert got, float32 [experts].
         guarded: iteration → guarded layers; only iterations with some.
         evaluations: validation set ("" for the only one, "test") → evaluations in the order of the file.
         last: the last logged iteration; 0 before the first.
@@ -64,7 +64,7 @@ class RunFigures:
     args: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
     layers: dict[str, dict[int, Curve]] = field(default_factory=dict)
-    loads: dict[int, dict[int, list[float]]] = field(default_factory=dict)
+    loads: dict[int, dict[int, NDArray[np.float32]]] = field(default_factory=dict)
     guarded: dict[int, list[int]] = field(default_factory=dict)
     evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
     last: int = 0
@@ -98,8 +98,8 @@ class RunFigures:
     @property
     def num_experts(self) -> int:
         """Return the number of experts of a layer, with granularity; 0 for dense models, and if unknown."""
-        counted = next((load for layers in self.loads.values() for load in layers.values()), [])
-        return self.whole("num_experts") or len(counted)
+        counted = (len(load) for layers in self.loads.values() for load in layers.values())
+        return self.whole("num_experts") or next(counted, 0)
 
     @property
     def topk(self) -> int:
@@ -114,7 +114,7 @@ class RunFigures:
         return str(self.args.get("moe_baseline_router") or "topk") if self.num_experts else "dense"
 
     @property
-    def target(self) -> float | None:
+    def target_sparsity(self) -> float | None:
         """Return the target of S: the logged one, or 1 - k/E (the fork does not log it); None without ReLU routing."""
         if "sparsity" not in self.curves:
             return None
@@ -136,7 +136,7 @@ class RunFigures:
         return int(iterations[near.argmax()]) if near.any() else None
 
     def _near_target(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        (iterations, values), target = self.curve("sparsity"), self.target
+        (iterations, values), target = self.curve("sparsity"), self.target_sparsity
         if target is None:
             return EMPTY.iterations, np.empty(0, bool)
         return iterations, np.abs(values - target) <= WITHIN * target
@@ -145,7 +145,7 @@ class RunFigures:
     def inactive_experts(self) -> list[int]:
         """Return each layer's number of inactive experts in the last line; [] for dense models."""
         layers = self.loads.get(self.last, {}).values()
-        return [sum(share < INACTIVE * self.topk / len(shares) for share in shares) for shares in layers]
+        return [int((shares < INACTIVE * self.topk / len(shares)).sum()) for shares in layers]
 
     @property
     def validation_loss(self) -> float | None:
@@ -177,6 +177,12 @@ class RunFigures:
         """Return the sequences of a step at logged iterations; NaN if unknown."""
         logged = self.at("global_batch_size", iterations)
         return np.where(np.isnan(logged), self.whole("global_batch_size") or math.nan, logged)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Return the median over the log's lines, without the first, which has the warm-up; over all processes."""
+        rates = self.curve("tokens_per_second").values
+        return float(np.median(rates[1:] if len(rates) > 1 else rates)) if len(rates) else None
 
     @property
     def began(self) -> int:

@@ -101,7 +101,7 @@ class Runner:
         """
         figures = read_figures(self._folder(training) / f"decay-{point.steps}")
         experts = figures.experts_per_token(np.array([trunk_steps(point.steps), point.steps]))[-1]
-        is_counted = figures.target is None and math.isfinite(experts)
+        is_counted = figures.target_sparsity is None and math.isfinite(experts)
         args = Namespace(**figures.args)
         step = figures.batches(np.array([point.steps]))[0] * flops_per_sequence(args, experts if is_counted else None)
         return rounded(point.steps + (flops - point.flops) / step)

@@ -66,8 +66,7 @@ def read_outcome(folder: Path) -> Outcome | None:
     losses = figures.final_losses(train_iters)
     sequence, samples = figures.whole("seq_length"), figures.newest("consumed_samples")
     unlogged = train_iters - figures.last if "" in losses else 0
-    rates, seconds = figures.curve("tokens_per_second").values, figures.seconds
-    rates = rates[1:] if len(rates) > 1 else rates
+    seconds = figures.seconds
     return Outcome(
         iterations=figures.last + unlogged,
         train_iters=train_iters,
@@ -75,14 +74,14 @@ def read_outcome(folder: Path) -> Outcome | None:
         validation_loss=losses.get(""),
         test_loss=losses.get("test"),
         sparsity=figures.newest("sparsity"),
-        target_sparsity=figures.target,
+        target_sparsity=figures.target_sparsity,
         first_near=figures.first_near,
         settled=figures.settled,
         flip_rate=_late_median(figures, "flip_rate"),
         flip_count=_late_median(figures, "flip_count"),
         changed_tokens=_late_median(figures, "changed_tokens"),
         total_parameters=figures.parameters,
-        tokens_per_second=float(np.median(rates)) if len(rates) else None,
+        tokens_per_second=figures.tokens_per_second,
         training_seconds=float(seconds.sum()) if len(seconds) else None,
         flops=training_flops(figures),
     )

@@ -19,7 +19,7 @@ FOLDERS = {MIXED: Path("runs", "quickstart"), TECHNICAL: Path("runs", "quickstar
 
 def inputs(text: dict[str, Any]) -> str:
     """Return a fingerprint of the text and the code that the data sets are made from."""
-    sources = [Path(__file__), *Path(__file__).parents[1].glob("preprocessing/*.py"), *PACKAGE.glob("data/*.py")]
+    sources = [Path(__file__), *Path(__file__).parents[1].glob("preprocessing/*.py"), *PACKAGE.glob("files/*.py")]
     return fingerprint(text["inputs"], text["domains"], fingerprint_of_files(sources))
 
 
@@ -50,7 +50,7 @@ def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int)
     make_empty(folder)
     encoder = gpt2_encoder(*byte_level_vocabulary(folder), threads)
     manifest: dict[str, Any] = {"inputs": inputs(text), "tokens": {"train": {}, "heldout": {}}, "reused": False}
-    for part, of_part in manifest["tokens"].items():
+    for part, tokens in manifest["tokens"].items():
         for domain in text["domains"]:
             source = str(corpus_folder / part / f"{domain}.jsonl")
             prefix = data_prefix(folder, part, domain).removesuffix("_text_document")
@@ -58,7 +58,7 @@ def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int)
                 done = preprocess(Job([source], prefix, append_eod=True, workers=threads), encoder)
             except DataError as error:
                 raise ToolError(f"Preprocessing {domain}: {error}") from error
-            of_part[domain] = done.tokens  # one for each byte and for each end of a document
+            tokens[domain] = done.tokens  # one for each byte and for each end of a document
     write_json(folder / "manifest.json", manifest)
     return manifest
 

@@ -92,6 +92,7 @@ def preprocess(
         raise DataError("--append-eod: the tokenizer has no token that ends a document. Leave the flag out.")
     progress = Progress(size_of(paths))
     last: dict[str, npt.NDArray[np.integer]] = {}  # ids of the last block that has any
+    Path(job.output_prefix).parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         dtype = token_type(encoder.vocabulary_size)
         writers = {key: stack.enter_context(IndexedWriter(job.prefix(key), dtype)) for key in job.json_keys}
@@ -124,7 +125,7 @@ def preprocess(
 
 
 def check_outputs(job: Job) -> None:
-    """Refuse to overwrite outputs without --overwrite, and to write into a folder that does not exist.
+    """Refuse to overwrite outputs without --overwrite.
 
     Raises:
         DataError: with the path and the remedy.
@@ -133,10 +134,6 @@ def check_outputs(job: Job) -> None:
         raise DataError(f"--json-keys {' '.join(job.json_keys)}: a key is given twice.", "REMOE-E501")
     for key in job.json_keys:
         prefix = job.prefix(key)
-        if not prefix.parent.is_dir():
-            raise DataError(
-                f"--output-prefix {job.output_prefix}: there is no folder {prefix.parent}. Make it first.", "REMOE-E105"
-            )
         # A run that was killed while publishing leaves one without the other.
         if bin_path(prefix).exists() and idx_path(prefix).exists() and not job.overwrite:
             raise DataError(
