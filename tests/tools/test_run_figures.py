@@ -48,9 +48,8 @@ def test_reads_a_log_of_the_authors_fork(tmp_path: Path) -> None:
     log += "decrease moe_ffn_hidden_size to 32\n"
     for place, s in enumerate((0.5, 0.7, 0.8745), start=1):
         log += logged(10 * place, 30, f" moe relu sparsity: {s} | moe relu l1 reg coeff: 1.2000E-08 |")
-    (tmp_path / "fork.log").write_text(
-        log + "[default7]: validation loss at iteration 30 on validation set | lm loss value: 4.5E+00 | \n"
-    )
+    log += "[default7]: validation loss at iteration 30 on validation set | lm loss value: 4.5E+00 | \n"
+    (tmp_path / "fork.log").write_text(log)
     figures = read_figures(tmp_path / "fork.log")
     assert (figures.num_experts, figures.topk, figures.target_sparsity, figures.settled) == (8, 2, 0.75, None)
     assert figures.evaluations == {"": [(30, 4.5, True, 0)]}
@@ -174,7 +173,7 @@ def test_a_validation_loss_is_the_mean_of_all_tokens(tokens: tuple[int, int], ex
 LINE = {"kind": "log", "iteration": 1, "lm_loss": 3.0, "sparsity": 0.75, "layer_sparsity": {"1": 0.7, "2": 0.8}}
 ODD = {
     "empty": ("", 0, 0),
-    "cut off": (json.dumps(LINE) + "\n" + json.dumps(LINE)[:50], 1, 0),
+    "cut off": (json.dumps(LINE) + "\n" + json.dumps(LINE)[:50], 1, 1),
     "two processes": (json.dumps(LINE) * 2 + "\n" + json.dumps(LINE | {"iteration": 2}), 1, 1),
     "not finite": ('{"kind": "log", "iteration": 1, "lm_loss": NaN, "sparsity": Infinity}\n' + json.dumps(LINE), 1, 0),
     "other types": ('[1]\n{"kind": "log", "iteration": 1, "layer_sparsity": {"x": 1.0}}\n{"kind": []}\n', 0, 3),
