@@ -1,6 +1,5 @@
-"""Test the tools' shared helpers, the command `remoe`, and that tools import their modules from `tools` only."""
+"""Test the tools' shared helpers and the command `remoe`."""
 
-import ast
 import os
 import pty
 import subprocess
@@ -54,16 +53,6 @@ def test_a_python_without_packages_is_told_which_one_to_use(tool: str) -> None:
     result = run("-S", TOOLS / tool, "generate", "--load", "RUN")  # -S: without site-packages
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert sys.executable in result.stderr and f"{REPOSITORY}/.venv/bin/python" in result.stderr
-
-
-def test_no_module_is_a_top_level_name() -> None:
-    modules = {path.stem for path in TOOLS.rglob("*.py")} | {path.name for path in TOOLS.iterdir() if path.is_dir()}
-    for path in TOOLS.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and not node.level:
-                names = [node.module or ""]
-            assert not {name.split(".")[0] for name in names} & modules, path
 
 
 # ---------------------------------------------------------------- files

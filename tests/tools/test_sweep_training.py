@@ -21,7 +21,7 @@ from tests.trainings import REPOSITORY, SMALL, finish, records
 from tools.console.flags import words_of
 from tools.experiments.sweep import plan, results
 from tools.experiments.sweep.settings import planned_flags
-from tools.runs import training_display, training_process
+from tools.runs import training_display
 from tools.runs.training_display import ShownTraining, TrainingDisplay
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -44,7 +44,6 @@ sys.exit(run_training(["bash", "-c", slow], Path(sys.argv[1])))
 
 def test_a_second_interrupt_ends_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of three trainings run at once, and each takes 90 seconds to save. The third does not start."""
-    monkeypatch.setattr(training_process, "SECONDS_TO_DIE", 60)
     shown = [ShownTraining(name, iterations=10, tokens_per_iteration=1, cost=1.0) for name in "abc"]
     output, interrupts = io.StringIO(), []
 
