@@ -7,8 +7,8 @@ VENV=$ROOT/.venv STAMP=$ROOT/.venv/remoe-setup SETUP_LOG=$ROOT/runs/setup.log
 fail() { printf 'error: %s\n' "$1" >&2 && exit 1; }
 
 find_python() { # prints the path of the Python to make .venv with
-  local name IFS=:
-  for name in ${PYTHON:-python3.13:python3.12:python3}; do # pyenv's shim of a missing version fails when it runs
+  local name IFS=$'\n'
+  for name in ${PYTHON:-$(type -aP python3.13 python3.12 python3)}; do # pyenv's shim of a missing version does not run
     "$name" -c 'import ensurepip, ssl, sys; assert sys.version_info >= (3, 12); print(sys._base_executable)' 2>/dev/null &&
       return
   done

@@ -181,19 +181,20 @@ def test_an_environment_of_other_make_and_a_link_are_left_alone(finished: Tree, 
 @pytest.mark.parametrize(
     ("pythons", "expected"),
     [
-        ({"python3.13": "exit 127", "python3.12": "echo 12", "python3": "echo 3"}, "12"),
-        ({"python3.12": "exit 1", "python3": "echo 3"}, "3"),
-        ({"python3": "exit 1"}, None),
-        ({"python3.13": "echo 13", "mine": "echo mine"}, "mine"),
-        ({"python3.13": "echo 13", "mine": "exit 1"}, None),  # no silent fallback
+        ({"a/python3.13": "exit 127", "b/python3.13": "echo 13", "a/python3": "echo 3"}, "13"),  # a shim before it
+        ({"a/python3.12": "exit 1", "b/python3": "echo 3"}, "3"),
+        ({"a/python3": "exit 1"}, None),
+        ({"a/python3.13": "echo 13", "b/my python": "echo mine"}, "mine"),
+        ({"a/python3.13": "echo 13", "b/my python": "exit 1"}, None),  # no silent fallback
     ],
 )
 def test_the_first_python_that_fits_is_used(pythons: dict[str, str], expected: str | None, tmp_path: Path) -> None:
     for name, line in pythons.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / name).chmod(0o755)
-    source = f'source "{ROOT}/scripts/lib/environment.sh"; PATH="{tmp_path}"; find_python'
-    environment = os.environ | {"PYTHON": str(tmp_path / "mine") if "mine" in pythons else ""}
+    source = f'source "{ROOT}/scripts/lib/environment.sh"; PATH="{tmp_path}/a:{tmp_path}/b"; find_python'
+    environment = os.environ | {"PYTHON": str(tmp_path / "b/my python") if "b/my python" in pythons else ""}
     answer = subprocess.run(["bash", "-c", source], env=environment, capture_output=True, text=True)
     assert (answer.returncode, answer.stdout.strip()) == ((0, expected) if expected else (1, ""))
     assert bool(answer.stderr) == (expected is None)

@@ -99,7 +99,7 @@ class _Collector:
             case "flips":
                 self._add_numbers(iteration, {title: record.get(name) for name, title in FLIPS.items()})
             case "start":
-                figures.args = dict(record["args"])
+                figures.args = dict(record.get("args", figures.args))
                 figures.starts.append(iteration)
             case "validation" if math.isfinite(loss := record["lm_loss"]):
                 evaluation = Evaluation(iteration, loss, record.get("final") is True, record.get("tokens") or 0)
