@@ -112,9 +112,9 @@ def test_sentences_count_once() -> None:
 def test_texts_at_any_depth() -> None:
     shapes = [{"documentation": "Two.", "name": "no"}, {"documentation": {}}]
     described = {"documentation": "One.", "shapes": shapes}
-    assert list(technical.texts_of(described, {"documentation"})) == ["One.", "Two."]
+    assert list(technical.find_texts(described, {"documentation"})) == ["One.", "Two."]
     values = {"enumDescriptions": ["Three.", "Four."], "enum": ["no"], "description": {"description": "Five."}}
-    assert list(technical.texts_of(values, {"description", "enumDescriptions"})) == ["Three.", "Four.", "Five."]
+    assert list(technical.find_texts(values, {"description", "enumDescriptions"})) == ["Three.", "Four.", "Five."]
 
 
 def test_services_of_the_packages() -> None:

@@ -94,10 +94,10 @@ def _experts(figures: RunFigures) -> Drawn:
     if not experts or not len(iterations):
         return Drawn()
     layers = figures.layers.get("layer_sparsity", {})
-    of_layers = {
+    by_layer = {
         layer: Curve(curve.iterations, figures.computed_experts(curve.values)) for layer, curve in layers.items()
     }
-    return Drawn(Curve(iterations, figures.experts_per_token(iterations)), of_layers)
+    return Drawn(Curve(iterations, figures.experts_per_token(iterations)), by_layer)
 
 
 def _guarded(figures: RunFigures) -> Drawn:

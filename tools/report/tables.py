@@ -52,13 +52,13 @@ def headline(runs: Sequence[Run]) -> str:
     for name, loss in sorted(known.items(), key=lambda one: one[1]):
         difference = f", {loss - known[dense[0]]:+.2f} to dense" if len(dense) == 1 and name != dense[0] else ""
         parts.append(f"{name} {loss:.3f}" + difference.replace("-", "−"))
-    if len({_measured_at(run.figures, kind) for run in runs}) > 1:
+    if len({_measured_iteration(run.figures, kind) for run in runs}) > 1:
         kind += ", not after the same number of iterations"
     return f"{'; '.join(parts)} ({kind})"
 
 
-def _measured_at(figures: RunFigures, kind: str) -> int:
-    evaluated = [found[-1].iteration for name, found in figures.evaluations.items() if name != "test"]
+def _measured_iteration(figures: RunFigures, kind: str) -> int:
+    evaluated = [losses[-1].iteration for name, losses in figures.evaluations.items() if name != "test"]
     return max(evaluated, default=0) if kind == "validation loss" else figures.last
 
 
@@ -66,29 +66,29 @@ def summary(runs: Sequence[Run]) -> Table:
     """Return a row for each figure that any run has, and a column for each run."""
     sets = dict.fromkeys(name for run in runs for name in run.figures.evaluations)
     cells: dict[str, Callable[[RunFigures], str | None]] = {
-        "iteration": lambda of: f"{of.last:,}" + (f" of {end:,}" if (end := of.whole("train_iters")) else ""),
+        "iteration": lambda run: f"{run.last:,}" + (f" of {end:,}" if (end := run.whole("train_iters")) else ""),
         "time left": _time_left,
-        "newest figures": lambda of: strftime("%d %b, %H:%M", localtime(of.written)),
+        "newest figures": lambda run: strftime("%d %b, %H:%M", localtime(run.written)),
         "training loss, nats per token": _newest("lm_loss", ".4f"),
         **{f"validation loss {name}".strip(): _validation(name) for name in sets},
         "sparsity S": _newest("sparsity", ".4f"),
-        "target": lambda of: None if of.target_sparsity is None else f"{of.target_sparsity:.4f}",
-        "first within 1 % of the target, at iteration": lambda of: _iteration(of, of.first_near),
-        "within 1 % from then on, at iteration": lambda of: _iteration(of, of.settled),
+        "target": lambda run: None if run.target_sparsity is None else f"{run.target_sparsity:.4f}",
+        "first within 1 % of the target, at iteration": lambda run: _iteration(run, run.first_near),
+        "within 1 % from then on, at iteration": lambda run: _iteration(run, run.settled),
         "λ": _newest("l1_coefficient", ".3e"),
         "experts per token": _experts_per_token,
-        "experts, k": lambda of: f"{of.num_experts}, {of.topk}" if of.topk else None,
+        "experts, k": lambda run: f"{run.num_experts}, {run.topk}" if run.topk else None,
         "guarded layers": _guarded,
-        "parameters": lambda of: f"{of.parameters:,}" if of.parameters else None,
+        "parameters": lambda run: f"{run.parameters:,}" if run.parameters else None,
         "tokens": _tokens,
-        "tokens per second": lambda of: None if of.tokens_per_second is None else f"{of.tokens_per_second:,.0f}",
+        "tokens per second": lambda run: None if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}",
     }
     rows = [[name, *(cell(run.figures) or "" for run in runs)] for name, cell in cells.items()]
     return Table("State", ["", *(run.name for run in runs)], [row for row in rows if any(row[1:])])
 
 
 def _newest(key: str, form: str) -> Callable[[RunFigures], str | None]:
-    return lambda of: None if (value := of.newest(key)) is None else f"{value:{form}}"
+    return lambda run: None if (value := run.newest(key)) is None else f"{value:{form}}"
 
 
 def _validation(name: str) -> Callable[[RunFigures], str | None]:
@@ -127,16 +127,16 @@ def _tokens(figures: RunFigures) -> str | None:
     return f"{samples * length:,.0f}" if samples and length else None
 
 
-def stages(of_runs: Mapping[str, Sequence[Stage]]) -> Table:
-    """Return the paper's table 6 for runs by their names."""
+def stages(by_run: Mapping[str, Sequence[Stage]]) -> Table:
+    """Return the paper's table 6 for runs by name."""
     rows = [
         [
             *(run, {"way": "on the way"}.get(stage.name, stage.name), f"{stage.first:,}–{stage.last:,}"),
             *(f"{stage.experts:.2f}" if stage.experts else "", duration(3600 * stage.hours)),
             "" if math.isnan(stage.flops) else f"{stage.flops:.3g}",
         ]
-        for run, found in of_runs.items()
-        for stage in found
+        for run, parts in by_run.items()
+        for stage in parts
     ]
     return Table("Stages", ["run", "stage", "iterations", "experts per token", "time", "FLOPs"], rows)
 

@@ -26,8 +26,8 @@ def _on_text(models: dict[str, Any]) -> Results:
         for data_set, bounds in zip(names_of_data_sets([*sets]), sets.values(), strict=True):
             for bound, one in bounds.items():
                 loss, layers = one["loss"], one["experts"].values()
-                mean = f"{sum(of['mean'] for of in layers) / len(layers):.3f}" if layers else ""
-                each = (f"{of['mean']:.2f}, {of['percentile_99']}, {of['largest']}" for of in layers)
+                mean = f"{sum(layer['mean'] for layer in layers) / len(layers):.3f}" if layers else ""
+                each = (f"{layer['mean']:.2f}, {layer['percentile_99']}, {layer['largest']}" for layer in layers)
                 rows.append([model, data_set, bound, f"{loss:.5f}", f"{math.exp(loss):.4f}", mean, "; ".join(each)])
     titles = ("model", "data set", "K", "loss, nats per token", "perplexity", "experts per token", BY_LAYER)
     return titles, rows

@@ -92,8 +92,8 @@ class RunFigures:
         end, wanted = self.whole("train_iters") or math.inf, "test" if self.args.get("do_test") else None
         if self.last + (self.whole("log_interval") or 1) <= end:
             return False
-        found = self.final_losses(int(end))
-        return wanted in found if wanted else bool(found or not self.args.get("do_valid"))
+        losses = self.final_losses(int(end))
+        return wanted in losses if wanted else bool(losses or not self.args.get("do_valid"))
 
     @property
     def num_experts(self) -> int:
@@ -150,7 +150,7 @@ class RunFigures:
     @property
     def validation_loss(self) -> float | None:
         """Return the newest validation loss, in nats per token of all sets; None before the first evaluation."""
-        newest = [found[-1] for name, found in self.evaluations.items() if name != "test"]
+        newest = [losses[-1] for name, losses in self.evaluations.items() if name != "test"]
         are_known = all(each.tokens for each in newest)  # else all sets count the same
         weights = [each.tokens if are_known else 1 for each in newest]
         losses = (each.loss * weight for each, weight in zip(newest, weights, strict=True))
@@ -160,8 +160,8 @@ class RunFigures:
         """Return validation set → the newest loss after a training of so many iterations, of the sets that have one."""
         return {
             name: each.loss
-            for name, found in self.evaluations.items()
-            for each in found
+            for name, losses in self.evaluations.items()
+            for each in losses
             if each.final and each.iteration == iteration
         }
 
@@ -218,5 +218,5 @@ class RunFigures:
         Without running sums, it comes from S, which holds only for the logged step.
         """
         pairs, tokens = (np.diff(self.at(name, iterations), prepend=0) for name in TOTALS)
-        of_the_step = self.computed_experts(self.at("sparsity", iterations))
-        return np.where(tokens > 0, pairs / np.where(tokens > 0, tokens, 1), of_the_step)
+        in_step = self.computed_experts(self.at("sparsity", iterations))
+        return np.where(tokens > 0, pairs / np.where(tokens > 0, tokens, 1), in_step)

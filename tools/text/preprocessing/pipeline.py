@@ -15,7 +15,7 @@ from megatron.remoe.files.indexed import IndexedReader, IndexedWriter, bin_path,
 
 from .documents import Problem, parse_documents
 from .encoding import Encoded, TextEncoder
-from .reading import Block, expand_inputs, read_blocks, size_of
+from .reading import Block, count_bytes, expand_inputs, read_blocks
 
 # More threads do not help: then parsing JSON, which Python does on one core at a time, is the limit.
 MOST_THREADS = 8
@@ -90,7 +90,7 @@ def preprocess(
     check_outputs(job)
     if job.append_eod and encoder.end_of_document is None:
         raise DataError("--append-eod: the tokenizer has no token that ends a document. Leave the flag out.")
-    progress = Progress(size_of(paths))
+    progress = Progress(count_bytes(paths))
     last: dict[str, npt.NDArray[np.integer]] = {}  # ids of the last block that has any
     Path(job.output_prefix).parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:

@@ -54,7 +54,7 @@ def expand_inputs(patterns: Sequence[str]) -> list[str]:
     return paths
 
 
-def size_of(paths: Sequence[str]) -> int | None:
+def count_bytes(paths: Sequence[str]) -> int | None:
     """Return the bytes of all inputs on disk; None if one is not a file."""
     is_known = all(path != STANDARD_INPUT and os.path.isfile(path) for path in paths)
     return sum(os.path.getsize(path) for path in paths) if is_known else None
