@@ -50,7 +50,8 @@ def test_the_wheel_holds_the_package_and_leaves_the_namespace_open(wheel: Path) 
         (entry_points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
         assert "remoe-pretrain = megatron.remoe.pretrain:main" in archive.read(entry_points).decode()
     assert {name for name in names if name.endswith(".py")} == sources
-    assert "megatron/remoe/py.typed" in names
+    others = {path.relative_to(ROOT) for suffix in ("json", "html") for path in (ROOT / "tools").rglob(f"*.{suffix}")}
+    assert names >= {"megatron/remoe/py.typed", *(f"megatron/remoe/{path}" for path in others)}
     assert "megatron/__init__.py" not in names
     assert all(name.startswith("megatron/remoe/") for name in names)
 
