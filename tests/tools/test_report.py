@@ -21,7 +21,7 @@ from tools.recipes.stages import Flops
 from tools.report.command import main
 from tools.report.figures import panels
 from tools.report.overlay import FEW
-from tools.report.reading import read_run
+from tools.runs.evaluations import read_run
 from tools.runs.figure_reader import read_figures
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]

@@ -12,8 +12,8 @@ from tools.recipes.stages import stages as stages_of
 from tools.report.command import main
 from tools.report.figures import panels
 from tools.report.page import page as page_of
-from tools.report.reading import Run, read_run
 from tools.report.tables import differences, headline, summary
+from tools.runs.evaluations import read_run
 from tools.runs.figure_reader import read_figures
 from tools.runs.run_figures import Curve, Evaluation, RunFigures, smooth
 
@@ -100,7 +100,7 @@ def test_experts_per_token_of_a_baseline(tmp_path: Path) -> None:
     ]
     run = read_run(write_metrics(tmp_path / "run", args, *rows), "run")
     assert [panel.title for panel in panels([run])["Routing"]] == ["Experts per token"]
-    assert run.figures.experts_per_token(run.figures.curve("total_active_pairs").iterations).tolist() == [3.0, 1.5]
+    assert run.experts_per_token(run.curve("total_active_pairs").iterations).tolist() == [3.0, 1.5]
 
 
 @pytest.mark.parametrize("target", [None, 0.75])
@@ -147,14 +147,14 @@ def test_what_differs_are_flags_that_act(tmp_path: Path) -> None:
 
 
 def test_the_headline_compares_to_dense() -> None:
-    def run(name: str, loss: float, **args: object) -> Run:
-        return Run(name, RunFigures(args, {"lm_loss": Curve(np.array([5]), np.array([loss]))}, last=5))
+    def run(name: str, loss: float, **args: object) -> RunFigures:
+        return RunFigures(args, {"lm_loss": Curve(np.array([5]), np.array([loss]))}, last=5, name=name)
 
     runs = [run("dense", 1.79), run("fine", 1.678, num_experts=8, moe_relu_routing=True)]
     assert headline(runs) == "fine 1.678, −0.11 to dense; dense 1.790 (training loss)"
-    assert headline([Run("nothing")]) == ""
+    assert headline([RunFigures()]) == ""
     for place, each in enumerate(runs):
-        each.figures.evaluations[""] = [Evaluation(4 + place, 1.8, True, 0)]
+        each.evaluations[""] = [Evaluation(4 + place, 1.8, True, 0)]
     assert headline(runs).endswith("(validation loss, not after the same number of iterations)")
 
 
@@ -183,7 +183,7 @@ ODD = {
 def test_an_odd_line_is_left_out(name: str, tmp_path: Path) -> None:
     text, lines, unread = ODD[name]
     run = read_run(write_metrics(tmp_path, {"train_iters": 20}, text), "run")
-    assert run.figures.curve("lm_loss").values.tolist() == [3.0] * lines and run.figures.unread == unread
+    assert run.curve("lm_loss").values.tolist() == [3.0] * lines and run.unread == unread
     assert "<html" in page_of([run], None)
 
 
@@ -206,7 +206,7 @@ def test_a_long_log_is_bounded(tmp_path: Path) -> None:
     run = read_run(tmp_path, "run")
     text = page_of([run], None)
     assert time.process_time() - began < 20 and len(text) < 3e6
-    assert run.figures.last == lines and max(run.figures.loads) == lines
+    assert run.last == lines and max(run.loads) == lines
     (training,) = panels([run])["Loss"]
     drawn = [renderer.data_source.data for renderer in training.plot.renderers]
     assert max(len(data["x"]) for data in drawn) <= 1000 and max(drawn[0]["y"]) == 99.0

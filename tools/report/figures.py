@@ -10,21 +10,20 @@ from bokeh.palettes import RdBu, interp_palette
 
 from ..runs.run_figures import TOTALS, Curve, RunFigures, smooth
 from .overlay import Drawn, Panel, new_figure, overlay
-from .reading import Run
 
 COLUMNS = 240  # most columns of a heat map
 FIRST_SHARE = 0.05  # start of a training that does not set the range of the loss axis: its fall hides later differences
 
 
-def panels(runs: Sequence[Run]) -> dict[str, list[Panel]]:
+def panels(runs: Sequence[RunFigures]) -> dict[str, list[Panel]]:
     """Return the figures of each section of the page; those with nothing to show are left out."""
-    x_range = Range1d(0, max(run.figures.last for run in runs) * 1.01 or 1)
+    x_range = Range1d(0, max(run.last for run in runs) * 1.01 or 1)
     draw = partial(overlay, runs, x_range)
 
     def logged(name: str, title: str, note: str = "", **settings: Any) -> Iterator[Panel]:
         return draw(lambda run: Drawn(run.curve(name), run.layers.get(f"layer_{name}", {})), title, note, **settings)
 
-    sets = (name for run in runs for name, losses in run.figures.evaluations.items() if len(losses) > 1)
+    sets = (name for run in runs for name, losses in run.evaluations.items() if len(losses) > 1)
     pairs = "share of token–expert pairs that are off; thin: layers, dashed: target, diamond: settled within 1 % of it"
     sections: dict[str, list[Panel]] = {
         "Loss": [
@@ -65,8 +64,8 @@ def _training_loss(figures: RunFigures) -> Drawn:
     return Drawn(smooth(curve), faint=curve)
 
 
-def _range_of_losses(runs: Sequence[Run], first: float) -> dict[str, Range1d]:
-    late = [curve.values[curve.iterations >= first] for run in runs for curve in [smooth(run.figures.curve("lm_loss"))]]
+def _range_of_losses(runs: Sequence[RunFigures], first: float) -> dict[str, Range1d]:
+    late = [curve.values[curve.iterations >= first] for run in runs for curve in [smooth(run.curve("lm_loss"))]]
     values = np.concatenate(late)
     if not len(values):
         return {}
@@ -106,8 +105,8 @@ def _guarded(figures: RunFigures) -> Drawn:
     return Drawn(marks=Curve(at, layers.astype(float)))
 
 
-def _load(run: Run, x_range: Range1d) -> Iterator[Panel]:
-    loads, iterations = run.figures.loads, [*run.figures.loads]
+def _load(run: RunFigures, x_range: Range1d) -> Iterator[Panel]:
+    loads, iterations = run.loads, [*run.loads]
     if not iterations:
         return
     layers = [*loads[iterations[-1]]]

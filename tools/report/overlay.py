@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from ..console.picture_style import looks
 from ..runs.run_figures import EMPTY, Curve, RunFigures
-from .reading import Run
 
 POINTS, FEW = 1000, 300  # most points of a curve; of a layer's curve, and of the tooltip
 RIM = "#888888"  # visible on light and on dark
@@ -41,7 +40,7 @@ class Drawn:
 
 
 def overlay(
-    runs: Sequence[Run],
+    runs: Sequence[RunFigures],
     x_range: Range1d,
     draw: Callable[[RunFigures], Drawn],
     title: str,
@@ -70,8 +69,8 @@ def overlay(
     if axis:
         plot.yaxis.formatter = PrintfTickFormatter(format=axis)
     hovered: list[tuple[str, str, Drawn]] = []
-    for run, (color, dash) in zip(runs, looks(run.figures.routing for run in runs), strict=True):
-        drawn, style = draw(run.figures), {"color": color, "name": run.name}
+    for run, (color, dash) in zip(runs, looks(run.routing for run in runs), strict=True):
+        drawn, style = draw(run), {"color": color, "name": run.name}
         if drawn.layers:
             thinned = [thin(curve, FEW) for curve in drawn.layers.values()]
             xs, ys = zip(*thinned, strict=True)
@@ -83,7 +82,7 @@ def overlay(
             plot.scatter(*thin(drawn.marks, POINTS), marker=marker, size=11, line_color=RIM, line_width=2, **style)
         if len(drawn.curve.values):
             hovered.append((run.name, color, drawn))
-    for level in {level for run in runs if (level := find_level(run.figures))}:
+    for level in {level for run in runs if (level := find_level(run))}:
         plot.add_layout(Span(location=level, dimension="width", line_dash="dashed", line_color=RIM))
     if hovered:
         _add_tooltip(plot, unit or title, form, hovered)

@@ -59,6 +59,9 @@ class RunFigures:
         written: Unix time of the newest figures.
         unread: number of lines without a record.
         starts: iterations from which the training was started.
+        name: in a comparison of runs.
+        measured: file that remoe evaluate wrote → its content.
+        notes: messages about data that could not be read or counted.
     """
 
     args: dict[str, Any] = field(default_factory=dict)
@@ -72,6 +75,9 @@ class RunFigures:
     written: float = 0.0
     unread: int = 0
     starts: list[int] = field(default_factory=list)
+    name: str = ""
+    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def curve(self, name: str) -> Curve:
         """Return the values of a figure; an empty curve if it was not logged."""
