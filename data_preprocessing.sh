@@ -42,7 +42,7 @@ process() { # SHARD, further arguments to preprocess_data.py; sets RESULT
     done
     if [[ -z $input ]]; then RESULT="no $INPUT_DIR/$shard.jsonl.zst" && return 1; fi
     "$PYTHON" "$ROOT/tools/preprocess_data.py" --input "$input" --output-prefix "$prefix" --append-eod \
-      --workers "$WORKERS" --tokenizer-type GPT2BPETokenizer "${vocabulary[@]}" "$@" || return
+      ${WORKERS:+--workers "$WORKERS"} --tokenizer-type GPT2BPETokenizer "${vocabulary[@]}" "$@" || return
     what=made check+=("${vocabulary[@]}")
   fi
   report=$("$PYTHON" "$ROOT/tools" inspect "${check[@]}") || {
@@ -61,7 +61,6 @@ done
 [[ -n ${OUTPUT_DIR:-} ]] || die "OUTPUT_DIR is not set: give the folder for the data sets"
 "$PYTHON" -c 'import megatron.remoe' 2>/dev/null || die "$PYTHON has no megatron.remoe: run bash scripts/setup.sh first"
 mkdir -p "$OUTPUT_DIR"
-WORKERS=${WORKERS:-$(getconf _NPROCESSORS_ONLN)}
 read -ra shards <<<"${SHARDS:-$(seq -f %02g -s ' ' 0 29)}"
 if [[ -z ${VOCAB_FILE:-} && -z ${MERGE_FILE:-} ]]; then fetch_vocabulary; fi
 [[ -f ${VOCAB_FILE-} && -f ${MERGE_FILE-} ]] ||
