@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the scripts: make .venv as pyproject.toml and requirements.txt describe it. Uses PYTHON and TORCH_INDEX_URL.
+# Sourced by the scripts: make .venv from pyproject.toml and requirements.txt. Uses PYTHON and TORCH_INDEX_URL.
 # shellcheck source=scripts/lib/python.sh
 source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
 VENV=$ROOT/.venv STAMP=$ROOT/.venv/remoe-setup SETUP_LOG=$ROOT/runs/setup.log
@@ -9,15 +9,15 @@ fail() { printf 'error: %s\n' "$1" >&2 && exit 1; }
 find_python() { # prints the path of the Python to make .venv with
   local name IFS=$'\n'
   for name in ${PYTHON:-$(type -aP python3.13 python3.12 python3)}; do # pyenv's shim of a missing version does not run
-    "$name" -c 'import ensurepip, ssl, sys; assert sys.version_info >= (3, 12); print(sys._base_executable)' 2>/dev/null &&
+    "$name" -c 'import ensurepip, sys; assert sys.version_info >= (3, 12); print(sys._base_executable)' 2>/dev/null &&
       return
   done
-  fail "${PYTHON:-python3.13, python3.12 or python3}: no Python >= 3.12 with ensurepip runs under this name. Install one, \
+  fail "${PYTHON:-python3.13, python3.12 or python3}: no Python >= 3.12 with ensurepip has this name. Install one, \
 for example with 'apt install python3.13-venv' or 'uv python install 3.13', or set PYTHON to the path of one."
 }
 
 pip_install() { # Python compiles the modules that it imports; to compile all of them here takes a minute
-  "$VENV/bin/python" -m pip install --no-input --no-compile --progress-bar off --constraint "$ROOT/requirements.txt" "$@"
+  "$VENV/bin/python" -m pip install --no-input --no-compile --progress-bar off -c "$ROOT/requirements.txt" "$@"
 }
 
 run_step() { # LABEL COMMAND...: the output goes to the log
@@ -38,16 +38,16 @@ describe_environment() { # what .venv depends on: a version of Python, its place
 is_ready() { [[ -x $VENV/bin/python && $(cat "$STAMP" 2>&1) == "$(describe_environment)" ]]; }
 
 make_environment() {
-  [[ ! -e $VENV || (-f $STAMP && ! -L $VENV) ]] || fail "$VENV was not made by this script. Move it away and run this again."
+  [[ ! -e $VENV || (-f $STAMP && ! -L $VENV) ]] || fail "$VENV was not made by this script. Move it away."
   python=$(find_python)
-  echo "Making .venv with $python: 6 GB, of which 3 are fetched. TORCH_INDEX_URL can name an index with a smaller torch."
+  echo "Making .venv with $python: 6 GB, half of it to fetch. TORCH_INDEX_URL can name a smaller torch."
   mkdir -p "$VENV" "$(dirname "$SETUP_LOG")"
+  # An environment of the same Python at the same place is brought up to date.
+  [[ $(cat "$STAMP" 2>&1) == "$("$python" -V)"$'\n'"$VENV "* ]] || find "$VENV" -mindepth 1 ! -path "$STAMP" -delete
   echo unfinished | tee "$STAMP" >"$SETUP_LOG"
-  find "$VENV" -mindepth 1 ! -path "$STAMP" -delete
   run_step "environment" "$python" -m venv "$VENV"
   run_step "pip" pip_install --upgrade pip setuptools
-  # Another index may lack the pinned versions of torch's dependencies. The next step installs them.
-  run_step "torch" pip_install ${TORCH_INDEX_URL:+--no-deps --index-url "$TORCH_INDEX_URL"} torch
+  run_step "torch" pip_install ${TORCH_INDEX_URL:+--no-deps --index-url "$TORCH_INDEX_URL"} torch # deps: from PyPI
   run_step "megatron-core" pip_install "megatron-core[training]"
   run_step "this project" pip_install --no-build-isolation --editable "${ROOT}[dev]"
   describe_environment >"$STAMP"

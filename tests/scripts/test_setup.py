@@ -117,17 +117,21 @@ def test_a_second_setup_does_nothing(finished: Tree) -> None:
     assert (finished.log.stat().st_mtime_ns, finished.stamp.stat().st_mtime_ns) == before
 
 
-def test_changed_requirements_remake_the_environment(finished: Tree) -> None:
-    """A failed setup shows the end of its log, and the next one starts over."""
+def test_changed_requirements_update_the_environment(finished: Tree) -> None:
+    """An update is made in place. A failed one shows the end of its log, and the next setup starts over."""
     leftover = finished.root / ".venv/leftover"
     leftover.touch()
+    make_wheel(finished.root / "wheels", "torch", "2")
+    finished.pin_torch("2")
+    code, out, err = finished.set_up()
+    assert code == 0 and leftover.exists() and "torch-2" in finished.installed(), out + err
     finished.pin_torch("99")
     code, out, err = finished.set_up()
     assert code == 1 and "torch==99" in err and f"{finished.log}" in err
-    assert finished.stamp.read_text() == "unfinished\n" and not leftover.exists()
+    assert finished.stamp.read_text() == "unfinished\n"
     finished.pin_torch("1")
     code, out, err = finished.set_up()
-    assert code == 0 and out.startswith("Making .venv"), out + err
+    assert code == 0 and out.startswith("Making .venv") and not leftover.exists(), out + err
     finished.assert_complete()
 
 
