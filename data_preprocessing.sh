@@ -9,11 +9,8 @@
 #   PYTHON       the interpreter                                  (default: .venv's, else python3)
 # Arguments go to tools/preprocess_data.py, such as: --on-error skip
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
-if [[ -z ${PYTHON-} && -x $root/.venv/bin/python ]]; then PYTHON=$root/.venv/bin/python; fi
-PYTHON=${PYTHON:-python3}
-# shellcheck source=scripts/lib/help.sh
-source "$root/scripts/lib/help.sh"
+# shellcheck source=scripts/lib/python.sh
+source "$(dirname "${BASH_SOURCE[0]}")/scripts/lib/python.sh"
 
 die() {
   printf 'data_preprocessing.sh: error: %s\n' "$@" >&2
@@ -44,18 +41,19 @@ process() { # SHARD, further arguments to preprocess_data.py; sets RESULT
       if [[ -f $INPUT_DIR/$shard$suffix ]]; then input=$INPUT_DIR/$shard$suffix; fi
     done
     if [[ -z $input ]]; then RESULT="no $INPUT_DIR/$shard.jsonl.zst" && return 1; fi
-    "$PYTHON" "$root/tools/preprocess_data.py" --input "$input" --output-prefix "$prefix" --append-eod \
-      --workers "$WORKERS" --tokenizer-type GPT2BPETokenizer "${vocabulary[@]}" "$@" || return
+    "$PYTHON" "$ROOT/tools/preprocess_data.py" --input "$input" --output-prefix "$prefix" --append-eod \
+      ${WORKERS:+--workers "$WORKERS"} --tokenizer-type GPT2BPETokenizer "${vocabulary[@]}" "$@" || return
     what=made check+=("${vocabulary[@]}")
   fi
-  report=$("$PYTHON" "$root/tools" inspect "${check[@]}") || {
+  report=$("$PYTHON" "$ROOT/tools" inspect "${check[@]}") || {
     RESULT="damaged: remove ${prefix}_text_document.bin and .idx, and start again"
     return 1
   }
   RESULT="$what: $(sed -n 2p <<<"$report")"
 }
 
-if asks_for_help "$@"; then print_header && exit; fi
+answer_help "$@"
+choose_python
 for word in "$@"; do
   case $word in --json-keys* | --overwrite) die "$word: not with this script; call tools/preprocess_data.py" ;; esac
 done
@@ -63,7 +61,6 @@ done
 [[ -n ${OUTPUT_DIR:-} ]] || die "OUTPUT_DIR is not set: give the folder for the data sets"
 "$PYTHON" -c 'import megatron.remoe' 2>/dev/null || die "$PYTHON has no megatron.remoe: run bash scripts/setup.sh first"
 mkdir -p "$OUTPUT_DIR"
-WORKERS=${WORKERS:-$(getconf _NPROCESSORS_ONLN)}
 read -ra shards <<<"${SHARDS:-$(seq -f %02g -s ' ' 0 29)}"
 if [[ -z ${VOCAB_FILE:-} && -z ${MERGE_FILE:-} ]]; then fetch_vocabulary; fi
 [[ -f ${VOCAB_FILE-} && -f ${MERGE_FILE-} ]] ||

@@ -6,10 +6,11 @@
 #   OUT=folder                  default: runs/gpu
 #   REHEARSE=1                  without a GPU: do the tests start and end?
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
-if [[ -z ${PYTHON-} && -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
-PYTHON=${PYTHON:-python3}
+# shellcheck source=scripts/lib/python.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib/python.sh"
+answer_help "$@"
+choose_python
+cd "$ROOT"
 if [[ -n ${CARRIED-} ]]; then
   folder=$(mktemp -d)
   trap 'rm -rf "$folder"' EXIT
@@ -20,4 +21,4 @@ if [[ -n ${CARRIED-} ]]; then
 fi
 run=(pytest)
 if [[ -n ${REHEARSE-} ]]; then run=(tests.gpu.rehearsed pytest); fi
-"$PYTHON" -m "${run[@]}" -m gpu -rs --gpu-report "${OUT:-runs/gpu}" "$@" tests/gpu tests/moe tests/routing
+"$PYTHON" -m "${run[@]}" -m gpu -rs --gpu-report "${OUT:-runs/gpu}" "$@" tests/gpu tests/layer tests/routing

@@ -6,6 +6,6 @@ set -euo pipefail
 # shellcheck source=scripts/lib/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 
-answer_help quickstart "$@"
+is_ready || answer_help "$@"
 prepare_environment
 exec "$VENV/bin/python" "$ROOT/tools" quickstart "$@"

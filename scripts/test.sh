@@ -6,7 +6,7 @@ set -euo pipefail
 # shellcheck source=scripts/lib/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 
-if asks_for_help "$@"; then print_header && exit; fi
+answer_help "$@"
 prepare_environment
 cd "$ROOT"
 if [[ ${1-} == --fast ]]; then

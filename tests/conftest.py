@@ -45,6 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # Folders and files that take seconds; `scripts/test.sh --fast` runs only these. All others start trainings or tools.
 FAST = """
+tools/test_common.py tools/test_corpus.py tools/test_encoding.py tools/test_run_figures.py
 files kernels/test_plan.py kernels/test_token_sums.py kernels/test_swiglu.py layer/test_grouped_swiglu.py
 layer/test_order.py layer/test_moe_layer.py layer/test_bounded_memory.py layer/test_host_syncs.py start/test_codes.py
 start/test_data.py start/test_messages.py start/test_saved_settings.py routing

@@ -1,5 +1,6 @@
 """The command `remoe`: start a tool, in a clone or from an installed package."""
 
+import difflib
 import gc
 import importlib
 import sys
@@ -72,12 +73,17 @@ def _refuse(problem: str) -> int:
 
 def main() -> int:
     """Run the command that the first argument names."""
-    command, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    command, *arguments = sys.argv[1:] or ["--help"]
     if command in COMMANDS:
         sys.argv[:2] = [f"remoe {command}"]
         return start(command, arguments)
-    lines = [f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()]
-    usage = "\n".join(["usage: remoe COMMAND ...", "", *lines, "", "remoe COMMAND --help lists a command's options."])
-    is_help = command in ("-h", "--help")
-    print(usage if is_help else f"{usage}\nerror: there is no command {command}", file=None if is_help else sys.stderr)
-    return 0 if is_help else 2
+    if command == "--version":
+        print(importlib.import_module("megatron.remoe").__version__)
+    elif command in ("-h", "--help"):
+        lines = [f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()]
+        print("usage: remoe COMMAND ...", "", *lines, "", "remoe COMMAND --help lists a command's options.", sep="\n")
+    else:
+        similar = " or ".join(difflib.get_close_matches(command, COMMANDS)) or "one that remoe --help lists"
+        print(f"error: there is no command {command}. Did you mean {similar}?", file=sys.stderr)
+        return 2
+    return 0

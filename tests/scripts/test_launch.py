@@ -201,5 +201,5 @@ def test_sizes_and_routings_are_named(words: str, code: int, capsys: pytest.Capt
 def test_help_has_arguments_and_environment(arguments: list[str]) -> None:
     result = launch("469m_moe", *arguments)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.startswith("usage: bash scripts/train_llama_469m_moe.sh [gpus_per_node] [train_iters]")
+    assert result.stdout.startswith("usage: remoe train 469m moe [gpus_per_node] [train_iters]")
     assert re.search(r"^  DATA_PATH .*^  REHEARSE_JSON +a file for .*\Z", result.stdout, re.MULTILINE | re.DOTALL)

@@ -1,4 +1,4 @@
-"""Test creating, updating and reusing .venv, without network."""
+"""Test creating, remaking and reusing .venv, without network."""
 
 import os
 import re
@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripts.setting_up import REAL, make_python, run_bash
 from tools.console.places import ROOT
+
+REAL = Path(getattr(sys, "_base_executable", sys.executable))
 
 
 def make_wheel(folder: Path, name: str, version: str, *extras: str) -> Path:
@@ -87,8 +88,7 @@ class Tree:
         return {folder.name.removesuffix(".dist-info") for folder in folders}
 
     def assert_complete(self) -> None:
-        version = ".".join(str(part) for part in sys.version_info[:3])
-        assert self.stamp.read_text().startswith(f"{version} {self.root / '.venv'}\n")
+        assert f"\n{self.root / '.venv'} " in self.stamp.read_text()
         assert {"megatron_core-1", "setuptools-1", "megatron_remoe-1"} <= self.installed()
 
 
@@ -105,127 +105,103 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     (wheel.parent / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>')
     code, out, err = tree.set_up(TORCH_INDEX_URL=(tree.root / "index").as_uri())
     assert code == 0, out + err + tree.log.read_text()
-    assert re.search(r"^Setting up \.venv with Python 3\.\d+\.\d+ .*\n(  \S.* +\d+ s\n){4}The environment is rea", out)
+    assert re.search(r"^Making \.venv with .*\n(  \S.* +\d+ s\n){5}Ready: ", out)
     tree.assert_complete()
     assert {name for name in tree.installed() if name.startswith("torch-")} == {"torch-1+cpu"}
     return tree
 
 
-def test_a_second_set_up_does_not_call_pip(finished: Tree) -> None:
-    before = finished.log.read_text(), finished.log.stat().st_mtime_ns, finished.stamp.stat().st_mtime_ns
-    (pip,) = finished.root.glob(".venv/lib/*/site-packages/pip")
-    pip.rename(pip.with_name("away"))  # a call would fail
-    try:
-        code, out, err = finished.set_up()
-    finally:
-        pip.with_name("away").rename(pip)
-    assert (code, out, err) == (0, f"Ready: {finished.root}/.venv/bin/python\n", "")
-    assert (finished.log.read_text(), finished.log.stat().st_mtime_ns, finished.stamp.stat().st_mtime_ns) == before
+def test_a_second_setup_does_nothing(finished: Tree) -> None:
+    before = finished.log.stat().st_mtime_ns, finished.stamp.stat().st_mtime_ns
+    assert finished.set_up() == (0, f"Ready: {finished.root}/.venv/bin/python\n", "")
+    assert (finished.log.stat().st_mtime_ns, finished.stamp.stat().st_mtime_ns) == before
 
 
-def test_changed_requirements_bring_the_environment_up_to_date_in_place(finished: Tree) -> None:
-    make_wheel(finished.root / "wheels", "torch", "2")
-    finished.pin_torch("2")
-    kept = finished.root / ".venv/kept"
-    kept.touch()
-    path = make_python(finished.root / "other/python3.12", (3, 12, 99)).parent
-    code, out, err = finished.set_up(PYTHON="", PATH=f"{path}:{os.environ['PATH']}")  # would be found first
-    assert code == 0, out + err
-    assert out.startswith("Bringing .venv up to date")
-    assert kept.exists() and "torch-2" in finished.installed()
-    finished.assert_complete()
-
-
-def test_a_failed_set_up_shows_the_end_of_the_log_and_the_next_one_starts_over(finished: Tree) -> None:
-    finished.pin_torch("99")
+def test_changed_requirements_update_the_environment(finished: Tree) -> None:
+    """An update is made in place. A failed one shows the end of its log, and the next setup starts over."""
     leftover = finished.root / ".venv/leftover"
     leftover.touch()
+    make_wheel(finished.root / "wheels", "torch", "2")
+    finished.pin_torch("2")
     code, out, err = finished.set_up()
-    assert code == 1
-    assert re.search(r"^  torch +failed after \d+ s$", out, re.MULTILINE)
-    assert "torch==99" in err
-    assert f"the whole log is in {finished.log}" in err
+    assert code == 0 and leftover.exists() and "torch-2" in finished.installed(), out + err
+    finished.pin_torch("99")
+    code, out, err = finished.set_up()
+    assert code == 1 and "torch==99" in err and f"{finished.log}" in err
     assert finished.stamp.read_text() == "unfinished\n"
     finished.pin_torch("1")
     code, out, err = finished.set_up()
-    assert code == 0, out + err
-    assert out.startswith("Setting up .venv") and not leftover.exists()
+    assert code == 0 and out.startswith("Making .venv") and not leftover.exists(), out + err
     finished.assert_complete()
 
 
-def test_a_missing_network_is_said(tree: Tree) -> None:
-    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_FIND_LINKS": "", "PIP_RETRIES": "1"}
-    code, _, err = tree.set_up(**nowhere)
-    assert code == 1 and err.startswith("No network") and "conflict" not in err and str(tree.log) in err
+def test_a_moved_tree_and_a_different_python_are_out_of_date(finished: Tree, tmp_path: Path) -> None:
+    def is_ready(root: Path, python: str = "") -> bool:
+        code = f'set -euo pipefail; source "{root}/scripts/lib/environment.sh"; is_ready'
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+        return subprocess.run(["bash", "-c", code], env=environment | {"PYTHON": python}).returncode == 0
 
-
-def test_a_moved_tree_and_another_python_are_set_up_anew(finished: Tree) -> None:
-    def is_ready(root: Path, found: str = "") -> bool:
-        return run_bash(f'environment_is_ready "{found}"', root=root).returncode == 0
-
+    assert is_ready(finished.root) and is_ready(finished.root, str(REAL))
+    other = tmp_path / "python"
+    other.write_text("#!/bin/sh\necho Python 3.12.99\n")
+    other.chmod(0o755)
+    assert not is_ready(finished.root, str(other))
     moved = finished.root.with_name("moved")
     finished.root.rename(moved)
     try:
         assert not is_ready(moved)
     finally:
         moved.rename(finished.root)
-    assert is_ready(finished.root) and not is_ready(finished.root, "ready 3.12.999 /some/python")
-    version = ".".join(str(part) for part in sys.version_info[:3])
-    assert is_ready(finished.root, f"ready {version} /some/python")
 
 
-def test_a_set_up_that_was_killed_starts_over(tree: Tree) -> None:
+@pytest.mark.skipif(shutil.which("flock") is None, reason="flock keeps two setups apart")
+def test_a_killed_setup_starts_over_and_a_second_one_waits(tree: Tree) -> None:
     process = tree.start()
-    deadline = time.monotonic() + 300
     while not (tree.root / ".venv/bin/python").exists():
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert tree.stamp.read_text() == "unfinished\n"
     (tree.root / ".venv/leftover").touch()
-    code, out, err = tree.set_up()
-    assert code == 0, out + err
+    processes = [tree.start(), tree.start()]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sum("Making .venv" in out for out, _ in outputs) == 1
     assert not (tree.root / ".venv/leftover").exists()
     tree.assert_complete()
 
 
-@pytest.mark.skipif(shutil.which("flock") is None, reason="two set-ups at once are kept apart by flock")
-def test_of_two_set_ups_at_once_one_waits_for_the_other(tree: Tree) -> None:
-    first = tree.start()
-    while not tree.stamp.exists():
-        assert first.poll() is None
-        time.sleep(0.02)
-    code, out, err = tree.set_up()
-    first_out, first_err = first.communicate(timeout=300)
-    assert (first.returncode, code) == (0, 0), first_out + first_err + out + err
-    assert out.startswith("Another set-up is at work here") and "Setting up" not in out
-    tree.assert_complete()
-
-
 def test_an_environment_of_other_make_and_a_link_are_left_alone(finished: Tree, tree: Tree) -> None:
-    """A foreign .venv and a link, as in a checkout that shares another's environment, are refused and kept."""
-    theirs, link = tree.root / ".venv/bin/python", tree.root / ".venv"
-    theirs.parent.mkdir(parents=True)
-    theirs.symlink_to(REAL)
-    code, _, err = tree.set_up()
-    assert code == 1 and "was not made by this script" in err and theirs.exists()
-    shutil.rmtree(link)
-    link.symlink_to(finished.root / ".venv")
-    code, _, err = tree.set_up()
-    assert code == 1 and f"{link} is a link" in err and link.is_symlink()
+    venv = tree.root / ".venv"
+    (venv / "theirs").mkdir(parents=True)
+    assert tree.set_up()[0] == 1 and (venv / "theirs").exists()
+    shutil.rmtree(venv)
+    venv.symlink_to(finished.root / ".venv")
+    assert tree.set_up()[0] == 1 and venv.is_symlink()
     finished.assert_complete()
 
 
-def test_no_script_expands_an_empty_array() -> None:
-    """With `set -u`, Bash before 4.4 (macOS) treats an empty array as an unset variable."""
-    scripts = [path for path in (*ROOT.glob("*.sh"), *(ROOT / "scripts").rglob("*.s[hb]*")) if path.is_file()]
-    texts = {path.name: path.read_text() for path in scripts}
-    assert texts.keys() >= {"data_preprocessing.sh", "environment.sh", "train.sbatch"}
-    for name, text in texts.items():
-        for array in re.findall(r"(\w+)=\(\)", text):
-            expanded = f'"${{{array}[@]}}"'
-            assert expanded not in text.replace(f"${{{array}[@]+{expanded}}}", ""), f"{name}: {array}"
+@pytest.mark.parametrize(
+    ("pythons", "expected"),
+    [
+        ({"a/python3.13": "exit 127", "b/python3.13": "echo 13", "a/python3": "echo 3"}, "13"),  # a shim before it
+        ({"a/python3.12": "exit 1", "b/python3": "echo 3"}, "3"),
+        ({"a/python3": "exit 1"}, None),
+        ({"a/python3.13": "echo 13", "b/my python": "echo mine"}, "mine"),
+        ({"a/python3.13": "echo 13", "b/my python": "exit 1"}, None),  # no silent fallback
+    ],
+)
+def test_the_first_python_that_fits_is_used(pythons: dict[str, str], expected: str | None, tmp_path: Path) -> None:
+    for name, line in pythons.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    source = f'source "{ROOT}/scripts/lib/environment.sh"; PATH="{tmp_path}/a:{tmp_path}/b"; find_python'
+    environment = os.environ | {"PYTHON": str(tmp_path / "b/my python") if "b/my python" in pythons else ""}
+    answer = subprocess.run(["bash", "-c", source], env=environment, capture_output=True, text=True)
+    assert (answer.returncode, answer.stdout.strip()) == ((0, expected) if expected else (1, ""))
+    assert bool(answer.stderr) == (expected is None)
 
 
 @pytest.mark.parametrize("script", ["quickstart", "setup", "test"])
@@ -236,12 +212,3 @@ def test_help_sets_nothing_up(script: str, tree: Tree) -> None:
     assert (answer.returncode, answer.stderr) == (0, "")
     assert answer.stdout.splitlines() == [line[2:] for line in header.splitlines()[1:]]
     assert not (tree.root / ".venv").exists() and not tree.log.exists()
-
-
-def test_help_is_the_tools_own_where_all_is_ready(finished: Tree) -> None:
-    tool = finished.root / "tools"
-    tool.mkdir(parents=True)
-    (tool / "__main__.py").write_text("import sys; print(sys.prefix, sys.argv[1:])")
-    command = ["bash", str(finished.root / "scripts/quickstart.sh"), "--tiny", "--help"]
-    answer = subprocess.run(command, env=finished.environment(), capture_output=True, text=True)
-    assert answer.stdout == f"{finished.root / '.venv'} ['quickstart', '--help']\n", answer.stderr

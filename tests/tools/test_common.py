@@ -1,6 +1,5 @@
-"""Test the tools' shared helpers, and that tools start from any folder and import their modules from `tools` only."""
+"""Test the tools' shared helpers and the command `remoe`."""
 
-import ast
 import os
 import pty
 import runpy
@@ -16,18 +15,21 @@ from tests.trainings import REPOSITORY
 from tools.console import places
 from tools.console.errors import ToolError
 from tools.console.files import lock, new_folder, write_json
-from tools.experiments import compare
+from tools.console.flags import number_of_cores
 from tools.start import COMMANDS, IMPORT_TORCH
 
 TOOLS = REPOSITORY / "tools"
-STARTED = sorted(path.parent for path in TOOLS.glob("*/__main__.py"))
-STARTED += sorted(path for path in TOOLS.glob("*.py") if path.name not in ("__init__.py", "start.py"))
+
+
+def run(*words: str | Path, **settings: object) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    settings = {"env": environment, "text": True, "timeout": 100, "capture_output": True} | settings
+    return subprocess.run([sys.executable, *map(str, words)], **settings)
 
 
 def test_all_cores_where_a_process_is_not_bound_to_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    """--processes defaults to all cores without `os.sched_getaffinity`, as on macOS."""
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    assert compare.parse_arguments([]).processes == os.cpu_count()
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
+    assert number_of_cores() == os.cpu_count()
 
 
 @pytest.mark.parametrize("folder", ["clone", "remoe"])
@@ -39,24 +41,33 @@ def test_a_clone_can_have_any_name(folder: str, tmp_path: Path) -> None:
     assert runpy.run_path(str(copy))["PACKAGE"] == tmp_path / folder / "megatron" / "remoe"
 
 
-@pytest.mark.parametrize("tool", STARTED, ids=lambda path: str(path.relative_to(TOOLS)))
-def test_starts_from_any_folder(tool: Path, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    options = ["-S"] if tool.name in IMPORT_TORCH else []  # without site-packages: torch is not imported
-    command = [sys.executable, *options, str(tool), "--help"]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0 and result.stdout.startswith("usage: "), result.stderr
+@pytest.mark.parametrize("command", [*COMMANDS, "preprocess_data.py"])
+def test_starts_from_any_folder_and_has_one_name(command: str, tmp_path: Path) -> None:
+    options = ["-S"] if command in IMPORT_TORCH else []  # without site-packages: torch is not imported
+    words = [TOOLS / command] if command.endswith(".py") else [TOOLS, command]
+    result = run(*options, *words, "--help", cwd=tmp_path)
+    name = "preprocess" if command.endswith(".py") else command
+    assert result.returncode == 0 and result.stdout.startswith(f"usage: remoe {name} "), result.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_no_module_is_a_top_level_name() -> None:
-    own = {path.stem for path in TOOLS.rglob("*.py")} | {path.name for path in TOOLS.iterdir() if path.is_dir()}
-    for path in TOOLS.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and not node.level:
-                names = [node.module or ""]
-            assert not {name.split(".")[0] for name in names} & own, path
+@pytest.mark.parametrize(
+    ("word", "code", "printed"),
+    [("--help", 0, "\n  generate "), ("--version", 0, "0.1"), ("genrate", 2, "generate"), ("xyz", 2, "--help")],
+)
+def test_the_entry(word: str, code: int, printed: str) -> None:
+    result = run(TOOLS, word)
+    assert result.returncode == code and printed in (result.stderr if code else result.stdout)
+
+
+@pytest.mark.parametrize("tool", [".", "preprocess_data.py"])
+def test_a_python_without_packages_is_told_which_one_to_use(tool: str) -> None:
+    result = run("-S", TOOLS / tool, "generate", "--load", "RUN")  # -S: without site-packages
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert sys.executable in result.stderr and f"{REPOSITORY}/.venv/bin/python" in result.stderr
+
+
+# ---------------------------------------------------------------- files
 
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
@@ -66,42 +77,30 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
         aside.write_text("hal")
         raise OSError("no space left")
 
-    with pytest.raises(OSError, match="no space left"):
-        write_aside(path, fail)
-    assert list(tmp_path.iterdir()) == []
-    write_aside(path, lambda aside: aside.write_text("whole"))
-    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("results.txt", "whole")]
-
-
-def test_writers_with_the_same_process_number_do_not_share_a_temporary_file(tmp_path: Path) -> None:
-    """In two containers, for example, both processes can have the number 1."""
-    path = tmp_path / "results.txt"
-
-    def write(aside: Path) -> None:
+    def write_twice(aside: Path) -> None:  # as two writers with the same process number, in two containers
         aside.write_text("first")
         write_aside(path, lambda aside: aside.write_text("second"))
 
-    write_aside(path, write)
+    with pytest.raises(OSError, match="no space left"):
+        write_aside(path, fail)
+    assert list(tmp_path.iterdir()) == []
+    write_aside(path, write_twice)
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("results.txt", "first")]
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
-
-    def write() -> None:
-        with new_folder(path) as aside:
-            (aside / "weights").write_text("whole")
-            assert not path.exists()
-            raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space left"):
-        write()
-    assert list(tmp_path.iterdir()) == []
-    with new_folder(path) as aside:
+    with pytest.raises(OSError, match="no space left"), new_folder(path) as aside:
         (aside / "weights").write_text("whole")
-    assert [file.read_text() for file in tmp_path.rglob("*") if file.is_file()] == ["whole"]
-    with pytest.raises(OSError), new_folder(path) as aside:
-        (aside / "weights").write_text("other")
+        assert not path.exists()
+        raise OSError("no space left")
+    assert list(tmp_path.iterdir()) == []
+    for text in ("whole", "other"):
+        try:
+            with new_folder(path) as aside:
+                (aside / "weights").write_text(text)
+        except OSError:
+            assert text == "other"
     assert [file.read_text() for file in tmp_path.rglob("*") if file.is_file()] == ["whole"]
 
 
@@ -112,7 +111,6 @@ def test_a_folder_replaces_an_empty_one_under_any_name(name: str, tmp_path: Path
     monkeypatch.chdir(tmp_path / "empty")
     with new_folder(Path(name)) as aside:
         (aside / "file").touch()
-    monkeypatch.chdir(tmp_path)
     assert (tmp_path / "empty" / "file").exists() and (tmp_path / "link").is_symlink()
 
 
@@ -126,11 +124,13 @@ def test_a_written_file_is_on_the_disk_before_it_is_renamed(tmp_path: Path, monk
     assert path.read_text() == '{\n "a": 1\n}\n'
 
 
-def test_a_folder_is_taken_once(tmp_path: Path) -> None:
+def test_a_folder_is_locked_once(tmp_path: Path) -> None:
     with lock(tmp_path / "runs", "sweep"), pytest.raises(ToolError, match="sweep .*/runs"):
         lock(tmp_path / "runs", "sweep")
     lock(tmp_path / "runs", "sweep").close()
 
+
+# ---------------------------------------------------------------- processes
 
 STEPS = """
 from tools.console.display import Display
@@ -138,54 +138,13 @@ display = Display()
 with display.step("reading", 2):
     display.say("a result")
 """
-
-
-def test_results_go_to_the_file_while_the_bar_is_on_the_terminal() -> None:
-    terminal, side = pty.openpty()
-    command = [sys.executable, "-c", STEPS]
-    settings = {"cwd": REPOSITORY, "env": os.environ | {"TERM": "xterm"}, "timeout": 60, "text": True}
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=side, check=True, **settings)
-    os.close(side)
-    shown = os.read(terminal, 10_000).decode()
-    os.close(terminal)
-    assert result.stdout == "a result\n"
-    assert "reading" in shown and "a result" not in shown
-
-
-@pytest.mark.parametrize("tool", [".", "preprocess_data.py"])
-def test_another_python_is_told_which_one_to_use(tool: str) -> None:
-    command = [
-        sys.executable,
-        "-S",
-        str(REPOSITORY / "tools" / tool),
-        "generate",
-        "--load",
-        "RUN",
-    ]  # -S: without site-packages
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert sys.executable in result.stderr and f"{REPOSITORY}/.venv/bin/python" in result.stderr
-
-
-@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["nothing"], 2)])
-def test_all_commands_are_listed(words: list[str], code: int) -> None:
-    result = subprocess.run([sys.executable, REPOSITORY / "tools", *words], capture_output=True, text=True)
-    assert result.returncode == code
-    assert all(f"\n  {name} " in result.stdout + result.stderr for name in COMMANDS)
-
-
-def test_a_tool_under_nohup_goes_on_after_a_hangup() -> None:
-    program = """
+NOHUP = """
 import os, signal
 from tools.runs.running import run_tool
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 raise SystemExit(run_tool("test", lambda: os.kill(os.getpid(), signal.SIGHUP)))
 """
-    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, timeout=50).returncode == 0
-
-
-def test_a_worker_that_its_pool_terminates_ends_at_once() -> None:
-    program = """
+POOL = """
 import os, signal, time
 from tools.runs.running import run_tool
 
@@ -195,12 +154,27 @@ def work() -> None:
         try:
             time.sleep(60)
         except KeyboardInterrupt:
-            time.sleep(60)  # as one that waits for a lock which nobody gives back
+            time.sleep(60)  # like a process that waits for a lock which is never released
     time.sleep(1)
     os.kill(worker, signal.SIGTERM)
     print(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]))
 
 run_tool("test", work)
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, timeout=50)
-    assert result.stdout == "143\n", result.stderr
+
+
+def test_results_go_to_the_file_while_the_bar_is_on_the_terminal() -> None:
+    terminal, side = pty.openpty()
+    pipes = {"stdout": subprocess.PIPE, "stderr": side, "capture_output": False}
+    result = run("-c", STEPS, cwd=REPOSITORY, env=os.environ | {"TERM": "xterm"}, check=True, **pipes)
+    os.close(side)
+    shown = os.read(terminal, 10_000).decode()
+    os.close(terminal)
+    assert result.stdout == "a result\n"
+    assert "reading" in shown and "a result" not in shown
+
+
+def test_signals() -> None:
+    """A tool under nohup continues after a hangup, and a worker that its pool terminates ends at once."""
+    assert run("-c", NOHUP, cwd=REPOSITORY).returncode == 0
+    assert run("-c", POOL, cwd=REPOSITORY).stdout == "143\n"

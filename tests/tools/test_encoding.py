@@ -44,26 +44,6 @@ def test_memory_is_given_back(monkeypatch) -> None:
     assert np.array_equal(first.ids, second.ids) and np.array_equal(first.ids, third.ids)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "prefixed"])
-def test_long_texts_are_cut_where_the_ids_stay_the_same(kind, monkeypatch) -> None:
-    """Texts are not cut for a tokenizer that puts something before every text."""
-    import tokenizers
-
-    encoder = gpt2_encoder(*gpt2_files())
-    if kind == "prefixed":
-        words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "▁the": 1, "the": 2}, "<unk>"))
-        words.normalizer = tokenizers.normalizers.Prepend("▁")
-        words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-        encoder = encoding.TextEncoder(words, 3, None)
-    generator = random.Random(2)
-    texts = [Path(random.__file__).read_text(), "", "".join(random_text(generator) for _ in range(300)) + "\nthe\nx"]
-    whole = encoder.encode_by_reference(texts)
-    monkeypatch.setattr(encoding, "CHARACTERS_AT_ONCE", 100)
-    assert (len(encoder._pieces(texts[0])) > 100) == (kind == "gpt2")
-    pieces = encoder.encode_by_reference(texts)
-    assert np.array_equal(whole.ids, pieces.ids) and np.array_equal(whole.lengths, pieces.lengths)
-
-
 def without_gigatoken(how: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Break gigatoken in this way, and return the reason that the warning must give."""
     import gigatoken

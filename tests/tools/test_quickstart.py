@@ -49,7 +49,8 @@ def records(model: str, number: int) -> list[dict[str, Any]]:
     pairs = tokens = 0.0
     for step in (1, *range(20, 101, 20)):
         line = {"kind": "log", "time": 2.0, "iteration": step, "lm_loss": 5.0 - 0.02 * step - 0.1 * number}
-        line |= {"seconds_per_iteration": 9.0 if step <= 20 else 0.5 + number, "tokens_per_second": 1000.0}
+        seconds = 9.0 if step <= 20 else 0.5 + number
+        line |= {"seconds_per_iteration": seconds, "tokens_per_second": tiny.SIZE.tokens_per_iteration / seconds}
         if model == "remoe":
             sparsity = 0.5 if step <= 60 else 0.875
             tokens += ROUTING_STEPS * (step > 1)

@@ -161,7 +161,7 @@ def steps_with_flops(job: Job, flops: float) -> int:
     """
     figures = read_figures(job.folder)
     experts = figures.experts_per_token(np.array([job.run.decay_start, job.run.steps]))[-1]
-    is_counted = figures.target is None and math.isfinite(experts)
+    is_counted = figures.target_sparsity is None and math.isfinite(experts)
     sequence = flops_per_sequence(argparse.Namespace(**figures.args), experts if is_counted else None)
     step = figures.batches(np.array([job.run.steps]))[0] * sequence
     return rounded(job.run.steps + (flops - flops_of_job(job)) / step)

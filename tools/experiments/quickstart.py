@@ -30,7 +30,7 @@ LEAST_ITERATIONS = 10
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; defaults come from the environment."""
-    parser = argparse.ArgumentParser(prog="scripts/quickstart.sh", description=__doc__)
+    parser = argparse.ArgumentParser(prog="remoe quickstart", description=__doc__)
     add = parser.add_argument
     text = "mixed: code, documentation and drama, 15 MB; technical: descriptions of web services, 43 MB"
     add("--corpus", choices=dataset.CORPORA, default=dataset.MIXED, help=f"{text} (default: %(default)s)")

@@ -48,22 +48,19 @@ def summarize(runs: Mapping[str, RunFigures], iterations: int, seed: int, corpus
     summary: dict[str, Any] = {}
     size = tiny.SIZE
     for model, run in runs.items():
-        # Process start-up slows the first intervals.
-        seconds = run.curve("seconds_per_iteration").values
-        seconds = seconds[2:] if len(seconds) > 2 else seconds
         total = run.parameters or 0
         unused = (size.experts - size.topk) * size.layers * 3 * size.hidden * size.ffn if run.num_experts else 0
         summary[model] = {
             "val_loss": run.validation_loss,
             "val_loss_by_domain": {domain: evaluations[-1].loss for domain, evaluations in run.evaluations.items()},
             "train_tokens": iterations * size.tokens_per_iteration,
-            "tokens_per_second": size.tokens_per_iteration / float(np.median(seconds)),
+            "tokens_per_second": run.tokens_per_second,
             "active_params": total - unused,
             "total_params": total,
         }
     remoe = runs["remoe"]
     summary["remoe"] |= {
-        "sparsity_target": remoe.target,
+        "sparsity_target": remoe.target_sparsity,
         "sparsity_last_quarter": late_sparsity(remoe, iterations, size.experts),
         "coefficient_final": remoe.newest("l1_coefficient"),
     }

@@ -34,7 +34,7 @@ Loss after the last iteration. The size in a name is that of the launch script; 
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; words after -- become `flags`."""
     parser = argparse.ArgumentParser(
-        prog="scripts/sweep.sh",
+        prog="remoe sweep",
         usage="%(prog)s [options] [-- Megatron flags]",
         description=__doc__,
         epilog="docs/baselines.md has examples.",

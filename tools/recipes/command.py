@@ -49,8 +49,9 @@ Environment variables; only the data are required:
 def usage(size: str = "SIZE", routing: str = "remoe") -> str:
     """Return what a launch script prints for --help."""
     arguments = f"[gpus_per_node] [train_iters] [micro_batch_size] {ARGUMENTS[routing]} [project_name]"
-    script = f"scripts/train_llama_{size}_{routing}.sh"
-    return f"usage: bash {script} {arguments} [-- Megatron flags]\n\n{__doc__}\n{ENVIRONMENT}"
+    script = f"bash scripts/train_llama_{size}_{routing}.sh"
+    usage = f"usage: remoe train {size} {routing} {arguments} [-- Megatron flags]"
+    return f"{usage}\n    or {script} with the same arguments\n\n{__doc__}\n{ENVIRONMENT}"
 
 
 def main(words: Sequence[str]) -> int:

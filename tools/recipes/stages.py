@@ -52,7 +52,7 @@ def stages(figures: RunFigures, flops: Flops) -> list[Stage]:
     Other models have one stage, "all". A line of the log stands for the iterations since the line before.
     """
     iterations, seconds = figures.curve("seconds_per_iteration").iterations, figures.seconds
-    batches, target = figures.batches(iterations), figures.target
+    batches, target = figures.batches(iterations), figures.target_sparsity
     steps = np.diff(iterations, prepend=figures.began)
     if target is None and TOTALS[0] not in figures.curves:  # k experts per token, after a warm-up
         warmup, most = figures.whole("moe_warmup_steps"), figures.whole("moe_warmup_topk") or figures.topk

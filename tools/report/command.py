@@ -14,10 +14,10 @@ from pathlib import Path
 from megatron.remoe.files.files import write_text
 
 from ..console.flags import tool_parser, whole_number
-from ..runs.evaluations import names_of_models
+from ..runs.evaluations import names_of_models, read_run
 from ..runs.figure_reader import find_figures
+from ..runs.run_figures import RunFigures
 from ..runs.running import run_tool
-from .reading import Run, read_run
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -46,13 +46,13 @@ def report(args: argparse.Namespace) -> None:
     output = args.output or (places[0] if places[0].is_dir() else places[0].parent) / "report.html"
     output.parent.mkdir(parents=True, exist_ok=True)
 
-    def write(reload_after: int | None) -> list[Run]:
+    def write(reload_after: int | None) -> list[RunFigures]:
         runs = [read_run(place, name) for place, name in zip(places, names_of_models(places), strict=True)]
         write_text(output, page(runs, reload_after))
         return runs
 
     try:
-        while args.watch and not all(run.figures.done for run in write(args.watch)):
+        while args.watch and not all(run.done for run in write(args.watch)):
             print(f"{output}, {time.strftime('%H:%M:%S')}", flush=True)
             time.sleep(args.watch)
     finally:

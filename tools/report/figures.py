@@ -5,26 +5,25 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from bokeh.models import BasicTicker, ColorBar, CustomJSHover, FixedTicker, HoverTool, LinearColorMapper, Range1d
+from bokeh.models import ColorBar, CustomJSHover, FixedTicker, HoverTool, LinearColorMapper, Range1d
 from bokeh.palettes import RdBu, interp_palette
 
 from ..runs.run_figures import TOTALS, Curve, RunFigures, smooth
-from .overlay import LARGEST, Drawn, Panel, as_float32, new_figure, overlay
-from .reading import Run
+from .overlay import Drawn, Panel, new_figure, overlay
 
-CELLS, COLUMNS = 100_000, 240  # most cells and columns of a heat map
+COLUMNS = 240  # most columns of a heat map
 FIRST_SHARE = 0.05  # start of a training that does not set the range of the loss axis: its fall hides later differences
 
 
-def panels(runs: Sequence[Run]) -> dict[str, list[Panel]]:
+def panels(runs: Sequence[RunFigures]) -> dict[str, list[Panel]]:
     """Return the figures of each section of the page; those with nothing to show are left out."""
-    x_range = Range1d(0, max(run.figures.last for run in runs) * 1.01 or 1)
+    x_range = Range1d(0, max(run.last for run in runs) * 1.01 or 1)
     draw = partial(overlay, runs, x_range)
 
     def logged(name: str, title: str, note: str = "", **settings: Any) -> Iterator[Panel]:
-        return draw(lambda of: Drawn(of.curve(name), of.layers.get(f"layer_{name}", {})), title, note, **settings)
+        return draw(lambda run: Drawn(run.curve(name), run.layers.get(f"layer_{name}", {})), title, note, **settings)
 
-    sets = (name for run in runs for name, found in run.figures.evaluations.items() if len(found) > 1)
+    sets = (name for run in runs for name, losses in run.evaluations.items() if len(losses) > 1)
     pairs = "share of token–expert pairs that are off; thin: layers, dashed: target, diamond: settled within 1 % of it"
     sections: dict[str, list[Panel]] = {
         "Loss": [
@@ -41,28 +40,23 @@ def panels(runs: Sequence[Run]) -> dict[str, list[Panel]]:
         "Optimization": [
             *logged("learning_rate", "Learning rate", axis="%.1e"),
             *logged("grad_norm", "Gradient norm", "before it is clipped"),
-            *logged(
-                "tokens_per_second", "Throughput", "tokens per second, of all processes", axis="%.0f", form=",.0f"
-            ),
+            *logged("tokens_per_second", "Throughput", "tokens per second, of all processes", axis="%.0f",
+                    form=",.0f"),
         ],
         "Routing": [
-            *draw(_sparsity, "Sparsity S", pairs, "S", ".4f", marker="diamond", level_of=lambda of: of.target),
-            *draw(
-                _experts, "Experts per token", "mean; thin: layers, dashed: k", form=".3f", level_of=lambda of: of.topk
-            ),
+            *draw(_sparsity, "Sparsity S", pairs, "S", ".4f", marker="diamond",
+                  find_level=lambda run: run.target_sparsity),
+            *draw(_experts, "Experts per token", "mean; thin: layers, dashed: k", form=".3f",
+                  find_level=lambda run: run.topk),
             *logged("l1_coefficient", "λ", "coefficient of the L1 term", y_axis_type="log"),
             *logged("l1_loss", "L1 term", "before λ; thin: layers"),
             *logged("flip_rate", "Flips", "share of routing decisions that one update changes; thin: layers"),
-            *draw(
-                _guarded, "Guarded layers", "that routed next to nothing and are pushed up", "layer", marker="square"
-            ),
+            *draw(_guarded, "Guarded layers", "that routed next to nothing and are pushed up", "layer",
+                  marker="square"),
         ],
         "Load of the experts": [panel for run in runs for panel in _load(run, x_range)],
     }  # fmt: skip
-    for panel in sections["Routing"]:
-        if panel.title == "Guarded layers":
-            panel.plot.yaxis.ticker = BasicTicker(min_interval=1)
-    return {title: found for title, found in sections.items() if found}
+    return {title: section for title, section in sections.items() if section}
 
 
 def _training_loss(figures: RunFigures) -> Drawn:
@@ -70,18 +64,13 @@ def _training_loss(figures: RunFigures) -> Drawn:
     return Drawn(smooth(curve), faint=curve)
 
 
-def _range_of_losses(runs: Sequence[Run], first: float) -> dict[str, Range1d]:
-    limits: list[float] = []
-    for run in runs:
-        iterations, values = smooth(run.figures.curve("lm_loss"))
-        if len(values):
-            late = values[iterations >= first] if iterations[-1] >= first else values
-            limits += [float(late.min()), float(late.max())]
-    if not limits:
+def _range_of_losses(runs: Sequence[RunFigures], first: float) -> dict[str, Range1d]:
+    late = [curve.values[curve.iterations >= first] for run in runs for curve in [smooth(run.curve("lm_loss"))]]
+    values = np.concatenate(late)
+    if not len(values):
         return {}
-    low, high = max(min(limits), -LARGEST), min(max(limits), LARGEST)
-    margin = 0.05 * (high - low) or 0.1
-    return {"y_range": Range1d(low - margin, high + margin)}
+    margin = 0.05 * float(np.ptp(values)) or 0.1
+    return {"y_range": Range1d(float(values.min()) - margin, float(values.max()) + margin)}
 
 
 def _validation(name: str, figures: RunFigures) -> Drawn:
@@ -104,34 +93,32 @@ def _experts(figures: RunFigures) -> Drawn:
     if not experts or not len(iterations):
         return Drawn()
     layers = figures.layers.get("layer_sparsity", {})
-    of_layers = {
+    by_layer = {
         layer: Curve(curve.iterations, figures.computed_experts(curve.values)) for layer, curve in layers.items()
     }
-    return Drawn(Curve(iterations, figures.experts_per_token(iterations)), of_layers)
+    return Drawn(Curve(iterations, figures.experts_per_token(iterations)), by_layer)
 
 
 def _guarded(figures: RunFigures) -> Drawn:
-    found = [(at, layer) for at, layers in figures.guarded.items() for layer in layers]
-    at, layers = np.array(found, np.int64).reshape(-1, 2).T
+    pairs = [(at, layer) for at, layers in figures.guarded.items() for layer in layers]
+    at, layers = np.array(pairs, np.int64).reshape(-1, 2).T
     return Drawn(marks=Curve(at, layers.astype(float)))
 
 
-def _load(run: Run, x_range: Range1d) -> Iterator[Panel]:
-    loads = run.figures.loads
-    iterations = list(loads)
-    layers = list(loads[iterations[-1]]) if iterations else []
-    experts = len(loads[iterations[-1]][layers[0]]) if layers else 0
-    rows = len(layers) * (experts + 1) - 1  # an empty one between two layers
-    if not iterations or not 0 < rows <= CELLS:
+def _load(run: RunFigures, x_range: Range1d) -> Iterator[Panel]:
+    loads, iterations = run.loads, [*run.loads]
+    if not iterations:
         return
-    edges = np.linspace(0, iterations[-1], 1 + min(COLUMNS, len(iterations), CELLS // rows))
+    layers = [*loads[iterations[-1]]]
+    experts = len(loads[iterations[-1]][layers[0]])
+    rows = len(layers) * (experts + 1) - 1  # an empty one between two layers
+    edges = np.linspace(0, iterations[-1], 1 + min(COLUMNS, len(iterations)))
     chosen = np.searchsorted(iterations, (edges[1:] + edges[:-1]) / 2)  # a line stands for the iterations before it
-    image = np.full((rows, len(chosen)), np.nan, dtype=np.float32)
-    for column, place in enumerate(chosen):
-        for block, layer in enumerate(layers):
-            load = np.asarray(loads[iterations[place]].get(layer, ()))
-            if len(load) == experts:
-                image[block * (experts + 1) :][:experts, column] = as_float32(load / max(load.mean(), 1e-30))
+    blocks = []
+    for layer in layers:
+        load = np.stack([loads[iterations[place]][layer] for place in chosen], axis=1)  # [experts, columns]
+        blocks += [load / load.mean(axis=0).clip(min=1e-30), np.full((1, len(chosen)), np.nan, np.float32)]
+    image = np.concatenate(blocks[:-1])
     plot = new_figure(x_range, "layer", height=int(np.clip(8 * rows, 200, 900)), y_range=Range1d(rows, 0))
     # Even load is in the middle of the colors.
     mapper = LinearColorMapper(palette=interp_palette(RdBu[11], 255), low=0, high=2, nan_color="rgba(0, 0, 0, 0)")

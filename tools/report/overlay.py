@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 
 from ..console.picture_style import looks
 from ..runs.run_figures import EMPTY, Curve, RunFigures
-from .reading import Run
 
-POINTS, POINTS_OF_LAYERS, HOVERED = 1000, 200, 400  # most points of a curve, of a layer's curve, and of the tooltip
-LARGEST = 3e38  # just below a float32's largest
+POINTS, FEW = 1000, 300  # most points of a curve; of a layer's curve, and of the tooltip
 RIM = "#888888"  # visible on light and on dark
 Layers = Mapping[int, Curve]
 
@@ -42,16 +40,16 @@ class Drawn:
 
 
 def overlay(
-    runs: Sequence[Run],
+    runs: Sequence[RunFigures],
     x_range: Range1d,
-    drawn_of: Callable[[RunFigures], Drawn],
+    draw: Callable[[RunFigures], Drawn],
     title: str,
     note: str = "",
     unit: str = "",
     form: str = ".5g",
     axis: str = "",
     marker: str = "circle",
-    level_of: Callable[[RunFigures], float | None] = lambda _: None,
+    find_level: Callable[[RunFigures], float | None] = lambda _: None,
     **settings: Any,
 ) -> Iterator[Panel]:
     """Yield one figure for all runs, if anything is drawn in it.
@@ -59,38 +57,32 @@ def overlay(
     Args:
         runs: one color and dash each.
         x_range: iterations, shared by all figures.
-        drawn_of: returns what is drawn of a run; negative values are left out on a logarithmic axis.
+        draw: returns the curves of a run.
         title, note: of the panel.
         unit: of the values (default: the title).
         form, axis: format of the values in the tooltip, and (printf's) at the axis.
         marker: of the marks.
-        level_of: returns a run's target, a dashed line.
+        find_level: returns a run's target, a dashed line.
         settings: of Bokeh's figure.
     """
     plot = new_figure(x_range, unit or title, **settings)
     if axis:
         plot.yaxis.formatter = PrintfTickFormatter(format=axis)
     hovered: list[tuple[str, str, Drawn]] = []
-    for run, (color, dash) in zip(runs, looks(run.figures.routing for run in runs), strict=True):
-        drawn, style = drawn_of(run.figures), {"color": color, "name": run.name}
+    for run, (color, dash) in zip(runs, looks(run.routing for run in runs), strict=True):
+        drawn, style = draw(run), {"color": color, "name": run.name}
         if drawn.layers:
-            thinned = [thin(of_layer, POINTS_OF_LAYERS) for of_layer in drawn.layers.values()]
-            lines = {"xs": [each.iterations for each in thinned], "ys": [as_float32(each.values) for each in thinned]}
-            plot.multi_line("xs", "ys", source=lines, alpha=0.45, **style)
+            thinned = [thin(curve, FEW) for curve in drawn.layers.values()]
+            xs, ys = zip(*thinned, strict=True)
+            plot.multi_line(list(xs), list(ys), alpha=0.45, **style)
         for curve, width in ((drawn.faint, {"alpha": 0.3}), (drawn.curve, {"width": 2})):
-            points = thin(curve, POINTS)
-            shown = points.values > (0 if settings.get("y_axis_type") == "log" else -math.inf)
-            if shown.any():
-                values = as_float32(points.values[shown])
-                plot.line(points.iterations[shown], values, line_dash=dash, **style, **width)
+            if len(curve.values):
+                plot.line(*thin(curve, POINTS), line_dash=dash, **style, **width)
         if len(drawn.marks.values):
-            points = thin(drawn.marks, POINTS)
-            size = {"size": 16, "line_width": 2} if marker == "diamond" else {"size": 8}
-            values = as_float32(points.values)
-            plot.scatter(points.iterations, values, marker=marker, line_color=RIM, **style, **size)
+            plot.scatter(*thin(drawn.marks, POINTS), marker=marker, size=11, line_color=RIM, line_width=2, **style)
         if len(drawn.curve.values):
             hovered.append((run.name, color, drawn))
-    for level in {level for run in runs if (level := level_of(run.figures))}:
+    for level in {level for run in runs if (level := find_level(run))}:
         plot.add_layout(Span(location=level, dimension="width", line_dash="dashed", line_color=RIM))
     if hovered:
         _add_tooltip(plot, unit or title, form, hovered)
@@ -100,13 +92,13 @@ def overlay(
 
 def _add_tooltip(plot: figure, unit: str, form: str, hovered: Sequence[tuple[str, str, Drawn]]) -> None:
     """Add one tooltip for all runs, on an invisible line: several would cover each other."""
-    iterations = np.unique(np.concatenate([thin(drawn.curve, HOVERED).iterations for _, _, drawn in hovered]))
-    if len(iterations) > HOVERED:
-        iterations = iterations[np.linspace(0, len(iterations) - 1, HOVERED).astype(int)]
+    iterations = np.unique(np.concatenate([thin(drawn.curve, FEW).iterations for _, _, drawn in hovered]))
+    if len(iterations) > FEW:
+        iterations = iterations[np.linspace(0, len(iterations) - 1, FEW).astype(int)]
     values = np.array([_values_at(drawn.curve, iterations) for _, _, drawn in hovered])
     some = np.isfinite(values)
     means = np.where(some, values / some.sum(axis=0).clip(min=1), 0.0).sum(axis=0)
-    source: dict[str, Any] = {"x": iterations, "y": as_float32(means)}
+    source: dict[str, Any] = {"x": iterations, "y": means}
     rows = [("", f"<div>iteration <b>@x{{0,0}}</b> · {_plain(unit)}</div>")]
     for number, (name, color, drawn) in enumerate(hovered):
         texts = ["" if math.isnan(value) else f"{value:{form}}" for value in values[number]]
@@ -148,11 +140,6 @@ def new_figure(x_range: Range1d, unit: str, **settings: Any) -> figure:
     plot.toolbar.logo, plot.toolbar.autohide = None, True
     plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
     return plot
-
-
-def as_float32(values: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Return values for a figure, clipped to the range of a float32."""
-    return values.clip(-LARGEST, LARGEST).astype(np.float32)
 
 
 def _plain(text: str) -> str:

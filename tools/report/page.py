@@ -10,14 +10,14 @@ from markupsafe import Markup
 
 from ..console.picture_style import looks
 from ..recipes.stages import Flops, Stage, stages
+from ..runs.run_figures import RunFigures
 from . import tables
 from .figures import panels
-from .reading import Run
 
 UNKNOWN = Flops(float("nan"), float("nan"))
 
 
-def page(runs: Sequence[Run], reload_after: int | None) -> str:
+def page(runs: Sequence[RunFigures], reload_after: int | None) -> str:
     """Return HTML that needs no network.
 
     Args:
@@ -25,12 +25,11 @@ def page(runs: Sequence[Run], reload_after: int | None) -> str:
         reload_after: seconds after which the page loads itself again.
     """
     sections = panels(runs)
-    drawn = [panel.plot for found in sections.values() for panel in found]
+    drawn = [panel.plot for section in sections.values() for panel in section]
     script, plots = components(drawn) if drawn else ("", [])
     loader = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
-    found = [tables.differences(runs), *(table for run in runs for table in tables.evaluations(run))]
-    of_runs = {run.name: _stages(run) for run in runs}
-    colours = (colour for colour, _ in looks(run.figures.routing for run in runs))
+    settings = [tables.differences(runs), *(table for run in runs for table in tables.evaluations(run))]
+    colours = (colour for colour, _ in looks(run.routing for run in runs))
     text = loader.get_template("page.html").render(
         title=f"Training of {', '.join(run.name for run in runs)}",
         headline=tables.headline(runs),
@@ -39,19 +38,19 @@ def page(runs: Sequence[Run], reload_after: int | None) -> str:
         script=Markup(script),
         runs=[*zip((run.name for run in runs), colours, strict=True)],
         summary=tables.summary(runs),
-        stages=tables.stages(of_runs),
+        stages=tables.stages({run.name: _stages(run) for run in runs}),
         sections=sections,
         next_plot=iter([Markup(plot) for plot in plots]).__next__,
-        tables=[table for table in found if table.rows],
+        tables=[table for table in settings if table.rows],
         notes=[note for run in runs for note in run.notes],
     )
     return text.encode("utf-8", "replace").decode("utf-8")  # names in damaged files might hold lone surrogates
 
 
-def _stages(run: Run) -> list[Stage]:
+def _stages(run: RunFigures) -> list[Stage]:
     flops = UNKNOWN
     try:
-        flops = Flops.of(run.figures.args)
+        flops = Flops.of(run.args)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         run.notes.append(f"{run.name}: FLOPs are not counted, since its arguments are not all known ({error}).")
-    return stages(run.figures, flops)
+    return stages(run, flops)

@@ -12,7 +12,6 @@ from ..console.units import duration
 from ..recipes.stages import Stage
 from ..runs import evaluations as measured
 from ..runs.run_figures import RunFigures
-from .reading import Run
 
 RECENT = 20  # lines whose rate gives the time that is left
 # Paths and process numbers, which differ between any two runs; then values that Megatron stores with the flags.
@@ -39,56 +38,56 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
-def headline(runs: Sequence[Run]) -> str:
+def headline(runs: Sequence[RunFigures]) -> str:
     """Return the result in one line: the losses, best first, and their difference to the dense run's."""
-    kind, losses = "validation loss", {run.name: run.figures.validation_loss for run in runs}
+    kind, losses = "validation loss", {run.name: run.validation_loss for run in runs}
     if None in losses.values():
-        kind, losses = "training loss", {run.name: run.figures.newest("lm_loss") for run in runs}
+        kind, losses = "training loss", {run.name: run.newest("lm_loss") for run in runs}
     known = {name: loss for name, loss in losses.items() if loss is not None}
     if not known:
         return ""
-    dense = [run.name for run in runs if run.figures.routing == "dense" and run.name in known]
+    dense = [run.name for run in runs if run.routing == "dense" and run.name in known]
     parts = []
     for name, loss in sorted(known.items(), key=lambda one: one[1]):
         difference = f", {loss - known[dense[0]]:+.2f} to dense" if len(dense) == 1 and name != dense[0] else ""
         parts.append(f"{name} {loss:.3f}" + difference.replace("-", "−"))
-    if len({_measured_at(run.figures, kind) for run in runs}) > 1:
+    if len({_measured_iteration(run, kind) for run in runs}) > 1:
         kind += ", not after the same number of iterations"
     return f"{'; '.join(parts)} ({kind})"
 
 
-def _measured_at(figures: RunFigures, kind: str) -> int:
-    evaluated = [found[-1].iteration for name, found in figures.evaluations.items() if name != "test"]
+def _measured_iteration(figures: RunFigures, kind: str) -> int:
+    evaluated = [losses[-1].iteration for name, losses in figures.evaluations.items() if name != "test"]
     return max(evaluated, default=0) if kind == "validation loss" else figures.last
 
 
-def summary(runs: Sequence[Run]) -> Table:
+def summary(runs: Sequence[RunFigures]) -> Table:
     """Return a row for each figure that any run has, and a column for each run."""
-    sets = dict.fromkeys(name for run in runs for name in run.figures.evaluations)
+    sets = dict.fromkeys(name for run in runs for name in run.evaluations)
     cells: dict[str, Callable[[RunFigures], str | None]] = {
-        "iteration": lambda of: f"{of.last:,}" + (f" of {end:,}" if (end := of.whole("train_iters")) else ""),
+        "iteration": lambda run: f"{run.last:,}" + (f" of {end:,}" if (end := run.whole("train_iters")) else ""),
         "time left": _time_left,
-        "newest figures": lambda of: strftime("%d %b, %H:%M", localtime(of.written)),
+        "newest figures": lambda run: strftime("%d %b, %H:%M", localtime(run.written)),
         "training loss, nats per token": _newest("lm_loss", ".4f"),
         **{f"validation loss {name}".strip(): _validation(name) for name in sets},
         "sparsity S": _newest("sparsity", ".4f"),
-        "target": lambda of: None if of.target is None else f"{of.target:.4f}",
-        "first within 1 % of the target, at iteration": lambda of: _iteration(of, of.first_near),
-        "within 1 % from then on, at iteration": lambda of: _iteration(of, of.settled),
+        "target": lambda run: None if run.target_sparsity is None else f"{run.target_sparsity:.4f}",
+        "first within 1 % of the target, at iteration": lambda run: _iteration(run, run.first_near),
+        "within 1 % from then on, at iteration": lambda run: _iteration(run, run.settled),
         "λ": _newest("l1_coefficient", ".3e"),
         "experts per token": _experts_per_token,
-        "experts, k": lambda of: f"{of.num_experts}, {of.topk}" if of.topk else None,
+        "experts, k": lambda run: f"{run.num_experts}, {run.topk}" if run.topk else None,
         "guarded layers": _guarded,
-        "parameters": lambda of: f"{of.parameters:,}" if of.parameters else None,
+        "parameters": lambda run: f"{run.parameters:,}" if run.parameters else None,
         "tokens": _tokens,
-        "tokens per second": _rate,
+        "tokens per second": lambda run: None if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}",
     }
-    rows = [[name, *(cell(run.figures) or "" for run in runs)] for name, cell in cells.items()]
+    rows = [[name, *(cell(run) or "" for run in runs)] for name, cell in cells.items()]
     return Table("State", ["", *(run.name for run in runs)], [row for row in rows if any(row[1:])])
 
 
 def _newest(key: str, form: str) -> Callable[[RunFigures], str | None]:
-    return lambda of: None if (value := of.newest(key)) is None else f"{value:{form}}"
+    return lambda run: None if (value := run.newest(key)) is None else f"{value:{form}}"
 
 
 def _validation(name: str) -> Callable[[RunFigures], str | None]:
@@ -106,16 +105,16 @@ def _time_left(figures: RunFigures) -> str | None:
 
 
 def _iteration(figures: RunFigures, at: int | None) -> str | None:
-    return None if figures.target is None else "not yet" if at is None else f"{at:,}"
+    return None if figures.target_sparsity is None else "not yet" if at is None else f"{at:,}"
 
 
 def _experts_per_token(figures: RunFigures) -> str | None:
-    sparsity = None if figures.target is None else figures.newest("sparsity")
+    sparsity = None if figures.target_sparsity is None else figures.newest("sparsity")
     return f"{figures.computed_experts(sparsity):.3f}" if figures.num_experts and sparsity is not None else None
 
 
 def _guarded(figures: RunFigures) -> str | None:
-    if figures.target is None:
+    if figures.target_sparsity is None:
         return None
     if now := figures.guarded.get(figures.last):
         return ", ".join(map(str, now))
@@ -127,29 +126,24 @@ def _tokens(figures: RunFigures) -> str | None:
     return f"{samples * length:,.0f}" if samples and length else None
 
 
-def _rate(figures: RunFigures) -> str | None:
-    rates = figures.curve("tokens_per_second").values
-    return f"{np.median(rates):,.0f}" if len(rates) else None
-
-
-def stages(of_runs: Mapping[str, Sequence[Stage]]) -> Table:
-    """Return the paper's table 6 for runs by their names."""
+def stages(by_run: Mapping[str, Sequence[Stage]]) -> Table:
+    """Return the paper's table 6 for runs by name."""
     rows = [
         [
             *(run, {"way": "on the way"}.get(stage.name, stage.name), f"{stage.first:,}–{stage.last:,}"),
             *(f"{stage.experts:.2f}" if stage.experts else "", duration(3600 * stage.hours)),
             "" if math.isnan(stage.flops) else f"{stage.flops:.3g}",
         ]
-        for run, found in of_runs.items()
-        for stage in found
+        for run, parts in by_run.items()
+        for stage in parts
     ]
     return Table("Stages", ["run", "stage", "iterations", "experts per token", "time", "FLOPs"], rows)
 
 
-def differences(runs: Sequence[Run]) -> Table:
+def differences(runs: Sequence[RunFigures]) -> Table:
     """Return the flags that differ between runs; a flag that is off counts as not given."""
-    logged = [run for run in runs if run.figures.args]
-    names = sorted({name for run in logged for name in run.figures.args if not name.startswith("_")} - LEFT_OUT)
+    logged = [run for run in runs if run.args]
+    names = sorted({name for run in logged for name in run.args if not name.startswith("_")} - LEFT_OUT)
     rows = []
     for name in names:
         cells = [_flag(run, name) for run in logged]
@@ -158,20 +152,20 @@ def differences(runs: Sequence[Run]) -> Table:
     return Table("Flags that differ", ["", *(run.name for run in logged)], rows)
 
 
-def _flag(run: Run, name: str) -> str | None:
+def _flag(run: RunFigures, name: str) -> str | None:
     """Return the value of a flag as text, "" if it is off; None if it has no effect on this run."""
-    if name.startswith("moe_") and not run.figures.num_experts:
+    if name.startswith("moe_") and not run.num_experts:
         return None
-    value: Any = run.figures.args.get(name)
+    value: Any = run.args.get(name)
     text = "" if value is None or value is False else "yes" if value is True else str(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
-def evaluations(run: Run) -> Iterator[Table]:
+def evaluations(run: RunFigures) -> Iterator[Table]:
     """Yield a table for each kind of measurement that remoe evaluate wrote into the run's folder."""
-    for file, held in run.evaluations.items():
+    for file, content in run.measured.items():
         try:
-            for results in measured.tables(held):
+            for results in measured.tables(content):
                 yield Table(f"{run.name}, {file}", *results)
         except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError):
             run.notes.append(f"{run.name}: {file} is not as remoe evaluate writes it and is left out.")

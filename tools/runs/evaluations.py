@@ -1,15 +1,38 @@
-"""Make tables of the results of remoe evaluate, with short names of models and data sets."""
+"""Read and tabulate the results of remoe evaluate, with short names of models and data sets."""
 
+import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..console.places import run_folder
+from .figure_reader import read_figures
+from .run_figures import RunFigures
 
 BY_LAYER = "by layer: mean, 99 %, largest"
 EXPLAINED = "Experts per token: the mean; the number that 99 % of the tokens do not exceed; the largest number."
 Results = tuple[tuple[str, ...], list[list[str]]]  # of one kind: titles of the columns, and rows of as many cells
+
+
+def read_run(place: Path, name: str) -> RunFigures:
+    """Read the figures of a run, and the results of remoe evaluate in its folder.
+
+    Raises:
+        ToolError: there are no figures, or the files are of something else.
+        OSError: they cannot be read.
+    """
+    run = read_figures(place)
+    run.name = name
+    if run.unread:
+        run.notes.append(f"{name}: {run.unread:,} lines of its log cannot be read and are left out.")
+    for path in sorted({*place.glob("*.json"), *run_folder(place).glob("*.json")}):
+        with suppress(ValueError, RecursionError):  # another program's file
+            content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+            if isinstance(content, dict) and content and content.keys() <= {"text", "speed", "tasks"}:
+                run.measured[path.name] = content
+    return run
 
 
 def tables(results: dict[str, Any]) -> Iterator[Results]:
@@ -26,8 +49,8 @@ def _on_text(models: dict[str, Any]) -> Results:
         for data_set, bounds in zip(names_of_data_sets([*sets]), sets.values(), strict=True):
             for bound, one in bounds.items():
                 loss, layers = one["loss"], one["experts"].values()
-                mean = f"{sum(of['mean'] for of in layers) / len(layers):.3f}" if layers else ""
-                each = (f"{of['mean']:.2f}, {of['percentile_99']}, {of['largest']}" for of in layers)
+                mean = f"{sum(layer['mean'] for layer in layers) / len(layers):.3f}" if layers else ""
+                each = (f"{layer['mean']:.2f}, {layer['percentile_99']}, {layer['largest']}" for layer in layers)
                 rows.append([model, data_set, bound, f"{loss:.5f}", f"{math.exp(loss):.4f}", mean, "; ".join(each)])
     titles = ("model", "data set", "K", "loss, nats per token", "perplexity", "experts per token", BY_LAYER)
     return titles, rows

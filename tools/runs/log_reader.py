@@ -74,27 +74,18 @@ def _start(args: dict[str, Any], parameters: int | None, iteration: int = 0) -> 
 
 
 def _evaluation(name: str | None, iteration: str, on: str | None, loss: str) -> dict[str, Any]:
-    record = {"kind": "validation", "iteration": int(iteration), "lm_loss": _number(loss), "final": bool(on)}
+    record = {"kind": "validation", "iteration": int(iteration), "lm_loss": _literal(loss), "final": bool(on)}
     return record | ({"set": name or "test"} if name or on == "test" else {})
 
 
 def _figures(fields: Mapping[str, str]) -> dict[str, Any]:
     """Return the fields under their names in metrics.jsonl."""
-    figures: dict[str, Any] = {
-        _FORK_NAMES.get(name, name.replace(" ", "_")): _number(of) for name, of in fields.items()
-    }
+    figures = {_FORK_NAMES.get(name, name.replace(" ", "_")): _literal(text) for name, text in fields.items()}
     if milliseconds := fields.get(MILLISECONDS):
-        figures["seconds_per_iteration"] = _number(f"{milliseconds}e-3")
+        figures["seconds_per_iteration"] = _literal(f"{milliseconds}e-3")
     if guarded := fields.get("guarded layers"):
         figures["guarded_layers"] = [int(layer) for layer in guarded.split(",") if layer.isdecimal()]
     return figures
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _literal(text: str) -> Any:

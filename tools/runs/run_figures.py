@@ -51,7 +51,7 @@ class RunFigures:
         args: Megatron's arguments by name, of the last start.
         curves: name of a figure in metrics.jsonl → its values; every logged number.
         layers: name of a figure by layer → layer → its values.
-        loads: iteration → layer → share of its tokens that each expert got; for evenly spaced lines and the last one.
+        loads: iteration → layer → share of its tokens that each expert got, float32 [experts].
         guarded: iteration → guarded layers; only iterations with some.
         evaluations: validation set ("" for the only one, "test") → evaluations in the order of the file.
         last: the last logged iteration; 0 before the first.
@@ -59,12 +59,15 @@ class RunFigures:
         written: Unix time of the newest figures.
         unread: number of lines without a record.
         starts: iterations from which the training was started.
+        name: in a comparison of runs.
+        measured: file that remoe evaluate wrote → its content.
+        notes: messages about data that could not be read or counted.
     """
 
     args: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
     layers: dict[str, dict[int, Curve]] = field(default_factory=dict)
-    loads: dict[int, dict[int, list[float]]] = field(default_factory=dict)
+    loads: dict[int, dict[int, NDArray[np.float32]]] = field(default_factory=dict)
     guarded: dict[int, list[int]] = field(default_factory=dict)
     evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
     last: int = 0
@@ -72,6 +75,9 @@ class RunFigures:
     written: float = 0.0
     unread: int = 0
     starts: list[int] = field(default_factory=list)
+    name: str = ""
+    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def curve(self, name: str) -> Curve:
         """Return the values of a figure; an empty curve if it was not logged."""
@@ -92,14 +98,14 @@ class RunFigures:
         end, wanted = self.whole("train_iters") or math.inf, "test" if self.args.get("do_test") else None
         if self.last + (self.whole("log_interval") or 1) <= end:
             return False
-        found = self.final_losses(int(end))
-        return wanted in found if wanted else bool(found or not self.args.get("do_valid"))
+        losses = self.final_losses(int(end))
+        return wanted in losses if wanted else bool(losses or not self.args.get("do_valid"))
 
     @property
     def num_experts(self) -> int:
         """Return the number of experts of a layer, with granularity; 0 for dense models, and if unknown."""
-        counted = next((load for layers in self.loads.values() for load in layers.values()), [])
-        return self.whole("num_experts") or len(counted)
+        counted = (len(load) for layers in self.loads.values() for load in layers.values())
+        return self.whole("num_experts") or next(counted, 0)
 
     @property
     def topk(self) -> int:
@@ -114,7 +120,7 @@ class RunFigures:
         return str(self.args.get("moe_baseline_router") or "topk") if self.num_experts else "dense"
 
     @property
-    def target(self) -> float | None:
+    def target_sparsity(self) -> float | None:
         """Return the target of S: the logged one, or 1 - k/E (the fork does not log it); None without ReLU routing."""
         if "sparsity" not in self.curves:
             return None
@@ -136,7 +142,7 @@ class RunFigures:
         return int(iterations[near.argmax()]) if near.any() else None
 
     def _near_target(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        (iterations, values), target = self.curve("sparsity"), self.target
+        (iterations, values), target = self.curve("sparsity"), self.target_sparsity
         if target is None:
             return EMPTY.iterations, np.empty(0, bool)
         return iterations, np.abs(values - target) <= WITHIN * target
@@ -145,12 +151,12 @@ class RunFigures:
     def inactive_experts(self) -> list[int]:
         """Return each layer's number of inactive experts in the last line; [] for dense models."""
         layers = self.loads.get(self.last, {}).values()
-        return [sum(share < INACTIVE * self.topk / len(shares) for share in shares) for shares in layers]
+        return [int((shares < INACTIVE * self.topk / len(shares)).sum()) for shares in layers]
 
     @property
     def validation_loss(self) -> float | None:
         """Return the newest validation loss, in nats per token of all sets; None before the first evaluation."""
-        newest = [found[-1] for name, found in self.evaluations.items() if name != "test"]
+        newest = [losses[-1] for name, losses in self.evaluations.items() if name != "test"]
         are_known = all(each.tokens for each in newest)  # else all sets count the same
         weights = [each.tokens if are_known else 1 for each in newest]
         losses = (each.loss * weight for each, weight in zip(newest, weights, strict=True))
@@ -160,8 +166,8 @@ class RunFigures:
         """Return validation set → the newest loss after a training of so many iterations, of the sets that have one."""
         return {
             name: each.loss
-            for name, found in self.evaluations.items()
-            for each in found
+            for name, losses in self.evaluations.items()
+            for each in losses
             if each.final and each.iteration == iteration
         }
 
@@ -177,6 +183,12 @@ class RunFigures:
         """Return the sequences of a step at logged iterations; NaN if unknown."""
         logged = self.at("global_batch_size", iterations)
         return np.where(np.isnan(logged), self.whole("global_batch_size") or math.nan, logged)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Return the median over the log's lines, without the first, which has the warm-up; over all processes."""
+        rates = self.curve("tokens_per_second").values
+        return float(np.median(rates[1:] if len(rates) > 1 else rates)) if len(rates) else None
 
     @property
     def began(self) -> int:
@@ -212,5 +224,5 @@ class RunFigures:
         Without running sums, it comes from S, which holds only for the logged step.
         """
         pairs, tokens = (np.diff(self.at(name, iterations), prepend=0) for name in TOTALS)
-        of_the_step = self.computed_experts(self.at("sparsity", iterations))
-        return np.where(tokens > 0, pairs / np.where(tokens > 0, tokens, 1), of_the_step)
+        in_step = self.computed_experts(self.at("sparsity", iterations))
+        return np.where(tokens > 0, pairs / np.where(tokens > 0, tokens, 1), in_step)

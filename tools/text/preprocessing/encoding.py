@@ -4,7 +4,6 @@
 different versions of Unicode: the reference encodes documents with characters that they treat differently.
 """
 
-import re
 import sys
 import threading
 from collections.abc import Sequence
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
 CACHE_BYTES = 200 << 20  # gigatoken remembers every word that it meets; past this it is restarted
 CACHE_BYTES_PER_THREAD = 50 << 20
 CHARACTERS_BETWEEN_RESTARTS = 8 << 20
-CHARACTERS_AT_ONCE = 1 << 18  # the reference takes 250 bytes for each
-CUT = re.compile("(?<=[A-Za-z])(?= [A-Za-z])")
 DOCUMENTS_ON_TRIAL, CHARACTERS_ON_TRIAL = 32, 1 << 10
 CODE_POINTS = 0x110000
 TRIAL_TEXTS = (
@@ -84,7 +81,6 @@ class TextEncoder:
         self.end_text = None if end_of_document is None else reference.id_to_token(end_of_document)
         self._reference = reference
         self._prefix, self._suffix = _template(reference)
-        self._can_cut = _can_cut(reference)
         self._lock = threading.Lock()
         self._restart_above = _resident_bytes() + CACHE_BYTES + threads * CACHE_BYTES_PER_THREAD
         self._since_restart = 0
@@ -116,24 +112,12 @@ class TextEncoder:
         return encoded
 
     def encode_by_reference(self, texts: Sequence[str]) -> Encoded:
-        """Encode documents with the reference, which is slow; long ones in pieces, which bounds memory."""
-        cut = [self._pieces(text) for text in texts]
-        whole = iter(self._reference.encode_batch_fast([pieces[0] for pieces in cut if len(pieces) == 1]))
-        return _encoded([next(whole).ids if len(pieces) == 1 else self._encode_pieces(pieces) for pieces in cut])
+        """Encode documents with the reference, which is slow and takes 250 bytes of memory per character."""
+        return _encoded([encoding.ids for encoding in self._reference.encode_batch_fast(list(texts))])
 
     def decode(self, ids: npt.NDArray[np.integer]) -> str:
         """Return the text of tokens (shape [tokens]), special ones included."""
         return self._reference.decode(ids.tolist(), skip_special_tokens=False)
-
-    def _pieces(self, text: str) -> list[str]:
-        places = [0]
-        while self._can_cut and (match := CUT.search(text, places[-1] + CHARACTERS_AT_ONCE)):
-            places.append(match.start())
-        return [text[start:end] for start, end in zip(places, [*places[1:], len(text)], strict=True)]
-
-    def _encode_pieces(self, pieces: Sequence[str]) -> npt.NDArray[np.uint32]:
-        encoded = [np.array(_ids(self._reference, piece), dtype=np.uint32) for piece in pieces]
-        return np.concatenate([np.array(self._prefix, np.uint32), *encoded, np.array(self._suffix, np.uint32)])
 
     def _fast_for(self, texts: Sequence[str]) -> Any:
         """Return gigatoken's tokenizer if it works, restarted when its memory has grown; else None."""
@@ -187,8 +171,8 @@ class TextEncoder:
         return Encoded(ids, np.diff(offsets)).surrounded(self._prefix, self._suffix, np.ones(len(texts), dtype=bool))
 
     def _agree(self, fast: Any, texts: Sequence[str]) -> list[bool]:
-        found, expected = self._encode_fast(fast, texts).documents(), self.encode_by_reference(texts).documents()
-        return [np.array_equal(document, other) for document, other in zip(found, expected, strict=True)]
+        actual, expected = self._encode_fast(fast, texts).documents(), self.encode_by_reference(texts).documents()
+        return [np.array_equal(document, other) for document, other in zip(actual, expected, strict=True)]
 
     def _is_doubtful(self, fast: Any, text: str) -> bool:
         """Return whether the text has a character that the two libraries treat differently."""
@@ -196,16 +180,14 @@ class TextEncoder:
             return True  # gigatoken has no such setting
         if text.isascii():
             return False
-        for start in range(0, len(text), CHARACTERS_AT_ONCE):
-            code_points = np.frombuffer(text[start : start + CHARACTERS_AT_ONCE].encode("utf-32-le"), dtype="<u4")
-            same = self._same[code_points]
-            if not same.all():
-                others = np.unique(code_points[~same])
-                # These texts show whether a character counts as letter, number, space or none of them.
-                self._same[others] = self._agree(fast, [f"a{c}1{c}'s {c}\n" for c in map(chr, others)])
-                if not self._same[others].all():
-                    return True
-        return False
+        code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        same = self._same[code_points]
+        if same.all():
+            return False
+        others = np.unique(code_points[~same])
+        # These texts show whether a character counts as letter, number, space or none of them.
+        self._same[others] = self._agree(fast, [f"a{c}1{c}'s {c}\n" for c in map(chr, others)])
+        return not self._same[others].all()
 
 
 def _encoded(documents: Sequence[Sequence[int] | npt.NDArray[np.integer]]) -> Encoded:
@@ -214,23 +196,11 @@ def _encoded(documents: Sequence[Sequence[int] | npt.NDArray[np.integer]]) -> En
     return Encoded(np.concatenate(arrays) if arrays else np.empty(0, dtype=np.uint32), lengths)
 
 
-def _ids(reference: "tokenizers.Tokenizer", text: str) -> list[int]:
-    return reference.encode_batch_fast([text], add_special_tokens=False)[0].ids
-
-
 def _template(reference: "tokenizers.Tokenizer") -> tuple[list[int], list[int]]:
     """Return the special tokens that the tokenizer puts before and after every text."""
-    whole, text = reference.encode("a").ids, _ids(reference, "a")
+    whole, text = reference.encode("a").ids, reference.encode("a", add_special_tokens=False).ids
     start = next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), 0)
     return whole[:start], whole[start + len(text) :]
-
-
-def _can_cut(reference: "tokenizers.Tokenizer") -> bool:
-    """Return whether a text that is cut between two words, where `CUT` matches, has the same ids as the whole."""
-    pairs = [(end, start) for end in ("a word", "1.\n  f(x", "é THE") for start in (" The b", " x\n", " it's 1")]
-    same = all(_ids(reference, end + start) == _ids(reference, end) + _ids(reference, start) for end, start in pairs)
-    # Without a pre-tokenizer, tokens may reach across words.
-    return same and reference.pre_tokenizer is not None
 
 
 def _resident_bytes() -> int:

@@ -15,7 +15,7 @@ from megatron.remoe.files.indexed import IndexedReader, IndexedWriter, bin_path,
 
 from .documents import Problem, parse_documents
 from .encoding import Encoded, TextEncoder
-from .reading import Block, expand_inputs, read_blocks, size_of
+from .reading import Block, count_bytes, expand_inputs, read_blocks
 
 # More threads do not help: then parsing JSON, which Python does on one core at a time, is the limit.
 MOST_THREADS = 8
@@ -90,8 +90,9 @@ def preprocess(
     check_outputs(job)
     if job.append_eod and encoder.end_of_document is None:
         raise DataError("--append-eod: the tokenizer has no token that ends a document. Leave the flag out.")
-    progress = Progress(size_of(paths))
+    progress = Progress(count_bytes(paths))
     last: dict[str, npt.NDArray[np.integer]] = {}  # ids of the last block that has any
+    Path(job.output_prefix).parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         dtype = token_type(encoder.vocabulary_size)
         writers = {key: stack.enter_context(IndexedWriter(job.prefix(key), dtype)) for key in job.json_keys}
@@ -124,7 +125,7 @@ def preprocess(
 
 
 def check_outputs(job: Job) -> None:
-    """Refuse to overwrite outputs without --overwrite, and to write into a folder that does not exist.
+    """Refuse to overwrite outputs without --overwrite.
 
     Raises:
         DataError: with the path and the remedy.
@@ -133,10 +134,6 @@ def check_outputs(job: Job) -> None:
         raise DataError(f"--json-keys {' '.join(job.json_keys)}: a key is given twice.", "REMOE-E501")
     for key in job.json_keys:
         prefix = job.prefix(key)
-        if not prefix.parent.is_dir():
-            raise DataError(
-                f"--output-prefix {job.output_prefix}: there is no folder {prefix.parent}. Make it first.", "REMOE-E105"
-            )
         # A run that was killed while publishing leaves one without the other.
         if bin_path(prefix).exists() and idx_path(prefix).exists() and not job.overwrite:
             raise DataError(

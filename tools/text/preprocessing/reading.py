@@ -40,7 +40,7 @@ def expand_inputs(patterns: Sequence[str]) -> list[str]:
     """Return the files that --input names, with patterns expanded and sorted; "-" is standard input.
 
     Raises:
-        DataError: nothing matches, or a file cannot be read or unpacked.
+        DataError: nothing matches, or a folder does.
     """
     paths: list[str] = []
     for pattern in patterns:
@@ -51,16 +51,10 @@ def expand_inputs(patterns: Sequence[str]) -> list[str]:
     for path in paths:
         if os.path.isdir(path):
             raise DataError(f"--input {path}: is a folder. Name its files, for example with '{path}/*.jsonl'.")
-        if size_of([path]) is not None:  # a pipe would lose what is read here
-            try:
-                with open(path, "rb") as file:
-                    _unpacked(file, path)
-            except OSError as error:
-                raise _unreadable(path, error) from error
     return paths
 
 
-def size_of(paths: Sequence[str]) -> int | None:
+def count_bytes(paths: Sequence[str]) -> int | None:
     """Return the bytes of all inputs on disk; None if one is not a file."""
     is_known = all(path != STANDARD_INPUT and os.path.isfile(path) for path in paths)
     return sum(os.path.getsize(path) for path in paths) if is_known else None
@@ -79,7 +73,7 @@ def read_blocks(paths: Sequence[str]) -> Iterator[Block]:
         first, size = 1, 0
         try:
             with os.fdopen(os.dup(sys.stdin.fileno()), "rb") if source != path else Path(path).open("rb") as file:
-                contents = _unpacked(file, path)
+                contents = _unpacked(file)
                 while line := contents.readline(LONGEST_LINE + 1):
                     lines.append(line)
                     while len(line) > LONGEST_LINE and not line.endswith(b"\n"):
@@ -94,25 +88,14 @@ def read_blocks(paths: Sequence[str]) -> Iterator[Block]:
             place = f"{source}, after line {first + len(lines) - 1}"
             raise DataError(f"{place}: compressed data broken ({error}). Copy the file again.") from error
         except OSError as error:
-            raise _unreadable(source, error) from error
+            raise DataError(f"--input {source}: cannot be read ({error.strerror or error}).") from error
 
 
-def _unreadable(source: str, error: OSError) -> DataError:
-    return DataError(f"--input {source}: cannot be read ({error.strerror or error}).")
-
-
-def _unpacked(file: io.BufferedReader, name: str) -> io.BufferedIOBase:
-    """Return the contents of a file, decompressed if it starts like gzip or zstd.
-
-    Raises:
-        DataError: the name says otherwise.
-    """
+def _unpacked(file: io.BufferedReader) -> io.BufferedIOBase:
+    """Return the contents of a file, decompressed if it starts like gzip or zstd."""
     start = file.peek(4)[:4]
     if start.startswith(GZIP_MAGIC):
         return gzip.open(file)
     if start.startswith(ZSTD_MAGIC) or (start[1:4] == ZSTD_SKIPPED_MAGIC and start[0] >> 4 == 5):
         return zstd.open(file, options={zstd.DecompressionParameter.window_log_max: ZSTD_LARGEST_WINDOW_LOG})
-    if name.endswith((".gz", ".zst")):
-        kind = "gzip" if name.endswith(".gz") else "zstd"
-        raise DataError(f"--input {name}: is not {kind} data, as its name says. Copy it again, or rename it.")
     return file
