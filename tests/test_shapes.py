@@ -16,7 +16,7 @@ from tools.models.export import command as export_hf
 from tools.plan import rehearse
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
-PAGE = (REPOSITORY / "docs" / "conversion.md").read_text()
+PAGE = (REPOSITORY / "docs" / "conversion.md").read_text().partition("## Shapes of public models")[2]
 SHAPES = dict(re.findall(r'^(\w+)="(.+)"$', PAGE.split("```bash")[1], re.MULTILINE))
 COMMON, LATENT = [SHAPES.pop(name) for name in ("model", "experts", "training")], SHAPES.pop("latent")
 PLAIN = re.findall('^plain="(.+)"$', PAGE, re.MULTILINE)[0].split()
