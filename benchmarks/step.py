@@ -109,10 +109,8 @@ def measure(shape: Shape, variants: list[Variant], rounds: int, steps: int, more
         flops = flops_per_sequence(args, active * shape.granularity)
         figures[name] = {
             "seconds": seconds,
-            "all_seconds": times,
             "tokens_per_second": tokens / seconds,
             "active_experts_of_full_size": active,
-            "peak_flops": peak,
             "utilization": flops * tokens / args.seq_length / seconds / peak,
         }
     return figures
