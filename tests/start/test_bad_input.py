@@ -4,8 +4,6 @@ import hashlib
 import os
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,9 +14,8 @@ from megatron.remoe.files.indexed import HEADER, IndexedWriter, bin_path, idx_pa
 from tests.data_sets import write_documents
 from tests.entry import LIMIT, Entry
 from tests.gpt2_reference import gpt2_files
-from tests.start.mistakes import ENTRY, HYBRID, MAKE, User, on, plain, resumed
+from tests.start.mistakes import ENTRY, HYBRID, User, on, plain, resumed
 from tests.tiny_model import RELU, TOPK
-from tests.trainings import REPOSITORY
 
 LINES = 3
 
@@ -133,51 +130,3 @@ def test_what_changes_on_the_way_is_no_other_training(entry: Entry, user: User, 
         last.startswith("Nothing to do: the checkpoint in --load")
         and "is of iteration 4, and --train-iters is 4" in last
     )
-
-
-PYTHON = sys.executable
-TRAIN = ["bash", "scripts/train_llama_182m_remoe.sh"]
-PILE = ["bash", "data_preprocessing.sh"]
-# Words between braces are files of the user.
-COMMANDS: dict[str, tuple[list[str], dict[str, str], int, tuple[str, ...]]] = {
-    "script: empty DATA_DIR": (TRAIN, {"DATA_DIR": "{folder}"}, 2, ("no *_document.bin in DATA_DIR=", MAKE)),
-    "script: VOCAB_FILE is a folder": (
-        TRAIN,
-        {"DATA_PATH": "{text}", "VOCAB_FILE": "{folder}", "MERGE_FILE": "{file}"},
-        2,
-        ("VOCAB_FILE: there is no", "folder"),
-    ),
-    "script: OUTPUT_DIR below a file": (
-        [*TRAIN, "--", "--cpu"],
-        {"DATA_PATH": "{text}", "VOCAB_FILE": "{file}", "MERGE_FILE": "{file}", "OUTPUT_DIR": "{file}/x"},
-        2,
-        ("OUTPUT_DIR=", "file/x cannot be written"),
-    ),
-    "pile: missing folder": (PILE, {"INPUT_DIR": "{nowhere}", "OUTPUT_DIR": "{folder}"}, 2, ("INPUT_DIR", "nowhere")),
-}
-
-
-def environment_with(more: dict[str, str]) -> dict[str, str]:
-    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    return kept | {"PYTHON": PYTHON, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | more
-
-
-@pytest.mark.timeout(3 * LIMIT)
-@pytest.mark.parametrize("name", COMMANDS)
-def test_command(name: str, user: User) -> None:
-    words, environment, code, parts = COMMANDS[name]
-    before = contents(user.folder)
-
-    result = subprocess.run(
-        user.filled(words),
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        timeout=LIMIT,
-        env=environment_with(dict(zip(environment, user.filled(environment.values()), strict=True))),
-    )
-    assert result.returncode == code, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr and result.stderr.count("\n") <= LINES, result.stderr
-    for part in parts:
-        assert part in result.stderr
-    assert contents(user.folder) == before

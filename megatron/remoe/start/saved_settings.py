@@ -34,10 +34,12 @@ FLAG_GROUPS = ("network size", "moe", "data and dataloader")
 # Also compared: the kind of optimizer state, and settings of the training loop and of precision.
 ALWAYS_COMPARED = {"use_distributed_optimizer", "use_megatron_fsdp", "bf16", "fp16", "dataloader_type"}
 ALWAYS_COMPARED |= {"global_batch_size", "step_batch_size_schedule"}
-SPEED = re.compile(
+# Parts of names of settings that change speed or memory only, or repeat another setting.
+WITHOUT_EFFECT = re.compile(
     "recompute|fus(ed|ion|er)|offload|overlap|dispatcher|deepep|hybridep|ncclep|stash|gemm|cuda_graph|inference|"
     "backend|_impl|kernels?$|comm_|comm$|num_sms|pipeline|meta_device|tracker|logging|logger|deterministic|"
-    "saved_activations|num_workers|threads|mmap|cache|in_dataloader|activation_limit|launch_ahead|_use_te_|valid_|test_"
+    "saved_activations|num_workers|threads|mmap|cache|in_dataloader|activation_limit|launch_ahead|_use_te_|valid_|test_|"
+    "encoder_|decoder_|is_hybrid"
 )
 RATES = {"lr", "min_lr"}  # Megatron identifies parameter groups in a checkpoint by these
 ENDS = {"lr_decay_iters", "lr_decay_samples"}  # compared as samples
@@ -107,7 +109,7 @@ def result_settings() -> set[str]:
     flags = {action.dest for group in groups for action in group._group_actions}
     compared = models | flags | {*_names(*(kinds[name] for name in COMPARED))}
     compared -= {*_names(*(kinds[name] for name in NOT_COMPARED)), *_names(kinds["scheduler"]), "weight_decay"}
-    return {name for name in compared if not SPEED.search(name)} | ALWAYS_COMPARED
+    return {name for name in compared if not WITHOUT_EFFECT.search(name)} | ALWAYS_COMPARED
 
 
 def schedule_settings() -> set[str]:
@@ -156,7 +158,7 @@ def _removed_settings(saved: argparse.Namespace) -> str:
         *_names(ReMoEConfig)
     }
     used = [name for name in sorted(removed) if getattr(saved, name) is True or getattr(saved, name) not in DEFAULTS]
-    return ", ".join(flag_of(name) for name in used if not SPEED.search(name))
+    return ", ".join(flag_of(name) for name in used if not WITHOUT_EFFECT.search(name))
 
 
 def _comparable(value: Any) -> Any:
