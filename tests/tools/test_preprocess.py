@@ -7,7 +7,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -219,12 +218,22 @@ def test_full_disk(lines, tmp_path, flags) -> None:
 
 def test_killed_or_interrupted_in_the_middle(lines, tmp_path, capsys, flags, byte_folder) -> None:
     aside = tmp_path / ".tmp-out_text_document.bin"
-    command = [sys.executable, str(TOOL), *flags(tmp_path / "out", "-", extra="--append-eod")]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdin is not None
-    while not (aside.exists() and aside.stat().st_size):
-        assert process.poll() is None
-        process.stdin.write("".join(f"{line}\n" for line in lines).encode())
+
+    def start() -> subprocess.Popen[bytes]:
+        """Start a run, and feed it until it has written something."""
+        command = [sys.executable, str(TOOL), *flags(tmp_path / "out", "-", extra="--append-eod")]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert process.stdin is not None
+        while not (aside.exists() and aside.stat().st_size):
+            assert process.poll() is None
+            process.stdin.write("".join(f"{line}\n" for line in lines).encode())
+        return process
+
+    process = start()
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130 and names(tmp_path) == []
+
+    process = start()
     source = write_lines(tmp_path / "a.jsonl", lines)
     again = flags(tmp_path / "out", source, extra="--append-eod")
     assert preprocess_data.main(again) == 1
@@ -232,14 +241,6 @@ def test_killed_or_interrupted_in_the_middle(lines, tmp_path, capsys, flags, byt
     process.kill()
     process.communicate()
     assert names(tmp_path) == [aside.name, source.name]
-
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    while aside.stat().st_size:  # emptied by the second run
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == 130 and names(tmp_path) == [source.name]
-
     assert preprocess_data.main(again) == 0
     write_reference(lines, tmp_path / "expected", append_eod=True, folder=byte_folder)
     assert same_files(tmp_path / "out", tmp_path / "expected")
