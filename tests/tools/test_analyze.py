@@ -10,7 +10,6 @@ import numpy
 import pytest
 import torch
 
-from megatron.remoe.files.indexed import IndexedReader
 from megatron.remoe.hf import RemoeForCausalLM
 from tests.data_sets import write_documents
 from tests.hf.models import args_of, make
@@ -21,6 +20,7 @@ from tools.models.checkpoints import save
 from tools.models.hf.weights import fill_megatron
 from tools.models.measuring import find_blocks
 from tools.models.megatron_model import build
+from tools.models.text import read_batches, read_sequences
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 
@@ -50,12 +50,17 @@ def exported(folder: Path, name: str, **changes: Any) -> tuple[RemoeForCausalLM,
     return model, folder
 
 
+def read_ids(prefix: Path) -> torch.Tensor:
+    """Return the sequences of a data set, int64 `[sequences, LENGTH]`."""
+    data = read_sequences(str(prefix), LENGTH, 1234, 257)
+    return torch.cat(list(read_batches(data, None, 257)))[:, :-1]
+
+
 @torch.no_grad()
 def recount(model: RemoeForCausalLM, prefix: Path) -> list[list[list[dict[int, float]]]]:
     """Return layer → sequence → token → expert → gate, from the logits of a forward pass."""
-    reader, config = IndexedReader(prefix), model.config
-    number = (reader.tokens - 1) // LENGTH
-    ids = torch.from_numpy(reader.read(0, number * LENGTH).astype(numpy.int64)).view(number, LENGTH)
+    ids, config = read_ids(prefix), model.config
+    number = len(ids)
     found = []
     for logits in model(ids, output_router_logits=True).router_logits:
         sequences = []
@@ -125,7 +130,7 @@ def test_frequent_tokens_and_those_of_an_expert(domains: list[Path], tmp_path: P
     found = analyze(tmp_path / "out", "--load", folder, "--data-path", domains[0])
     assert found["load"]["specialization"] is None
     layers = [[token for sequence in layer for token in sequence] for layer in recount(model, domains[0])]
-    ids = IndexedReader(domains[0]).read(0, len(layers[0])).tolist()
+    ids = read_ids(domains[0]).flatten().tolist()
     for one in found["experts_per_token"]["by_frequency"]["tokens"]:
         taken = [len(token) for layer in layers for name, token in zip(ids, layer, strict=True) if name == one["token"]]
         assert one["frequency"] == ids.count(one["token"]) / len(ids)

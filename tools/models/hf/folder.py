@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
 import megatron.remoe.hf  # noqa: F401  registers this project's model
@@ -44,6 +44,7 @@ def read_folder(folder: Path, families: Collection[str], dtype: torch.dtype | No
             raise ConversionError(f"{path}: is of {config.model_type!r:.40}, and must be of an unquantized {kinds}.")
         options |= {"config": config, "dtype": dtype or "auto", "use_safetensors": True}
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        options["generation_config"] = GenerationConfig()  # the folder's is not read, nor its code for generation
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     except ConversionError:
         raise
