@@ -137,6 +137,8 @@ def differences(args: argparse.Namespace, saved: argparse.Namespace, names: set[
         names = names - {"global_batch_size"}  # Megatron derives one from the number of GPUs
     if getattr(args, "hybrid_layer_pattern", None) and not getattr(saved, "hybrid_layer_pattern", None):
         names = names - {"hybrid_layer_pattern", "num_layers"}  # Megatron reads GPTModel's checkpoints
+    if not getattr(args, "group_query_attention", False):
+        names = names - {"num_query_groups"}  # Megatron's FLOPs count changes it during the run
     divisors = ("make_vocab_size_divisible_by", "tensor_model_parallel_size")
     if "seed" in names and all(getattr(args, name) == getattr(saved, name, None) for name in divisors):
         names = names | {"padded_vocab_size"}  # Megatron would cut or fill the embeddings
