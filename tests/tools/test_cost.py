@@ -16,8 +16,8 @@ from megatron.remoe.routing.config import ReMoEConfig, ReMoEMLAConfig
 from megatron.remoe.transformer.hybrid import local_hybrid_stack_spec
 from tests.layers import make_config
 from tools.plan import activations, estimate, memory
+from tools.plan.activations import experts_by_phase
 from tools.plan.parameters import Stage
-from tools.plan.phases import experts_by_phase
 
 LATENT: dict[str, object] = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_head_dim": 12, "qk_pos_emb_head_dim": 6}
 LATENT |= {"v_head_dim": 10, "qk_layernorm": True, "rope_type": "rope"}

@@ -1,7 +1,6 @@
-"""Count the events of a step: launches in the no-op CUDA, Python calls, waits and collectives."""
+"""Count the events of a step: Python calls, waits and collectives."""
 
 import collections
-import ctypes
 import functools
 import os
 import sys
@@ -23,53 +22,6 @@ COLLECTIVES = {
     "isend": (0, "tensor"),
     "irecv": (0, "tensor"),
 }
-ALIASES = {"_all_gather_base": "all_gather_into_tensor", "_reduce_scatter_base": "reduce_scatter_tensor"}
-
-
-class Launches:
-    """The launches that the no-op CUDA has counted, by part of a step.
-
-    Attributes:
-        by_part: part → launches of each call; parts lie within one another.
-        step: launches of the whole step.
-    """
-
-    def __init__(self) -> None:
-        self.so_far: Callable[[], int] = ctypes.CDLL("libcuda.so.1").rehearsal_launches  # preloaded
-        self.by_part: dict[str, list[int]] = {}
-        self.step = 0
-        self._is_counting = False
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Count the step inside the block."""
-        before, self._is_counting = self.so_far(), True
-        yield
-        self.step, self._is_counting = self.so_far() - before, False
-
-    def watch(
-        self, owner: Any, method: str, part: str, continues: Callable[[Any], bool] = lambda _first: False
-    ) -> None:
-        """Start counting the calls of a class's method, or of a module's function.
-
-        Args:
-            owner, method: the class or module, and the name of its method or function.
-            part: the name under which its launches are counted.
-            continues: whether a call, by its first argument, belongs to the call before it.
-        """
-        real = getattr(owner, method)
-
-        @functools.wraps(real)
-        def watched(*arguments: Any, **options: Any) -> Any:
-            before = self.so_far()
-            result = real(*arguments, **options)
-            if self._is_counting:
-                calls = self.by_part.setdefault(part, [])
-                so_far = calls.pop() if calls and continues(arguments[0]) else 0
-                calls.append(so_far + self.so_far() - before)
-            return result
-
-        setattr(owner, method, watched)
 
 
 class Collectives:
@@ -81,11 +33,10 @@ class Collectives:
 
     def watch(self, gpus_per_node: int) -> None:
         """Start counting. Call it before anything imports these functions by name."""
-        for name in (*COLLECTIVES, *ALIASES):
-            if real := getattr(torch.distributed, name, None):
-                watched = self._watched(real, ALIASES.get(name, name), gpus_per_node)
-                setattr(torch.distributed, name, watched)
-                setattr(torch.distributed.distributed_c10d, name, watched)
+        for name in COLLECTIVES:
+            watched = self._watched(getattr(torch.distributed, name), name, gpus_per_node)
+            setattr(torch.distributed, name, watched)
+            setattr(torch.distributed.distributed_c10d, name, watched)
 
     def list_calls(self) -> list[dict[str, Any]]:
         """Return the calls by kind and group: their number, "times", and their bytes in all."""
@@ -114,55 +65,40 @@ class Collectives:
         return watched
 
 
-class Frames:
-    """The calls of Python functions, in all threads.
+@contextmanager
+def counting_frames() -> Iterator[collections.Counter[str]]:
+    """Count the calls of Python functions inside the block, in all threads; yield a counter with "calls"."""
+    monitoring, counter = sys.monitoring, collections.Counter[str]()
+    tool, event = monitoring.PROFILER_ID, monitoring.events.PY_START
 
-    Attributes:
-        count: calls so far.
-    """
+    def started(_code: Any, _offset: int) -> None:
+        counter["calls"] += 1
 
-    def __init__(self) -> None:
-        self.count = 0
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Count inside the block."""
-        monitoring = sys.monitoring
-        tool, event = monitoring.PROFILER_ID, monitoring.events.PY_START
-        monitoring.use_tool_id(tool, "rehearsal")
-        monitoring.register_callback(tool, event, self._started)
-        monitoring.set_events(tool, event)
-        yield
-        monitoring.set_events(tool, 0)
-        monitoring.free_tool_id(tool)
-
-    def _started(self, _code: Any, _offset: int) -> None:
-        self.count += 1
+    monitoring.use_tool_id(tool, "rehearsal")
+    monitoring.register_callback(tool, event, started)
+    monitoring.set_events(tool, event)
+    yield counter
+    monitoring.set_events(tool, 0)
+    monitoring.free_tool_id(tool)
 
 
-class Waits:
-    """The places at which the host waits for the device, as PyTorch's sync-debug mode warns of them."""
+@contextmanager
+def watching_waits() -> Iterator[collections.Counter[str]]:
+    """Count the places inside the block at which the host waits for the device, by PyTorch's sync-debug warnings."""
+    show, places = warnings.showwarning, collections.Counter[str]()
 
-    def __init__(self) -> None:
-        self.places: collections.Counter[str] = collections.Counter()
+    def take(message: Any, *arguments: Any, **options: Any) -> None:
+        if "called a synchronizing" in str(message):  # and not the first warning, of the mode itself
+            places[_place()] += 1
+        else:
+            show(message, *arguments, **options)
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Collect waits inside the block."""
-        show = warnings.showwarning
-
-        def take(message: Any, *arguments: Any, **options: Any) -> None:
-            if "called a synchronizing" in str(message):  # and not the first warning, of the mode itself
-                self.places[_place()] += 1
-            else:
-                show(message, *arguments, **options)
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            warnings.showwarning = take
-            torch.cuda.set_sync_debug_mode("warn")
-            yield
-            torch.cuda.set_sync_debug_mode("default")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = take
+        torch.cuda.set_sync_debug_mode("warn")
+        yield places
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def _place() -> str:

@@ -1,17 +1,15 @@
 """Estimate the memory of one GPU: weights, gradients, optimizer and activations of a pipeline stage."""
 
 import argparse
-from itertools import batched
 from typing import NamedTuple
 
 import torch
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-from .activations import LayerActivations, element_size, layer_activations, recomputed_modules, tokens_per_gpu
+from .activations import element_size, layer_activations, recomputed_modules, tokens_per_gpu
 from .parameters import Stage
 
-SHARDING = ("no_shard", "optim", "optim_grads", "optim_grads_params")  # each splits one thing more
 NOT_COUNTED = "the CUDA context, NCCL's buffers, temporary tensors and fragmentation, together some GiB"
 
 
@@ -35,14 +33,11 @@ def stage_memory(args: argparse.Namespace, stages: list[Stage], index: int, expe
     per_stage = args.world_size // args.pipeline_model_parallel_size // args.num_distributed_optimizer_instances
     shared_copies = per_stage // args.tensor_model_parallel_size  # context parallel ranks share the optimizer too
     expert_copies = per_stage // (args.expert_tensor_parallel_size * args.expert_model_parallel_size)
-    split = SHARDING.index(args.data_parallel_sharding_strategy) if args.use_megatron_fsdp else 1
-    if not args.use_distributed_optimizer:
-        split = 0
     part = stage.shared / shared_copies + stage.experts / expert_copies
     return Memory(
-        weights=element_size(args) * (part if split > 2 else parameters),
-        gradients=gradient * (part if split > 1 else parameters),
-        optimizer=_optimizer_bytes(args, half) * (part if split else parameters),
+        weights=element_size(args) * parameters,
+        gradients=gradient * parameters,
+        optimizer=_optimizer_bytes(args, half) * (part if args.use_distributed_optimizer else parameters),
         activations=_activations(args, stages, index, experts_per_token),
     )
 
@@ -82,8 +77,8 @@ def _optimizer_bytes(args: argparse.Namespace, half: bool) -> int:
 
 def _activations(args: argparse.Namespace, stages: list[Stage], index: int, experts_per_token: float) -> float:
     layers = [layer_activations(args, sublayers, experts_per_token) for sublayers in stages[index].layers]
-    kept, working = _with_recomputation(args, layers)
-    total = kept * _micro_batches_in_flight(args, index) + working
+    total = sum(layer.kept for layer in layers) * _micro_batches_in_flight(args, index)
+    total += max((layer.recomputed for layer in layers), default=0.0)
     if index == len(stages) - 1:
         tokens, tensor_parallel = tokens_per_gpu(args), args.tensor_model_parallel_size
         split = tokens / tensor_parallel if args.sequence_parallel else tokens
@@ -95,19 +90,6 @@ def _activations(args: argparse.Namespace, stages: list[Stage], index: int, expe
         of_logit = softmax * (1 + predictions) + size * (softmax > size)
         total += of_logit * args.padded_vocab_size * tokens / tensor_parallel
     return total
-
-
-def _with_recomputation(args: argparse.Namespace, layers: list[LayerActivations]) -> tuple[float, float]:
-    """Return the bytes kept of one micro-batch, and those that exist while one part is recomputed."""
-    if not layers:
-        return 0.0, 0.0
-    if args.recompute_granularity != "full":
-        return sum(layer.kept for layer in layers), max(layer.recomputed for layer in layers)
-    number = args.recompute_num_layers or 1
-    everything = [layer.kept + layer.recomputed for layer in layers]
-    if args.recompute_method == "block":
-        return sum(layer.kept for layer in layers[:number]) + sum(everything[number:]), max(everything)
-    return sum(layer.kept for layer in layers[::number]), max(map(sum, batched(everything, number)))
 
 
 def _micro_batches_in_flight(args: argparse.Namespace, index: int) -> float:

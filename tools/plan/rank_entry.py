@@ -5,6 +5,7 @@ step's figures to the file OPTIONS["record"].
 """
 
 import argparse
+import ctypes
 import json
 import sys
 import time
@@ -17,8 +18,8 @@ from megatron.remoe import pretrain
 
 from ..console.files import write_json
 from . import counters, fake_ranks
+from .activations import experts_by_phase
 from .host_reads import Pairs
-from .phases import experts_by_phase
 from .roofline import Roofline
 from .transformer_engine import Calls
 
@@ -39,7 +40,6 @@ class Rehearsal:
 
     def __init__(self, options: dict[str, Any], collectives: counters.Collectives) -> None:
         self.options, self.collectives = options, collectives
-        self.launches, self.waits, self.frames = counters.Launches(), counters.Waits(), counters.Frames()
         self.pairs, self.engine = Pairs(0.0), Calls()
         self.record: dict[str, Any] = {"stages": {}, "model": {}}
         self.model: list[torch.nn.Module] = []
@@ -57,9 +57,6 @@ class Rehearsal:
         self.plan = plan_steps(self.phases)
         args.train_iters = len(self.plan)
         self.engine.watch()
-        if self.options["data"]:
-            self._check_data()
-        self._watch_parts()
         self.pairs.install()
         model_cfg.post_wrap_hooks.append(self._keep)
         train_step = training.train_step
@@ -80,28 +77,6 @@ class Rehearsal:
     def _keep(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         self.model = chunks
         return chunks
-
-    def _check_data(self) -> None:
-        """Check the data as the entry would; the training itself uses made-up tokens."""
-        from megatron.remoe.start.data import check_data
-        from megatron.remoe.start.messages import usage_errors
-        from megatron.training import get_args
-        from megatron.training.utils import get_blend_and_blend_per_split
-
-        args = argparse.Namespace(**vars(get_args()) | {"mock_data": False, "data_path": self.options["data"]})
-        with usage_errors(rank=0):
-            check_data(args, get_blend_and_blend_per_split)
-
-    def _watch_parts(self) -> None:
-        from megatron.core.transformer.identity_op import IdentityOp
-        from megatron.core.transformer.transformer_layer import TransformerLayer
-        from megatron.remoe.routing.controller import SparsityController
-
-        self.launches.watch(SparsityController, "update", "update")
-        # HybridModel has attention and MLP in layers of their own.
-        self.launches.watch(
-            TransformerLayer, "forward", "layer", lambda layer: isinstance(layer.self_attention, IdentityOp)
-        )
 
     def _step(self, phase: str, purpose: str, run: Any) -> Any:
         from megatron.training import get_args
@@ -127,13 +102,12 @@ class Rehearsal:
         return result
 
     def _count_events(self, run: Any) -> Any:
-        self.collectives.is_counting = True
-        with self.launches.counting(), self.waits.watching(), self.frames.counting():
+        launches = ctypes.CDLL("libcuda.so.1").rehearsal_launches  # preloaded
+        before, self.collectives.is_counting = launches(), True
+        with counters.watching_waits() as waits, counters.counting_frames() as frames:
             result = run()
         self.collectives.is_counting = False
-        self.record |= {"launches": self.launches.step, "parts": self.launches.by_part, "calls": self.frames.count}
-        waits = self.waits.places.most_common()
-        self.record["host_syncs"] = [{"where": where, "times": times} for where, times in waits]
+        self.record |= {"launches": launches() - before, "calls": frames["calls"], "host_syncs": dict(waits)}
         self.record["collectives"] = self.collectives.list_calls()
         return result
 
@@ -143,13 +117,12 @@ class Rehearsal:
         roofline = Roofline(get_args(), self.options["rates"], self.engine)
         with roofline:
             result = run()
-        self.record["roofline"] = {name: vars(work) for name, work in roofline.parts.items()}
-        self.record["guessed"] = sorted(roofline.guessed)
+        self.record["roofline"] = roofline.parts
         return result
 
 
 def describe_model(chunks: list[torch.nn.Module], args: argparse.Namespace, phases: dict[str, float]) -> dict[str, Any]:
-    """Return the rank's parameters and layers, the forecast of its memory, and its FLOPs.
+    """Return the forecast of the rank's memory, its FLOPs, and the pipeline's bubble.
 
     Args:
         chunks: the rank's part of the model.
@@ -157,17 +130,16 @@ def describe_model(chunks: list[torch.nn.Module], args: argparse.Namespace, phas
         phases: see `experts_by_phase`.
 
     Returns:
-        the fields of `parameters.Stage`; the pipeline "stage"; "forecast_gib" by phase; the model's FLOPs on a GPU in a
-        step, "step_flops", None if some layers are not counted; "bubble", see `step_estimate.bubble`.
+        "forecast_gib" by phase; the model's FLOPs on a GPU in a step, "step_flops", None if some layers are not
+        counted; "bubble", see `step_estimate.bubble`.
     """
     from megatron.core import parallel_state
 
     from . import memory, parameters, step_estimate
 
-    counted, stage = parameters.count(chunks), parallel_state.get_pipeline_model_parallel_rank()
-    stages = [counted] * args.pipeline_model_parallel_size
-    return vars(counted) | {
-        "stage": stage,
+    stages = [parameters.count(chunks)] * args.pipeline_model_parallel_size
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    return {
         "forecast_gib": {
             phase: sum(memory.stage_memory(args, stages, stage, experts)) / GIB for phase, experts in phases.items()
         },

@@ -10,7 +10,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from ..recipes.flops import flops_per_sequence
 from . import memory
-from .activations import element_size, layer_activations, recomputed_modules, tokens_per_gpu
+from .activations import element_size, layer_activations, tokens_per_gpu
 from .parameters import Stage
 from .step_time import StepTime, attention_share, collective_seconds, grouped_share, host_seconds, waiting_seconds
 
@@ -93,7 +93,7 @@ def estimate_step(
 
 
 def _products(args: argparse.Namespace, flops: float) -> dict[str, float]:
-    """Return FLOPs of a GPU in a step by the rate that applies to them, given the model's; recomputation is in."""
+    """Return FLOPs of a GPU in a step by the rate that applies to them, given the model's; full recomputation is in."""
     sequences = args.global_batch_size / args.world_size
     longer = flops_per_sequence(argparse.Namespace(**vars(args) | {"seq_length": 2 * args.seq_length}))
     attention = sequences * longer / 2 - flops  # grows with the square of the length
@@ -102,12 +102,8 @@ def _products(args: argparse.Namespace, flops: float) -> dict[str, float]:
         topk = args.moe_router_topk
         grouped = topk * (sequences * flops_per_sequence(args, topk + 1) - flops)
     parts = {"products": flops - attention - grouped, "grouped": grouped, "attention": CAUSAL * attention}
-    recomputed = recomputed_modules(args)
-    again = {"moe": "grouped", "core_attn": "attention"}
-    kinds = (
-        list(parts) if args.recompute_granularity == "full" else [again[name] for name in recomputed if name in again]
-    )
-    return parts | {kind: parts[kind] * 4 / 3 for kind in kinds}
+    more = 4 / 3 if args.recompute_granularity == "full" else 1
+    return {kind: more * amount for kind, amount in parts.items()}
 
 
 def estimate_collectives(args: argparse.Namespace, stages: list[Stage], gpus_per_node: int) -> Iterator[dict[str, Any]]:

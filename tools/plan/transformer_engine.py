@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-type Tell = Callable[[str, list[torch.Tensor], float, float, str], None]
+type Tell = Callable[[float, float, str], None]
 
 ATTENTION = ("fused_attn_fwd", "fused_attn_bwd")
 PRODUCTS = {"generic_gemm": "products", "te_general_grouped_gemm": "grouped"}
@@ -21,7 +21,7 @@ class Calls:
     """Watches Transformer Engine's C++ functions, which bypass PyTorch's dispatch.
 
     Attributes:
-        tell: called with each call's name, tensors, bytes, FLOPs and the rate of these.
+        tell: called with each call's bytes, FLOPs and the rate of these.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Calls:
             if self.tell is not None:
                 tensors = call_tensors(name, arguments, options, result)
                 if any(one.is_cuda and one.numel() for one in tensors):
-                    self.tell(name, tensors, *measure_work(name, arguments, tensors))
+                    self.tell(*measure_work(name, arguments, tensors))
             return result
 
         return call

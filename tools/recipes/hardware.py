@@ -1,6 +1,7 @@
 """Choose flags and environment variables for the GPUs of a training and the kernels that are installed."""
 
 import importlib.util
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -31,56 +32,30 @@ def kernel_flags(kernels: str, interpreter: str) -> list[str]:
     return TRITON if kernels else []
 
 
-def count_gpus(environment: Mapping[str, str], interpreter: str) -> int:
-    """Return the number of GPUs of this machine that processes see, by the driver's tool or else by PyTorch."""
-    if shutil.which("nvidia-smi") is None:
-        printed = _last_line([interpreter, "-c", "import torch; print(torch.cuda.device_count())"])
-        return int(printed) if printed.isdecimal() else 0
-    listed = sum(line.startswith("GPU ") for line in _output(["nvidia-smi", "-L"]).splitlines())
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return listed
-    return min(listed, sum(device.strip()[:1] not in ("", "-") for device in visible.split(",")))
-
-
-def check_gpus(wanted: int, environment: Mapping[str, str], interpreter: str) -> None:
-    """Check that this machine has the GPUs that are wanted; without them each process would train on the CPU.
+def check_gpus(wanted: int, interpreter: str) -> None:
+    """Check that PyTorch sees the GPUs that are wanted; without them each process would train on the CPU.
 
     Raises:
-        RecipeError: it has fewer.
+        RecipeError: it sees fewer.
     """
-    present = count_gpus(environment, interpreter)
+    printed = run([interpreter, "-c", "import torch; print(torch.cuda.device_count())"]).stdout.split()
+    present = int(printed[-1]) if printed else 0
     if present < wanted:
         remedy = (f"Ask for at most {present}, or add" if present else "Add") + " --cpu after -- to use the CPU"
         raise RecipeError(f"gpus_per_node is {wanted}, and {present} GPUs were found. {remedy}")
 
 
-def _output(command: Sequence[str]) -> str:
-    """Return what a program prints; nothing if it fails."""
-    answer = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, errors="replace")
-    return "" if answer.returncode else answer.stdout
+def run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+    """Run a program and keep its output."""
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, errors="replace")
 
 
-def _last_line(command: Sequence[str]) -> str:
-    return (_output(command).splitlines() or [""])[-1]
-
-
-def problem_with(interpreter: str, modules: Sequence[str]) -> str | None:
-    """Return why `modules` cannot be imported; None if they can.
-
-    The import runs in a process of its own, as it may print, or crash.
-    """
+def find_problem(interpreter: str, modules: Sequence[str]) -> str | None:
+    """Return why `modules` cannot be imported; None if they can. A separate process tries it, which may crash."""
     if importlib.util.find_spec(modules[-1].partition(".")[0]) is None:
-        return ": not installed"
-    program = f"""
-try:
-    import {", ".join(modules)}
-    print("usable")
-except Exception as error:
-    print(" cannot be imported: %s: %s" % (type(error).__name__, (str(error).splitlines() or [""])[0]))
-"""
-    answer = _last_line([interpreter, "-c", program])
-    return None if answer == "usable" else answer or f": {interpreter} crashed while importing it"
+        return "not installed"
+    result = run([interpreter, "-c", f"import {', '.join(modules)}"])
+    return (result.stderr.splitlines() or ["crashed"])[-1] if result.returncode else None
 
 
 def gpu_flags(has_experts: bool, kernels: str, flags: Sequence[str], interpreter: str) -> tuple[list[str], str]:
@@ -92,21 +67,21 @@ def gpu_flags(has_experts: bool, kernels: str, flags: Sequence[str], interpreter
         flags: Megatron's flags from the user.
         interpreter: the one that trains, empty to ask for no packages and take plain PyTorch.
     """
-    problem: str | None = ": not asked for"
+    problem: str | None = "not asked for"
     if interpreter and last_value(flags, "--transformer-impl") != "local":
-        problem = problem_with(interpreter, ENGINE)
+        problem = find_problem(interpreter, ENGINE)
     if problem is None:
         engine, chosen = "Transformer Engine", ["--transformer-impl", "transformer_engine"]
         if has_experts:
             chosen.append("--moe-grouped-gemm")
     else:
-        engine = f"plain PyTorch (Transformer Engine{problem})"
+        engine = f"plain PyTorch (Transformer Engine: {problem})"
         chosen = [*PLAIN_PYTORCH]
         if not kernels:
             chosen.append("--no-rope-fusion")
     # Without apex, PyTorch's product has to add weight gradients, in Megatron's output layer at least, and no GPU has
     # run that yet.
-    if not kernels and (not interpreter or problem_with(interpreter, APEX) is not None):
+    if not kernels and (not interpreter or find_problem(interpreter, APEX) is not None):
         chosen.append("--no-gradient-accumulation-fusion")
     return [*GPU_FLAGS, *chosen], engine
 
@@ -117,13 +92,10 @@ def precedes_blackwell(gpu: str | None) -> bool:
     Args:
         gpu: kind of GPU that a plan is for; None for those of this machine.
     """
-    if gpu is not None:
-        letters = gpu.lower().removeprefix("g")
-        return not (letters[:1] == "b" and letters[1:2].isdigit())
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    capabilities = _output(command) if shutil.which(command[0]) else ""
-    generation = capabilities.partition(".")[0].strip()
-    return not generation.isdecimal() or int(generation) < 10
+    if gpu is None:
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        gpu = run(command).stdout if shutil.which(command[0]) else ""
+    return re.search(r"\bg?b\d", gpu.lower()) is None
 
 
 def gpu_settings(flags: Sequence[str], environment: Mapping[str, str], gpu: str | None) -> dict[str, str]:
