@@ -15,9 +15,9 @@ from megatron.remoe.layer.specs import (
 from megatron.remoe.routing.config import ReMoEConfig, ReMoEMLAConfig
 from megatron.remoe.transformer.hybrid import local_hybrid_stack_spec
 from tests.layers import make_config
-from tools.plan import activations, estimate, memory
-from tools.plan.activations import experts_by_phase
+from tools.plan import estimate, memory
 from tools.plan.parameters import Stage
+from tools.plan.step_time import experts_by_phase
 
 LATENT: dict[str, object] = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_head_dim": 12, "qk_pos_emb_head_dim": 6}
 LATENT |= {"v_head_dim": 10, "qk_layernorm": True, "rope_type": "rope"}
@@ -121,7 +121,7 @@ def test_activations_are_those_that_pytorch_keeps(name: str) -> None:
     args = arguments(multi_latent_attention="kv_lora_rank" in changes, **changes)
     for sublayers in kinds.split():
         real, per_token = kept_by_pytorch(args, sublayers)
-        kept = activations.layer_activations(args, sublayers, per_token).kept
+        kept = memory.layer_activations(args, sublayers, per_token).kept
         assert kept == pytest.approx(real, rel=0.04), sublayers
 
 
@@ -131,25 +131,25 @@ def test_activations_beyond_the_limit_are_not_kept() -> None:
     args = arguments(local_layer_fusion=True, moe_relu_activation_limit=1.0)
     real, per_token = kept_by_pytorch(args, "*E")
     assert per_token > 1.5
-    layer = activations.layer_activations(args, "*E", per_token)
+    layer = memory.layer_activations(args, "*E", per_token)
     assert layer.kept == pytest.approx(real, rel=0.03)
-    at_target = activations.layer_activations(args, "*E", 1.0)
+    at_target = memory.layer_activations(args, "*E", 1.0)
     assert layer.kept + layer.recomputed == at_target.kept and at_target.recomputed == 0
 
 
 def test_recomputation() -> None:
     args = arguments()
-    parts = activations.layer_parts(args, "*E", 2)
-    everything = activations.layer_activations(args, "*E", 2)
+    parts = memory.layer_parts(args, "*E", 2)
+    everything = memory.layer_activations(args, "*E", 2)
     assert everything.kept == sum(parts.values()) and everything.recomputed == 0
 
-    moe = activations.layer_activations(
+    moe = memory.layer_activations(
         arguments(recompute_granularity="selective", recompute_modules=["moe"]), "*E", 2
     )
     assert moe.kept == sum(parts[name] for name in ("residual", "norms", "attention", "attention output", "scores"))
     assert moe.kept + moe.recomputed == everything.kept
 
-    full = activations.layer_activations(arguments(recompute_granularity="full"), "*E", 2)
+    full = memory.layer_activations(arguments(recompute_granularity="full"), "*E", 2)
     assert full.kept == args.hidden_size * args.seq_length * args.micro_batch_size * 4
 
 

@@ -76,6 +76,6 @@ def main(arguments: Sequence[str]) -> int:
         stages, whole = parameters.count_stages(args), parameters.count_whole_model(args)
         # Settings that were switched off to build the model here count as on the GPUs.
         args = argparse.Namespace(**vars(args) | planned)
-        text = [*estimate.write_lines(args, options, stages, *whole)]
-    print("\n".join(text))
+        text = "\n".join(estimate.write_lines(args, options, stages, *whole))
+    print(text)
     return 0

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 
 from ..recipes import flops
 from . import memory
-from .activations import TITLES, experts_by_phase
 from .gpus import GPUS
 from .parameters import Stage
 from .step_estimate import estimate_step
-from .step_time import conclude
+from .step_time import TITLES, conclude, experts_by_phase
 
 LAYERS = {"local": "plain PyTorch", "transformer_engine": "Transformer Engine"}
 

@@ -67,20 +67,12 @@ class _StoreOfOne(torch.distributed.Store):
         self.set(key, str(int(self._values.get(key, b"0")) + amount))
         return int(self._values[key])
 
-    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
-        if self._values.get(key, b"").decode() == expected:
-            self.set(key, desired)
-        return self._values.get(key, b"")
-
     def check(self, keys: list[str]) -> bool:
         # NCCL's watchdog looks here for the news that a rank has failed, and then waits for that rank's dump.
         return all(key in self._values for key in keys)
 
     def wait(self, *_arguments: Any) -> None:
         pass
-
-    def delete_key(self, key: str) -> bool:
-        return self._values.pop(key, None) is not None
 
     def set_timeout(self, _timeout: Any) -> None:
         pass

@@ -5,11 +5,18 @@ step's figures to the file OPTIONS["record"].
 """
 
 import argparse
+import collections
 import ctypes
+import functools
 import json
+import os
 import sys
 import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,13 +24,23 @@ import torch
 from megatron.remoe import pretrain
 
 from ..console.files import write_json
-from . import counters, fake_ranks
-from .activations import experts_by_phase
+from . import fake_ranks
 from .host_reads import Pairs
 from .roofline import Roofline
+from .step_time import experts_by_phase
 from .transformer_engine import Calls
 
 GIB = 2**30
+# torch.distributed's functions: which argument's bytes each rank handles, by position or name.
+COLLECTIVES = {
+    "all_reduce": (0, "tensor"),
+    "broadcast": (0, "tensor"),
+    "all_gather_into_tensor": (0, "output_tensor"),
+    "reduce_scatter_tensor": (1, "input"),
+    "all_to_all_single": (1, "input"),
+    "isend": (0, "tensor"),
+    "irecv": (0, "tensor"),
+}
 
 
 def plan_steps(phases: dict[str, float]) -> list[tuple[str, str]]:
@@ -35,10 +52,100 @@ def plan_steps(phases: dict[str, float]) -> list[tuple[str, str]]:
     return [(first, "start"), *((phase, "memory") for phase in phases), (last, "events"), (last, "roofline")]
 
 
+class Collectives:
+    """The calls of torch.distributed, by kind and group, with the bytes that a rank handles."""
+
+    def __init__(self) -> None:
+        self.calls: dict[tuple[str, str, int, bool], list[int]] = {}  # kind, group, its size, within a node → bytes
+        self.is_counting = False
+
+    def watch(self, gpus_per_node: int) -> None:
+        """Start counting. Call it before anything imports these functions by name."""
+        for name in COLLECTIVES:
+            watched = self._watched(getattr(torch.distributed, name), name, gpus_per_node)
+            setattr(torch.distributed, name, watched)
+            setattr(torch.distributed.distributed_c10d, name, watched)
+
+    def list_calls(self) -> list[dict[str, Any]]:
+        """Return the calls by kind and group: their number, "times", and their bytes in all."""
+        names = ("kind", "group", "ranks", "within_node")
+        return [
+            dict(zip(names, call, strict=True)) | {"times": len(sizes), "bytes": sum(sizes)}
+            for call, sizes in self.calls.items()
+        ]
+
+    def _watched(self, real: Callable[..., Any], kind: str, gpus_per_node: int) -> Callable[..., Any]:
+        position, keyword = COLLECTIVES[kind]
+
+        @functools.wraps(real)
+        def watched(*arguments: Any, **options: Any) -> Any:
+            tensor = arguments[position] if len(arguments) > position else options.get(keyword)
+            if self.is_counting and torch.is_tensor(tensor) and tensor.is_cuda:
+                groups = [one for one in arguments if isinstance(one, torch.distributed.ProcessGroup)]
+                group = next(iter(groups), options.get("group")) or torch.distributed.group.WORLD
+                assert group is not None
+                ranks = torch.distributed.get_process_group_ranks(group)
+                within = len({rank // gpus_per_node for rank in ranks}) == 1
+                name = group.group_desc.removesuffix("_GROUP").lower().replace("_", " ")
+                self.calls.setdefault((kind, name, len(ranks), within), []).append(tensor.nbytes)
+            return real(*arguments, **options)
+
+        return watched
+
+
+@contextmanager
+def counting_frames() -> Iterator[collections.Counter[str]]:
+    """Count the calls of Python functions inside the block, in all threads; yield a counter with "calls"."""
+    monitoring, counter = sys.monitoring, collections.Counter[str]()
+    tool, event = monitoring.PROFILER_ID, monitoring.events.PY_START
+
+    def started(_code: Any, _offset: int) -> None:
+        counter["calls"] += 1
+
+    monitoring.use_tool_id(tool, "rehearsal")
+    monitoring.register_callback(tool, event, started)
+    monitoring.set_events(tool, event)
+    yield counter
+    monitoring.set_events(tool, 0)
+    monitoring.free_tool_id(tool)
+
+
+@contextmanager
+def watching_waits() -> Iterator[collections.Counter[str]]:
+    """Count the places inside the block at which the host waits for the device, by PyTorch's sync-debug warnings."""
+    show, places = warnings.showwarning, collections.Counter[str]()
+
+    def take(message: Any, *arguments: Any, **options: Any) -> None:
+        if "called a synchronizing" in str(message):  # and not the first warning, of the mode itself
+            places[_place()] += 1
+        else:
+            show(message, *arguments, **options)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = take
+        torch.cuda.set_sync_debug_mode("warn")
+        yield places
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _place() -> str:
+    """Return file and line of the innermost frames of Megatron and of this project that led here; calls nothing."""
+    here, folder = os.path.dirname(__file__), f"{os.sep}megatron{os.sep}"
+    frame: FrameType | None = sys._getframe(1)
+    named: list[str] = []
+    while frame is not None and len(named) < 2:
+        file = frame.f_code.co_filename
+        if folder in file and not file.startswith(here):
+            named.append(f"megatron/{file.rsplit('megatron' + os.sep, 1)[1]}:{frame.f_lineno}")
+        frame = frame.f_back
+    return " < ".join(named) or "outside of Megatron"
+
+
 class Rehearsal:
     """Simulates steps; each measures one thing."""
 
-    def __init__(self, options: dict[str, Any], collectives: counters.Collectives) -> None:
+    def __init__(self, options: dict[str, Any], collectives: Collectives) -> None:
         self.options, self.collectives = options, collectives
         self.pairs, self.engine = Pairs(0.0), Calls()
         self.record: dict[str, Any] = {"stages": {}, "model": {}}
@@ -53,7 +160,9 @@ class Rehearsal:
 
         args = get_args()
         args.do_train = True  # a stage without data would hear it from the first rank
-        self.phases = self._choose_phases(args)
+        self.phases = experts_by_phase(args)
+        if wanted := self.options["stage"]:
+            self.phases = {wanted: self.phases[wanted]}
         self.plan = plan_steps(self.phases)
         args.train_iters = len(self.plan)
         self.engine.watch()
@@ -67,12 +176,6 @@ class Rehearsal:
             return self._step(phase, purpose, lambda: train_step(*arguments, **options))
 
         training.train_step = step
-
-    def _choose_phases(self, args: argparse.Namespace) -> dict[str, float]:
-        phases, wanted = experts_by_phase(args), self.options["stage"]
-        if wanted is not None and wanted not in phases:
-            sys.exit(f"pretrain_gpt.py: error: --stage {wanted}: this run has none; choose from {', '.join(phases)}")
-        return {wanted: phases[wanted]} if wanted else phases
 
     def _keep(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         self.model = chunks
@@ -94,17 +197,15 @@ class Rehearsal:
             }
         if not self.record["model"]:
             self.record["model"] = describe_model(self.model, args, self.phases)
-        named = f", {phase}" if len(self.phases) > 1 else ""
-        line = f"rehearsal: rank {self.options['rank']} of {self.options['world']}, step {self.steps} of "
-        line += f"{len(self.plan)} ({purpose}{named}): {time.monotonic() - start:.1f} s, "
-        print(f"{line}{torch.cuda.max_memory_allocated() / GIB:.2f} GiB", file=sys.stderr, flush=True)
+        line = f"rehearsal: rank {self.options['rank']}, step {self.steps} of {len(self.plan)} ({phase}, {purpose}): "
+        print(f"{line}{time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
         write_json(Path(self.options["record"]), self.record)
         return result
 
     def _count_events(self, run: Any) -> Any:
         launches = ctypes.CDLL("libcuda.so.1").rehearsal_launches  # preloaded
         before, self.collectives.is_counting = launches(), True
-        with counters.watching_waits() as waits, counters.counting_frames() as frames:
+        with watching_waits() as waits, counting_frames() as frames:
             result = run()
         self.collectives.is_counting = False
         self.record |= {"launches": launches() - before, "calls": frames["calls"], "host_syncs": dict(waits)}
@@ -154,7 +255,7 @@ def main() -> None:
     sys.argv = ["pretrain_gpt.py", *sys.argv[2:]]
     torch.backends.cudnn.enabled = False  # the only library without a no-op version
     torch.backends.cuda.enable_cudnn_sdp(False)
-    collectives = counters.Collectives()
+    collectives = Collectives()
     collectives.watch(options["gpus_per_node"])
     fake_ranks.join(options["rank"], options["world"], options["gpus_per_node"])
     pretrain.main(Rehearsal(options, collectives).observe)

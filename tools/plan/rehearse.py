@@ -22,8 +22,8 @@ from ..console.flags import for_a_plan, last_value, parse, whole, without
 from ..console.places import ROOT, is_clone
 from ..runs.running import run_tool
 from . import no_op_cuda, rehearsal_report
-from .activations import TITLES
 from .gpus import parse_plan, plan_parser
+from .step_time import TITLES
 
 PROGRESS = "rehearsal:"
 MOST_STEPS = 6  # of `rank_entry.plan_steps`

@@ -10,7 +10,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from ..recipes.flops import flops_per_sequence
 from . import memory
-from .activations import element_size, layer_activations, tokens_per_gpu
+from .memory import element_size, layer_activations, tokens_per_gpu
 from .parameters import Stage
 from .step_time import StepTime, attention_share, collective_seconds, grouped_share, host_seconds, waiting_seconds
 

@@ -83,7 +83,6 @@ def plan(
     end = f"e{kind.experts}g{kind.granularity}" if has_experts else f"ffn{4 * expansion}"
     name = "_".join(["llama", size, routing, end, *[project] * (project != PROJECT)])
     output = environment.get("OUTPUT_DIR") or str(home() / "runs" / name)
-    notes = [] if has_experts else [f"FFN: {model.ffn} = {expansion} x 4 x {model.hidden}"]
 
     data_path = data.find_data(environment, planned)
     parts = data.choose_split([] if "--split" in parse(extra) else data_path)
@@ -112,12 +111,13 @@ def plan(
     flags += extra
     gpu = environment.get("GPU", "") if planned else None
     settings = hardware.gpu_settings(flags, environment, gpu) if engine else {}
+    notes = []
     if parts != data.SPLITS[0]:
         notes.append(f"Split: {parts}, because the paper's {data.SPLITS[0]} leaves a part without documents")
     if engine:
         notes.append(f"Layers: {engine}")
     if fast:
-        notes.append(f"KERNELS=triton: {' '.join(fast)}, not tested on a GPU yet")
+        notes.append(f"KERNELS=triton: {' '.join(fast)}")
     return Launch(launcher, flags, settings, output, layout, notes)
 
 
