@@ -143,9 +143,7 @@ def test_recomputation() -> None:
     everything = memory.layer_activations(args, "*E", 2)
     assert everything.kept == sum(parts.values()) and everything.recomputed == 0
 
-    moe = memory.layer_activations(
-        arguments(recompute_granularity="selective", recompute_modules=["moe"]), "*E", 2
-    )
+    moe = memory.layer_activations(arguments(recompute_granularity="selective", recompute_modules=["moe"]), "*E", 2)
     assert moe.kept == sum(parts[name] for name in ("residual", "norms", "attention", "attention output", "scores"))
     assert moe.kept + moe.recomputed == everything.kept
 

@@ -11,8 +11,6 @@ from .parameters import Stage
 from .step_estimate import estimate_step
 from .step_time import TITLES, conclude, experts_by_phase
 
-LAYERS = {"local": "plain PyTorch", "transformer_engine": "Transformer Engine"}
-
 
 def _layout_lines(args: argparse.Namespace, options: argparse.Namespace) -> Iterator[str]:
     names = ["tensor_model", "pipeline_model", "context", "data"]
@@ -22,7 +20,7 @@ def _layout_lines(args: argparse.Namespace, options: argparse.Namespace) -> Iter
     gpu = GPUS[options.gpu]
     yield f"Plan: {options.gpus} x {options.gpu} ({gpu.memory:g} GiB, {gpu.tflops:g} TFLOP/s dense bf16)"
     yield f"  parallel sizes  {', '.join(sizes)}"
-    yield f"  layers          {LAYERS.get(args.transformer_impl, args.transformer_impl)} (--transformer-impl)"
+    yield f"  layers          {args.transformer_impl} (--transformer-impl)"
     if args.num_experts and args.expert_model_parallel_size > 1:
         ranks = args.expert_model_parallel_size * args.expert_tensor_parallel_size
         if options.gpus_per_node % ranks:

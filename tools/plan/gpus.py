@@ -68,6 +68,14 @@ def rates(name: str) -> dict[str, float]:
     return {kind: round(rate, 3) for kind, rate in figures.items()}
 
 
+def read_rate(text: str) -> tuple[str, float]:
+    """Convert NAME=VALUE; an argparse type."""
+    name, _, value = text.partition("=")
+    if name not in rates("h100"):
+        raise argparse.ArgumentTypeError(f"{text!r}: choose a name from {', '.join(rates('h100'))}")
+    return name, above_zero(value)
+
+
 def plan_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """Return the parser of the command `remoe NAME`, with the flags of machine and rates."""
     parser = tool_parser(name, description)
@@ -77,7 +85,7 @@ def plan_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     add("--gpu", type=str.lower, choices=GPUS, default="h100", help="kind of GPU (default: h100)")
     text = "for the model of time: products, grouped, attention (TFLOP/s), bandwidth (TB/s), link, network (GB/s), "
     text += "smallest, latency, network_latency, frame, launch (microseconds)"
-    add("--rate", action="append", default=[], metavar="NAME=VALUE", help=text)
+    add("--rate", type=read_rate, action="append", default=[], metavar="NAME=VALUE", help=text)
     return parser
 
 
@@ -90,13 +98,5 @@ def parse_plan(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tup
         parser.error(f"--gpus {options.gpus}: give a multiple of --gpus-per-node {options.gpus_per_node}")
     if not flags:
         parser.error("give Megatron's flags after --")
-    options.rates = rates(options.gpu)
-    for rate in options.rate:
-        name, _, value = rate.partition("=")
-        if name not in options.rates:
-            parser.error(f"--rate {rate}: choose a name from {', '.join(options.rates)}")
-        try:
-            options.rates[name] = above_zero(value)
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"--rate {rate}: {error}")
+    options.rates = rates(options.gpu) | dict(options.rate)
     return options, flags

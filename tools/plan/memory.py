@@ -8,8 +8,6 @@ Tests compare the sum with PyTorch's.
 import argparse
 from typing import NamedTuple
 
-import torch
-
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from .parameters import Stage
@@ -174,8 +172,7 @@ def stage_memory(args: argparse.Namespace, stages: list[Stage], index: int, expe
     `experts_per_token` are the active ones in each MoE layer.
     """
     stage, parameters = stages[index], stages[index].shared + stages[index].experts
-    half = args.bf16 or args.fp16
-    gradient = 4 if args.accumulate_allreduce_grads_in_fp32 or not half else 2
+    gradient = 4 if args.accumulate_allreduce_grads_in_fp32 else element_size(args)
     per_stage = args.world_size // args.pipeline_model_parallel_size // args.num_distributed_optimizer_instances
     shared_copies = per_stage // args.tensor_model_parallel_size  # context parallel ranks share the optimizer too
     expert_copies = per_stage // (args.expert_tensor_parallel_size * args.expert_model_parallel_size)
@@ -183,14 +180,14 @@ def stage_memory(args: argparse.Namespace, stages: list[Stage], index: int, expe
     return Memory(
         weights=element_size(args) * parameters,
         gradients=gradient * parameters,
-        optimizer=_optimizer_bytes(args, half) * (part if args.use_distributed_optimizer else parameters),
+        optimizer=_optimizer_bytes(args) * (part if args.use_distributed_optimizer else parameters),
         activations=_activations(args, stages, index, experts_per_token),
     )
 
 
 def checkpoint_bytes(args: argparse.Namespace, parameters: int) -> float:
     """Return the bytes of one checkpoint on disk: weights and optimizer state of a model of so many parameters."""
-    optimizer = 0 if args.no_save_optim else _optimizer_bytes(args, args.bf16 or args.fp16)
+    optimizer = 0 if args.no_save_optim else _optimizer_bytes(args)
     return (element_size(args) + optimizer) * parameters
 
 
@@ -209,16 +206,9 @@ def exchanged_bytes(args: argparse.Namespace, stages: list[Stage], experts_per_t
     return (6 if recomputed else 4) * vectors * args.hidden_size * element_size(args)
 
 
-def _optimizer_bytes(args: argparse.Namespace, half: bool) -> int:
+def _optimizer_bytes(args: argparse.Namespace) -> int:
     """Return bytes per parameter: Adam's two moments, and the fp32 weights of half-precision training."""
-    if args.optimizer == "sgd":
-        return 4 * half + 4
-    if not args.use_precision_aware_optimizer:
-        return 4 * half + 8
-    kinds: list[torch.dtype] = [args.exp_avg_dtype, args.exp_avg_sq_dtype]
-    if half:
-        kinds.append(args.main_params_dtype)
-    return sum(kind.itemsize for kind in kinds)
+    return 12 if args.bf16 or args.fp16 else 8
 
 
 def _activations(args: argparse.Namespace, stages: list[Stage], index: int, experts_per_token: float) -> float:

@@ -53,10 +53,10 @@ def plan_steps(phases: dict[str, float]) -> list[tuple[str, str]]:
 
 
 class Collectives:
-    """The calls of torch.distributed, by kind and group, with the bytes that a rank handles."""
+    """The calls of torch.distributed, by kind and group: how many "times", and the "bytes" that a rank handles."""
 
     def __init__(self) -> None:
-        self.calls: dict[tuple[str, str, int, bool], list[int]] = {}  # kind, group, its size, within a node → bytes
+        self.calls: dict[tuple[str, str], dict[str, Any]] = {}  # by kind and group
         self.is_counting = False
 
     def watch(self, gpus_per_node: int) -> None:
@@ -65,14 +65,6 @@ class Collectives:
             watched = self._watched(getattr(torch.distributed, name), name, gpus_per_node)
             setattr(torch.distributed, name, watched)
             setattr(torch.distributed.distributed_c10d, name, watched)
-
-    def list_calls(self) -> list[dict[str, Any]]:
-        """Return the calls by kind and group: their number, "times", and their bytes in all."""
-        names = ("kind", "group", "ranks", "within_node")
-        return [
-            dict(zip(names, call, strict=True)) | {"times": len(sizes), "bytes": sum(sizes)}
-            for call, sizes in self.calls.items()
-        ]
 
     def _watched(self, real: Callable[..., Any], kind: str, gpus_per_node: int) -> Callable[..., Any]:
         position, keyword = COLLECTIVES[kind]
@@ -87,7 +79,9 @@ class Collectives:
                 ranks = torch.distributed.get_process_group_ranks(group)
                 within = len({rank // gpus_per_node for rank in ranks}) == 1
                 name = group.group_desc.removesuffix("_GROUP").lower().replace("_", " ")
-                self.calls.setdefault((kind, name, len(ranks), within), []).append(tensor.nbytes)
+                new = {"kind": kind, "group": name, "ranks": len(ranks), "within_node": within, "times": 0, "bytes": 0}
+                call = self.calls.setdefault((kind, name), new)
+                call["times"], call["bytes"] = call["times"] + 1, call["bytes"] + tensor.nbytes
             return real(*arguments, **options)
 
         return watched
@@ -149,7 +143,6 @@ class Rehearsal:
         self.options, self.collectives = options, collectives
         self.pairs, self.engine = Pairs(0.0), Calls()
         self.record: dict[str, Any] = {"stages": {}, "model": {}}
-        self.model: list[torch.nn.Module] = []
         self.phases: dict[str, float] = {}
         self.plan: list[tuple[str, str]] = []
         self.steps = 0
@@ -167,19 +160,17 @@ class Rehearsal:
         args.train_iters = len(self.plan)
         self.engine.watch()
         self.pairs.install()
-        model_cfg.post_wrap_hooks.append(self._keep)
         train_step = training.train_step
 
-        def step(*arguments: Any, **options: Any) -> Any:
+        def step(function: Any, data: Any, model: list[torch.nn.Module], *arguments: Any, **options: Any) -> Any:
             phase, purpose = self.plan[self.steps]
             self.steps += 1
-            return self._step(phase, purpose, lambda: train_step(*arguments, **options))
+            result = self._step(phase, purpose, lambda: train_step(function, data, model, *arguments, **options))
+            self.record["model"] = describe_model(model, args, self.phases)
+            write_json(Path(self.options["record"]), self.record)
+            return result
 
         training.train_step = step
-
-    def _keep(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        self.model = chunks
-        return chunks
 
     def _step(self, phase: str, purpose: str, run: Any) -> Any:
         from megatron.training import get_args
@@ -195,11 +186,8 @@ class Rehearsal:
                 "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
                 "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
             }
-        if not self.record["model"]:
-            self.record["model"] = describe_model(self.model, args, self.phases)
         line = f"rehearsal: rank {self.options['rank']}, step {self.steps} of {len(self.plan)} ({phase}, {purpose}): "
         print(f"{line}{time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
-        write_json(Path(self.options["record"]), self.record)
         return result
 
     def _count_events(self, run: Any) -> Any:
@@ -209,7 +197,7 @@ class Rehearsal:
             result = run()
         self.collectives.is_counting = False
         self.record |= {"launches": launches() - before, "calls": frames["calls"], "host_syncs": dict(waits)}
-        self.record["collectives"] = self.collectives.list_calls()
+        self.record["collectives"] = [*self.collectives.calls.values()]
         return result
 
     def _count_work(self, run: Any) -> Any:

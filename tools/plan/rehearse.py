@@ -74,10 +74,8 @@ def check_can_rehearse(flags: Sequence[str]) -> None:
 def choose_ranks(flags: Sequence[str], world: int) -> dict[int, str]:
     """Return the ranks to simulate, the first of the first, a middle and the last pipeline stage, and their kinds."""
     stages = whole(parse(flags), "--pipeline-model-parallel-size", 1)
-    if stages < 2 or world % stages:
-        return {0: "each rank"}
-    named = {0: "first pipeline stage", stages // 2: "a middle pipeline stage", stages - 1: "last pipeline stage"}
-    return {stage * (world // stages): title for stage, title in sorted(named.items())}
+    chosen = sorted({0, stages // 2, stages - 1})
+    return {stage * world // stages: f"pipeline stage {stage + 1} of {stages}" for stage in chosen}
 
 
 def simulate(rank: int, options: argparse.Namespace, flags: Sequence[str], folder: Path) -> dict[str, Any]:

@@ -141,6 +141,3 @@ def estimate_collectives(args: argparse.Namespace, stages: list[Stage], gpus_per
             yield from call("all_to_all_single", ep, expert_ranks, 4 * with_experts, sent * ep / (ep - 1))
         pairs = args.moe_router_topk * hidden * expert_tp / (tp if args.sequence_parallel else 1)
         yield from call("all_gather_into_tensor", expert_tp, expert_tp, 4 * with_experts, 4 * with_experts * pairs)
-    chunks = args.virtual_pipeline_model_parallel_size or 1
-    passed = 4 * micro_batches * chunks * (pp - 1) / pp  # sent and received, forward and backward
-    yield from call("isend", pp, args.world_size, passed, passed * hidden / (tp if args.sequence_parallel else 1))

@@ -12,23 +12,14 @@ from .layout import RecipeError
 TRITON = ["--moe-kernels", "triton", "--cross-entropy-loss-fusion", "--ddp-average-in-collective"]
 GPU_FLAGS = ["--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
 PLAIN_PYTORCH = ["--transformer-impl", "local", "--no-persist-layer-norm", "--no-masked-softmax-fusion"]
-ENGINE, APEX = ("transformer_engine.pytorch",), ("torch", "fused_weight_gradient_mlp_cuda")
 _WITHOUT_CONNECTIONS = {"--use-torch-fsdp2", "--use-megatron-fsdp", "--overlap-moe-expert-parallel-comm"}
 _WITHOUT_SEGMENTS = {"--use-nccl-ub", "--use-persistent-ckpt-worker"}
 
 
-def kernel_flags(kernels: str, interpreter: str) -> list[str]:
-    """Return the flags that KERNELS stands for.
-
-    Raises:
-        RecipeError: it is neither empty nor triton, or a package is missing.
-    """
+def kernel_flags(kernels: str) -> list[str]:
+    """Return the flags that KERNELS stands for; raise RecipeError if it is neither empty nor triton."""
     if kernels not in ("", "triton"):
         raise RecipeError(f"KERNELS={kernels}: choose triton, or leave it unset")
-    if kernels and importlib.util.find_spec("fla") is None:
-        raise RecipeError(
-            f"KERNELS=triton needs flash-linear-attention's kernels: {interpreter} -m pip install fla-core"
-        )
     return TRITON if kernels else []
 
 
@@ -50,11 +41,11 @@ def run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, errors="replace")
 
 
-def find_problem(interpreter: str, modules: Sequence[str]) -> str | None:
-    """Return why `modules` cannot be imported; None if they can. A separate process tries it, which may crash."""
-    if importlib.util.find_spec(modules[-1].partition(".")[0]) is None:
+def find_problem(interpreter: str) -> str | None:
+    """Return why Transformer Engine cannot be imported; None if it can. A separate process tries it: it may crash."""
+    if importlib.util.find_spec("transformer_engine") is None:
         return "not installed"
-    result = run([interpreter, "-c", f"import {', '.join(modules)}"])
+    result = run([interpreter, "-c", "import transformer_engine.pytorch"])
     return (result.stderr.splitlines() or ["crashed"])[-1] if result.returncode else None
 
 
@@ -69,7 +60,7 @@ def gpu_flags(has_experts: bool, kernels: str, flags: Sequence[str], interpreter
     """
     problem: str | None = "not asked for"
     if interpreter and last_value(flags, "--transformer-impl") != "local":
-        problem = find_problem(interpreter, ENGINE)
+        problem = find_problem(interpreter)
     if problem is None:
         engine, chosen = "Transformer Engine", ["--transformer-impl", "transformer_engine"]
         if has_experts:
@@ -81,7 +72,7 @@ def gpu_flags(has_experts: bool, kernels: str, flags: Sequence[str], interpreter
             chosen.append("--no-rope-fusion")
     # Without apex, PyTorch's product has to add weight gradients, in Megatron's output layer at least, and no GPU has
     # run that yet.
-    if not kernels and (not interpreter or find_problem(interpreter, APEX) is not None):
+    if not kernels and (not interpreter or importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None):
         chosen.append("--no-gradient-accumulation-fusion")
     return [*GPU_FLAGS, *chosen], engine
 

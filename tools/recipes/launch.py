@@ -88,7 +88,7 @@ def plan(
     parts = data.choose_split([] if "--split" in parse(extra) else data_path)
     tokenizer = data.find_vocabulary(environment, extra, planned)
     interpreter, kernels = environment.get("PYTHON") or default_interpreter(), environment.get("KERNELS", "")
-    fast = hardware.kernel_flags(kernels, interpreter)
+    fast = hardware.kernel_flags(kernels)
     layout = Layout.read(numbers["gpus_per_node"], environment)
 
     depth = _depth_flags(model, routing, layout, environment.get("MODEL") or "gpt", extra)
