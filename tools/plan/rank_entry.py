@@ -25,10 +25,9 @@ from megatron.remoe import pretrain
 
 from ..console.files import write_json
 from . import fake_ranks
-from .host_reads import Pairs
-from .roofline import Roofline
+from .fake_ranks import Pairs
+from .roofline import Calls, Roofline
 from .step_time import experts_by_phase
-from .transformer_engine import Calls
 
 GIB = 2**30
 # torch.distributed's functions: which argument's bytes each rank handles, by position or name.

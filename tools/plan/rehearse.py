@@ -45,32 +45,6 @@ def rehearsal_flags(flags: Sequence[str], steps: int) -> list[str]:
     return [*kept, *run.split()]
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the command's own flags, with "rates", and Megatron's, which follow "--"."""
-    parser = plan_parser("rehearse", __doc__)
-    add = parser.add_argument
-    text = "rehearse only this phase of ReMoE's training (default: all, in order; launches and times are the last's)"
-    add("--stage", choices=TITLES, help=text)
-    add("--json", type=Path, metavar="FILE", help="write all figures to FILE")
-    options, flags = parse_plan(parser, arguments)
-    options.iterations = whole(parse(flags), "--train-iters")
-    return options, flags
-
-
-def check_can_rehearse(flags: Sequence[str]) -> None:
-    """Refuse runs that a rehearsal cannot simulate.
-
-    Raises:
-        ToolError: a flag asks for a dispatcher whose sizes come from the GPU.
-    """
-    dispatcher = last_value(flags, "--moe-token-dispatcher-type") or "allgather"
-    if last_value(flags, "--num-experts") and dispatcher == "allgather":
-        raise ToolError(
-            "--moe-token-dispatcher-type allgather, Megatron's default, cannot be rehearsed: its sizes come from the "
-            "GPU. Give --moe-token-dispatcher-type alltoall."
-        )
-
-
 def choose_ranks(flags: Sequence[str], world: int) -> dict[int, str]:
     """Return the ranks to simulate, the first of the first, a middle and the last pipeline stage, and their kinds."""
     stages = whole(parse(flags), "--pipeline-model-parallel-size", 1)
@@ -113,7 +87,12 @@ def _last_error(lines: list[str], code: int) -> str:
 
 def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
     """Simulate the ranks one after another and print the figures; return 1 if the run does not start."""
-    check_can_rehearse(flags)
+    dispatcher = last_value(flags, "--moe-token-dispatcher-type") or "allgather"
+    if last_value(flags, "--num-experts") and dispatcher == "allgather":
+        raise ToolError(
+            "--moe-token-dispatcher-type allgather, Megatron's default, cannot be rehearsed: its sizes come from the "
+            "GPU. Give --moe-token-dispatcher-type alltoall."
+        )
     no_op_cuda.build_libraries()
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -132,5 +111,10 @@ def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """Return the exit code: 0, 1 if the run does not start or cannot be rehearsed, 130 after an interruption."""
-    options, flags = parse_arguments(arguments)
+    parser = plan_parser("rehearse", __doc__)
+    text = "rehearse only this phase of ReMoE's training (default: all, in order; launches and times are the last's)"
+    parser.add_argument("--stage", choices=TITLES, help=text)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    options, flags = parse_plan(parser, arguments)
+    options.iterations = whole(parse(flags), "--train-iters")
     return run_tool("rehearse", lambda: rehearse(options, flags))

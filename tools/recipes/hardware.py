@@ -24,16 +24,12 @@ def kernel_flags(kernels: str) -> list[str]:
 
 
 def check_gpus(wanted: int, interpreter: str) -> None:
-    """Check that PyTorch sees the GPUs that are wanted; without them each process would train on the CPU.
-
-    Raises:
-        RecipeError: it sees fewer.
-    """
+    """Raise RecipeError if PyTorch sees fewer GPUs than are wanted: each process would train on the CPU."""
     printed = run([interpreter, "-c", "import torch; print(torch.cuda.device_count())"]).stdout.split()
     present = int(printed[-1]) if printed else 0
     if present < wanted:
-        remedy = (f"Ask for at most {present}, or add" if present else "Add") + " --cpu after -- to use the CPU"
-        raise RecipeError(f"gpus_per_node is {wanted}, and {present} GPUs were found. {remedy}")
+        remedy = "Ask for fewer, or add --cpu after -- to use the CPU"
+        raise RecipeError(f"gpus_per_node is {wanted}, and PyTorch sees {present} GPUs. {remedy}")
 
 
 def run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
