@@ -65,28 +65,14 @@ def test_layout_is_megatrons() -> None:
     [
         ("8", [*TENSOR_PARALLEL, "5"], "is not divisible by total_model_size"),
         ("4", ["--expert-model-parallel-size", "8"], "--expert-model-parallel-size 8: 4 GPUs are not divisible"),
-        ("8", ["--num-experts", "1" + 20 * "0"], f"--num-experts: 1{20 * '0'} of a layer are too many"),
         ("8", ["--context-parallel-size", "2", *PLAIN], "--context-parallel-size 2 cannot be used with"),
         ("8", ["--micro-batch-size", "3"], "must be divisible by"),
         ("8", ["--train-iters", "0"], "--train-iters is missing"),
-        ("8", ["--moe-expert-capacity-factor", "1.0"], "cannot be used with --moe-relu-routing"),
     ],
 )
 def test_layouts_that_cannot_work(gpus: str, flags: list[str], message: str) -> None:
     output = cost("--gpus", gpus, "--", *MODEL, *EXPERTS, "--moe-relu-routing", *flags, code=2)
     assert message in output and output.count("\n") <= 4
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--gpus", "0"], "--gpus: '0'"),
-        (["--gpus", "1", "--gpu", "tpu"], "--gpu"),
-        (["--gpus", "1", "--paper", "7b", "dense"], "--paper 7b dense"),
-    ],
-)
-def test_wrong_flags(options: list[str], message: str) -> None:
-    assert message in cost(*options, "--", *MODEL, code=2)
 
 
 @pytest.mark.parametrize(("flag", "length"), [("--train-iters", "100"), ("--train-samples", "51200")])
@@ -103,12 +89,11 @@ def test_a_model_without_its_vocabulary_has_gpt2s() -> None:
 
 def test_a_slower_gpu_takes_longer_and_may_not_fit() -> None:
     flags = ["--", *MODEL, *EXPERTS, "--moe-relu-routing"]
-    output = cost("--gpus", "1", "--gpu", "rtx4090", *flags)
-    assert "DOES NOT FIT" not in output and "Plan: 1 x rtx4090" in output
-    assert "DOES NOT FIT" in cost("--gpus", "1", "--gpu", "RTX4090", *flags, "--micro-batch-size", "64")
+    assert "DOES NOT FIT" in cost("--gpus", "1", "--gpu", "A100", *flags, "--micro-batch-size", "256")
     least, most = step_milliseconds(cost("--gpus", "1", *flags))
-    assert least < most and least < step_milliseconds(output)[0]
-    assert step_milliseconds(cost("--gpus", "1", "--rate", "products=100", *flags))[0] > least
+    assert least < most
+    for slower in (["--gpu", "a100"], ["--rate", "products=100"]):
+        assert step_milliseconds(cost("--gpus", "1", *slower, *flags))[0] > least
 
 
 def test_an_uneven_pipeline_has_the_same_parameters() -> None:
