@@ -13,7 +13,6 @@ from megatron.remoe.layer.specs import (
     with_relu_routing,
 )
 from megatron.remoe.routing.config import ReMoEConfig, ReMoEMLAConfig
-from megatron.remoe.transformer.hybrid import local_hybrid_stack_spec
 from tests.layers import make_config
 from tools.plan import memory
 from tools.plan.parameters import Stage
@@ -40,26 +39,17 @@ def arguments(**changes: object) -> argparse.Namespace:
     return argparse.Namespace(**settings | changes)
 
 
-def kept_by_pytorch(args: argparse.Namespace, sublayers: str) -> tuple[float, float]:
-    """Return the bytes that a real layer keeps for backward, without parameters, and its active experts per token."""
-    experts = "E" in sublayers
+SIZES = """hidden_size ffn_hidden_size moe_ffn_hidden_size num_attention_heads num_query_groups qk_layernorm
+    moe_token_dispatcher_type moe_relu_activation_limit moe_shared_expert_intermediate_size moe_shared_expert_gate"""
+
+
+def kept_by_pytorch(args: argparse.Namespace) -> tuple[float, float]:
+    """Return the bytes that a real ReMoE layer keeps for backward, and its active experts per token."""
     latent = {name: getattr(args, name) for name in LATENT} if args.multi_latent_attention else {}
     config = make_config(
         ReMoEMLAConfig if latent else ReMoEConfig,
-        **({"qk_layernorm": args.qk_layernorm} | latent),
-        normalization="LayerNorm",
-        moe_shared_expert_intermediate_size=args.moe_shared_expert_intermediate_size if experts else None,
-        moe_shared_expert_gate=args.moe_shared_expert_gate,
-        hidden_size=args.hidden_size,
-        ffn_hidden_size=args.ffn_hidden_size,
-        moe_ffn_hidden_size=args.moe_ffn_hidden_size if experts else None,
-        num_attention_heads=args.num_attention_heads,
-        num_query_groups=args.num_query_groups,
-        num_moe_experts=args.num_experts if experts else None,
-        moe_relu_routing=experts,
-        moe_router_pre_softmax=not experts,  # Megatron requires it for k = 1
-        moe_token_dispatcher_type=args.moe_token_dispatcher_type,
-        moe_relu_activation_limit=args.moe_relu_activation_limit,
+        **{name: getattr(args, name) for name in SIZES.split()} | latent,
+        normalization="LayerNorm",  # keeps only its input
         moe_router_dtype=None,
         params_dtype=torch.float32,
         pipeline_dtype=torch.float32,
@@ -67,48 +57,38 @@ def kept_by_pytorch(args: argparse.Namespace, sublayers: str) -> tuple[float, fl
         attention_dropout=0.0,
         hidden_dropout=0.0,
     )
-    if len(sublayers) == 2:
-        spec = get_gpt_layer_local_spec(args.num_experts if experts else None, False, args.qk_layernorm, bool(latent))
-        spec = with_latent_attention(spec) if latent else spec
-        spec = with_norms_of_all_heads(spec) if args.qk_layernorm_all_heads else spec
-    else:
-        stack = local_hybrid_stack_spec(config, sublayers).submodules
-        spec = {"*": stack.attention_layer, "-": stack.mlp_layer, "E": stack.moe_layer}[sublayers]
-    # All of these layers use LayerNorm, which keeps only its input.
-    spec = with_relu_routing(spec) if experts else spec
+    spec = get_gpt_layer_local_spec(args.num_experts, False, args.qk_layernorm, bool(latent))
+    spec = with_latent_attention(spec) if latent else spec
+    spec = with_norms_of_all_heads(spec) if args.qk_layernorm_all_heads else spec
+    spec = with_relu_routing(spec)
     spec = with_fused_layers(spec) if args.local_layer_fusion else spec
     layer = spec.module(config, submodules=spec.submodules, layer_number=1).cuda()
     tokens = torch.randn(args.seq_length, args.micro_batch_size, args.hidden_size, requires_grad=True)
     future = None if args.local_layer_fusion else torch.ones(1, 1, args.seq_length, args.seq_length).triu(1).bool()
-    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if (place := tensor.untyped_storage().data_ptr()) not in own:
-            kept[place] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor), lambda tensor: tensor
+    ):
         output = layer(tokens.to(next(layer.parameters()).device), attention_mask=future)
     assert output is not None
-    pairs = float(layer.mlp.router.counts.active) if experts else 0.0
-    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    return total, pairs / (args.seq_length * args.micro_batch_size)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    total = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in parameters)
+    return total, float(layer.mlp.router.counts.active) / (args.seq_length * args.micro_batch_size)
 
 
 plain_layers = pytest.mark.skipif(
     torch.cuda.is_available(), reason="a GPU's fused kernels keep less than the formula for plain ones"
 )
 FUSED: dict[str, object] = {"local_layer_fusion": True}
-LAYERS = {
-    "Megatron's": ("*- *E * - E", {}),
-    "fused": ("*- *E * - E", FUSED),
-    "fused, allgather": ("*E", FUSED | {"moe_token_dispatcher_type": "allgather"}),
-    "norms": ("*E", FUSED | {"qk_layernorm": True}),
-    "norms of all heads": ("*E", FUSED | {"qk_layernorm": True, "qk_layernorm_all_heads": True}),
-    "latent": ("*E", FUSED | LATENT),
-    "latent queries": ("*E", FUSED | LATENT | {"q_lora_rank": 24, "v_head_dim": 18}),
-    "gated shared expert": ("*E", FUSED | {"moe_shared_expert_intermediate_size": 32, "moe_shared_expert_gate": True}),
+LAYERS: dict[str, dict[str, object]] = {
+    "Megatron's": {"local_layer_fusion": False},
+    "fused": {},
+    "allgather": {"moe_token_dispatcher_type": "allgather"},
+    "norms": {"qk_layernorm": True},
+    "norms of all heads": {"qk_layernorm": True, "qk_layernorm_all_heads": True},
+    "latent": LATENT,
+    "latent queries": LATENT | {"q_lora_rank": 24, "v_head_dim": 18},
+    "gated shared expert": {"moe_shared_expert_intermediate_size": 32, "moe_shared_expert_gate": True},
 }
 
 
@@ -116,20 +96,17 @@ LAYERS = {
 @pytest.mark.usefixtures("process_groups")
 @pytest.mark.parametrize("name", LAYERS)
 def test_activations_are_those_that_pytorch_keeps(name: str) -> None:
-    """The formula holds for GPTModel's layers, and for HybridModel's, which have only attention, an MLP or experts."""
-    kinds, changes = LAYERS[name]
+    changes = {"local_layer_fusion": True} | LAYERS[name]
     args = arguments(multi_latent_attention="kv_lora_rank" in changes, **changes)
-    for sublayers in kinds.split():
-        real, per_token = kept_by_pytorch(args, sublayers)
-        kept = memory.layer_activations(args, sublayers, per_token).kept
-        assert kept == pytest.approx(real, rel=0.04), sublayers
+    real, per_token = kept_by_pytorch(args)
+    assert memory.layer_activations(args, "*E", per_token).kept == pytest.approx(real, rel=0.04)
 
 
 @plain_layers
 @pytest.mark.usefixtures("process_groups")
 def test_activations_beyond_the_limit_are_not_kept() -> None:
     args = arguments(local_layer_fusion=True, moe_relu_activation_limit=1.0)
-    real, per_token = kept_by_pytorch(args, "*E")
+    real, per_token = kept_by_pytorch(args)
     assert per_token > 1.5
     layer = memory.layer_activations(args, "*E", per_token)
     assert layer.kept == pytest.approx(real, rel=0.03)

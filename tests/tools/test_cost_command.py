@@ -75,13 +75,6 @@ def test_layouts_that_cannot_work(gpus: str, flags: list[str], message: str) -> 
     assert message in output and output.count("\n") <= 4
 
 
-@pytest.mark.parametrize(("flag", "length"), [("--train-iters", "100"), ("--train-samples", "51200")])
-def test_number_of_checkpoints(flag: str, length: str) -> None:
-    words = [word for word in MODEL if word not in ("--train-iters", "100")] + [flag, length]
-    output = cost("--gpus", "1", "--", *words, "--save", "/nowhere", "--save-interval", "40")
-    assert figures(output, "Checkpoints")[0] == 3
-
-
 def test_a_model_without_its_vocabulary_has_gpt2s() -> None:
     words = MODEL[: MODEL.index("--tokenizer-type")]
     assert figures(cost("--gpus", "8", "--", *words), "total") == figures(cost("--gpus", "8", "--", *MODEL), "total")
