@@ -42,17 +42,3 @@ def test_expert_parallelism_over_nodes(gpus_per_node: str, leaves_node: bool) ->
     output = dry_run("978m_remoe", gpus_per_node, "60000", "16", **layout)
     assert ("WARNING: expert-parallel groups of 16 GPUs do not fit in nodes of 8" in output) == leaves_node
     assert re.search("at best [0-9.]+ hours", output)
-
-
-@pytest.mark.parametrize(
-    ("words", "layout", "facts"),
-    [
-        ("8 1 7", {}, "--micro-batch-size"),
-        ("5", {"PP": "5"}, "layers"),
-        ("8 1 1 64", {"EP": "8", "TP": "2"}, "--expert-model-parallel-size"),
-        ("8", {"TP": "8"}, "tensor"),
-        ("8", {"VPP": "2"}, "pipeline"),
-    ],
-)
-def test_layouts_that_megatron_refuses(words: str, layout: dict[str, str], facts: str) -> None:
-    assert facts in dry_run("182m_remoe", *words.split(), **layout, code=2)

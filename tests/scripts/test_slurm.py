@@ -111,7 +111,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 
 def test_time_limit_saves_queues_again_and_resumes(data: Path, tmp_path: Path) -> None:
-    """SIGTERM saves and requeues a job, and the job resumes. A finished or failed training is not requeued."""
+    """SIGTERM saves and requeues a job, and the job resumes. A finished training is not requeued."""
     small = [*SMALL, *"--moe-ffn-hidden-size 128 --split 90,10,0 --eval-iters 0".split()]
     environment = {"DATA_PATH": str(data), "OUTPUT_DIR": str(tmp_path / "run"), "PYTHON": sys.executable}
     environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
@@ -133,9 +133,7 @@ def test_time_limit_saves_queues_again_and_resumes(data: Path, tmp_path: Path) -
     status, output = job.run(*training, "--exit-interval", "1")
     assert status == 0, output[-6000:]
     assert list(records(output)) == [last + 1]
-    status, output = job.run(*training, "--no-such-flag")
-    assert status not in (0, 143) and "unrecognized arguments: --no-such-flag" in output
-    assert job.requeued == 1, "a training that has ended or failed is queued again"
+    assert job.requeued == 1, "a training that has ended is queued again"
 
 
 @pytest.mark.parametrize("image", ["", "registry.example.com#remoe:0.1.0"])

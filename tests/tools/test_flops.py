@@ -4,9 +4,8 @@ import pytest
 
 from megatron.training.training import num_floating_point_operations
 from tests.tools.test_cost import arguments
-from tests.tools.test_cost_command import cost, figures
 from tools.recipes.flops import flops_per_sequence, model_arguments
-from tools.recipes.models import PAPER, Routing, Training
+from tools.recipes.models import PAPER, Routing
 
 COUNTED = {
     "dense": {"num_experts": None},
@@ -53,14 +52,6 @@ def test_routers_without_weights() -> None:
 def test_flops_of_the_papers_table(size: str, gigaflops: int) -> None:
     dense = flops_per_sequence(model_arguments(PAPER[size], Routing("dense"), 50257))
     assert dense / 1e9 == pytest.approx(gigaflops, abs=0.5)
-
-
-def test_flops_of_a_recipe_are_those_of_its_command() -> None:
-    """`remoe cost` parses the flags of the recipe with Megatron."""
-    size, routing = PAPER["182m"], Routing("remoe", 8, 4)
-    counted = flops_per_sequence(model_arguments(size, routing, 50257))
-    command = [*size.layer_flags("remoe"), *size.flags(), *Training().flags(), *routing.flags(size.ffn)]
-    assert figures(cost("--gpus", "8", "--", *command), f"{counted / 1e9:,.0f}")
 
 
 def test_layers_that_are_not_counted_are_refused() -> None:

@@ -13,9 +13,7 @@ from .step_time import TITLES, conclude, experts_by_phase
 
 
 def _layout_lines(args: argparse.Namespace, options: argparse.Namespace) -> Iterator[str]:
-    names = ["tensor_model", "pipeline_model", "context", "data"]
-    if args.num_experts:
-        names.append("expert_model")
+    names = ("tensor_model", "pipeline_model", "context", "data", "expert_model")
     sizes = (f"{name.removesuffix('_model')} {getattr(args, f'{name}_parallel_size')}" for name in names)
     gpu = GPUS[options.gpu]
     yield f"Plan: {options.gpus} x {options.gpu} ({gpu.memory:g} GiB, {gpu.tflops:g} TFLOP/s dense bf16)"

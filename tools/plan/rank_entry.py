@@ -25,7 +25,6 @@ from megatron.remoe import pretrain
 
 from ..console.files import write_json
 from . import fake_ranks
-from .fake_ranks import Pairs
 from .roofline import Calls, Roofline
 from .step_time import experts_by_phase
 
@@ -140,7 +139,7 @@ class Rehearsal:
 
     def __init__(self, options: dict[str, Any], collectives: Collectives) -> None:
         self.options, self.collectives = options, collectives
-        self.pairs, self.engine = Pairs(0.0), Calls()
+        self.pairs, self.engine = fake_ranks.Pairs(0.0), Calls()
         self.record: dict[str, Any] = {"stages": {}, "model": {}}
         self.phases: dict[str, float] = {}
         self.plan: list[tuple[str, str]] = []

@@ -47,7 +47,7 @@ def rehearsal_flags(flags: Sequence[str], steps: int) -> list[str]:
 
 def choose_ranks(flags: Sequence[str], world: int) -> dict[int, str]:
     """Return the ranks to simulate, the first of the first, a middle and the last pipeline stage, and their kinds."""
-    stages = whole(parse(flags), "--pipeline-model-parallel-size", 1)
+    stages = max(1, whole(parse(flags), "--pipeline-model-parallel-size"))
     chosen = sorted({0, stages // 2, stages - 1})
     return {stage * world // stages: f"pipeline stage {stage + 1} of {stages}" for stage in chosen}
 
@@ -93,7 +93,6 @@ def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
             "--moe-token-dispatcher-type allgather, Megatron's default, cannot be rehearsed: its sizes come from the "
             "GPU. Give --moe-token-dispatcher-type alltoall."
         )
-    no_op_cuda.build_libraries()
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for rank, kind in choose_ranks(flags, options.gpus).items():

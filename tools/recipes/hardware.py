@@ -73,25 +73,19 @@ def gpu_flags(has_experts: bool, kernels: str, flags: Sequence[str], interpreter
     return [*GPU_FLAGS, *chosen], engine
 
 
-def precedes_blackwell(gpu: str | None) -> bool:
-    """Return whether the GPUs are of an earlier generation than Blackwell.
-
-    Args:
-        gpu: kind of GPU that a plan is for; None for those of this machine.
-    """
-    if gpu is None:
-        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        gpu = run(command).stdout if shutil.which(command[0]) else ""
-    return re.search(r"\bg?b\d", gpu.lower()) is None
-
-
 def gpu_settings(flags: Sequence[str], environment: Mapping[str, str], gpu: str | None) -> dict[str, str]:
-    """Return the environment variables of a training on GPUs; the user's own stay. `gpu`: see `precedes_blackwell`."""
-    chosen = {}
+    """Return the environment variables of a training on GPUs; the user's own stay.
+
+    `gpu` is the kind that a plan is for; None for those of this machine.
+    """
+    chosen, question = {}, ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    if gpu is None:
+        gpu = run(question).stdout if shutil.which(question[0]) else ""
+    precedes_blackwell = re.search(r"\bg?b\d", gpu.lower()) is None
     # Before Blackwell, Megatron refuses TP and CP without one connection. It refuses FSDP with it, and the overlap of
     # expert parallelism wants more.
     parallel = [last_value(flags, f"--{kind}-parallel-size") for kind in ("tensor-model", "context")]
-    if parallel != ["1", "1"] and not _WITHOUT_CONNECTIONS & set(flags) and precedes_blackwell(gpu):
+    if parallel != ["1", "1"] and not _WITHOUT_CONNECTIONS & set(flags) and precedes_blackwell:
         chosen["CUDA_DEVICE_MAX_CONNECTIONS"] = environment.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # The number of pairs changes every step, and segments of a fixed size would fragment. All versions of PyTorch read
     # this name. CUDA graphs, NCCL's buffers and checkpoint workers do not work with it without more settings.
