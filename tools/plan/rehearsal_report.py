@@ -11,11 +11,12 @@ MEMORY = {"peak_allocated_gib": "allocated at most", "peak_reserved_gib": "reser
 
 
 def summarize(records: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
-    """Return the figures of the rank that needs most memory; each rank's record is in "ranks"."""
+    """Return the memory of the rank that needs most, and the step of the slowest; each rank's record is in "ranks"."""
     fullest = max(records, key=lambda one: max((s["peak_allocated_gib"] for s in one["stages"].values()), default=0))
     figures = fullest | {"gpus": options.gpus, "gpu": options.gpu, "rates": options.rates, "ranks": records}
     figures |= {"starts": records[-1]["starts"], "error": records[-1]["error"]}
-    return figures | _model_time(fullest, options) if "roofline" in fullest else figures
+    times = [_model_time(record, options) for record in records if "roofline" in record]
+    return figures | max(times, key=lambda one: one["roofline"]["all"]["seconds"], default={})
 
 
 def _model_time(record: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def _model_time(record: dict[str, Any], options: argparse.Namespace) -> dict[str
     time = StepTime(products, total["seconds"] - products, waiting, links, network, record["model"]["bubble"])
     flops = record["model"]["step_flops"]
     least, most = (flops and flops / seconds / (GPUS[options.gpu].tflops * 1e12) for seconds in (time.least, time.most))
-    return {
+    return {name: record[name] for name in ("launches", "calls", "host_syncs")} | {
         "collectives": sorted(calls, key=lambda call: -call["seconds"]),
         "roofline": parts | {"all": total},
         "host_seconds": host,

@@ -78,7 +78,9 @@ def estimate_step(
     experts = args.moe_router_topk if args.num_experts else 0
     kept = [layer_activations(args, layer, experts) for layer in layers]
     kept_bytes = sum(layer.kept + layer.recomputed for layer in kept) / len(stages)
-    logits = args.padded_vocab_size * tokens_per_gpu(args) / args.tensor_model_parallel_size / len(stages)
+    logits = args.padded_vocab_size * tokens_per_gpu(args) / args.tensor_model_parallel_size
+    # The last stage has the output layer, and is the slowest; `parts` are the mean of all stages.
+    products += 6e-12 * micro_batches * args.hidden_size * logits * (1 - 1 / len(stages)) / rates["products"]
     gradients = sum(memory.stage_memory(args, stages, index, experts).gradients for index in range(len(stages)))
     moved = micro_batches * (overhead.passes * kept_bytes + overhead.logit * logits)
     traffic = (moved + overhead.gradient * gradients / len(stages)) / (rates["bandwidth"] * 1e12)
