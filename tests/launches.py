@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.console.places import ROOT
-from tools.recipes.data import MADE_UP
+from tools.recipes.data import PLACEHOLDER
 from tools.recipes.launch import plan
 from tools.recipes.layout import NAMES
 
@@ -49,6 +49,6 @@ class Launch:
 
 def planned(launch: Launch) -> tuple[dict[str, str], list[str]]:
     """Return the environment variables and the flags of a launch's training."""
-    environment = launch.environment({"DRY_RUN": "command", "DATA_PATH": MADE_UP})
+    environment = launch.environment({"DRY_RUN": "command", "DATA_PATH": PLACEHOLDER})
     training = plan(launch.size, launch.routing, [str(launch.gpus), "--", *launch.flags], environment)
     return training.settings, training.flags

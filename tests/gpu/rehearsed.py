@@ -28,7 +28,7 @@ def run_program(share: float, program: str) -> None:
     """Install stand-ins for ranks and for values read from the device, then run the program."""
     from megatron.remoe import pretrain
     from tools.plan import fake_ranks
-    from tools.plan.host_reads import Pairs
+    from tools.plan.fake_ranks import Pairs
 
     torch.backends.cudnn.enabled = False  # the one library without a stand-in
     torch.backends.cuda.enable_cudnn_sdp(False)

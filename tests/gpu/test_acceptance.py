@@ -18,8 +18,8 @@ from tests.gpu.report import Report
 from tests.gpu.runs import FUSED_FLAGS, Case, Machine, environment, profile, train_golden, train_launched
 from tests.layers import make_config, make_layer
 from tools.console.flags import last_value
+from tools.plan.fake_ranks import Pairs
 from tools.plan.gpus import GPUS
-from tools.plan.host_reads import Pairs
 
 pytestmark = pytest.mark.gpu
 TRITON = "triton"

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron.remoe.layer import counting
 from megatron.remoe.routing.controller import SparsityController
 from tests.layers import HIDDEN, make_config, make_layer
-from tools.plan.host_reads import Pairs
+from tools.plan.fake_ranks import Pairs
 
 WAITING = {
     "_local_scalar_dense",

@@ -62,11 +62,3 @@ def dry_run(script: str, *arguments: str, code: int = 0, **environment: str) -> 
 def value(words: list[str], flag: str) -> str:
     """Return the last value of a flag, which overrides earlier ones."""
     return words[len(words) - 1 - words[::-1].index(flag) + 1]
-
-
-def shards(folder: Path, names: list[str]) -> list[str]:
-    """Create empty data sets; return their prefixes, each after the weight 1.0 that the fork uses."""
-    folder.mkdir(exist_ok=True)
-    for name in names:
-        (folder / f"{name}_text_document.bin").touch()
-    return [word for name in names for word in ("1.0", f"{folder}/{name}_text_document")]

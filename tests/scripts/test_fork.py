@@ -1,10 +1,7 @@
-"""Test that docs/fork.md lists each flag that differs from the fork, and that the fork's command line works."""
+"""Test that docs/fork.md lists each flag that differs from the fork."""
 
 import json
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 from tests.scripts.launching import command
@@ -63,16 +60,3 @@ def test_the_page_has_every_flag() -> None:
         (pair,) = set(different.values())
         expected[flag, "all" if len(different) == len(ROUTINGS) else ", ".join(different)] = pair
     assert given == expected
-
-
-def test_takes_the_forks_command_line(tmp_path: Path) -> None:
-    """remoe cost accepts the fork's command line and names only the data, which do not exist here, as different."""
-    flags = [word for flag, values in of_the_fork()["182m_remoe"].items() for word in (flag, *shlex.split(values))]
-    tool = [sys.executable, str(REPOSITORY / "tools"), "cost", "--gpus", "8", "--paper", "182m", "remoe"]
-    result = subprocess.run([*tool, "--", *flags, "--data-path", "pile"], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert [line.split()[0] for line in result.stdout.splitlines() if "(paper: " in line or "(fork: " in line] == [
-        "--data-path"
-    ]
-    assert "--moe-router-pre-softmax" in result.stderr and "ignored" in result.stderr
-    assert not list(tmp_path.iterdir())

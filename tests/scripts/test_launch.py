@@ -1,7 +1,6 @@
 """Test the paper's launch scripts: what test_launch_commands.py does not record, and errors."""
 
 import os
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -10,28 +9,7 @@ import numpy as np
 import pytest
 
 from megatron.remoe.files.indexed import IndexedWriter, token_type
-from tests.scripts.launching import ROUTINGS, SIZES, command, launch, main, planned, shards, value
-
-
-def data_path(words: list[str]) -> list[str]:
-    return words[words.index("--data-path") + 1 : words.index("--split")]
-
-
-def test_data_folder(tmp_path: Path) -> None:
-    """Missing, extra and duplicate shards are named; unfinished files are ignored."""
-    folder = tmp_path / "dätä of mine"
-    names = [f"{number:02}" for number in range(30)]
-    some = shards(folder, [names[0], *names[5:]])
-    (folder / ".tmp-1a2b-01_text_document.bin").touch()
-    result = planned("182m_remoe", DATA_PATH="", DATA_DIR=str(folder))
-    assert data_path(shlex.split(result.stdout)) == some
-    assert "missing: 01 02 03 04; " in result.stderr and "shard 00 too" in result.stderr
-    shards(folder, names[1:])
-    result = planned("182m_remoe", DATA_PATH="", DATA_DIR=str(folder))
-    assert f"left out: {names[0]}_text_document\n" in result.stderr
-    shards(folder, ["pile_07"])
-    result = planned("182m_remoe", DATA_PATH="", DATA_DIR=str(folder))
-    assert result.returncode == 2 and "shard 07 twice" in result.stderr
+from tests.scripts.launching import ROUTINGS, SIZES, launch, main, planned, value
 
 
 @pytest.mark.parametrize(("documents", "split"), [(1000, "969,30,1"), (100, "98,1,1"), (5, "34,33,33")])
@@ -49,7 +27,7 @@ def test_few_documents_have_a_split_that_leaves_no_part_empty(documents: int, sp
 
 
 ENGINE, APEX = "transformer_engine/__init__.py", "fused_weight_gradient_mlp_cuda.py"
-BROKEN = "raise RuntimeError('curand shared object not found.\\nand more')"
+BROKEN = "raise RuntimeError('curand shared object not found.')"
 UNFUSED = "--no-gradient-accumulation-fusion"
 WITH_ENGINE = ["transformer_engine", "--moe-grouped-gemm"]
 
@@ -60,7 +38,6 @@ WITH_ENGINE = ["transformer_engine", "--moe-grouped-gemm"]
         ({APEX: ""}, [], "plain PyTorch (Transformer Engine: not installed)", ["local"]),
         ({ENGINE: ""}, [], "Transformer Engine", [*WITH_ENGINE, UNFUSED]),
         ({ENGINE: "print('hello')", APEX: ""}, [], "Transformer Engine", WITH_ENGINE),
-        ({ENGINE: "", APEX: "raise ImportError('libc10.so')"}, [], "Transformer Engine", [*WITH_ENGINE, UNFUSED]),
         ({ENGINE: BROKEN}, [], "RuntimeError: curand shared object not found.)", ["local", UNFUSED]),
         ({ENGINE: ""}, ["--transformer-impl", "local"], "not asked for", ["local", UNFUSED]),
     ],
@@ -82,35 +59,27 @@ def test_kernels(modules: dict[str, str], flags: list[str], layers: str, expecte
     assert ("--no-persist-layer-norm" in words) == (expected[0] == "local")
 
 
-def settings(words: list[str]) -> list[str]:
-    """Return the environment variables that a command sets."""
-    return words[1 : next(i for i, word in enumerate(words) if word.endswith("python"))] if words[0] == "env" else []
-
-
-ONE, GROWING = "CUDA_DEVICE_MAX_CONNECTIONS=1", "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
-
-
-@pytest.mark.parametrize(("capability", "expected"), [("9.0", "1"), ("10.0", ""), ("[N/A]", "1")])
-def test_starts_on_gpus_as_it_says(capability: str, expected: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "expected"), [("NVIDIA H100 80GB HBM3", "1"), ("NVIDIA GB200", "")])
+def test_starts_on_gpus_as_it_says(name: str, expected: str, tmp_path: Path) -> None:
     """The training gets the environment variables that command.sh sets; nvidia-smi and Python are stubs."""
     answers = {
-        "nvidia-smi": f'[[ $1 == -L ]] && printf "GPU %s: H100\\n" 0 1 || printf "%s\\n" "{capability}" "{capability}"',
-        "python": f'[[ $1 == -m ]] || exec {sys.executable} "$@"\n'
+        "nvidia-smi": f'printf "%s\\n" "{name}" "{name}"',
+        "python": f'[[ ${{2-}} == *device_count* ]] && echo 2 && exit\n[[ $1 == -m ]] || exec {sys.executable} "$@"\n'
         'echo "connections=${CUDA_DEVICE_MAX_CONNECTIONS-} memory=${PYTORCH_CUDA_ALLOC_CONF-}"',
     }
-    for name, lines in answers.items():
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{lines}\n")
-        (tmp_path / name).chmod(0o755)
-    for name in ("encoder.json", "vocab.bpe"):
-        (tmp_path / name).touch()
+    for program, lines in answers.items():
+        (tmp_path / program).write_text(f"#!/usr/bin/env bash\n{lines}\n")
+        (tmp_path / program).chmod(0o755)
+    for file in ("encoder.json", "vocab.bpe"):
+        (tmp_path / file).touch()
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "TP": "2"}
     environment |= {"DATA_DIR": str(tmp_path), "DATA_PATH": "pile", "OUTPUT_DIR": str(tmp_path / "run")}
     result = launch("182m_remoe", "2", **environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == f"connections={expected} memory=expandable_segments:True"
     assert result.stderr == "Layers: plain PyTorch (Transformer Engine: not installed)\n"
-    written = settings(shlex.split((tmp_path / "run" / "command.sh").read_text()))
-    assert written == ([ONE, GROWING] if expected else [GROWING])
+    written = "env CUDA_DEVICE_MAX_CONNECTIONS=1 PYTORCH_CUDA" if expected else "env PYTORCH_CUDA"
+    assert (tmp_path / "run" / "command.sh").read_text().startswith(written)
 
 
 @pytest.mark.parametrize(("rank", "written"), [("0", True), ("1", False)])
@@ -125,7 +94,6 @@ def test_the_first_node_writes_the_command(rank: str, written: bool, tmp_path: P
     assert (tmp_path / "train.log").exists() and (tmp_path / "command.sh").exists() == written
 
 
-TOO_LARGE = "18446744073709551617"  # 2^64 + 1
 TO_TRAIN, TWO = {"DRY_RUN": "0"}, {"NNODES": "2", "MASTER_ADDR": "first"}
 
 
@@ -135,22 +103,12 @@ TO_TRAIN, TWO = {"DRY_RUN": "0"}, {"NNODES": "2", "MASTER_ADDR": "first"}
         ("", TO_TRAIN | {"DATA_PATH": ""}, "set DATA_PATH"),
         ("", {"DATA_PATH": "", "DATA_DIR": "/nowhere"}, "DATA_DIR=/nowhere"),
         ("", TO_TRAIN | {"DATA_DIR": "/nowhere"}, "VOCAB_FILE: /nowhere/encoder.json"),
-        ("", TO_TRAIN | {"DATA_PATH": "my pile"}, "my.bin blanks"),
         ("two", {}, "gpus_per_node 'two'"),
-        (f"8 1 1 {TOO_LARGE}", {}, f"num_experts '{TOO_LARGE}'"),
-        ("8 1 1 1024 1024", {}, "num_experts granularity '1048576'"),
         ("8 1 1 8 1 p extra", {}, "extra"),
-        ("8 1 1 8 1 a/b", {}, "project_name 'a/b'"),
         ("8", {"NNODES": "2"}, "MASTER_ADDR"),
         ("8", TWO | {"RANK": "2"}, "RANK '2' NNODES=2"),
         ("8 -- --cpu --tokenizer-type NullTokenizer", TO_TRAIN | TWO | {"PYTHON": "true"}, "NODE_RANK NNODES=2"),
-        ("8 -- --cpu --tokenizer-type=NullTokenizer", TO_TRAIN | TWO | {"PYTHON": "true"}, "NODE_RANK NNODES=2"),
-        ("5", {"PP": "5"}, "PP=5 12 layers"),
-        ("8 1 1 64", {"EP": "8", "TP": "2"}, "EP=8 TP=2"),
-        ("2", {"EP": "3"}, "EP=3 8 experts"),
-        ("8", {"TP": "8"}, "TP=8 12 heads"),
-        ("8", {"VPP": "2"}, "VPP=2 PP"),
-        ("8", {"PP": "2", "VPP": "5"}, "PP=2 VPP=5 12 layers"),
+        ("8", {"PP": "2", "VPP": "5", "MODEL": "hybrid"}, "PP=2 VPP=5 12 layers"),
         ("8", {"MODEL": "mamba"}, "MODEL=mamba hybrid"),
         ("8 -- --num-layers 2", {"MODEL": "hybrid"}, "--num-layers --hybrid-layer-pattern"),
         ("8", {"KERNELS": "cuda"}, "KERNELS=cuda triton"),
@@ -162,28 +120,13 @@ def test_errors(words: str, environment: dict[str, str], facts: str) -> None:
     assert all(fact in result.stderr for fact in facts.split()), result.stderr
 
 
-def test_a_layout_is_left_to_megatron_if_flags_change_the_model() -> None:
-    assert command("182m_remoe", "16", "--", "--num-experts", "16", EP="16")
-
-
-@pytest.mark.parametrize(
-    ("gpus", "visible", "asked", "message"),
-    [
-        (0, {}, "1", "is 1, and 0 GPUs"),
-        (2, {}, "8", "is 8, and 2 GPUs"),
-        (2, {"CUDA_VISIBLE_DEVICES": "1"}, "2", "is 2, and 1 GPUs"),
-        (2, {"CUDA_VISIBLE_DEVICES": ""}, "1", "is 1, and 0 GPUs"),
-    ],
-)
-def test_too_few_gpus(gpus: int, visible: dict[str, str], asked: str, message: str, tmp_path: Path) -> None:
+def test_too_few_gpus(tmp_path: Path) -> None:
     """More processes than GPUs are refused; without GPUs each process would train on the CPU."""
-    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nseq -f 'GPU %g: H100' {gpus}\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    for name in ("encoder.json", "vocab.bpe"):
-        (tmp_path / name).touch()
-    environment = {"DATA_DIR": str(tmp_path), "DATA_PATH": "pile", "OUTPUT_DIR": str(tmp_path / "run")} | visible
-    result = planned("182m_remoe", asked, **TO_TRAIN, **environment, PATH=f"{tmp_path}:{os.environ['PATH']}")
-    assert result.returncode == 2 and message in result.stderr and "--cpu" in result.stderr
+    (tmp_path / "python").write_text("#!/bin/sh\necho 2\n")
+    (tmp_path / "python").chmod(0o755)
+    environment = {"PYTHON": str(tmp_path / "python"), "OUTPUT_DIR": str(tmp_path / "run")}
+    result = planned("182m_remoe", "8", "--", "--tokenizer-type", "NullTokenizer", **TO_TRAIN, **environment)
+    assert result.returncode == 2 and "sees 2 GPUs" in result.stderr and "--cpu" in result.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -195,11 +138,3 @@ def test_sizes_and_routings_are_named(words: str, code: int, capsys: pytest.Capt
     printed = capsys.readouterr()
     assert printed.out.startswith("usage: ") and bool(printed.err) == bool(code)
     assert all(name in printed.err for name in (*SIZES, *ROUTINGS)) or not code
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["8", "-h"]])
-def test_help_has_arguments_and_environment(arguments: list[str]) -> None:
-    result = launch("469m_moe", *arguments)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.startswith("usage: remoe train 469m moe [gpus_per_node] [train_iters]")
-    assert re.search(r"^  DATA_PATH .*^  REHEARSE_JSON +a file for .*\Z", result.stdout, re.MULTILINE | re.DOTALL)

@@ -27,7 +27,6 @@ def make_data(folder: Path) -> None:
         "prefixed pile": ["encoder.json", "vocab.bpe", "notes_document.bin", *(f"pile_{name}.bin" for name in shards)],
         "part": [f"{name}.bin" for name in shards[:3]],
         "one data": ["it's mine.bin", "a_document.bin", "a_document.idx"],
-        "twice": ["07_text_document.bin", "pile_07_text_document.bin"],
         ".": ["gpt2-vocab.json", "gpt2-merges.txt"],
     }
     for name, contents in files.items():

@@ -1,7 +1,6 @@
 """Test a launch script on the CPU: it trains, resumes, saves on a signal and returns the training's exit code."""
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripts.launching import SCRIPTS, alone, dry_run, launch
+from tests.scripts.launching import SCRIPTS, alone, launch
 from tests.trainings import REPOSITORY, SMALL, records
 
 FLAGS = [*SMALL, *"--split 90,10,0 --eval-iters 0 --save-interval 2".split()]
@@ -33,19 +32,8 @@ def test_trains_and_resumes_on_the_cpu(data: Path, tmp_path: Path) -> None:
         result = launch("182m_remoe", "1", "4", "2", "--", *FLAGS, *more, **environment)
         assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
         assert list(records(result.stdout)) == expected
-    assert {path.name for path in (folder / "run").iterdir()} == {
-        "checkpoints",
-        "command.sh",
-        "tensorboard",
-        "train.log",
-    }
-    # A dry run predicts the number and size of the checkpoints.
-    output = dry_run("182m_remoe", "1", "4", "2", "--", *FLAGS, **environment)
-    found = re.search(r"Checkpoints: (\d+) of (\S+) GB, (\S+) GB in all, one every 2 iterations", output)
-    assert found is not None, output
-    saved = list((folder / "run" / "checkpoints").glob("iter_*"))
-    size = sum(path.stat().st_size for path in saved[0].iterdir()) / 1e9
-    assert int(found[1]) == len(saved) == 2 and float(found[2]) == pytest.approx(size, rel=0.1, abs=0.05), size
+    files = {path.name for path in (folder / "run").iterdir()}
+    assert files == {"checkpoints", "command.sh", "tensorboard", "train.log"}
 
 
 RUN = """
@@ -106,9 +94,8 @@ def test_a_signal_before_torchrun_has_children_is_not_lost(
     assert ("Stopped" in output) == stopped
 
 
-@pytest.mark.parametrize("receivers", ["script", "all"])
-def test_sigterm_saves_a_checkpoint(receivers: str, data: Path, tmp_path: Path) -> None:
-    """A checkpoint is saved if SIGTERM reaches only the script (kill, docker stop) or every process (a scheduler)."""
+def test_sigterm_saves_a_checkpoint(data: Path, tmp_path: Path) -> None:
+    """A checkpoint is saved if SIGTERM reaches only the script (kill, docker stop); test_slurm.py signals all."""
     log, console = tmp_path / "run" / "train.log", tmp_path / "console"
     process = subprocess.Popen(
         ["bash", str(SCRIPTS / "train_llama_182m_remoe.sh"), "1", "100000", "2", "--", *FLAGS],
@@ -121,14 +108,7 @@ def test_sigterm_saves_a_checkpoint(receivers: str, data: Path, tmp_path: Path) 
     while not (log.exists() and "successfully saved checkpoint" in log.read_text()):
         assert process.poll() is None and time.monotonic() < deadline, log.read_text() if log.exists() else "no log"
         time.sleep(0.1)
-    targets = [process.pid]
-    if receivers == "all":
-        family = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-        parents = {int(pid): int(parent) for pid, parent in map(str.split, family.splitlines())}
-        for _ in range(5):  # generations: script, job, torchrun, training
-            targets += [pid for pid, parent in parents.items() if parent in targets and pid not in targets]
-    for pid in targets:
-        os.kill(pid, signal.SIGTERM)
+    process.terminate()
     process.wait(timeout=60)
     output = console.read_text()
     assert process.returncode == 143, output

@@ -111,7 +111,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 
 def test_time_limit_saves_queues_again_and_resumes(data: Path, tmp_path: Path) -> None:
-    """SIGTERM saves and requeues a job, and the job resumes. A finished or failed training is not requeued."""
+    """SIGTERM saves and requeues a job, and the job resumes. A finished training is not requeued."""
     small = [*SMALL, *"--moe-ffn-hidden-size 128 --split 90,10,0 --eval-iters 0".split()]
     environment = {"DATA_PATH": str(data), "OUTPUT_DIR": str(tmp_path / "run"), "PYTHON": sys.executable}
     environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
@@ -133,33 +133,21 @@ def test_time_limit_saves_queues_again_and_resumes(data: Path, tmp_path: Path) -
     status, output = job.run(*training, "--exit-interval", "1")
     assert status == 0, output[-6000:]
     assert list(records(output)) == [last + 1]
-    status, output = job.run(*training, "--no-such-flag")
-    assert status not in (0, 143) and "unrecognized arguments: --no-such-flag" in output
-    assert job.requeued == 1, "a training that has ended or failed is queued again"
+    assert job.requeued == 1, "a training that has ended is queued again"
 
 
-def test_script_gets_its_arguments_and_the_first_nodes_address(tmp_path: Path) -> None:
-    job = Job(tmp_path, DATA_DIR="/data/pile with spaces")
+@pytest.mark.parametrize("image", ["", "registry.example.com#remoe:0.1.0"])
+def test_script_gets_its_arguments_and_the_first_nodes_address(image: str, tmp_path: Path) -> None:
+    job = Job(tmp_path, DATA_DIR="/pile with spaces", CONTAINER_IMAGE=image, CONTAINER_MOUNTS="/data:/data")
     status, output = job.run(job.script('printf "<%s>" "$@"'), "8", "two words", "--", "--lr", "1e-3")
     assert (status, output) == (0, "<8><two words><--><--lr><1e-3>")
     options, environment = json.loads((job.commands / "srun.json").read_text())
-    assert environment["MASTER_ADDR"] == "node7" and environment["MASTER_PORT"] == "14321"
-    assert environment["DATA_DIR"] == "/data/pile with spaces"
-    assert "--export=ALL" in options and "--kill-on-bad-exit=1" in options
-    assert not [option for option in options if option.startswith("--container")] and "PYTHON" not in environment
-
-
-def test_container(tmp_path: Path) -> None:
-    more = "/data:/data,/shared:/runs"
-    job = Job(tmp_path, CONTAINER_IMAGE="registry.example.com#remoe:0.1.0", CONTAINER_MOUNTS=more)
-    assert job.run(job.script("exit 0"))[0] == 0
-    options, environment = json.loads((job.commands / "srun.json").read_text())
-    assert options[:-2][-3:] == [
-        "--container-image=registry.example.com#remoe:0.1.0",
-        f"--container-workdir={tmp_path}",
-        f"--container-mounts={tmp_path}:{tmp_path},{more}",
-    ]
-    assert environment["PYTHON"] == "python"
+    expected = {"MASTER_ADDR": "node7", "MASTER_PORT": "14321", "DATA_DIR": "/pile with spaces"}
+    assert expected.items() <= environment.items() and {"--export=ALL", "--kill-on-bad-exit=1"} <= set(options)
+    folder = [f"--container-workdir={tmp_path}", f"--container-mounts={tmp_path}:{tmp_path},/data:/data"]
+    container = [option for option in options if option.startswith("--container")]
+    assert container == ([f"--container-image={image}", *folder] if image else [])
+    assert environment.get("PYTHON") == ("python" if image else None)
 
 
 SAVES = "trap 'exit 143' TERM; touch ready; for _ in {1..300}; do sleep 0.1; done"
@@ -170,8 +158,6 @@ SAVES = "trap 'exit 143' TERM; touch ready; for _ in {1..300}; do sleep 0.1; don
     [
         (SAVES, "RUNNING", 143, 1),
         (SAVES, "CANCELLED", 143, 0),  # canceled by the user
-        (SAVES, "PENDING", 143, 0),  # requeued by Slurm
-        (SAVES.replace("143", "0"), "RUNNING", 0, 0),  # the training has just ended
         (SAVES.replace("143", "1"), "RUNNING", 1, 0),  # the training could not save
         (SAVES.replace("143", "3"), "COMPLETING", 3, 0),  # the training has failed
     ],

@@ -1,4 +1,4 @@
-"""Test remoe cost: activations against what PyTorch keeps, phases, exchanged bytes, and optimizer memory."""
+"""Test the memory estimate: activations against PyTorch's, phases, exchanged bytes, and the optimizer."""
 
 import argparse
 
@@ -13,11 +13,10 @@ from megatron.remoe.layer.specs import (
     with_relu_routing,
 )
 from megatron.remoe.routing.config import ReMoEConfig, ReMoEMLAConfig
-from megatron.remoe.transformer.hybrid import local_hybrid_stack_spec
 from tests.layers import make_config
-from tools.plan import activations, estimate, memory
+from tools.plan import memory
 from tools.plan.parameters import Stage
-from tools.plan.phases import experts_by_phase
+from tools.plan.step_time import experts_by_phase
 
 LATENT: dict[str, object] = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_head_dim": 12, "qk_pos_emb_head_dim": 6}
 LATENT |= {"v_head_dim": 10, "qk_layernorm": True, "rope_type": "rope"}
@@ -26,10 +25,10 @@ LATENT |= {"v_head_dim": 10, "qk_layernorm": True, "rope_type": "rope"}
 def arguments(**changes: object) -> argparse.Namespace:
     """Return the arguments that activations depend on, for a layer in fp32 on plain PyTorch."""
     off = """bf16 fp16 moe_permute_fusion moe_pad_expert_input_to_capacity sequence_parallel bias_swiglu_fusion
-        bias_gelu_fusion local_layer_fusion distribute_saved_activations multi_latent_attention qk_layernorm
-        qk_layernorm_all_heads moe_shared_expert_gate use_megatron_fsdp"""
+        bias_gelu_fusion local_layer_fusion multi_latent_attention qk_layernorm qk_layernorm_all_heads
+        moe_shared_expert_gate"""
     none = """hybrid_layer_pattern moe_shared_expert_intermediate_size recompute_granularity recompute_modules
-        recompute_method recompute_num_layers cuda_graph_impl mtp_num_layers"""
+        mtp_num_layers"""
     one = """tensor_model_parallel_size context_parallel_size expert_tensor_parallel_size expert_model_parallel_size
         moe_router_topk num_distributed_optimizer_instances"""
     settings: dict[str, object] = dict.fromkeys(off.split(), False) | dict.fromkeys(none.split())
@@ -40,26 +39,17 @@ def arguments(**changes: object) -> argparse.Namespace:
     return argparse.Namespace(**settings | changes)
 
 
-def kept_by_pytorch(args: argparse.Namespace, sublayers: str) -> tuple[float, float]:
-    """Return the bytes that a real layer keeps for backward, without parameters, and its active experts per token."""
-    experts = "E" in sublayers
+SIZES = """hidden_size ffn_hidden_size moe_ffn_hidden_size num_attention_heads num_query_groups qk_layernorm
+    moe_token_dispatcher_type moe_relu_activation_limit moe_shared_expert_intermediate_size moe_shared_expert_gate"""
+
+
+def kept_by_pytorch(args: argparse.Namespace) -> tuple[float, float]:
+    """Return the bytes that a real ReMoE layer keeps for backward, and its active experts per token."""
     latent = {name: getattr(args, name) for name in LATENT} if args.multi_latent_attention else {}
     config = make_config(
         ReMoEMLAConfig if latent else ReMoEConfig,
-        **({"qk_layernorm": args.qk_layernorm} | latent),
-        normalization="LayerNorm",
-        moe_shared_expert_intermediate_size=args.moe_shared_expert_intermediate_size if experts else None,
-        moe_shared_expert_gate=args.moe_shared_expert_gate,
-        hidden_size=args.hidden_size,
-        ffn_hidden_size=args.ffn_hidden_size,
-        moe_ffn_hidden_size=args.moe_ffn_hidden_size if experts else None,
-        num_attention_heads=args.num_attention_heads,
-        num_query_groups=args.num_query_groups,
-        num_moe_experts=args.num_experts if experts else None,
-        moe_relu_routing=experts,
-        moe_router_pre_softmax=not experts,  # Megatron requires it for k = 1
-        moe_token_dispatcher_type=args.moe_token_dispatcher_type,
-        moe_relu_activation_limit=args.moe_relu_activation_limit,
+        **{name: getattr(args, name) for name in SIZES.split()} | latent,
+        normalization="LayerNorm",  # keeps only its input
         moe_router_dtype=None,
         params_dtype=torch.float32,
         pipeline_dtype=torch.float32,
@@ -67,48 +57,37 @@ def kept_by_pytorch(args: argparse.Namespace, sublayers: str) -> tuple[float, fl
         attention_dropout=0.0,
         hidden_dropout=0.0,
     )
-    if len(sublayers) == 2:
-        spec = get_gpt_layer_local_spec(args.num_experts if experts else None, False, args.qk_layernorm, bool(latent))
-        spec = with_latent_attention(spec) if latent else spec
-        spec = with_norms_of_all_heads(spec) if args.qk_layernorm_all_heads else spec
-    else:
-        stack = local_hybrid_stack_spec(config, sublayers).submodules
-        spec = {"*": stack.attention_layer, "-": stack.mlp_layer, "E": stack.moe_layer}[sublayers]
-    # All of these layers use LayerNorm, which keeps only its input.
-    spec = with_relu_routing(spec) if experts else spec
+    spec = get_gpt_layer_local_spec(args.num_experts, False, args.qk_layernorm, bool(latent))
+    spec = with_latent_attention(spec) if latent else spec
+    spec = with_norms_of_all_heads(spec) if args.qk_layernorm_all_heads else spec
+    spec = with_relu_routing(spec)
     spec = with_fused_layers(spec) if args.local_layer_fusion else spec
     layer = spec.module(config, submodules=spec.submodules, layer_number=1).cuda()
     tokens = torch.randn(args.seq_length, args.micro_batch_size, args.hidden_size, requires_grad=True)
     future = None if args.local_layer_fusion else torch.ones(1, 1, args.seq_length, args.seq_length).triu(1).bool()
-    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if (place := tensor.untyped_storage().data_ptr()) not in own:
-            kept[place] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor), lambda tensor: tensor
+    ):
         output = layer(tokens.to(next(layer.parameters()).device), attention_mask=future)
     assert output is not None
-    pairs = float(layer.mlp.router.counts.active) if experts else 0.0
-    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    return total, pairs / (args.seq_length * args.micro_batch_size)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    total = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in parameters)
+    return total, float(layer.mlp.router.counts.active) / (args.seq_length * args.micro_batch_size)
 
 
 plain_layers = pytest.mark.skipif(
     torch.cuda.is_available(), reason="a GPU's fused kernels keep less than the formula for plain ones"
 )
 FUSED: dict[str, object] = {"local_layer_fusion": True}
-LAYERS = {
-    "Megatron's": ("*- *E * - E", {}),
-    "fused": ("*- *E * - E", FUSED),
-    "fused, allgather": ("*E", FUSED | {"moe_token_dispatcher_type": "allgather"}),
-    "norms": ("*E", FUSED | {"qk_layernorm": True}),
-    "norms of all heads": ("*E", FUSED | {"qk_layernorm": True, "qk_layernorm_all_heads": True}),
-    "latent": ("*E", FUSED | LATENT),
-    "latent queries": ("*E", FUSED | LATENT | {"q_lora_rank": 24, "v_head_dim": 18}),
-    "gated shared expert": ("*E", FUSED | {"moe_shared_expert_intermediate_size": 32, "moe_shared_expert_gate": True}),
+LAYERS: dict[str, dict[str, object]] = {
+    "Megatron's": {"local_layer_fusion": False},
+    "fused": {},
+    "allgather": {"moe_token_dispatcher_type": "allgather"},
+    "norms of all heads": {"qk_layernorm": True, "qk_layernorm_all_heads": True},
+    "latent": LATENT,
+    "latent queries": LATENT | {"q_lora_rank": 24, "v_head_dim": 18},
+    "gated shared expert": {"moe_shared_expert_intermediate_size": 32, "moe_shared_expert_gate": True},
 }
 
 
@@ -116,41 +95,34 @@ LAYERS = {
 @pytest.mark.usefixtures("process_groups")
 @pytest.mark.parametrize("name", LAYERS)
 def test_activations_are_those_that_pytorch_keeps(name: str) -> None:
-    """The formula holds for GPTModel's layers, and for HybridModel's, which have only attention, an MLP or experts."""
-    kinds, changes = LAYERS[name]
+    changes = {"local_layer_fusion": True} | LAYERS[name]
     args = arguments(multi_latent_attention="kv_lora_rank" in changes, **changes)
-    for sublayers in kinds.split():
-        real, per_token = kept_by_pytorch(args, sublayers)
-        kept = activations.layer_activations(args, sublayers, per_token).kept
-        assert kept == pytest.approx(real, rel=0.04), sublayers
+    real, per_token = kept_by_pytorch(args)
+    assert memory.layer_activations(args, "*E", per_token).kept == pytest.approx(real, rel=0.04)
 
 
 @plain_layers
 @pytest.mark.usefixtures("process_groups")
 def test_activations_beyond_the_limit_are_not_kept() -> None:
     args = arguments(local_layer_fusion=True, moe_relu_activation_limit=1.0)
-    real, per_token = kept_by_pytorch(args, "*E")
+    real, per_token = kept_by_pytorch(args)
     assert per_token > 1.5
-    layer = activations.layer_activations(args, "*E", per_token)
+    layer = memory.layer_activations(args, "*E", per_token)
     assert layer.kept == pytest.approx(real, rel=0.03)
-    at_target = activations.layer_activations(args, "*E", 1.0)
+    at_target = memory.layer_activations(args, "*E", 1.0)
     assert layer.kept + layer.recomputed == at_target.kept and at_target.recomputed == 0
 
 
 def test_recomputation() -> None:
-    args = arguments()
-    parts = activations.layer_parts(args, "*E", 2)
-    everything = activations.layer_activations(args, "*E", 2)
-    assert everything.kept == sum(parts.values()) and everything.recomputed == 0
-
-    moe = activations.layer_activations(
-        arguments(recompute_granularity="selective", recompute_modules=["moe"]), "*E", 2
-    )
-    assert moe.kept == sum(parts[name] for name in ("residual", "norms", "attention", "attention output", "scores"))
-    assert moe.kept + moe.recomputed == everything.kept
-
-    full = activations.layer_activations(arguments(recompute_granularity="full"), "*E", 2)
-    assert full.kept == args.hidden_size * args.seq_length * args.micro_batch_size * 4
+    parts = memory.layer_parts(arguments(), "*E", 2)
+    kept_with_moe = sum(parts[name] for name in ("residual", "norms", "attention", "attention output", "scores"))
+    for changes, kept in (
+        ({}, sum(parts.values())),
+        ({"recompute_granularity": "selective", "recompute_modules": ["moe"]}, kept_with_moe),
+        ({"recompute_granularity": "full"}, 64 * 32 * 3 * 4),  # the layer's input
+    ):
+        layer = memory.layer_activations(arguments(**changes), "*E", 2)
+        assert layer.kept == kept and layer.kept + layer.recomputed == sum(parts.values())
 
 
 @pytest.mark.parametrize(
@@ -194,27 +166,13 @@ def test_micro_batches_in_flight(
     assert [memory._micro_batches_in_flight(args, stage) for stage in range(4)] == pytest.approx(expected)
 
 
-def test_layers_whose_flops_are_not_counted() -> None:
-    args = arguments(hybrid_layer_pattern="M-")
-    text = "\n".join(estimate._compute_lines(args, 1, 1000, 0))
-    assert "1,000 per token" in text and "not known" in text and "M-" in text
-
-
 def test_optimizer_bytes() -> None:
-    common = {"optimizer": "adam", "accumulate_allreduce_grads_in_fp32": True, "world_size": 4}
+    """The distributed optimizer splits its state: shared weights over 4 GPUs, experts over 2."""
+    common = {"accumulate_allreduce_grads_in_fp32": True, "world_size": 4, "expert_model_parallel_size": 2}
     common |= {"pipeline_model_parallel_size": 1, "virtual_pipeline_model_parallel_size": None}
-    common |= {"padded_vocab_size": 128, "cross_entropy_loss_fusion": False, "expert_model_parallel_size": 2}
-    common |= {"use_precision_aware_optimizer": False}
+    common |= {"padded_vocab_size": 128, "cross_entropy_loss_fusion": False}
     stages = [Stage(shared=1000, experts=400, layers=("*E", "*E"))]
-    plain = memory.stage_memory(arguments(bf16=True, use_distributed_optimizer=False, **common), stages, 0, 1)
-    assert (plain.weights, plain.gradients, plain.optimizer) == (2 * 1400, 4 * 1400, 12 * 1400)
-    split = memory.stage_memory(arguments(bf16=True, use_distributed_optimizer=True, **common), stages, 0, 1)
-    assert split.optimizer == 12 * (1000 / 4 + 400 / 2)
-    for strategy, whole in (("no_shard", 3), ("optim", 2), ("optim_grads", 1), ("optim_grads_params", 0)):
-        common |= {"use_megatron_fsdp": True, "data_parallel_sharding_strategy": strategy}
-        found = memory.stage_memory(arguments(bf16=True, use_distributed_optimizer=True, **common), stages, 0, 1)
-        parts = [(1400 if number < whole else 1000 / 4 + 400 / 2) for number in range(3)]
-        assert (found.weights, found.gradients, found.optimizer) == (2 * parts[0], 4 * parts[1], 12 * parts[2])
-    common["use_megatron_fsdp"] = False
-    single = memory.stage_memory(arguments(use_distributed_optimizer=False, **common), stages, 0, 1)
-    assert (single.weights, single.optimizer) == (4 * 1400, 8 * 1400)
+    for bf16, is_split, expected in ((True, False, 12 * 1400), (True, True, 12 * 450), (False, False, 8 * 1400)):
+        given = arguments(bf16=bf16, use_distributed_optimizer=is_split, **common)
+        counted = memory.stage_memory(given, stages, 0, 1)
+        assert (counted.weights, counted.gradients, counted.optimizer) == ((4 - 2 * bf16) * 1400, 4 * 1400, expected)

@@ -124,8 +124,8 @@ def test_bad_values_of_a_comparison(words: str, fact: str, capsys: pytest.Captur
 def test_errors_of_the_scripts_stop_it_before_the_first_run(tmp_path: Path) -> None:
     _, errors = sweep("--output-dir", str(tmp_path), code=2, DATA_PATH="")
     assert errors.startswith("sweep: error: 182m_dense_ffn1_gpu") and "set DATA_PATH" in errors
-    _, errors = sweep("--output-dir", str(tmp_path), code=2, TP="8")
-    assert "TP=8 does not divide the 12 attention heads" in errors
+    _, errors = sweep("--output-dir", str(tmp_path), code=2, TP="x")
+    assert "TP is 'x'" in errors
 
 
 @pytest.mark.parametrize(("value", "is_on"), [("", False), ("0", False), ("1", True)])

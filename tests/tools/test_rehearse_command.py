@@ -1,32 +1,27 @@
 """Test a rehearsal's command line, what it simulates, and its report; nothing is simulated here."""
 
 import argparse
-import importlib.util
-from pathlib import Path
 
 import pytest
+import torch
 
 from tests.launches import PLAIN
 from tools.console.flags import last_value
-from tools.plan import fake_ranks, rehearsal_report, rehearse
+from tools.plan import rehearsal_report, rehearse
 from tools.plan.gpus import rates
 from tools.plan.rank_entry import plan_steps
 
 REMOE = "--num-experts 8 --moe-router-topk 1 --moe-relu-routing".split()
 
 
-def test_flags_of_a_rehearsal(tmp_path: Path) -> None:
+def test_flags_of_a_rehearsal() -> None:
     """Nothing is saved, and the rest stays. A vocabulary whose files are missing is made up."""
-    files = [tmp_path / "encoder.json", tmp_path / "vocab.bpe"]
     given = "--save runs/x --load runs/x --data-path 1.0 a 2.0 b --lr 1e-4 --train-iters 60000 --cpu --bf16".split()
-    given += f"--tokenizer-type GPT2BPETokenizer --vocab-file {files[0]} --merge-file {files[1]}".split()
+    given += "--tokenizer-type GPT2BPETokenizer --vocab-file no/encoder.json --merge-file no/vocab.bpe".split()
     kept = rehearse.rehearsal_flags(given, steps=6)
     assert not {"--save", "--load", "--data-path", "--cpu", "a", "2.0", "runs/x", "60000"} & set(kept)
     values = {"--lr": "1e-4", "--train-iters": "6", "--tokenizer-type": "NullTokenizer"}
     assert {"--bf16", "--mock-data"} <= set(kept) and {flag: last_value(kept, flag) for flag in values} == values
-    for file in files:
-        file.touch()
-    assert last_value(rehearse.rehearsal_flags(given, 1), "--tokenizer-type") == "GPT2BPETokenizer"
 
 
 def test_steps_and_ranks() -> None:
@@ -34,18 +29,15 @@ def test_steps_and_ranks() -> None:
     assert [phase for phase, purpose in steps if purpose == "memory"] == ["dense", "way", "steady"]
     assert len(steps) == rehearse.MOST_STEPS and steps[-1] == ("steady", "roofline")
     pipeline = ["--pipeline-model-parallel-size", "4"]
-    assert [*rehearse.choose_ranks(pipeline, 16, None)] == [0, 8, 12] and [*rehearse.choose_ranks([], 16, None)] == [0]
-    assert [*rehearse.choose_ranks(pipeline, 16, 15)] == [15]
+    assert [*rehearse.choose_ranks(pipeline, 16)] == [0, 8, 12] and [*rehearse.choose_ranks([], 16)] == [0]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--gpus", "9", "--", "--bf16"], "--gpus 9: give a multiple of --gpus-per-node 8"),
-        (["--rank", "8", "--", "--bf16"], "--rank 8: give a number below 8"),
-        (["--rate", "speed=1", "--", "--bf16"], "--rate speed=1"),
-        (["--rate", "products=0", "--", "--bf16"], "--rate products=0"),
-        (["--gpus-per-node", "-8", "--", "--bf16"], "--gpus-per-node"),
+        (["--rate", "speed=1", "--", "--bf16"], "--rate: 'speed=1'"),
+        (["--rate", "products=0", "--", "--bf16"], "--rate: '0'"),
         (["--gpu", "H100"], "after --"),
     ],
 )
@@ -59,7 +51,6 @@ def test_wrong_flags(arguments: list[str], message: str, capsys: pytest.CaptureF
     ("flags", "remedy"),
     [
         (REMOE, "--moe-token-dispatcher-type alltoall"),
-        ([*REMOE, "--moe-token-dispatcher-type=alltoall"], "--transformer-impl local"),
         (["--bf16", *PLAIN], "PyTorch built for CUDA"),
     ],
 )
@@ -67,29 +58,21 @@ def test_runs_that_cannot_be_rehearsed(
     flags: list[str], remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """If the rehearsal cannot simulate a training, it names a remedy and does not report that the training fails."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)  # as without Transformer Engine
-    monkeypatch.setattr(rehearse.no_op_cuda, "about_torch", lambda: {"cuda": None, "__version__": "2.15.0+cpu"})
+    monkeypatch.setattr(torch.version, "cuda", None)
     assert rehearse.main(["--", *flags]) == 1
     printed = capsys.readouterr()
     assert remedy in printed.err.replace("\n", " ") and "DOES NOT START" not in printed.out
 
 
-def test_no_rank_has_failed() -> None:
-    """PyTorch 2.11's watchdog looks in the store for a failed rank; if it found one, a rehearsal would not end."""
-    store = fake_ranks._StoreOfOne()
-    store.set("mine", b"1")
-    assert store.check(["mine"]) and not store.check(["mine", "exception_dump"])
-
-
 @pytest.mark.parametrize("flops", [1e13, None])
 def test_mfu_of_a_pipeline(flops: float | None) -> None:
     model = {"step_flops": flops, "bubble": 1.25, "forecast_gib": {"steady": 1.0}}
-    record = {"kind": "each rank", "rank": 0, "starts": True, "error": None, "guessed": [], "model": model}
+    record = {"kind": "stage 1", "rank": 0, "starts": True, "error": None, "model": model, "collectives": []}
     record["stages"] = {"steady": {"peak_allocated_gib": 1.0, "peak_reserved_gib": 1.0}}
     work = {"operations": 1, "bytes": 1e9, "flops": 1e12, "seconds": 0.1}
-    record |= {"roofline": {"products": work}, "calls": 0, "launches": 20_000, "parts": {}, "host_syncs": []}
+    record |= {"roofline": {"products": work}, "calls": 0, "launches": 20_000, "host_syncs": {}}
     options = argparse.Namespace(gpus=8, gpu="h100", rates=rates("h100") | {"launch": 10.0}, iterations=0)
     figures = rehearsal_report.summarize([record], options)
     text = "\n".join(rehearsal_report.write_lines(figures, options))
-    assert figures["roofline"]["mfu"] == (flops and pytest.approx(flops / (1.25 * 0.2) / 989e12, rel=1e-2))
-    assert "1.25 times" in text and "125 to 250 ms" in text and ("MFU not known" in text) is (flops is None)
+    assert figures["mfu"] == (flops and pytest.approx(flops / (1.25 * 0.2) / 989e12, rel=1e-2))
+    assert "1.25 times" in text and "125 to 250 ms" in text and ("MFU" in text) is (flops is not None)

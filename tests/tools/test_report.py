@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, ConsoleMessage, sync_playwright
 from tests.tiny_model import RELU
 from tests.trainings import REPOSITORY, TINY, finish, run
 from tools.models.evaluate.command import main as evaluate
-from tools.recipes.stages import Flops
+from tools.recipes.flops import Flops
 from tools.report.command import main
 from tools.report.figures import panels
 from tools.report.overlay import FEW

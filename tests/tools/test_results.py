@@ -7,7 +7,7 @@ import pytest
 
 from tests.tools.sweeping import final, line, write_run
 from tools.experiments.results import Result, read_result
-from tools.recipes import stages
+from tools.recipes import flops as stages
 from tools.runs.figure_reader import read_figures
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tools.recipes.stages import Flops, training_flops
-from tools.recipes.stages import stages as stages_of
+from tools.recipes.flops import Flops, training_flops
+from tools.recipes.flops import stages as stages_of
 from tools.report.command import main
 from tools.report.figures import panels
 from tools.report.page import page as page_of

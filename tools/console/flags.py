@@ -57,11 +57,6 @@ def without(words: Iterable[str], left_out: Callable[[str], bool]) -> list[str]:
     return kept
 
 
-def asks_for_gpt2(words: Sequence[str]) -> bool:
-    """Return whether the tokenizer is GPT-2's, the default. Training builds it as a HuggingFaceTokenizer."""
-    return last_value(words, "--tokenizer-type") in (None, "GPT2BPETokenizer")
-
-
 def for_a_plan(words: Sequence[str]) -> list[str]:
     """Return the words with the last batch size of --step-batch-size-schedule for all steps.
 
@@ -71,7 +66,8 @@ def for_a_plan(words: Sequence[str]) -> list[str]:
         words = [*without(words, SCHEDULE.__eq__), "--global-batch-size", schedule.rpartition(":")[2]]
     files = [last_value(words, flag) for flag in ("--vocab-file", "--merge-file")]
     is_there = all(file is not None and os.path.isfile(file) for file in files)
-    return [*words] if is_there or not asks_for_gpt2(words) else [*words, *OF_GPT2S_SIZE]
+    needs_files = last_value(words, "--tokenizer-type") in (None, "GPT2BPETokenizer")
+    return [*words, *OF_GPT2S_SIZE] if needs_files and not is_there else [*words]
 
 
 def number_of_cores() -> int:

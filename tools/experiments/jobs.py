@@ -15,6 +15,7 @@ from megatron.remoe.files.files import write_text
 from ..console.files import fingerprint, make_empty, write_json
 from ..console.flags import Settings, parse
 from ..console.places import ROOT, entry, is_clone, short
+from ..recipes.data import find_data
 from ..recipes.hardware import GPU_FLAGS, PLAIN_PYTORCH, TRITON
 from ..recipes.launch import plan
 from ..recipes.layout import NAMES, RecipeError
@@ -142,6 +143,7 @@ def make_job(run: Run, grid: Grid, folder: str = "", title: str = "") -> Job:
         if grid.sbatch_flags is not None:  # the layout is checked where the job starts
             given = {name: value for name, value in given.items() if name not in LAYOUT}
         try:
+            find_data(given, planned=False)
             flags = plan(run.size, run.routing, arguments, given, ask_for_packages=False).flags
         except RecipeError as error:
             raise RecipeError(f"{run.name}: {error}") from error

@@ -11,7 +11,7 @@ import numpy as np
 from megatron.remoe.files.files import write_text
 
 from ..console.errors import ToolError
-from ..recipes.stages import training_flops
+from ..recipes.flops import training_flops
 from ..runs.figure_reader import read_figures
 from ..runs.run_figures import RunFigures
 from .run import Run, run_from_fields

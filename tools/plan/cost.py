@@ -12,22 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ..console.flags import asks_for_gpt2, for_a_plan
-from ..recipes.layout import MOST_EXPERTS
-from ..recipes.models import PAPER, ROUTINGS
-from . import paper
-from .arguments import parse_plan, plan_parser
-
-
-def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the command's own flags, with "rates", and Megatron's, which follow "--"."""
-    parser = plan_parser("cost", __doc__)
-    text = "list differences from the paper's run, e.g. 182m remoe"
-    parser.add_argument("--paper", nargs=2, metavar=("SIZE", "ROUTING"), help=text)
-    options, flags = parse_plan(parser, arguments)
-    if options.paper and (options.paper[0] not in PAPER or options.paper[1] not in ROUTINGS):
-        parser.error(f"--paper {' '.join(options.paper)}: give one of {', '.join(PAPER)} and of {', '.join(ROUTINGS)}")
-    return options, flags
+from ..console.flags import for_a_plan
+from .gpus import parse_plan, plan_parser
 
 
 def check_sizes(args: argparse.Namespace, layers: str) -> None:
@@ -42,8 +28,6 @@ def check_sizes(args: argparse.Namespace, layers: str) -> None:
     """
     if not (args.train_iters or args.train_samples):
         raise ValueError("--train-iters is missing. Give it or --train-samples.")
-    if (args.num_experts or 0) > MOST_EXPERTS:
-        raise ValueError(f"--num-experts: {args.num_experts} of a layer are too many. Give at most {MOST_EXPERTS}.")
     if args.context_parallel_size > 1 and layers == "local":
         raise ValueError(
             f"--context-parallel-size {args.context_parallel_size} cannot be used with --transformer-impl local. "
@@ -59,7 +43,7 @@ def check_sizes(args: argparse.Namespace, layers: str) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the estimate; return the exit code."""
-    options, flags = parse_arguments(arguments)
+    options, flags = parse_plan(plan_parser("cost", __doc__), arguments)
     # This process stands for the first of all.
     os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(options.gpus)})
     logging.disable(logging.INFO)
@@ -79,9 +63,6 @@ def main(arguments: Sequence[str]) -> int:
     with contextlib.redirect_stdout(io.StringIO()), usage_errors():
         args = parse_args(cpu.add_cpu_argument, {"tokenizer_type": "GPT2BPETokenizer"})
         args.tensorboard_dir, args.wandb_project = None, ""  # the globals below would create or contact them
-        given = paper.read_settings(args)
-        if asks_for_gpt2(flags):
-            given["tokenizer_type"] = "GPT2BPETokenizer"
         if not args.cpu:
             fp4 = ("fp4", "fp4_param_gather")  # Megatron refuses these without Transformer Engine
             planned = {name: getattr(args, name) for name in (*cpu.CPU_VALUES, *fp4) if hasattr(args, name)}
@@ -95,9 +76,6 @@ def main(arguments: Sequence[str]) -> int:
         stages, whole = parameters.count_stages(args), parameters.count_whole_model(args)
         # Settings that were switched off to build the model here count as on the GPUs.
         args = argparse.Namespace(**vars(args) | planned)
-        text = [*estimate.write_layout(args, options)]
-        if options.paper:
-            text += ["", *paper.write_differences(given, *options.paper)]
-        text += [*estimate.write_lines(args, options, stages, *whole)]
-    print("\n".join(text))
+        text = "\n".join(estimate.write_lines(args, options, stages, *whole))
+    print(text)
     return 0

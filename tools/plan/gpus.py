@@ -1,6 +1,10 @@
-"""Kinds of GPUs by the figures of their data sheets, and the rates of the time model."""
+"""Define kinds of GPUs by their data sheets, the rates of the time model, and the flags for both."""
 
+import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from ..console.flags import above_zero, split, tool_parser, whole_number
 
 
 @dataclass(frozen=True)
@@ -27,16 +31,12 @@ class Gpu:
 
 
 GPUS = {
-    "a100-40": Gpu(312, 40, "NVIDIA A100-SXM4-40GB", "8.0", 108, 1.555, 300),
     "a100": Gpu(312, 80, "NVIDIA A100-SXM4-80GB", "8.0", 108, 2.04, 300),
-    "a40": Gpu(149.7, 48, "NVIDIA A40", "8.6", 84, 0.696, 32),
-    "l40s": Gpu(362, 48, "NVIDIA L40S", "8.9", 142, 0.864, 32),
-    "rtx4090": Gpu(165.2, 24, "NVIDIA GeForce RTX 4090", "8.9", 128, 1.008, 32),
-    "h100-pcie": Gpu(756, 80, "NVIDIA H100 PCIe", "9.0", 114, 2.0, 64),
     "h100": Gpu(989, 80, "NVIDIA H100 80GB HBM3", "9.0", 132, 3.35, 450),
     "h200": Gpu(989, 141, "NVIDIA H200", "9.0", 132, 4.8, 450),
     "b200": Gpu(2250, 180, "NVIDIA B200", "10.0", 148, 8.0, 900),
 }
+GPUS_PER_NODE = 8
 CONTEXT = 0.6  # GiB that the driver's context takes of a GPU
 # Shares of the data sheet's figures, until --rate gives measured rates. Bandwidth: copies on H100 and H200 with PyTorch
 # 2.11 reach 3.0 and 4.3 TB/s. Grouped: Transformer Engine's product of 8 experts, 509 to 650 TFLOP/s on H100
@@ -66,3 +66,37 @@ def rates(name: str) -> dict[str, float]:
     figures |= {"network": NETWORK, "smallest": SMALLEST, "latency": LATENCY, "network_latency": NETWORK_LATENCY}
     figures |= {"frame": HOST * FRAME, "launch": HOST * LAUNCH + DRIVER}
     return {kind: round(rate, 3) for kind, rate in figures.items()}
+
+
+def read_rate(text: str) -> tuple[str, float]:
+    """Convert NAME=VALUE; an argparse type."""
+    name, _, value = text.partition("=")
+    if name not in rates("h100"):
+        raise argparse.ArgumentTypeError(f"{text!r}: choose a name from {', '.join(rates('h100'))}")
+    return name, above_zero(value)
+
+
+def plan_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of the command `remoe NAME`, with the flags of machine and rates."""
+    parser = tool_parser(name, description)
+    add = parser.add_argument
+    add("--gpus", type=whole_number(1), default=8, metavar="N", help="of the whole run (default: 8)")
+    add("--gpus-per-node", type=whole_number(1), metavar="N", help=f"default: {GPUS_PER_NODE}, or all if fewer")
+    add("--gpu", type=str.lower, choices=GPUS, default="h100", help="kind of GPU (default: h100)")
+    text = "for the model of time: products, grouped, attention (TFLOP/s), bandwidth (TB/s), link, network (GB/s), "
+    text += "smallest, latency, network_latency, frame, launch (microseconds)"
+    add("--rate", type=read_rate, action="append", default=[], metavar="NAME=VALUE", help=text)
+    return parser
+
+
+def parse_plan(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return a command's own flags, with "rates", and Megatron's, which follow "--"."""
+    given, flags = split(arguments)
+    options = parser.parse_args(given)
+    options.gpus_per_node = options.gpus_per_node or min(GPUS_PER_NODE, options.gpus)
+    if options.gpus % options.gpus_per_node:
+        parser.error(f"--gpus {options.gpus}: give a multiple of --gpus-per-node {options.gpus_per_node}")
+    if not flags:
+        parser.error("give Megatron's flags after --")
+    options.rates = rates(options.gpu) | dict(options.rate)
+    return options, flags

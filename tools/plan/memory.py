@@ -1,18 +1,160 @@
-"""Estimate the memory of one GPU: weights, gradients, optimizer and activations of a pipeline stage."""
+"""Estimate the memory of one GPU: weights, gradients, optimizer and activations of a pipeline stage.
+
+T is the number of a micro-batch's tokens on one GPU; context parallelism divides it. Sequence parallelism divides it
+once more, by the tensor parallel size. Each term of a layer's activations is a tensor that its autograd graph saves.
+Tests compare the sum with PyTorch's.
+"""
 
 import argparse
-from itertools import batched
 from typing import NamedTuple
-
-import torch
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-from .activations import LayerActivations, element_size, layer_activations, recomputed_modules, tokens_per_gpu
 from .parameters import Stage
 
-SHARDING = ("no_shard", "optim", "optim_grads", "optim_grads_params")  # each splits one thing more
 NOT_COUNTED = "the CUDA context, NCCL's buffers, temporary tensors and fragmentation, together some GiB"
+RECOMPUTED_PARTS = {  # name in --recompute-modules: parts of `layer_parts` that it drops
+    "core_attn": ("scores",),
+    "layernorm": ("norms",),
+    "mlp": ("mlp",),
+    "moe": ("router", "expert inputs", "expert hidden", "expert activations", "shared experts"),
+    "moe_act": ("expert activations",),
+    "shared_experts": ("shared experts",),
+}
+
+
+class LayerActivations(NamedTuple):
+    """Bytes that a layer keeps of one micro-batch.
+
+    Attributes:
+        kept: until the layer's backward pass.
+        recomputed: additional ones during the layer's backward pass; one layer at a time.
+    """
+
+    kept: float
+    recomputed: float
+
+
+def tokens_per_gpu(args: argparse.Namespace) -> float:
+    """Return T (see the top of the file)."""
+    return args.micro_batch_size * args.seq_length / args.context_parallel_size
+
+
+def element_size(args: argparse.Namespace) -> int:
+    """Return the bytes of an activation's element."""
+    return 2 if args.bf16 or args.fp16 else 4
+
+
+def recomputed_modules(args: argparse.Namespace) -> list[str]:
+    """Return --recompute-modules if recomputation is selective, else nothing."""
+    return args.recompute_modules or [] if args.recompute_granularity == "selective" else []
+
+
+def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: float) -> dict[str, float]:
+    """Return bytes by part of the layer, with nothing recomputed.
+
+    Args:
+        args: Megatron's validated arguments.
+        sublayers: the layer as --hybrid-layer-pattern writes it: * attention, - MLP, E experts.
+        experts_per_token: active experts of a token.
+    """
+    size, tp = element_size(args), args.tensor_model_parallel_size
+    tokens = tokens_per_gpu(args)
+    split = tokens / tp if args.sequence_parallel else tokens
+    hidden = args.hidden_size
+    query = args.kv_channels * args.num_attention_heads
+    key_value = 2 * args.kv_channels * args.num_query_groups
+    local = args.transformer_impl == "local"
+    fused = local and args.local_layer_fusion
+
+    parts = dict.fromkeys(("residual", "norms"), len(sublayers) * hidden * split * size)  # before each sublayer
+    if "*" in sublayers and args.multi_latent_attention:
+        parts |= _latent_attention(args, tokens / tp * size, split * size)
+    elif "*" in sublayers:
+        parts["attention"] = (query + key_value) * tokens * size / tp
+        parts["attention output"] = query * tokens * size / tp
+        parts["scores"] = args.num_attention_heads * tokens * 4 / tp  # the log-sum-exp of flash attention
+        if fused:  # the queries are copied; keys and values are views
+            parts["attention"] += query * tokens * size / tp
+        elif local:  # keys and values are repeated to all heads; the softmax's output is kept
+            parts["attention"] = 3 * query * tokens * size / tp
+            parts["scores"] = args.num_attention_heads * tokens * args.seq_length * size / tp
+        if args.qk_layernorm:  # the queries before it, and keys that are no view; of all heads, both in fp32 and normed
+            normed = (query + key_value / 2) * (4 / size + 1) if args.qk_layernorm_all_heads else query
+            parts["attention"] += (normed + key_value / 2) * tokens * size / tp
+    if "-" in sublayers:
+        parts["mlp"] = _mlp(args, args.ffn_hidden_size) * tokens * size / tp
+    if "E" not in sublayers:
+        return parts
+
+    pairs = experts_per_token * split
+    # Grouped experts recompute all that follows the first product, and pick tokens by their numbers if they can.
+    gathers = args.expert_model_parallel_size == args.expert_tensor_parallel_size == 1
+    gathers = gathers and fused and args.swiglu and args.moe_token_dispatcher_type == "alltoall"
+    gathers = gathers and not (args.moe_permute_fusion or args.moe_pad_expert_input_to_capacity)
+    hidden_tensors, activations = (2, 0) if fused and args.swiglu else _mlp_tensors(args, gated=True)
+    parts["router"] = args.num_experts * split * (4 + 4 + 1)  # logits and gates in fp32, map
+    parts["expert inputs"] = 0.0 if gathers else hidden * pairs * args.expert_tensor_parallel_size * size
+    parts["expert hidden"] = hidden_tensors * args.moe_ffn_hidden_size * pairs * size
+    parts["expert activations"] = activations * args.moe_ffn_hidden_size * pairs * size
+    if args.moe_shared_expert_intermediate_size:
+        parts["shared experts"] = _mlp(args, args.moe_shared_expert_intermediate_size) * tokens * size / tp
+        if args.moe_shared_expert_gate:
+            parts["shared experts"] += hidden * split * size
+    return parts
+
+
+def _latent_attention(args: argparse.Namespace, bytes_per_head: float, bytes_per_token: float) -> dict[str, float]:
+    """Return bytes by part.
+
+    Args:
+        args: Megatron's validated arguments.
+        bytes_per_head: for one element of each head's tensors on this rank.
+        bytes_per_token: for one element of the latents on this rank.
+    """
+    heads, key, value = args.num_attention_heads, args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
+    latents = 2 * (args.kv_lora_rank + (args.q_lora_rank or 0)) + args.qk_pos_emb_head_dim  # before and after norms
+    # Plain PyTorch layers pad values to the size of keys, and keep the padded output too.
+    padded = key if args.transformer_impl == "local" and value < key else 0
+    return {
+        "attention": heads * (2 * key + (padded or value)) * bytes_per_head + latents * bytes_per_token,
+        "attention output": heads * (value + padded) * bytes_per_head,
+        "scores": heads * 4 * bytes_per_head / element_size(args),
+    }
+
+
+def _mlp_tensors(args: argparse.Namespace, gated: bool = False) -> tuple[int, int]:
+    """Return the numbers of saved tensors of shape [tokens, ffn] before the activation, and from it on.
+
+    Fused kernels recompute the steps in backward. Unfused, SwiGLU keeps silu(x), the linear half and the product;
+    experts also keep the product with the gate.
+    """
+    before = 2 if args.swiglu else 1
+    if args.bias_swiglu_fusion if args.swiglu else args.bias_gelu_fusion:
+        return before, 1
+    unfused = 3 if args.swiglu else 1
+    return before, unfused + 1 if gated else unfused
+
+
+def _mlp(args: argparse.Namespace, size: int) -> int:
+    return sum(_mlp_tensors(args)) * size
+
+
+def layer_activations(args: argparse.Namespace, sublayers: str, experts_per_token: float) -> LayerActivations:
+    """Return the bytes of a layer with the arguments' recomputation; see `layer_parts`."""
+    bounded = "E" in sublayers and args.moe_relu_routing
+    limit = args.moe_relu_activation_limit * args.moe_router_topk if bounded else 0.0
+    in_chunks = 0.0 < limit < experts_per_token
+    parts = layer_parts(args, sublayers, limit if in_chunks else experts_per_token)
+    everything = sum(parts.values())
+    if args.recompute_granularity == "full":
+        inputs = parts["residual"] / len(sublayers)
+        return LayerActivations(inputs, everything - inputs)
+    dropped = {part for module in recomputed_modules(args) for part in RECOMPUTED_PARTS.get(module, ())}
+    if in_chunks:
+        dropped |= {"expert inputs", "expert hidden", "expert activations"}
+    recomputed = sum(size for part, size in parts.items() if part in dropped)
+    return LayerActivations(everything - recomputed, recomputed)
 
 
 class Memory(NamedTuple):
@@ -30,26 +172,22 @@ def stage_memory(args: argparse.Namespace, stages: list[Stage], index: int, expe
     `experts_per_token` are the active ones in each MoE layer.
     """
     stage, parameters = stages[index], stages[index].shared + stages[index].experts
-    half = args.bf16 or args.fp16
-    gradient = 4 if args.accumulate_allreduce_grads_in_fp32 or not half else 2
+    gradient = 4 if args.accumulate_allreduce_grads_in_fp32 else element_size(args)
     per_stage = args.world_size // args.pipeline_model_parallel_size // args.num_distributed_optimizer_instances
     shared_copies = per_stage // args.tensor_model_parallel_size  # context parallel ranks share the optimizer too
     expert_copies = per_stage // (args.expert_tensor_parallel_size * args.expert_model_parallel_size)
-    split = SHARDING.index(args.data_parallel_sharding_strategy) if args.use_megatron_fsdp else 1
-    if not args.use_distributed_optimizer:
-        split = 0
     part = stage.shared / shared_copies + stage.experts / expert_copies
     return Memory(
-        weights=element_size(args) * (part if split > 2 else parameters),
-        gradients=gradient * (part if split > 1 else parameters),
-        optimizer=_optimizer_bytes(args, half) * (part if split else parameters),
+        weights=element_size(args) * parameters,
+        gradients=gradient * parameters,
+        optimizer=_optimizer_bytes(args) * (part if args.use_distributed_optimizer else parameters),
         activations=_activations(args, stages, index, experts_per_token),
     )
 
 
 def checkpoint_bytes(args: argparse.Namespace, parameters: int) -> float:
     """Return the bytes of one checkpoint on disk: weights and optimizer state of a model of so many parameters."""
-    optimizer = 0 if args.no_save_optim else _optimizer_bytes(args, args.bf16 or args.fp16)
+    optimizer = 0 if args.no_save_optim else _optimizer_bytes(args)
     return (element_size(args) + optimizer) * parameters
 
 
@@ -68,22 +206,15 @@ def exchanged_bytes(args: argparse.Namespace, stages: list[Stage], experts_per_t
     return (6 if recomputed else 4) * vectors * args.hidden_size * element_size(args)
 
 
-def _optimizer_bytes(args: argparse.Namespace, half: bool) -> int:
+def _optimizer_bytes(args: argparse.Namespace) -> int:
     """Return bytes per parameter: Adam's two moments, and the fp32 weights of half-precision training."""
-    if args.optimizer == "sgd":
-        return 4 * half + 4
-    if not args.use_precision_aware_optimizer:
-        return 4 * half + 8
-    kinds: list[torch.dtype] = [args.exp_avg_dtype, args.exp_avg_sq_dtype]
-    if half:
-        kinds.append(args.main_params_dtype)
-    return sum(kind.itemsize for kind in kinds)
+    return 12 if args.bf16 or args.fp16 else 8
 
 
 def _activations(args: argparse.Namespace, stages: list[Stage], index: int, experts_per_token: float) -> float:
     layers = [layer_activations(args, sublayers, experts_per_token) for sublayers in stages[index].layers]
-    kept, working = _with_recomputation(args, layers)
-    total = kept * _micro_batches_in_flight(args, index) + working
+    total = sum(layer.kept for layer in layers) * _micro_batches_in_flight(args, index)
+    total += max((layer.recomputed for layer in layers), default=0.0)
     if index == len(stages) - 1:
         tokens, tensor_parallel = tokens_per_gpu(args), args.tensor_model_parallel_size
         split = tokens / tensor_parallel if args.sequence_parallel else tokens
@@ -95,19 +226,6 @@ def _activations(args: argparse.Namespace, stages: list[Stage], index: int, expe
         of_logit = softmax * (1 + predictions) + size * (softmax > size)
         total += of_logit * args.padded_vocab_size * tokens / tensor_parallel
     return total
-
-
-def _with_recomputation(args: argparse.Namespace, layers: list[LayerActivations]) -> tuple[float, float]:
-    """Return the bytes kept of one micro-batch, and those that exist while one part is recomputed."""
-    if not layers:
-        return 0.0, 0.0
-    if args.recompute_granularity != "full":
-        return sum(layer.kept for layer in layers), max(layer.recomputed for layer in layers)
-    number = args.recompute_num_layers or 1
-    everything = [layer.kept + layer.recomputed for layer in layers]
-    if args.recompute_method == "block":
-        return sum(layer.kept for layer in layers[:number]) + sum(everything[number:]), max(everything)
-    return sum(layer.kept for layer in layers[::number]), max(map(sum, batched(everything, number)))
 
 
 def _micro_batches_in_flight(args: argparse.Namespace, index: int) -> float:

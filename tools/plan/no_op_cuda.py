@@ -1,17 +1,15 @@
 """Build the no-op CUDA from `cuda/`, when it is first needed; see cuda/stub.h."""
 
 import hashlib
-import importlib.util
 import os
 import re
-import runpy
 import shutil
 import subprocess
-import sys
 import sysconfig
 import tempfile
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from ..console.errors import ToolError
 from .gpus import CONTEXT, GPUS
@@ -55,29 +53,20 @@ ANSWERS = {
 TRITON = Path(sysconfig.get_paths()["purelib"]) / "triton" / "backends" / "nvidia" / "driver.c"
 
 
-def about_torch() -> dict[str, Any]:
-    """Return the names in PyTorch's version.py, its path as "__file__". Importing PyTorch would take two seconds."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(name="torch")
-    return runpy.run_path(str(Path(spec.origin).with_name("version.py")))
-
-
 def build_libraries() -> list[Path]:
     """Return the libraries to preload; build them if there are none of these sources and this torch.
 
     Raises:
         ToolError: torch is not built for CUDA, or headers or a compiler are missing; the message says what to install.
     """
-    torch = about_torch()
-    if torch["cuda"] is None:
+    if torch.version.cuda is None:
         raise ToolError(
             "A rehearsal needs PyTorch built for CUDA, as PyPI has it for Linux, and here is "
-            f"{torch['__version__']}, for CPUs only. Install it in another environment (pip install torch), and set "
+            f"{torch.__version__}, for CPUs only. Install it in another environment (pip install torch), and set "
             "PYTHON=/path/to/python."
         )
     sources = [*sorted(FOLDER.iterdir()), Path(__file__), *[TRITON] * TRITON.exists()]
-    digest = hashlib.sha256(torch["__version__"].encode() + b"".join(path.read_bytes() for path in sources))
+    digest = hashlib.sha256(torch.__version__.encode() + b"".join(path.read_bytes() for path in sources))
     folder = cache_folder() / f"rehearsal-{digest.hexdigest()[:16]}"
     if not (folder / NAME).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -124,20 +113,18 @@ def cache_folder() -> Path:
 
 
 def _compile(sources: list[Path], output: Path) -> None:
-    command = [*_compiler(), "-std=c++17", "-O1", "-w", "-fPIC", "-shared", f"-Wl,-soname,{output.name}"]
+    command = [_compiler(), "-std=c++17", "-O1", "-w", "-fPIC", "-shared", f"-Wl,-soname,{output.name}"]
     command += [f"-I{path}" for path in _include_folders()]
     result = subprocess.run([*command, *map(str, sources), "-o", str(output), "-ldl"], capture_output=True, text=True)
     if result.returncode:
         raise ToolError(f"The no-op CUDA cannot be built:\n{result.stderr[-3000:]}")
 
 
-def _compiler() -> list[str]:
+def _compiler() -> str:
     for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++"):
         if name and (compiler := shutil.which(name)):
-            return [compiler]
-    if importlib.util.find_spec("ziglang") is not None:
-        return [sys.executable, "-m", "ziglang", "c++"]
-    raise ToolError("A rehearsal needs a C++ compiler: install g++, or with pip the package ziglang.")
+            return compiler
+    raise ToolError("A rehearsal needs a C++ compiler: install g++.")
 
 
 def _include_folders() -> list[Path]:
@@ -145,17 +132,16 @@ def _include_folders() -> list[Path]:
     nvidia = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
     folders = sorted({path.parent for path in nvidia.glob("*/include/*.h")})
     needed = {"crt/host_defines.h": "nvidia-cuda-crt", "nv/target": "nvidia-cuda-cccl"}
-    version = ".".join(about_torch()["cuda"].split(".")[:2])
     missing = [name for file, name in needed.items() if not any((path / file).exists() for path in folders)]
     if missing:
-        words = " ".join(f"'{name}=={version}.*'" for name in missing)
+        words = " ".join(f"'{name}=={torch.version.cuda}.*'" for name in missing)
         raise ToolError(f"A rehearsal needs CUDA's headers: pip install {words}.")
     return folders
 
 
 def _unanswered() -> str:
     """Return C++ for every symbol that PyTorch and Triton need and that no source here defines."""
-    major, minor = map(int, about_torch()["cuda"].split(".")[:2])
+    major, minor = map(int, str(torch.version.cuda).split(".")[:2])
     bodies = dict.fromkeys(_imported() - REAL, "() { return 0; }")
     bodies |= {name: body for body, names in ANSWERS.items() for name in names.split()}
     answered = {name for path in SOURCES for name in re.findall(r"^ANSWER\(.+?\)\s*(\w+)\(", path.read_text(), re.M)}
@@ -169,7 +155,7 @@ def _unanswered() -> str:
 def _imported() -> set[str]:
     """Return the symbols of CUDA's family that PyTorch's libraries and Triton need from other libraries."""
     names = set(re.findall(r"\bcu[A-Z]\w*(?=\()", TRITON.read_text())) if TRITON.exists() else set()
-    for path in sorted((Path(about_torch()["__file__"]).parent / "lib").glob("*.so")):
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("*.so")):
         command = ["nm", "-D", "--undefined-only", "--without-symbol-versions", str(path)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:

@@ -5,10 +5,18 @@ step's figures to the file OPTIONS["record"].
 """
 
 import argparse
+import collections
+import ctypes
+import functools
 import json
+import os
 import sys
 import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -16,13 +24,21 @@ import torch
 from megatron.remoe import pretrain
 
 from ..console.files import write_json
-from . import counters, fake_ranks
-from .host_reads import Pairs
-from .phases import experts_by_phase
-from .roofline import Roofline
-from .transformer_engine import Calls
+from . import fake_ranks
+from .roofline import Calls, Roofline
+from .step_time import experts_by_phase
 
 GIB = 2**30
+# torch.distributed's functions: which argument's bytes each rank handles, by position or name.
+COLLECTIVES = {
+    "all_reduce": (0, "tensor"),
+    "broadcast": (0, "tensor"),
+    "all_gather_into_tensor": (0, "output_tensor"),
+    "reduce_scatter_tensor": (1, "input"),
+    "all_to_all_single": (1, "input"),
+    "isend": (0, "tensor"),
+    "irecv": (0, "tensor"),
+}
 
 
 def plan_steps(phases: dict[str, float]) -> list[tuple[str, str]]:
@@ -34,15 +50,97 @@ def plan_steps(phases: dict[str, float]) -> list[tuple[str, str]]:
     return [(first, "start"), *((phase, "memory") for phase in phases), (last, "events"), (last, "roofline")]
 
 
+class Collectives:
+    """The calls of torch.distributed, by kind and group: how many "times", and the "bytes" that a rank handles."""
+
+    def __init__(self) -> None:
+        self.calls: dict[tuple[str, str], dict[str, Any]] = {}  # by kind and group
+        self.is_counting = False
+
+    def watch(self, gpus_per_node: int) -> None:
+        """Start counting. Call it before anything imports these functions by name."""
+        for name in COLLECTIVES:
+            watched = self._watched(getattr(torch.distributed, name), name, gpus_per_node)
+            setattr(torch.distributed, name, watched)
+            setattr(torch.distributed.distributed_c10d, name, watched)
+
+    def _watched(self, real: Callable[..., Any], kind: str, gpus_per_node: int) -> Callable[..., Any]:
+        position, keyword = COLLECTIVES[kind]
+
+        @functools.wraps(real)
+        def watched(*arguments: Any, **options: Any) -> Any:
+            tensor = arguments[position] if len(arguments) > position else options.get(keyword)
+            if self.is_counting and torch.is_tensor(tensor) and tensor.is_cuda:
+                groups = [one for one in arguments if isinstance(one, torch.distributed.ProcessGroup)]
+                group = next(iter(groups), options.get("group")) or torch.distributed.group.WORLD
+                assert group is not None
+                ranks = torch.distributed.get_process_group_ranks(group)
+                within = len({rank // gpus_per_node for rank in ranks}) == 1
+                name = group.group_desc.removesuffix("_GROUP").lower().replace("_", " ")
+                new = {"kind": kind, "group": name, "ranks": len(ranks), "within_node": within, "times": 0, "bytes": 0}
+                call = self.calls.setdefault((kind, name), new)
+                call["times"], call["bytes"] = call["times"] + 1, call["bytes"] + tensor.nbytes
+            return real(*arguments, **options)
+
+        return watched
+
+
+@contextmanager
+def counting_frames() -> Iterator[collections.Counter[str]]:
+    """Count the calls of Python functions inside the block, in all threads; yield a counter with "calls"."""
+    monitoring, counter = sys.monitoring, collections.Counter[str]()
+    tool, event = monitoring.PROFILER_ID, monitoring.events.PY_START
+
+    def started(_code: Any, _offset: int) -> None:
+        counter["calls"] += 1
+
+    monitoring.use_tool_id(tool, "rehearsal")
+    monitoring.register_callback(tool, event, started)
+    monitoring.set_events(tool, event)
+    yield counter
+    monitoring.set_events(tool, 0)
+    monitoring.free_tool_id(tool)
+
+
+@contextmanager
+def watching_waits() -> Iterator[collections.Counter[str]]:
+    """Count the places inside the block at which the host waits for the device, by PyTorch's sync-debug warnings."""
+    show, places = warnings.showwarning, collections.Counter[str]()
+
+    def take(message: Any, *arguments: Any, **options: Any) -> None:
+        if "called a synchronizing" in str(message):  # and not the first warning, of the mode itself
+            places[_place()] += 1
+        else:
+            show(message, *arguments, **options)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = take
+        torch.cuda.set_sync_debug_mode("warn")
+        yield places
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _place() -> str:
+    """Return file and line of the innermost frames of Megatron and of this project that led here; calls nothing."""
+    here, folder = os.path.dirname(__file__), f"{os.sep}megatron{os.sep}"
+    frame: FrameType | None = sys._getframe(1)
+    named: list[str] = []
+    while frame is not None and len(named) < 2:
+        file = frame.f_code.co_filename
+        if folder in file and not file.startswith(here):
+            named.append(f"megatron/{file.rsplit('megatron' + os.sep, 1)[1]}:{frame.f_lineno}")
+        frame = frame.f_back
+    return " < ".join(named) or "outside of Megatron"
+
+
 class Rehearsal:
     """Simulates steps; each measures one thing."""
 
-    def __init__(self, options: dict[str, Any], collectives: counters.Collectives) -> None:
+    def __init__(self, options: dict[str, Any], collectives: Collectives) -> None:
         self.options, self.collectives = options, collectives
-        self.launches, self.waits, self.frames = counters.Launches(), counters.Waits(), counters.Frames()
-        self.pairs, self.engine = Pairs(0.0), Calls()
+        self.pairs, self.engine = fake_ranks.Pairs(0.0), Calls()
         self.record: dict[str, Any] = {"stages": {}, "model": {}}
-        self.model: list[torch.nn.Module] = []
         self.phases: dict[str, float] = {}
         self.plan: list[tuple[str, str]] = []
         self.steps = 0
@@ -53,55 +151,24 @@ class Rehearsal:
 
         args = get_args()
         args.do_train = True  # a stage without data would hear it from the first rank
-        self.phases = self._choose_phases(args)
+        self.phases = experts_by_phase(args)
+        if wanted := self.options["stage"]:
+            self.phases = {wanted: self.phases[wanted]}
         self.plan = plan_steps(self.phases)
         args.train_iters = len(self.plan)
         self.engine.watch()
-        if self.options["data"]:
-            self._check_data()
-        self._watch_parts()
         self.pairs.install()
-        model_cfg.post_wrap_hooks.append(self._keep)
         train_step = training.train_step
 
-        def step(*arguments: Any, **options: Any) -> Any:
+        def step(function: Any, data: Any, model: list[torch.nn.Module], *arguments: Any, **options: Any) -> Any:
             phase, purpose = self.plan[self.steps]
             self.steps += 1
-            return self._step(phase, purpose, lambda: train_step(*arguments, **options))
+            result = self._step(phase, purpose, lambda: train_step(function, data, model, *arguments, **options))
+            self.record["model"] = describe_model(model, args, self.phases)
+            write_json(Path(self.options["record"]), self.record)
+            return result
 
         training.train_step = step
-
-    def _choose_phases(self, args: argparse.Namespace) -> dict[str, float]:
-        phases, wanted = experts_by_phase(args), self.options["stage"]
-        if wanted is not None and wanted not in phases:
-            sys.exit(f"pretrain_gpt.py: error: --stage {wanted}: this run has none; choose from {', '.join(phases)}")
-        return {wanted: phases[wanted]} if wanted else phases
-
-    def _keep(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        self.model = chunks
-        return chunks
-
-    def _check_data(self) -> None:
-        """Check the data as the entry would; the training itself uses made-up tokens."""
-        from megatron.remoe.start.data import check_data
-        from megatron.remoe.start.messages import usage_errors
-        from megatron.training import get_args
-        from megatron.training.utils import get_blend_and_blend_per_split
-
-        args = argparse.Namespace(**vars(get_args()) | {"mock_data": False, "data_path": self.options["data"]})
-        with usage_errors(rank=0):
-            check_data(args, get_blend_and_blend_per_split)
-
-    def _watch_parts(self) -> None:
-        from megatron.core.transformer.identity_op import IdentityOp
-        from megatron.core.transformer.transformer_layer import TransformerLayer
-        from megatron.remoe.routing.controller import SparsityController
-
-        self.launches.watch(SparsityController, "update", "update")
-        # HybridModel has attention and MLP in layers of their own.
-        self.launches.watch(
-            TransformerLayer, "forward", "layer", lambda layer: isinstance(layer.self_attention, IdentityOp)
-        )
 
     def _step(self, phase: str, purpose: str, run: Any) -> Any:
         from megatron.training import get_args
@@ -117,24 +184,18 @@ class Rehearsal:
                 "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
                 "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
             }
-        if not self.record["model"]:
-            self.record["model"] = describe_model(self.model, args, self.phases)
-        named = f", {phase}" if len(self.phases) > 1 else ""
-        line = f"rehearsal: rank {self.options['rank']} of {self.options['world']}, step {self.steps} of "
-        line += f"{len(self.plan)} ({purpose}{named}): {time.monotonic() - start:.1f} s, "
-        print(f"{line}{torch.cuda.max_memory_allocated() / GIB:.2f} GiB", file=sys.stderr, flush=True)
-        write_json(Path(self.options["record"]), self.record)
+        line = f"rehearsal: rank {self.options['rank']}, step {self.steps} of {len(self.plan)} ({phase}, {purpose}): "
+        print(f"{line}{time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
         return result
 
     def _count_events(self, run: Any) -> Any:
-        self.collectives.is_counting = True
-        with self.launches.counting(), self.waits.watching(), self.frames.counting():
+        launches = ctypes.CDLL("libcuda.so.1").rehearsal_launches  # preloaded
+        before, self.collectives.is_counting = launches(), True
+        with watching_waits() as waits, counting_frames() as frames:
             result = run()
         self.collectives.is_counting = False
-        self.record |= {"launches": self.launches.step, "parts": self.launches.by_part, "calls": self.frames.count}
-        waits = self.waits.places.most_common()
-        self.record["host_syncs"] = [{"where": where, "times": times} for where, times in waits]
-        self.record["collectives"] = self.collectives.list_calls()
+        self.record |= {"launches": launches() - before, "calls": frames["calls"], "host_syncs": dict(waits)}
+        self.record["collectives"] = [*self.collectives.calls.values()]
         return result
 
     def _count_work(self, run: Any) -> Any:
@@ -143,13 +204,12 @@ class Rehearsal:
         roofline = Roofline(get_args(), self.options["rates"], self.engine)
         with roofline:
             result = run()
-        self.record["roofline"] = {name: vars(work) for name, work in roofline.parts.items()}
-        self.record["guessed"] = sorted(roofline.guessed)
+        self.record["roofline"] = roofline.parts
         return result
 
 
 def describe_model(chunks: list[torch.nn.Module], args: argparse.Namespace, phases: dict[str, float]) -> dict[str, Any]:
-    """Return the rank's parameters and layers, the forecast of its memory, and its FLOPs.
+    """Return the forecast of the rank's memory, its FLOPs, and the pipeline's bubble.
 
     Args:
         chunks: the rank's part of the model.
@@ -157,17 +217,16 @@ def describe_model(chunks: list[torch.nn.Module], args: argparse.Namespace, phas
         phases: see `experts_by_phase`.
 
     Returns:
-        the fields of `parameters.Stage`; the pipeline "stage"; "forecast_gib" by phase; the model's FLOPs on a GPU in a
-        step, "step_flops", None if some layers are not counted; "bubble", see `step_estimate.bubble`.
+        "forecast_gib" by phase; the model's FLOPs on a GPU in a step, "step_flops", None if some layers are not
+        counted; "bubble", see `step_estimate.bubble`.
     """
     from megatron.core import parallel_state
 
     from . import memory, parameters, step_estimate
 
-    counted, stage = parameters.count(chunks), parallel_state.get_pipeline_model_parallel_rank()
-    stages = [counted] * args.pipeline_model_parallel_size
-    return vars(counted) | {
-        "stage": stage,
+    stages = [parameters.count(chunks)] * args.pipeline_model_parallel_size
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    return {
         "forecast_gib": {
             phase: sum(memory.stage_memory(args, stages, stage, experts)) / GIB for phase, experts in phases.items()
         },
@@ -182,7 +241,7 @@ def main() -> None:
     sys.argv = ["pretrain_gpt.py", *sys.argv[2:]]
     torch.backends.cudnn.enabled = False  # the only library without a no-op version
     torch.backends.cuda.enable_cudnn_sdp(False)
-    collectives = counters.Collectives()
+    collectives = Collectives()
     collectives.watch(options["gpus_per_node"])
     fake_ranks.join(options["rank"], options["world"], options["gpus_per_node"])
     pretrain.main(Rehearsal(options, collectives).observe)

@@ -7,7 +7,6 @@ is trained or saved. The times are those of a model, by rates that --rate change
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -21,11 +20,10 @@ from ..console.errors import ToolError
 from ..console.files import write_json
 from ..console.flags import for_a_plan, last_value, parse, whole, without
 from ..console.places import ROOT, is_clone
-from ..recipes.data import MADE_UP
 from ..runs.running import run_tool
 from . import no_op_cuda, rehearsal_report
-from .arguments import parse_plan, plan_parser
-from .phases import TITLES
+from .gpus import parse_plan, plan_parser
+from .step_time import TITLES
 
 PROGRESS = "rehearsal:"
 MOST_STEPS = 6  # of `rank_entry.plan_steps`
@@ -47,63 +45,18 @@ def rehearsal_flags(flags: Sequence[str], steps: int) -> list[str]:
     return [*kept, *run.split()]
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the command's own flags, with "rates", and Megatron's, which follow "--"."""
-    parser = plan_parser("rehearse", __doc__)
-    add = parser.add_argument
-    text = "simulate only this rank (default: the first rank of the first, a middle and the last pipeline stage)"
-    add("--rank", type=int, metavar="R", help=text)
-    text = "rehearse only this phase of ReMoE's training (default: all, in order; launches and times are the last's)"
-    add("--stage", choices=TITLES, help=text)
-    add("--json", type=Path, metavar="FILE", help="write all figures to FILE")
-    add("--log", type=Path, metavar="FILE", help="keep the output of rank R in FILE.rankR")
-    options, flags = parse_plan(parser, arguments)
-    if options.rank is not None and not 0 <= options.rank < options.gpus:
-        parser.error(f"--rank {options.rank}: give a number below {options.gpus}")
-    options.iterations = whole(parse(flags), "--train-iters")
-    return options, flags
-
-
-def check_can_rehearse(flags: Sequence[str]) -> None:
-    """Refuse runs that a rehearsal cannot simulate.
-
-    Raises:
-        ToolError: a flag asks for a dispatcher whose sizes come from the GPU, or for a package that is not installed.
-    """
-    dispatcher = last_value(flags, "--moe-token-dispatcher-type") or "allgather"
-    if last_value(flags, "--num-experts") and dispatcher == "allgather":
-        raise ToolError(
-            "--moe-token-dispatcher-type allgather, Megatron's default, cannot be rehearsed: its sizes come from the "
-            "GPU. Give --moe-token-dispatcher-type alltoall."
-        )
-    layers = last_value(flags, "--transformer-impl") or "transformer_engine"
-    if layers == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
-        raise ToolError(
-            "--transformer-impl transformer_engine, Megatron's default, cannot be rehearsed: Transformer Engine is not "
-            "installed here. Install it, or give --transformer-impl local."
-        )
-
-
-def choose_ranks(flags: Sequence[str], world: int, wanted: int | None) -> dict[int, str]:
-    """Return the ranks to simulate, and their kinds in words."""
-    if wanted is not None:
-        return {wanted: f"rank {wanted}"}
-    text = last_value(flags, "--pipeline-model-parallel-size") or "1"
-    stages = int(text) if text.isdecimal() else 1  # Megatron's parser refuses other text
-    if stages < 2 or world % stages:
-        return {0: "each rank"}
-    named = {0: "first pipeline stage", stages // 2: "a middle pipeline stage", stages - 1: "last pipeline stage"}
-    return {stage * (world // stages): title for stage, title in sorted(named.items())}
+def choose_ranks(flags: Sequence[str], world: int) -> dict[int, str]:
+    """Return the ranks to simulate, the first of the first, a middle and the last pipeline stage, and their kinds."""
+    stages = max(1, whole(parse(flags), "--pipeline-model-parallel-size"))
+    chosen = sorted({0, stages // 2, stages - 1})
+    return {stage * world // stages: f"pipeline stage {stage + 1} of {stages}" for stage in chosen}
 
 
 def simulate(rank: int, options: argparse.Namespace, flags: Sequence[str], folder: Path) -> dict[str, Any]:
     """Simulate one rank; return its record, with "rank", "starts" and "error"."""
-    record, log = folder / f"rank{rank}.json", folder / f"rank{rank}.log"
-    if options.log is not None:
-        log = options.log.with_name(f"{options.log.name}.rank{rank}")
-    data = list(parse(flags).get("--data-path", ()))
+    record, lines = folder / f"rank{rank}.json", list[str]()
     request = {"rank": rank, "world": options.gpus, "gpus_per_node": options.gpus_per_node, "record": str(record)}
-    request |= {"stage": options.stage, "rates": options.rates, "data": [] if data == [MADE_UP] else data}
+    request |= {"stage": options.stage, "rates": options.rates}
     environment = os.environ | no_op_cuda.environment(options.gpu, options.gpus_per_node)
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     if is_clone():
@@ -114,19 +67,18 @@ def simulate(rank: int, options: argparse.Namespace, flags: Sequence[str], folde
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
     )  # fmt: skip
     assert process.stdout is not None
-    with process, log.open("w", encoding="utf-8") as file:
+    with process:
         for line in process.stdout:
-            file.write(line)
+            lines.append(line.rstrip("\n"))
             if line.startswith(PROGRESS):
                 print(line, end="", file=sys.stderr, flush=True)
-    figures = json.loads(record.read_text()) if record.exists() else {"stages": {}, "model": {}}
+    figures = json.loads(record.read_text()) if record.exists() else {"stages": {}}
     starts = process.returncode == 0 and "roofline" in figures
-    error = None if starts else _last_error(log.read_text(encoding="utf-8"), process.returncode)
+    error = None if starts else _last_error(lines, process.returncode)
     return figures | {"rank": rank, "starts": starts, "error": error}
 
 
-def _last_error(log: str, code: int) -> str:
-    lines = log.splitlines()
+def _last_error(lines: list[str], code: int) -> str:
     starts = [number for number, line in enumerate(lines) if line.startswith("pretrain_gpt.py: error: ")]
     if starts:
         return "\n".join(lines[starts[-1] : starts[-1] + LINES_OF_ERROR])
@@ -135,13 +87,15 @@ def _last_error(log: str, code: int) -> str:
 
 def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
     """Simulate the ranks one after another and print the figures; return 1 if the run does not start."""
-    check_can_rehearse(flags)
-    for path in filter(None, (options.json, options.log)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    no_op_cuda.build_libraries()
+    dispatcher = last_value(flags, "--moe-token-dispatcher-type") or "allgather"
+    if last_value(flags, "--num-experts") and dispatcher == "allgather":
+        raise ToolError(
+            "--moe-token-dispatcher-type allgather, Megatron's default, cannot be rehearsed: its sizes come from the "
+            "GPU. Give --moe-token-dispatcher-type alltoall."
+        )
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for rank, kind in choose_ranks(flags, options.gpus, options.rank).items():
+        for rank, kind in choose_ranks(flags, options.gpus).items():
             print(f"{PROGRESS} {options.gpus} x {options.gpu}, {kind}: starting", file=sys.stderr, flush=True)
             records.append({"kind": kind} | simulate(rank, options, flags, Path(folder)))
             if not records[-1]["starts"]:
@@ -149,11 +103,17 @@ def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
     figures = rehearsal_report.summarize(records, options)
     print("\n".join(rehearsal_report.write_lines(figures, options)))
     if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.json, figures)
     return 0 if figures["starts"] else 1
 
 
 def main(arguments: Sequence[str]) -> int:
     """Return the exit code: 0, 1 if the run does not start or cannot be rehearsed, 130 after an interruption."""
-    options, flags = parse_arguments(arguments)
+    parser = plan_parser("rehearse", __doc__)
+    text = "rehearse only this phase of ReMoE's training (default: all, in order; launches and times are the last's)"
+    parser.add_argument("--stage", choices=TITLES, help=text)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    options, flags = parse_plan(parser, arguments)
+    options.iterations = whole(parse(flags), "--train-iters")
     return run_tool("rehearse", lambda: rehearse(options, flags))

@@ -1,19 +1,20 @@
-"""Count the operations of a step by part, with the bytes and FLOPs of each; their times are those of step_time.py."""
+"""Count the operations of a step by kind, with the bytes and FLOPs of each; their times are those of step_time.py.
+
+Transformer Engine's calls are watched, and cuDNN's attention is simulated.
+"""
 
 import argparse
-import importlib.util
+import ctypes
+import functools
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .step_time import attention_share, grouped_share
-from .transformer_engine import Calls, iterate_tensors
 
 # Operations that move nothing.
 FREE = set(
@@ -23,59 +24,39 @@ FREE = set(
 )
 FILLS = set("zeros zeros_like new_zeros zero_ fill_ full ones ones_like full_like new_full".split())
 PRODUCTS = set("mm addmm addmm_ bmm baddbmm baddbmm_".split())
-# Part of a step by the module of a Triton kernel; other kernels go by shapes, as PyTorch's operations do.
-TRITON_PARTS = {
-    "router": "small: router, plan, update",
-    "plan": "small: router, plan, update",
-    "rows": "tokens: norms, residuals, gather, sum",
-    "swiglu": "experts: SwiGLU and gates",
-    "rotary": "attention: rope and copies",
-}
-# Kernels of flash-linear-attention and ours that pass over each argument once.
-ONE_PASS = {f"cross_entropy_{name}" for name in ("fwd_kernel", "fwd_kernel_reduce", "bwd_kernel")}
-ONE_PASS |= {"_gates", "_gradient", "_count", "_sum", "_rotate"}
-
-
-@dataclass
-class Work:
-    """Operations, bytes, FLOPs and seconds of a part of a step."""
-
-    operations: int = 0
-    bytes: float = 0.0
-    flops: float = 0.0
-    seconds: float = 0.0
+TRAFFIC = "memory traffic"
+# Functions of Transformer Engine.
+ATTENTION = ("fused_attn_fwd", "fused_attn_bwd")
+ENGINE_PRODUCTS = {"generic_gemm": "products", "te_general_grouped_gemm": "grouped"}
+ACCUMULATE, WORKSPACE = 14, 12  # arguments of both products
+ENGINE_FREE = {"bulk_allocate"}
+HOLDERS = ("transformer_engine", "transformer_engine_torch", "megatron")  # modules that may have imported them by name
 
 
 class Roofline(TorchDispatchMode):
-    """Adds up the operations on a GPU by part of a step.
+    """Adds up the operations on a GPU by kind: products, grouped products, attention and memory traffic.
 
     Args:
-        args: Megatron's, for the sizes that tell the parts apart.
+        args: Megatron's, for the sizes of experts and heads.
         rates: see `gpus.rates`.
         engine: Transformer Engine's functions.
+
+    Attributes:
+        parts: kind → number of "operations", their "bytes", "flops" and "seconds".
     """
 
-    def __init__(self, args: argparse.Namespace, rates: dict[str, float], engine: Calls) -> None:
+    def __init__(self, args: argparse.Namespace, rates: dict[str, float], engine: "Calls") -> None:
         super().__init__()
         self._args, self._rates, self._engine = args, rates, engine
-        self._patches = ExitStack()
-        self.parts: dict[str, Work] = {}
-        self.guessed: set[str] = set()  # Triton kernels known by their arguments only
+        self.parts: dict[str, dict[str, float]] = {}
 
     def __enter__(self) -> "Roofline":
-        self._patch(self._engine, "tell", self._add_engine)
-        if importlib.util.find_spec("triton") is not None:
-            from triton.compiler import CompiledKernel
+        """Watch the functions that bypass PyTorch's dispatch, until the process ends."""
+        from triton.compiler import CompiledKernel
 
-            self._patch(CompiledKernel, "launch_metadata", self._watched(CompiledKernel.launch_metadata))
+        self._engine.tell = self.add
+        CompiledKernel.launch_metadata = self._watched(CompiledKernel.launch_metadata)
         return super().__enter__()
-
-    def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)
-        self._patches.close()
-
-    def _patch(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
-        self._patches.enter_context(patch.object(owner, name, function))
 
     def _watched(self, real: Any) -> Any:
         """Wrap the function that Triton calls before each launch, with the kernel's arguments."""
@@ -83,21 +64,12 @@ class Roofline(TorchDispatchMode):
         def launch_metadata(kernel: Any, grid: Any, stream: Any, *values: Any) -> Any:
             arguments = dict(zip(kernel.src.fn.arg_names, values, strict=True))
             describe = kernel.src.fn.launch_metadata
-            self._add_triton(kernel, describe(grid, kernel.metadata, arguments) if describe else {}, arguments)
+            work = describe(grid, kernel.metadata, arguments) if describe else {}
+            one_pass = sum(_size(value) for value in arguments.values() if torch.is_tensor(value))
+            self.add(work.get("bytes", one_pass), work.get("flops", 0.0), "products")
             return real(kernel, grid, stream, *values)
 
         return launch_metadata
-
-    def _add_triton(self, kernel: Any, given: dict[str, Any], arguments: dict[str, Any]) -> None:
-        name, tensors = kernel.src.fn.__name__, [value for value in arguments.values() if torch.is_tensor(value)]
-        if "bytes" not in given and name not in ONE_PASS:
-            self.guessed.add(name)
-        module = kernel.src.fn.__module__.rpartition(".")[2]
-        part = TRITON_PARTS.get(module) or self._part(name, False, tensors)
-        self._add(part, given.get("bytes", sum(map(_size, tensors))), given.get("flops", 0.0), "products")
-
-    def _add_engine(self, name: str, tensors: list[torch.Tensor], moved: float, flops: float, rate: str) -> None:
-        self._add(self._part(rate if flops else name, bool(flops), tensors), moved, flops, rate)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -109,44 +81,20 @@ class Roofline(TorchDispatchMode):
         outputs = outputs or inputs[:1]
         if any(tensor.is_cuda for tensor in (*inputs, *outputs)):
             flops, rate = _flops(name, inputs)
-            part = self._part(rate if flops else name, bool(flops), inputs + outputs)
             share = grouped_share(self._args) if rate == "grouped" else 1.0
-            self._add(part, _bytes(name, inputs, outputs), flops, rate, share)
+            self.add(_bytes(name, inputs, outputs), flops, rate, share)
         return result
 
-    def _add(self, part: str, moved: float, flops: float, rate: str, share: float = 1.0) -> None:
+    def add(self, moved: float, flops: float, rate: str, share: float = 1.0) -> None:
+        """Add an operation that moves these bytes and takes these FLOPs, at a share of a rate."""
         seconds = max(moved / (self._rates["bandwidth"] * 1e12), self._rates["smallest"] * 1e-6)
         if rate == "attention":
             share = attention_share(self._args)
         if flops:
             seconds = max(seconds, flops / (share * self._rates[rate] * 1e12))
-        work = self.parts.setdefault(part, Work())
-        work.operations += 1
-        work.bytes += moved
-        work.flops += flops
-        work.seconds += seconds
-
-    def _part(self, name: str, is_product: bool, tensors: list[torch.Tensor]) -> str:
-        args, shapes = self._args, [tuple(tensor.shape) for tensor in tensors if tensor.dim()]
-        vocabulary = args.padded_vocab_size // args.tensor_model_parallel_size
-        if any(vocabulary in shape[-2:] for shape in shapes):
-            return "output layer" if is_product else "cross-entropy and embedding"
-        if is_product:
-            return {"grouped": "experts' products", "attention": "attention", "products": "products"}[name]
-        if args.num_experts:
-            experts = args.num_experts // args.expert_model_parallel_size
-            if any(len(shape) == 3 and shape[0] == experts for shape in shapes):
-                return "experts' weight gradients"
-            if any(len(s) == 2 and s[-1] in (args.moe_ffn_hidden_size, 2 * args.moe_ffn_hidden_size) for s in shapes):
-                return "experts: SwiGLU and gates"
-        if any(len(shape) == 4 for shape in shapes):
-            return "attention: rope and copies"
-        small = 2 * args.seq_length * args.micro_batch_size * (args.num_experts or 1)
-        if all(math.prod(shape) <= small for shape in shapes):
-            return "small: router, plan, update"
-        if name.startswith(("_foreach", "multi_tensor")) or any(len(shape) == 1 and shape[0] > 1e6 for shape in shapes):
-            return "optimizer, norm and buffers of gradients"
-        return "tokens: norms, residuals, gather, sum"
+        work = {"operations": 1, "bytes": moved, "flops": flops, "seconds": seconds}
+        before = self.parts.get(rate if flops else TRAFFIC, dict.fromkeys(work, 0))
+        self.parts[rate if flops else TRAFFIC] = {name: before[name] + number for name, number in work.items()}
 
 
 def _size(tensor: torch.Tensor) -> int:
@@ -178,3 +126,111 @@ def _bytes(name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -
     if name in FILLS:
         return sum(map(_size, outputs))
     return sum(map(_size, inputs)) + sum(map(_size, outputs))
+
+
+class Calls:
+    """Watches Transformer Engine's C++ functions, which bypass PyTorch's dispatch.
+
+    Attributes:
+        tell: called with each call's bytes, FLOPs and the rate of these.
+    """
+
+    def __init__(self) -> None:
+        self.tell: Callable[[float, float, str], None] | None = None
+
+    def watch(self) -> None:
+        """Start watching, if the engine is installed. Call it once Megatron is imported, before it builds a model."""
+        from megatron.core.extensions.transformer_engine import HAVE_TE
+
+        if not HAVE_TE:
+            return
+        import transformer_engine_torch as functions
+
+        _play_attention(functions)
+        watched = {
+            id(value): self._watched(name, value)
+            for name, value in vars(functions).items()
+            if callable(value) and not isinstance(value, type) and not name.startswith("_") and name not in ENGINE_FREE
+        }
+        for module in [sys.modules[name] for name in sys.modules if name.split(".")[0] in HOLDERS]:
+            for name, value in list(vars(module).items()):
+                if id(value) in watched:
+                    setattr(module, name, watched[id(value)])
+
+    def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*arguments: Any, **options: Any) -> Any:
+            result = function(*arguments, **options)
+            if self.tell is not None:
+                tensors = call_tensors(name, arguments, options, result)
+                if any(one.is_cuda and one.numel() for one in tensors):
+                    self.tell(*measure_work(name, arguments, tensors))
+            return result
+
+        return call
+
+
+def _play_attention(functions: Any) -> None:
+    """Route every attention to cuDNN's functions, and replace these, which cannot be simulated below Python."""
+    chosen = functions.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
+    functions.get_fused_attn_backend = lambda *_, **__: (chosen, "")
+    functions.fused_attn_fwd, functions.fused_attn_bwd = _attend, _attend_backward
+
+
+def call_tensors(name: str, arguments: Sequence[Any], options: dict[str, Any], result: Any) -> list[torch.Tensor]:
+    """Return a call's tensors, each once, without a product's workspace."""
+    given = [*arguments[:WORKSPACE], *arguments[WORKSPACE + 1 :]] if name in ENGINE_PRODUCTS else arguments
+    return list({id(one): one for one in iterate_tensors([given, list(options.values()), result])}.values())
+
+
+def measure_work(name: str, arguments: Sequence[Any], tensors: list[torch.Tensor]) -> tuple[float, float, str]:
+    """Return the bytes that a call moves, its FLOPs, and the rate that applies to these."""
+    moved = float(sum(one.nbytes for one in tensors))
+    if name in ATTENTION:
+        # Causal attention over at most arguments[1] keys: half of the products.
+        passes = 2.0 if name == ATTENTION[0] else 5.0
+        return moved, passes * _heads(arguments)[0].numel() * arguments[1], "attention"
+    if name in ENGINE_PRODUCTS:
+        if arguments[ACCUMULATE]:
+            moved += sum(one.nbytes for one in iterate_tensors([arguments[4]]))
+        flops = 0.0
+        for left, right in zip(iterate_tensors([arguments[0]]), iterate_tensors([arguments[2]]), strict=True):
+            common = left.shape[-1] if arguments[1] else left.numel() // left.shape[-1]
+            flops += 2.0 * left.numel() * right.numel() / max(common, 1)
+        return moved, flops, ENGINE_PRODUCTS[name]
+    if name.startswith("multi_tensor_adam"):
+        moved += sum(one.nbytes for one in iterate_tensors(arguments[2][1:]))  # also written, except for the gradients
+    return moved, 0.0, ""
+
+
+def _heads(arguments: Sequence[Any]) -> list[torch.Tensor]:
+    """Return queries, keys, values, and in the backward pass output and gradient: `[sequence, batch, heads, size]`."""
+    return [one for one in arguments if torch.is_tensor(one) and one.dim() >= 3]
+
+
+def _attend(*arguments: Any, **_options: Any) -> list[torch.Tensor]:
+    query, _, value = _heads(arguments)[:3]
+    sequences = next(one for one in arguments if torch.is_tensor(one)).numel() - 1  # where they begin, and the end
+    _launch()
+    output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    sums = query.new_empty((sequences, query.shape[-2], arguments[0], 1), dtype=torch.float32)
+    return [output, sums, query.new_empty(2, dtype=torch.int64)]
+
+
+def _attend_backward(*arguments: Any, **_options: Any) -> list[torch.Tensor | None]:
+    for _ in range(3):  # kernels: for sums, gradients and queries
+        _launch()
+    return [*map(torch.empty_like, _heads(arguments)[:3]), None, None]
+
+
+def _launch() -> None:
+    ctypes.CDLL("libcuda.so.1").rehearsal_launched()
+
+
+def iterate_tensors(values: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors among values, and in lists of them."""
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from iterate_tensors(value)

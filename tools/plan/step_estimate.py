@@ -10,7 +10,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from ..recipes.flops import flops_per_sequence
 from . import memory
-from .activations import element_size, layer_activations, recomputed_modules, tokens_per_gpu
+from .memory import element_size, layer_activations, tokens_per_gpu
 from .parameters import Stage
 from .step_time import StepTime, attention_share, collective_seconds, grouped_share, host_seconds, waiting_seconds
 
@@ -78,7 +78,9 @@ def estimate_step(
     experts = args.moe_router_topk if args.num_experts else 0
     kept = [layer_activations(args, layer, experts) for layer in layers]
     kept_bytes = sum(layer.kept + layer.recomputed for layer in kept) / len(stages)
-    logits = args.padded_vocab_size * tokens_per_gpu(args) / args.tensor_model_parallel_size / len(stages)
+    logits = args.padded_vocab_size * tokens_per_gpu(args) / args.tensor_model_parallel_size
+    # The last stage has the output layer, and is the slowest; `parts` are the mean of all stages.
+    products += 6e-12 * micro_batches * args.hidden_size * logits * (1 - 1 / len(stages)) / rates["products"]
     gradients = sum(memory.stage_memory(args, stages, index, experts).gradients for index in range(len(stages)))
     moved = micro_batches * (overhead.passes * kept_bytes + overhead.logit * logits)
     traffic = (moved + overhead.gradient * gradients / len(stages)) / (rates["bandwidth"] * 1e12)
@@ -93,7 +95,7 @@ def estimate_step(
 
 
 def _products(args: argparse.Namespace, flops: float) -> dict[str, float]:
-    """Return FLOPs of a GPU in a step by the rate that applies to them, given the model's; recomputation is in."""
+    """Return FLOPs of a GPU in a step by the rate that applies to them, given the model's; full recomputation is in."""
     sequences = args.global_batch_size / args.world_size
     longer = flops_per_sequence(argparse.Namespace(**vars(args) | {"seq_length": 2 * args.seq_length}))
     attention = sequences * longer / 2 - flops  # grows with the square of the length
@@ -102,12 +104,8 @@ def _products(args: argparse.Namespace, flops: float) -> dict[str, float]:
         topk = args.moe_router_topk
         grouped = topk * (sequences * flops_per_sequence(args, topk + 1) - flops)
     parts = {"products": flops - attention - grouped, "grouped": grouped, "attention": CAUSAL * attention}
-    recomputed = recomputed_modules(args)
-    again = {"moe": "grouped", "core_attn": "attention"}
-    kinds = (
-        list(parts) if args.recompute_granularity == "full" else [again[name] for name in recomputed if name in again]
-    )
-    return parts | {kind: parts[kind] * 4 / 3 for kind in kinds}
+    more = 4 / 3 if args.recompute_granularity == "full" else 1
+    return {kind: more * amount for kind, amount in parts.items()}
 
 
 def estimate_collectives(args: argparse.Namespace, stages: list[Stage], gpus_per_node: int) -> Iterator[dict[str, Any]]:
@@ -145,6 +143,3 @@ def estimate_collectives(args: argparse.Namespace, stages: list[Stage], gpus_per
             yield from call("all_to_all_single", ep, expert_ranks, 4 * with_experts, sent * ep / (ep - 1))
         pairs = args.moe_router_topk * hidden * expert_tp / (tp if args.sequence_parallel else 1)
         yield from call("all_gather_into_tensor", expert_tp, expert_tp, 4 * with_experts, 4 * with_experts * pairs)
-    chunks = args.virtual_pipeline_model_parallel_size or 1
-    passed = 4 * micro_batches * chunks * (pp - 1) / pp  # sent and received, forward and backward
-    yield from call("isend", pp, args.world_size, passed, passed * hidden / (tp if args.sequence_parallel else 1))

@@ -71,7 +71,7 @@ def main(words: Sequence[str]) -> int:
         for note in launch.notes:
             print(note, file=sys.stderr)
         if is_set(os.environ, "DRY_RUN"):
-            return show(launch, size, routing)
+            return show(launch)
         if is_set(os.environ, "REHEARSE"):
             return rehearse(launch)
         return train(launch)
@@ -80,12 +80,12 @@ def main(words: Sequence[str]) -> int:
         return error.exit_code
 
 
-def show(launch: Launch, size: str, routing: str) -> int:
+def show(launch: Launch) -> int:
     """Print the cost, unless only the command is asked for, and the command."""
     if os.environ["DRY_RUN"] != "command":
         from ..plan.cost import main as cost
 
-        if code := cost([*machine_flags(launch), "--paper", size, routing, "--", *launch.flags]):
+        if code := cost([*machine_flags(launch), "--", *launch.flags]):
             return code
         print("\nCommand:")
     print(launch.text(), end="")

@@ -10,10 +10,9 @@ from megatron.remoe.files.gpt2_files import GPT2_FILES
 from ..console.flags import last_value
 from .layout import RecipeError
 
-MADE_UP = "made-up"  # the data of a rehearsal that is given none
-PLACEHOLDER = "PREFIX"  # the data of a dry run that is given none
+PLACEHOLDER = "PREFIX"  # the data of a plan that is given none
 SPLITS = ("969,30,1", "98,1,1", "90,5,5", "80,10,10", "34,33,33")  # the paper's, and for fewer and fewer documents
-_SHARD = re.compile(r"(?:pile_)?([0-2]\d)_text_document")
+_SHARD = re.compile(r"(?:pile_)?(?!00)[0-2]\d_text_document")
 
 
 def is_set(environment: Mapping[str, str], name: str) -> bool:
@@ -21,78 +20,50 @@ def is_set(environment: Mapping[str, str], name: str) -> bool:
     return environment.get(name, "") not in ("", "0")
 
 
-def find_data(environment: Mapping[str, str], planned: bool) -> tuple[list[str], list[str]]:
-    """Return the words for --data-path, weights included, and notes for the user.
+def find_data(environment: Mapping[str, str], planned: bool) -> list[str]:
+    """Return the words for --data-path, weights included.
 
     Args:
-        environment: has DATA_PATH or DATA_DIR, and DRY_RUN or REHEARSE if nothing is to be trained.
+        environment: has DATA_PATH or DATA_DIR.
         planned: nothing is trained, so files need not be there.
 
     Raises:
-        RecipeError: there are no data, or they are ambiguous.
+        RecipeError: there are no data.
     """
     if given := environment.get("DATA_PATH"):
-        return split_data_path(given, planned), []
+        return split_data_path(given)
     if given := environment.get("DATA_DIR"):
         return find_data_sets(given)
-    if is_set(environment, "REHEARSE"):
-        return [MADE_UP], []
-    if is_set(environment, "DRY_RUN") and environment["DRY_RUN"] != "command":
-        return [PLACEHOLDER], [f"Data: none given; {PLACEHOLDER} in the command stands for DATA_PATH or DATA_DIR"]
+    if planned:
+        return [PLACEHOLDER]
     raise RecipeError("no data: set DATA_PATH to a prefix of .bin/.idx, or DATA_DIR to a folder of them")
 
 
-def split_data_path(given: str, planned: bool) -> list[str]:
+def split_data_path(given: str) -> list[str]:
     """Return weights and prefixes: `given` is one prefix, or words, or lines of "[weight] prefix"."""
     if os.path.isfile(f"{given}.bin"):
         return [given]
     if "\n" in given:
         lines = [re.fullmatch(r"(?:([0-9.]+)[ \t]+)?(.*)", line.strip(" \t")) for line in given.split("\n")]
         return [word for line in lines if line is not None for word in line.groups() if word]
-    words = given.split()
-    for word in [] if planned or len(words) < 2 else words:
-        if not (os.path.isfile(f"{word}.bin") or "://" in word or _is_weight(word)):
-            raise RecipeError(
-                f"DATA_PATH is split at blanks, and there is no {word}.bin. If a prefix has blanks, give each data set "
-                "a line: [weight] prefix"
-            )
-    return words
+    return given.split()
 
 
-def find_data_sets(folder: str) -> tuple[list[str], list[str]]:
-    """Return the data sets of a folder, each with a weight of 1.0, and notes.
+def find_data_sets(folder: str) -> list[str]:
+    """Return the data sets of a folder, each with a weight of 1.0 if there are several.
 
-    If the Pile's shards 01 to 29 are all there, they are taken and the rest is left out, as in the authors' fork. If
-    only some are there, a note has those that are missing.
+    If the Pile's shards 01 to 29 are all there, the rest is left out, as in the authors' fork.
     """
     names = sorted(path.name.removesuffix(".bin") for path in Path(folder).glob("[!.]*_document.bin") if path.is_file())
     if not names:
         raise RecipeError(f"no *_document.bin in DATA_DIR={folder}: make them with tools/preprocess_data.py")
-    shards: dict[str, str] = {}
-    for name in names:
-        if match := _SHARD.fullmatch(name):
-            if (number := match[1]) in shards:
-                raise RecipeError(
-                    f"DATA_DIR={folder} has shard {number} twice, as {shards[number]} and as {name}, and both would be "
-                    "trained on. Move one of them away"
-                )
-            shards[number] = name
-    pile = [name for number, name in sorted(shards.items()) if number != "00"]
-    notes = []
-    if len(pile) == 29:
-        if left := [name for name in names if name not in pile]:
-            notes = [f"Data: the Pile's shards 01 to 29; left out: {' '.join(left)}"]
-        names = pile
-    elif pile:
-        missing = [number for number in map("{:02}".format, range(30)) if number not in shards]
-        rest = "the others are trained on" + (", shard 00 too, which the fork leaves out" if "00" in shards else "")
-        notes = [f"Data: of the Pile's shards 00 to 29 these are missing: {' '.join(missing)}; {rest}"]
-    prefixes = [f"{folder}/{name}" for name in names]
-    return (prefixes if len(prefixes) == 1 else [word for prefix in prefixes for word in ("1.0", prefix)]), notes
+    pile = [name for name in names if _SHARD.fullmatch(name)]
+    prefixes = [f"{folder}/{name}" for name in (pile if len(pile) == 29 else names)]
+    return prefixes if len(prefixes) == 1 else [word for prefix in prefixes for word in ("1.0", prefix)]
 
 
-def choose_split(data_path: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the paper's --split, or one for few documents, and a note if it is not the paper's.
+def choose_split(data_path: Sequence[str]) -> str:
+    """Return the paper's --split, or one that leaves no part empty if there are few documents.
 
     Args:
         data_path: weights and prefixes. If one cannot be read, the training says why; nothing is chosen here.
@@ -103,17 +74,14 @@ def choose_split(data_path: Sequence[str]) -> tuple[str, list[str]]:
     try:
         counts = [len(IndexedReader(Path(word), thorough=False).lengths) for word in data_path if not _is_weight(word)]
     except (DataError, OSError):
-        return SPLITS[0], []
+        return SPLITS[0]
     for split in SPLITS:
         numbers = [*map(int, split.split(","))]
         ends = [numbers[0] / sum(numbers), (numbers[0] + numbers[1]) / sum(numbers)]
         # Megatron cuts between documents, at the nearest.
         if all(0 < round(ends[0] * count) < round(ends[1] * count) < count for count in counts):
-            if split == SPLITS[0]:
-                return split, []
-            reason = f"because the paper's {SPLITS[0]} leaves a part of {min(counts)} documents empty"
-            return split, [f"Split: {split}, {reason}"]
-    return SPLITS[0], []
+            return split
+    return SPLITS[0]
 
 
 def _is_weight(word: str) -> bool:

@@ -8,15 +8,10 @@ from ..console.flags import last_value, parse, split
 from ..console.places import entry, home
 from ..console.places import interpreter as default_interpreter
 from . import data, hardware
-from .layout import LARGEST, MOST_EXPERTS, Layout, RecipeError, whole_number
+from .layout import Layout, RecipeError, whole_number
 from .models import PAPER, SAVE_INTERVALS, Routing, Size, Training
 
 PROJECT = "remoe"
-# Beginnings of the flags that change what the layout has to divide.
-MODEL_FLAGS = (
-    "--num-layers", "--num-attention-heads", "--num-experts", "--moe-granularity", "--expert-tensor-parallel-size",
-    "--hybrid-layer-pattern", "--pipeline-model-parallel-layout", "--decoder-", "--account-for-",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,12 +46,6 @@ class Launch:
         return f"{shlex.join(self.command)}\n"
 
 
-def run_name(size: str, routing: Routing, expansion: int) -> str:
-    """Return the name of a run, and of its folder; `expansion` is a dense model's, of its FFN over 4 x hidden."""
-    end = f"ffn{4 * expansion}" if routing.kind == "dense" else f"e{routing.experts}g{routing.granularity}"
-    return f"llama_{size}_{routing.kind}_{end}"
-
-
 def read_arguments(routing: str, given: Sequence[str]) -> tuple[dict[str, int], str]:
     """Return a script's numbers by name, and the project's name; missing and empty arguments have their defaults.
 
@@ -68,14 +57,10 @@ def read_arguments(routing: str, given: Sequence[str]) -> tuple[dict[str, int], 
     if len(given) > len(defaults) + 1:
         raise RecipeError(f"too many arguments: {' '.join(given[len(defaults) + 1 :])}. Put Megatron's flags behind --")
     project = next(iter(given[len(defaults) :]), "") or PROJECT
-    if "/" in project:
-        raise RecipeError(f"project_name is '{project}': it becomes part of a folder's name; give it without /")
     numbers = dict(defaults)
     for name, text in zip(defaults, given, strict=False):
         if text:
-            numbers[name] = whole_number(name, text, MOST_EXPERTS if name in last else LARGEST)
-    if routing != "dense":
-        whole_number("num_experts x granularity", str(numbers["num_experts"] * numbers["granularity"]), MOST_EXPERTS)
+            numbers[name] = whole_number(name, text)
     return numbers, project
 
 
@@ -95,25 +80,23 @@ def plan(
     has_experts, expansion = routing != "dense", numbers.get("ffn_expansion", 1)
     model = replace(PAPER[size], ffn=PAPER[size].ffn * expansion)
     kind = Routing(routing, numbers.get("num_experts", 0), numbers.get("granularity", 1))
-    name = run_name(size, kind, expansion) + (f"_{project}" if project != PROJECT else "")
+    end = f"e{kind.experts}g{kind.granularity}" if has_experts else f"ffn{4 * expansion}"
+    name = "_".join(["llama", size, routing, end, *[project] * (project != PROJECT)])
     output = environment.get("OUTPUT_DIR") or str(home() / "runs" / name)
-    notes = [] if has_experts else [f"FFN: {model.ffn} = {expansion} x 4 x {model.hidden}"]
 
-    data_path, data_notes = data.find_data(environment, planned)
-    parts, split_notes = data.choose_split([] if "--split" in parse(extra) else data_path)
+    data_path = data.find_data(environment, planned)
+    parts = data.choose_split([] if "--split" in parse(extra) else data_path)
     tokenizer = data.find_vocabulary(environment, extra, planned)
     interpreter, kernels = environment.get("PYTHON") or default_interpreter(), environment.get("KERNELS", "")
-    fast = hardware.kernel_flags(kernels, interpreter)
+    fast = hardware.kernel_flags(kernels)
     layout = Layout.read(numbers["gpus_per_node"], environment)
 
-    if not any(word.startswith(MODEL_FLAGS) for word in extra):  # else Megatron checks the model that it builds
-        layout.check(model.layers, model.heads, kind.experts * kind.granularity if has_experts else 0)
     depth = _depth_flags(model, routing, layout, environment.get("MODEL") or "gpt", extra)
     launcher = layout.launcher(interpreter, environment, planned)
     suited, engine = list[str](), ""
     if "--cpu" not in extra:
         if not planned:
-            hardware.check_gpus(layout.gpus_per_node, environment, interpreter)
+            hardware.check_gpus(layout.gpus_per_node, interpreter)
         suited, engine = hardware.gpu_flags(has_experts, kernels, extra, interpreter if ask_for_packages else "")
     flags = [
         *depth, *model.flags(), *Training(numbers["train_iters"], numbers["micro_batch_size"]).flags(),
@@ -128,11 +111,13 @@ def plan(
     flags += extra
     gpu = environment.get("GPU", "") if planned else None
     settings = hardware.gpu_settings(flags, environment, gpu) if engine else {}
-    notes += [*data_notes, *split_notes]
+    notes = []
+    if parts != data.SPLITS[0]:
+        notes.append(f"Split: {parts}, because the paper's {data.SPLITS[0]} leaves a part without documents")
     if engine:
         notes.append(f"Layers: {engine}")
     if fast:
-        notes.append(f"KERNELS=triton: {' '.join(fast)}, not tested on a GPU yet")
+        notes.append(f"KERNELS=triton: {' '.join(fast)}")
     return Launch(launcher, flags, settings, output, layout, notes)
 
 
@@ -146,6 +131,9 @@ def _depth_flags(size: Size, routing: str, layout: Layout, model_class: str, ext
                 "MODEL=hybrid takes no --num-layers: give --hybrid-layer-pattern, such as '*E*E' for two layers with "
                 "experts, or '*-*-' without"
             )
-        return size.layer_flags(routing, hybrid=True, stages=layout.pp * layout.vpp)
+        stages = layout.pp * layout.vpp
+        if size.layers % stages:  # Megatron would accept a pattern with fewer layers
+            raise RecipeError(f"PP={layout.pp} x VPP={layout.vpp} does not divide the {size.layers} layers")
+        return size.layer_flags(routing, hybrid=True, stages=stages)
     virtual = ["--num-virtual-stages-per-pipeline-rank", str(layout.vpp)] if layout.vpp > 1 else []
     return [*size.layer_flags(routing), *virtual]

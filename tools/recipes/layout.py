@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from ..console.errors import ToolError
 
-LARGEST = 2**31 - 1
-MOST_EXPERTS = 2**16  # in a layer
 NAMES = {"TP": "tp", "PP": "pp", "VPP": "vpp", "EP": "ep", "CP": "cp"}
 
 
@@ -17,16 +15,10 @@ class RecipeError(ToolError):
     exit_code = 2
 
 
-def whole_number(name: str, text: str, largest: int = LARGEST) -> int:
-    """Return the number that a text stands for.
-
-    Raises:
-        RecipeError: it is no whole number from 1 to `largest`.
-    """
+def whole_number(name: str, text: str) -> int:
+    """Return the number that a text stands for; raise RecipeError if it is no whole number of at least 1."""
     if not re.fullmatch("[1-9][0-9]*", text):
         raise RecipeError(f"{name} is '{text}': give a whole number of at least 1")
-    if len(text) > len(str(largest)) or int(text) > largest:
-        raise RecipeError(f"{name} is '{text}': give at most {largest}")
     return int(text)
 
 
@@ -57,33 +49,6 @@ class Layout:
     def world(self) -> int:
         """Processes on all nodes."""
         return self.gpus_per_node * self.nodes
-
-    def check(self, layers: int, heads: int, experts: int) -> None:
-        """Check that the parallel sizes fit.
-
-        Args:
-            layers: of the model.
-            heads: of the model.
-            experts: of a layer, after granularity; 0 for a dense model.
-
-        Raises:
-            RecipeError: names the variable that does not.
-        """
-        tp, pp, vpp, ep, cp = self.tp, self.pp, self.vpp, self.ep, self.cp
-        if self.world % (tp * pp * cp):
-            raise RecipeError(f"{self.world} processes cannot be split into TP={tp} x PP={pp} x CP={cp}")
-        if heads % tp:
-            raise RecipeError(f"TP={tp} does not divide the {heads} attention heads")
-        if pp == 1 and vpp > 1:
-            raise RecipeError(f"VPP={vpp} divides pipeline stages, and PP is 1: set PP to at least 2, or unset VPP")
-        if layers % (pp * vpp):
-            raise RecipeError(f"PP={pp} x VPP={vpp} does not divide the {layers} layers")
-        if experts and experts % ep:
-            raise RecipeError(f"EP={ep} does not divide the {experts} experts")
-        if experts and self.world % (tp * pp * ep):
-            raise RecipeError(
-                f"EP={ep} does not fit: TP={tp} x PP={pp} x EP={ep} does not divide {self.world} processes"
-            )
 
     def flags(self, has_experts: bool) -> list[str]:
         """Return Megatron's flags."""

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -17,61 +18,19 @@ LAST_BYTES = 2**16  # end of a log that is searched for the program's last messa
 STOPPED = 143  # exit code of a training that saved at a signal
 
 
-class _Training:
-    """A running training that signals stop."""
+def _signal_training(launcher: int, wanted: signal.Signals) -> None:
+    """Signal the training processes, torchrun's children, which have their own sessions.
 
-    def __init__(self, command: Sequence[str], log: Path) -> None:
-        # Both get their own process group, so that a terminal's Ctrl-C reaches only this process. They ignore signals:
-        # tee has to write the last line, and torchrun would limit the time for saving.
-        self._job = subprocess.Popen(
-            command, env=os.environ | {"PET_SIGNALS_TO_HANDLE": "SIGHUP"}, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0, preexec_fn=_ignore_signals,
-        )  # fmt: skip
-        assert self._job.stdout is not None
-        self._log = subprocess.Popen(
-            ["tee", "-a", str(log)], stdin=self._job.stdout, process_group=0, preexec_fn=_ignore_signals
-        )
-        self._job.stdout.close()
-        # The signal that the handler wants to send, and the one that was sent. Each is set in one place only, because
-        # the handler may interrupt `_send`.
-        self._wanted: signal.Signals | None = None
-        self._sent: signal.Signals | None = None
-        self.stopping = False
-
-    def stop(self, number: int, _: FrameType | None) -> None:
-        """Let the training save; a second Ctrl-C kills it. A second SIGTERM does not, as schedulers send several."""
-        if not self.stopping:
-            self.stopping, self._wanted = True, signal.SIGTERM
-            print("Saving a checkpoint; a second Ctrl-C ends at once, without one.", flush=True)
-        elif number == signal.SIGINT:
-            self._wanted = signal.SIGKILL
-
-    def _send(self) -> None:
-        """Send the signal to the training processes, torchrun's children, which have their own sessions.
-
-        They start with SIGTERM ignored and change that soon after. Wait until then, or the signal would be lost.
-        """
-        wanted = self._wanted
-        if wanted is None or wanted == self._sent:
-            return
-        children = psutil.Process(self._job.pid).children()
-        if not children or (wanted == signal.SIGTERM and any(_ignores_sigterm(child.pid) for child in children)):
-            return
-        for child in children:
-            with contextlib.suppress(psutil.NoSuchProcess):
+    They start with SIGTERM ignored and change that soon after. Wait until then, or the signal would be lost.
+    """
+    parent = psutil.Process(launcher)
+    while parent.status() != psutil.STATUS_ZOMBIE:
+        children = parent.children()
+        if children and (wanted == signal.SIGKILL or not any(_ignores_sigterm(child.pid) for child in children)):
+            for child in children:
                 child.send_signal(wanted)
-        self._sent = wanted
-
-    def wait(self) -> int:
-        """Return the exit code, once all output is in the log."""
-        while True:
-            try:
-                code = self._job.wait(timeout=0.5)
-                break
-            except subprocess.TimeoutExpired:
-                self._send()
-        self._log.wait()
-        return code
+            return
+        time.sleep(0.5)
 
 
 def _ignores_sigterm(process: int) -> bool:
@@ -108,18 +67,38 @@ def run_training(command: Sequence[str], log: Path) -> int:
     Returns:
         Its exit code; `STOPPED` if Ctrl-C or SIGTERM ended it without an error.
     """
-    start = log.stat().st_size if log.exists() else 0
+    start, stopping = log.stat().st_size if log.exists() else 0, False
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until there is something to stop
-    try:
-        training = _Training(command, log)
-        for number in SIGNALS:
-            signal.signal(number, training.stop)
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    code = training.wait()
+    # Both get their own process group, so that a terminal's Ctrl-C reaches only this process. They ignore signals:
+    # tee has to write the last line, and torchrun would limit the time for saving.
+    job = subprocess.Popen(
+        command, env=os.environ | {"PET_SIGNALS_TO_HANDLE": "SIGHUP"}, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0, preexec_fn=_ignore_signals,
+    )  # fmt: skip
+    assert job.stdout is not None
+    tee = subprocess.Popen(["tee", "-a", str(log)], stdin=job.stdout, process_group=0, preexec_fn=_ignore_signals)
+    job.stdout.close()
+
+    def stop(number: int, _: FrameType | None) -> None:
+        """Let the training save; a second Ctrl-C kills it. A second SIGTERM does not, as schedulers send several."""
+        nonlocal stopping
+        if stopping and number != signal.SIGINT:
+            return
+        wanted = signal.SIGKILL if stopping else signal.SIGTERM
+        if not stopping:
+            print("Saving a checkpoint; a second Ctrl-C ends at once, without one.", flush=True)
+        stopping = True
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
+            _signal_training(job.pid, wanted)
+
+    for number in SIGNALS:
+        signal.signal(number, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    code = job.wait()
+    tee.wait()
     if code and (error := _last_error(log, start)):
         print(f"\n{error}", file=sys.stderr, flush=True)
-    elif training.stopping:
+    elif stopping:
         print(f"Stopped. The same command goes on from the last checkpoint; the log is {log}", flush=True)
         return STOPPED
     return code if code >= 0 else 128 - code

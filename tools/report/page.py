@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from ..console.picture_style import looks
-from ..recipes.stages import Flops, Stage, stages
+from ..recipes.flops import Flops, Stage, stages
 from ..runs.run_figures import RunFigures
 from . import tables
 from .figures import panels

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..console.units import duration
-from ..recipes.stages import Stage
+from ..recipes.flops import Stage
 from ..runs import evaluations as measured
 from ..runs.run_figures import RunFigures
 

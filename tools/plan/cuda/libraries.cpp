@@ -1,4 +1,4 @@
-// cuBLAS and NCCL. Small results of collectives are as if all ranks had the same; build.py's ANSWERS has the others.
+// cuBLAS and NCCL. Small results of collectives are as if all ranks had the same; no_op_cuda.py's ANSWERS has the others.
 #include "stub.h"
 #include <cstring>
 #include <cublasLt.h>

@@ -1,5 +1,5 @@
 // A no-op CUDA, for a machine without a GPU: device memory is address space, kernels are counted and not run.
-// The files here answer what needs more than build.py's tables, which have the rest of what PyTorch's libraries ask for.
+// The files here answer what needs more than no_op_cuda.py's tables, which have the rest of what PyTorch's libraries ask for.
 #pragma once
 #define __CUDA_INTERNAL_SKIP_CPP_HEADERS__
 #include <cstddef>
@@ -8,7 +8,7 @@
 #include <cuda_runtime_api.h>
 #include <string>
 
-// Marks an answer; build.py looks for it.
+// Marks an answer; no_op_cuda.py looks for it.
 #define ANSWER(type) extern "C" __attribute__((visibility("default"))) type
 
 // The card that is played, from the environment; see device.cpp.
