@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from tests.tiny_model import BYTES
 from tests.tools.test_cost_command import cost, figures
 from tests.trainings import REPOSITORY, run, series, weights
-from tools.models.export import command as export_hf
+from tools.models import export as export_hf
 from tools.plan import rehearse
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]

@@ -21,7 +21,7 @@ from tests.data_sets import write_documents
 from tests.tiny_model import RELU
 from tests.trainings import REPOSITORY, TINY, run, series
 from tools.console.flags import parse, words_of
-from tools.models.export.command import main as export
+from tools.models.export import main as export
 from tools.models.text import read_batches, read_sequences
 from tools.recipes import tiny
 from tools.recipes.models import Routing

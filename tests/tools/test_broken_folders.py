@@ -17,8 +17,8 @@ from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.hf.models import make
 from tools.models.evaluate.command import main as evaluate
-from tools.models.export.command import main as export
-from tools.models.generate.command import main as generate
+from tools.models.export import main as export
+from tools.models.generate import main as generate
 from tools.models.hf.tokenizer import generation_config
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]

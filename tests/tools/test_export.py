@@ -19,9 +19,9 @@ from tests.tiny_model import RELU
 from tests.trainings import TINY, run
 from tools.console.errors import ConversionError
 from tools.models import checkpoints
+from tools.models import export as command
 from tools.models.convert.command import main as convert
 from tools.models.convert.models import round_to
-from tools.models.export import command
 from tools.models.hf import to_megatron
 from tools.models.hf.folder import read_folder
 from tools.models.hf.tokenizer import find_training_tokenizer

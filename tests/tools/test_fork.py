@@ -110,52 +110,31 @@ def test_the_optimizers_state_is_the_forks(saved: Path, tmp_path: Path) -> None:
     assert compared == 3 * (3 + 2 * 7)
 
 
-def test_state_of_several_ranks_is_put_together(saved: Path, tmp_path: Path) -> None:
-    """State cut by data parallel ranks, with a separate optimizer for experts, converts like that of one rank."""
+def test_state_of_several_optimizers_is_put_together(saved: Path, tmp_path: Path) -> None:
+    """With expert parallelism experts have a separate optimizer. The result is the same."""
     from megatron.remoe.start.checkpoint_files import common_state
     from megatron.remoe.start.checkpoint_index import read_index
     from tests.trainings import weights
-    from tools.models.convert.rewriting import Writer, encoded, objects, read_tensor
+    from tools.models.convert.rewriting import read_content, write_content
 
     name = f"iter_{oracle.SAVED:07d}"
-    source, several = saved / "remoe" / name, tmp_path / "several" / name
-    several.mkdir(parents=True)
-    index = read_index(source)
-    with (several / "__0_0.distcp").open("wb") as file:
-        writer = Writer(several, file)
-        pieces = [
-            (key, tuple(kind.size), tuple(chunk.offsets), read_tensor(source, index, key, chunk.offsets))
-            for key, kind in index.state_dict_metadata.items()
-            for chunk in getattr(kind, "chunks", [])
-        ]
-        for key, shape, offset, tensor in pieces:
-            parts = [(offset, tensor)]
-            if key.startswith("optimizer."):
-                key = f"chained_{int('.experts.' in key)}.{key}"
-                ranks = tensor.tensor_split(3, dim=-1)
-                starts = [sum(part.shape[-1] for part in ranks[:rank]) for rank in range(3)]
-                parts = [((*offset[:-1], offset[-1] + start), part) for start, part in zip(starts, ranks, strict=True)]
-            for place, part in reversed(parts):
-                writer.add_tensor(key, shape, place, part)
-        for key, content in objects(source, index):
-            writer.add_object(key, content)
-        state = common_state(source)
-        groups = state["optimizer"]["optimizer"]["param_groups"]
-        experts = {"optimizer": {"param_groups": [groups[0] | {"is_expert_parallel": True}]}}
-        state["optimizer"] = {0: state["optimizer"], 1: experts}
-        writer.add_object("common_state/shard_0_1", encoded([state]))
-        writer.write_index()
-    shutil.copyfile(source / "metadata.json", several / "metadata.json")
-    (several.parent / "latest_checkpointed_iteration.txt").write_text(str(oracle.SAVED))
-    for load, save in ((saved / "remoe", "one"), (several.parent, "all")):
+    source = saved / "remoe" / name
+    content = {
+        f"chained_{int('.experts.' in key)}.{key}" if key.startswith("optimizer.") else key: value
+        for key, value in read_content(source, read_index(source)).items()
+    }
+    state = common_state(source)
+    groups = state["optimizer"]["optimizer"]["param_groups"]
+    experts = {"optimizer": {"param_groups": [groups[0] | {"is_expert_parallel": True}]}}
+    state["optimizer"] = {0: state["optimizer"], 1: experts}
+    write_content(content, state, tmp_path / "several", name)
+    for load, save in ((saved / "remoe", "one"), (tmp_path / "several", "all")):
         assert convert("--load", load, "--save", tmp_path / save) == 0
     one, together = weights(tmp_path / "one", oracle.SAVED), weights(tmp_path / "all", oracle.SAVED)
     assert one.keys() == together.keys() and all(torch.equal(one[key], together[key]) for key in one)
     settings = [common_state(tmp_path / save / name)["optimizer"] for save in ("one", "all")]
-    assert settings[0] == settings[1] and [len(part["optimizer"]["param_groups"]) for part in settings[0].values()] == [
-        2,
-        1,
-    ]
+    assert settings[0] == settings[1]
+    assert [len(part["optimizer"]["param_groups"]) for part in settings[0].values()] == [2, 1]
 
 
 def test_refusals(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.hf.models import args_of, make
 from tools.models import checkpoints
-from tools.models.generate.command import main
+from tools.models.generate import main
 from tools.models.hf.weights import fill_megatron
 from tools.models.megatron_model import build
 

@@ -12,11 +12,11 @@ from ...console.errors import ToolError
 from ...console.files import write_json
 from ...runs.evaluations import names_of_data_sets
 from ...runs.running import run_tool
+from ..arguments import parse_analyze
 from ..hf.opening import OpenedModel, open_model
 from ..measuring import find_blocks
 from ..text import read_sequences
 from . import findings, pictures
-from .arguments import parse_arguments
 from .counts import count_routing
 
 
@@ -87,5 +87,5 @@ def analyze(args: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: 0; 1 if something is wrong; 130 if it was stopped."""
-    args = parse_arguments(arguments)
+    args = parse_analyze(arguments)
     return run_tool("analyze", lambda: analyze(args))

@@ -11,13 +11,13 @@ from megatron.core.models.gpt import GPTModel
 from ...console.display import Display
 from ...console.errors import ConversionError
 from ...runs.running import run_tool
+from ..arguments import parse_convert
 from ..checkpoints import Checkpoint, check_output, find, load, save
 from ..hf.public import FAMILIES
 from ..hf.to_megatron import write_checkpoint
 from ..measuring import count_experts, mean_experts, measure_loss, split_batches
 from ..megatron_model import build, one_process
 from ..text import blend_of, sample
-from .arguments import parse_arguments
 from .fitting import fit_router, keep_largest
 from .from_fork import convert_fork
 from .from_fsdp import convert_fsdp
@@ -137,7 +137,7 @@ def training_flags(args: argparse.Namespace, output: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: 0; 1 if it cannot be converted; 130 if it was stopped."""
-    options = parse_arguments(arguments)
+    options = parse_convert(arguments)
 
     def work() -> None:
         check_output(options.save)

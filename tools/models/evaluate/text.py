@@ -1,16 +1,20 @@
-"""Measure the loss on a Megatron data set as Megatron's validation does, and count experts per token."""
+"""Measure models on Megatron data sets: the loss as Megatron's validation does, experts per token, and the speed."""
 
 import argparse
-from collections.abc import Iterator
+import statistics
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 from megatron.remoe.routing.refusals import flag
 
 from ...console.display import Display
-from ...console.errors import ToolError
+from ...console.errors import ConversionError, ToolError
 from ..hf.opening import OpenedModel
 from ..measuring import count_experts, find_blocks, measure_loss, summarize_experts
 from ..text import read_batches, read_sequences
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDataset
 
 SEED = 1234  # Megatron's default
+PROMPTS, ROUNDS, NEW_TOKENS = 8, 5, 32  # of the measurement of speed
 MASKS = ("eod_mask_loss", "reset_attention_mask", "reset_position_ids")  # applied in a training's validation only
 
 
@@ -89,3 +94,49 @@ def measure_text(
                 experts = {layer: summarize_experts(histogram) for layer, histogram in counts.items()}
                 one = {"loss": loss, "tokens": tokens, "experts": experts}
                 measured[name][prefix]["none" if most is None else str(most)] = one
+
+
+@torch.inference_mode()
+def measure_speed(args: argparse.Namespace, opened: dict[str, OpenedModel]) -> dict[str, dict[str, float]]:
+    """Time the models in turns, so that other work on the machine slows all of them.
+
+    Each reads half of some sequences at once, and continues them by `NEW_TOKENS`.
+
+    Returns:
+        model → tokens per second over the batch, medians of the rounds: of reading ("prefill") and of writing
+        ("decode").
+
+    Raises:
+        ConversionError: the models are on different devices.
+    """
+    models = [one.model for one in opened.values()]
+    if len({model.device for model in models}) > 1:
+        raise ConversionError(
+            "--speed: give only runs or only exported folders. Folders are on the GPU, runs are not.", "REMOE-E501"
+        )
+    data = read_text(args, next(iter(opened.values())), args.data_path[0])
+    batches = read_batches(data, PROMPTS, models[0].config.vocab_size)
+    prompts = torch.cat(list(batches))[:, : max(1, data.config.sequence_length // 2)]
+    length = {"do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
+
+    def seconds(work: Callable[..., object], **settings: object) -> float:
+        ids = prompts.to(models[0].device)
+        wait = torch.cuda.synchronize if ids.is_cuda else lambda: None
+        wait()
+        started = time.perf_counter()
+        work(ids, **settings)
+        wait()
+        return time.perf_counter() - started
+
+    times: list[list[tuple[float, float]]] = [[] for _ in models]
+    for _ in range(ROUNDS + 1):
+        for model, of_model in zip(models, times, strict=True):
+            reading = seconds(model, logits_to_keep=1, use_cache=True)
+            whole = seconds(model.generate, attention_mask=torch.ones_like(prompts).to(model.device), **length)
+            of_model.append((reading, whole - reading))
+    medians = [[statistics.median(part) for part in zip(*of_model[1:], strict=True)] for of_model in times]  # warm
+    tokens = prompts.numel(), len(prompts) * (NEW_TOKENS - 1)
+    return {
+        name: {"prefill": tokens[0] / reading, "decode": tokens[1] / writing}
+        for name, (reading, writing) in zip(opened, medians, strict=True)
+    }
