@@ -22,7 +22,6 @@ from tools.models import checkpoints
 from tools.models import export as command
 from tools.models.convert.command import main as convert
 from tools.models.convert.models import round_to
-from tools.models.hf import to_megatron
 from tools.models.hf.folder import read_folder
 from tools.models.hf.tokenizer import find_training_tokenizer
 from tools.models.hf.weights import fill_megatron
@@ -204,7 +203,7 @@ def test_models_that_differ_are_not_written(
 ) -> None:
     make("relu").save_pretrained(tmp_path / "folder")
     other = make("relu", initializer_range=0.2)
-    monkeypatch.setattr(to_megatron, "fill_megatron", lambda megatron, *_: fill_megatron(megatron, other, other.config))
+    monkeypatch.setattr(command, "fill_megatron", lambda megatron, *_: fill_megatron(megatron, other, other.config))
     assert main("--reverse", "--load", tmp_path / "folder", "--save", tmp_path / "out") == 1
     assert "[REMOE-E514]" in capfd.readouterr().err and not (tmp_path / "out").exists()
 

@@ -12,7 +12,6 @@ from ..console.flags import tool_parser, whole_number
 TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "lambada_openai", "piqa", "race")
 FOLDER: dict[str, Any] = {"type": Path, "metavar": "FOLDER"}
 NUMBER: dict[str, Any] = {"type": whole_number(1), "metavar": "N"}
-ENGINES = ("local", "transformer_engine")
 OF_REMOE = ("num_experts", "moe_router_topk", "moe_granularity", "moe_layer_freq", "data_path", "loss_bound")
 
 type Words = Sequence[str] | None
@@ -145,8 +144,6 @@ def parse_convert(arguments: Words = None) -> argparse.Namespace:
     add("--moe-router-topk", type=int, metavar="K", help=text)
     add("--moe-granularity", **NUMBER, help="cut every expert into G (default: 1)")
     add("--moe-layer-freq", metavar="PATTERN", help="layers with experts (default: 1, all of them)")
-    text = "layers that will load it (default: those that saved --load; with --from-hf: the installed ones)"
-    add("--transformer-impl", choices=ENGINES, help=text)
     add = parser.add_argument_group("fit").add_argument
     add("--data-path", nargs="+", metavar="WORD", help="text, as in Megatron (default: the training's)")
     text = "tokens to fit the routers to, and as many again to measure the loss (default: %(default)s)"
@@ -157,8 +154,6 @@ def parse_convert(arguments: Words = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.from_hf and (args.from_fork or args.from_fsdp or args.model or args.ckpt_step is not None):
         parser.error("--from-hf is not the folder of a run: leave out --from-fork, --from-fsdp, --model, --ckpt-step.")
-    if args.transformer_impl and (args.from_fork or args.model):
-        parser.error("--transformer-impl: the layers' names stay with --from-fork and --model. Leave it out.")
     given = [f"--{name.replace('_', '-')}" for name in OF_REMOE if getattr(args, name) is not None]
     if given and (args.from_hf or args.from_fork or args.from_fsdp or args.model):
         parser.error(f"only a conversion to a ReMoE takes {', '.join(given)}: leave it out, and convert the result.")
@@ -183,8 +178,6 @@ def parse_export(arguments: Words = None) -> argparse.Namespace:
     add("--tokenizer-model", **FOLDER, help="a Hugging Face tokenizer (default: the training's own)")
     text = "text to compare the models on, as in Megatron (default: the training's, held-out if it names some)"
     add("--data-path", nargs="+", metavar="WORD", help=text)
-    text = "with --reverse: layers that will load the checkpoint (default: the installed ones)"
-    add("--transformer-impl", choices=ENGINES, help=text)
     args = parser.parse_args(arguments)
     if args.reverse and (args.data_path or args.ckpt_step is not None):
         parser.error("--reverse reads a folder, and compares on random tokens: leave out --ckpt-step and --data-path.")

@@ -1,7 +1,8 @@
 """Write a folder from a checkpoint, or a checkpoint from a folder."""
 
 import argparse
-from collections.abc import Sequence
+import shlex
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -13,12 +14,13 @@ from megatron.remoe.hf import RemoeConfig
 from ..console.display import Display
 from ..runs.running import run_tool
 from .arguments import parse_export
-from .checkpoints import check_output, new_folder
+from .checkpoints import check_output, new_folder, save
 from .hf.folder import read_folder
 from .hf.opening import open_run
-from .hf.to_megatron import write_checkpoint
-from .hf.tokenizer import find_training_tokenizer, generation_config
-from .hf.weights import convert_model
+from .hf.public import describe_public
+from .hf.settings import make_flags, parse_flags, vocabulary_flags
+from .hf.tokenizer import find_folder_tokenizer, find_training_tokenizer, generation_config
+from .hf.weights import convert_model, fill_megatron
 from .measuring import (
     compare_models,
     compute_logits,
@@ -28,12 +30,17 @@ from .measuring import (
     measure_loss,
     split_batches,
 )
-from .megatron_model import one_process
+from .megatron_model import build, one_process
 from .text import blend_of, sample
 
 SHARD = "2GB"
 TOKENS = 2048
 SEED = 1234
+SEQUENCE = 4096  # for training, if a public model has that many positions
+RANDOM_TOKENS = 512
+# Batch size, steps and learning rate are for the user to choose.
+PROGRAM = "python pretrain_gpt.py --micro-batch-size 1 --global-batch-size 8 --train-iters 100 --lr 1e-4"
+PROGRAM += " --eval-interval 100 --save RUN --load RUN --save-interval 100"
 CARD = """\
 ---
 library_name: transformers
@@ -132,14 +139,7 @@ def write_card(folder: Path, args: argparse.Namespace, config: RemoeConfig, resu
     experts = config.num_experts
     kind = "hash-routed MoE" if config.hash_routing else f"top-{config.num_experts_per_tok} MoE"
     kind = "dense" if not experts else "ReMoE" if config.moe_relu_routing else kind
-    rows = {
-        "kind": kind,
-        "layers, hidden size": f"{config.num_hidden_layers}, {config.hidden_size}",
-        "heads, key-value heads": f"{config.num_attention_heads}, {config.num_key_value_heads}",
-        "vocabulary (padded), context": f"{config.vocab_size:,}, {config.max_position_embeddings:,}",
-    }
-    if experts:
-        rows["experts, k, expert size"] = f"{experts}, {config.num_experts_per_tok}, {config.moe_intermediate_size}"
+    rows = {"kind": kind}
     if kind == "ReMoE":
         rows["λ at the end"] = f"{config.router_aux_loss_coef:.6g}"
     seen = getattr(args, "consumed_train_samples", 0) * args.seq_length
@@ -147,6 +147,46 @@ def write_card(folder: Path, args: argparse.Namespace, config: RemoeConfig, resu
     table = "\n".join(f"| {row} | {value} |" for row, value in rows.items())
     card = CARD.format(kind=kind, paper=PAPER * (kind == "ReMoE"), table=table)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_checkpoint(
+    folder: Path,
+    families: Collection[str],
+    output: Path,
+    display: Display,
+    tokenizer_model: Path | None = None,
+) -> RemoeConfig:
+    """Write a folder's model as a checkpoint, if the logits of both models agree on random tokens.
+
+    Prints the command to continue training.
+
+    Args:
+        folder: of a model for transformers.
+        families: accepted values of `model_type`.
+        output: folder to write.
+        display: for the results.
+        tokenizer_model: folder of a tokenizer to use instead of the model's own.
+
+    Raises:
+        ConversionError: it is damaged or no such model; Megatron cannot express it; the logits differ.
+    """
+    source = read_folder(folder, families, torch.float32)
+    is_ours = source.config.model_type == RemoeConfig.model_type
+    config = source.config if is_ours else describe_public(source.config)
+    tokenizer = find_folder_tokenizer(folder, tokenizer_model, config)
+    length = config.max_position_embeddings if is_ours else min(SEQUENCE, config.max_position_embeddings)
+    flags = [*make_flags(config, length), *vocabulary_flags(config, tokenizer)]
+    args = parse_flags(flags, config)
+    model = build(args)
+    fill_megatron(model, source, config)
+    shape = (1, min(RANDOM_TOKENS, config.max_position_embeddings))
+    ids = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(SEED))
+    display.say(describe_difference(compare_models(source, model, ids), ids, "random tokens"))
+    del source
+    save(model, args, output)
+    words = ["--data-path", "DATA", "--pretrained-checkpoint", str(output), *flags]
+    display.say(f"wrote {output}. Train on from it:\n{PROGRAM} {shlex.join(words)}")
+    return config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,9 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         display = Display()
         with one_process():
             if options.reverse:
-                families = (RemoeConfig.model_type,)
-                layers, tokenizer = options.transformer_impl, options.tokenizer_model
-                write_checkpoint(options.load, families, options.save, display, layers, tokenizer)
+                families, tokenizer = (RemoeConfig.model_type,), options.tokenizer_model
+                write_checkpoint(options.load, families, options.save, display, tokenizer)
             else:
                 export(options, display)
 

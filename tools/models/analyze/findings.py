@@ -77,8 +77,7 @@ def load(counts: Counts, names: Sequence[str], even: float, token_text: Callable
             "experts_per_token": dict(zip(counts.layers, rows.sum(dim=-1).tolist(), strict=True)),
         }
     if len(names) > 1:
-        columns = {"bits": information(counts.routed), "bits_per_token": information_per_token(counts)}
-        result["specialization"] = by_layer(counts.layers, **columns)
+        result["specialization"] = by_layer(counts.layers, bits=information(counts.routed))
     result["tokens"] = {layer: _list_tokens(counts, place, token_text) for place, layer in enumerate(counts.layers)}
     return result
 
@@ -98,20 +97,6 @@ def information(routed: torch.Tensor) -> torch.Tensor:
     mean = share.sum(dim=0) / some
     terms = torch.where(share > 0, share * (share / mean).log2(), 0.0)
     return terms.sum(dim=(0, 2)) / some[:, 0]
-
-
-def information_per_token(counts: Counts) -> torch.Tensor:
-    """Return the information on the data set of all a token's experts, as if they were independent, in bits.
-
-    A token without an expert is an event like an active pair: the information of an event times a token's events. With
-    top-1 it equals `information`.
-
-    Returns:
-        float64 `[layers]`.
-    """
-    events = torch.cat([counts.routed, counts.histogram[..., :1]], dim=-1)
-    per_token = events.sum(dim=-1).double() / counts.histogram.sum(dim=-1).clamp(min=1)
-    return information(events) * per_token.mean(dim=0)
 
 
 def _list_tokens(counts: Counts, place: int, token_text: Callable[[int], str | None]) -> list[list[Numbers]]:

@@ -13,8 +13,8 @@ from ...console.errors import ConversionError
 from ...runs.running import run_tool
 from ..arguments import parse_convert
 from ..checkpoints import Checkpoint, check_output, find, load, save
+from ..export import write_checkpoint
 from ..hf.public import FAMILIES
-from ..hf.to_megatron import write_checkpoint
 from ..measuring import count_experts, mean_experts, measure_loss, split_batches
 from ..megatron_model import build, one_process
 from ..text import blend_of, sample
@@ -62,7 +62,6 @@ def convert(options: argparse.Namespace, display: Display) -> None:
                 "--loss-bound."
             )
         display.say(f"{result}, sparsity {sparsity:.3f}; on {to_measure[:, 1:].numel():,} other tokens")
-        new_args.transformer_impl = options.transformer_impl or args.transformer_impl
         save(target, new_args, options.save)
     display.say(f"wrote {options.save}; train with {training_flags(new_args, options.save)}")
 
@@ -96,12 +95,11 @@ def _fitted(
                 if new_args.moe_router_topk < args.moe_router_topk:
                     wanted = keep_largest(wanted, new_args.moe_router_topk)
                 start = source.decoder.layers[layer].mlp.router.weight.detach()
-            fitted = fit_router(seen, wanted, copies, start, options.seed + number)
-            routers[layer] = fitted.weight
+            routers[layer], error, sparsity = fit_router(seen, wanted, copies, start, options.seed + number)
             display.advance(1)
             display.say(
-                f"layer {layer + 1} of {args.num_layers}: gates within {fitted.error:.1%} (root mean square), "
-                f"sparsity {fitted.sparsity:.3f}"
+                f"layer {layer + 1} of {args.num_layers}: gates within {error:.1%} (root mean square), "
+                f"sparsity {sparsity:.3f}"
             )
     fill(target, source, routers)
     round_to(target, args.params_dtype)
@@ -115,7 +113,7 @@ def convert_public(options: argparse.Namespace, display: Display) -> None:
         ConversionError: the folder holds no such model, or one that Megatron cannot express, or is damaged.
     """
     with one_process(options.seed):
-        config = write_checkpoint(options.from_hf, FAMILIES, options.save, display, options.transformer_impl)
+        config = write_checkpoint(options.from_hf, FAMILIES, options.save, display)
     fewer = max(1, config.num_experts_per_tok // 2)
     display.say(
         f"or make a ReMoE with half the experts per token of it: remoe convert --load {options.save} --save REMOE "

@@ -18,6 +18,7 @@ from megatron.training.arguments import moe_freq_type
 
 from ...console.errors import ConversionError
 from ..hf.settings import complete
+from ..hybrid import moe_layer_pattern
 from ..megatron_model import EXPERT, HERE
 from .fitting import split_mlp
 
@@ -83,28 +84,17 @@ def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argp
 def _become_mixture(target: argparse.Namespace, options: argparse.Namespace) -> None:
     if options.num_experts is None:
         raise ConversionError("--load is a dense checkpoint: give --num-experts.", FLAGS)
-    if options.num_experts < 2:
-        raise ConversionError(f"--num-experts {options.num_experts} must be at least 2.", FLAGS)
     target.num_experts, target.moe_ffn_hidden_size = options.num_experts, None
     target.moe_router_topk = 1 if options.moe_router_topk is None else options.moe_router_topk
     target.moe_granularity = options.moe_granularity or 1
+    pattern = options.moe_layer_freq or "1"
     try:
-        target.moe_layer_freq = moe_freq_type(options.moe_layer_freq or "1")
-        if not target.moe_layer_freq:
-            raise ValueError("give a number of at least 1, or a pattern such as ([0]+[1]*11)")
-    except (ValueError, SyntaxError, TypeError) as error:
-        raise ConversionError(f"--moe-layer-freq {options.moe_layer_freq}: {error}.", FLAGS) from error
-    pattern = target.moe_layer_freq
-    if isinstance(pattern, list) and (len(pattern) != target.num_layers or not any(pattern)):
-        raise ConversionError(
-            f"--moe-layer-freq {options.moe_layer_freq}: is a pattern of {len(pattern)} layers with {sum(pattern)} MoE "
-            f"layers. It must have {target.num_layers}, and one or more MoE layers.",
-            FLAGS,
-        )
-    try:
+        target.moe_layer_freq = moe_freq_type(pattern)
+        if not any(moe_layer_pattern(target)):
+            raise ValueError("no layer has experts")
         apply_granularity(target)
-    except ValueError as error:
-        raise ConversionError(str(error), FLAGS) from error
+    except (ValueError, SyntaxError, TypeError, ZeroDivisionError) as error:
+        raise ConversionError(f"--moe-layer-freq {pattern}, --moe-granularity: {error}", FLAGS) from error
     target.moe_ffn_hidden_size = target.ffn_hidden_size // target.moe_granularity
 
 

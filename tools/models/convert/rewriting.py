@@ -65,7 +65,9 @@ def write_content(content: Content, state: dict[str, Any], output: Path, name: s
     size = sum(value.nbytes for value in content.values() if torch.is_tensor(value))
     with new_folder(output, size + OVERHEAD) as aside:
         writer, planner = FileSystemWriter(aside / name), _Planner(flatten_state_dict=False)
-        dcp.save(content | {"common_state/shard_0_1": [state]}, storage_writer=writer, planner=planner, no_dist=True)
+        settings = io.BytesIO()
+        torch.save([state], settings)  # dcp.save would turn whole numbers among the keys into text
+        dcp.save(content | {"common_state/shard_0_1": settings}, storage_writer=writer, planner=planner, no_dist=True)
         (aside / name / CONFIG).write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
         tracked = RELEASE if name == RELEASE else str(int(name.removeprefix("iter_")))
         (aside / TRACKER).write_text(tracked, encoding="utf-8")
