@@ -15,7 +15,6 @@ from tests.data_sets import write_documents
 from tests.hf.models import args_of, make
 from tools.models.analyze import findings
 from tools.models.analyze.command import main
-from tools.models.analyze.counts import Counts
 from tools.models.checkpoints import save
 from tools.models.hf.weights import fill_megatron
 from tools.models.measuring import find_blocks
@@ -204,7 +203,7 @@ def test_information() -> None:
 def test_layers_with_few_pairs_or_none() -> None:
     active, ids = torch.zeros(8, 8, dtype=torch.bool), torch.zeros(8, dtype=torch.int64)
     active[0, 2] = active[1, 2] = active[5, 7] = True
-    counts = Counts([1, 2], 1, experts=8, vocabulary=1)
+    counts = findings.Counts([1, 2], 1, experts=8, vocabulary=1)
     counts.add(0, ids, 0, active)
     counts.add(0, ids, 1, torch.zeros_like(active))
     balance = findings.balance(counts, topk=1)["layers"]

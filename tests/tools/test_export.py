@@ -22,7 +22,7 @@ from tools.models import checkpoints
 from tools.models import export as command
 from tools.models.convert.command import main as convert
 from tools.models.convert.models import round_to
-from tools.models.hf.folder import read_folder
+from tools.models.hf.opening import read_folder
 from tools.models.hf.tokenizer import find_training_tokenizer
 from tools.models.hf.weights import fill_megatron
 from tools.models.megatron_model import build

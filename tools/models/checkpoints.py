@@ -224,9 +224,7 @@ def new_folder(output: Path, size: int) -> Iterator[Path]:
 
 
 def check_output(output: Path) -> None:
-    """Raise ConversionError for a folder that is not empty or a mount point, or something else than a folder."""
-    if output.resolve().is_mount():
-        raise ConversionError(f"--save {output}: is a mount point. Give a new folder in it.", "REMOE-E105")
+    """Raise ConversionError for a folder that is not empty, or something else than a folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConversionError(
             f"--save {output}: exists and is not an empty folder. Give another one, or remove it.", "REMOE-E105"

@@ -15,8 +15,7 @@ from ..console.display import Display
 from ..runs.running import run_tool
 from .arguments import parse_export
 from .checkpoints import check_output, new_folder, save
-from .hf.folder import read_folder
-from .hf.opening import open_run
+from .hf.opening import open_run, read_folder
 from .hf.public import describe_public
 from .hf.settings import make_flags, parse_flags, vocabulary_flags
 from .hf.tokenizer import find_folder_tokenizer, find_training_tokenizer, generation_config
@@ -82,14 +81,17 @@ def choose_text(args: argparse.Namespace, data_path: list[str] | None, config: R
     length = min(args.seq_length, TOKENS)
     held_out = None if data_path else getattr(args, "valid_data_path", None)
     try:
-        tokens = sample(blend_of(args, data_path or held_out), TOKENS // length, length, config.vocab_size, SEED)
+        blend = blend_of(args, data_path or held_out)
+        tokens = sample(blend, TOKENS // length, length, config.vocab_size, SEED)
         return tokens, "held-out tokens" if held_out else "tokens"
     except UsageError:
         if data_path:
             raise
-    generator = torch.Generator().manual_seed(SEED)
-    shape = (TOKENS // length, length + 1)
-    return torch.randint(config.vocab_size, shape, generator=generator), "random tokens"
+    return _random_tokens(config, TOKENS // length, length + 1), "random tokens"
+
+
+def _random_tokens(config: RemoeConfig, *shape: int) -> torch.Tensor:
+    return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(SEED))
 
 
 def export(options: argparse.Namespace, display: Display) -> None:
@@ -136,9 +138,8 @@ def export(options: argparse.Namespace, display: Display) -> None:
 
 def write_card(folder: Path, args: argparse.Namespace, config: RemoeConfig, results: dict[str, str]) -> None:
     """Write README.md about the training and the model; `results` are further rows of its table."""
-    experts = config.num_experts
     kind = "hash-routed MoE" if config.hash_routing else f"top-{config.num_experts_per_tok} MoE"
-    kind = "dense" if not experts else "ReMoE" if config.moe_relu_routing else kind
+    kind = "dense" if not config.num_experts else "ReMoE" if config.moe_relu_routing else kind
     rows = {"kind": kind}
     if kind == "ReMoE":
         rows["λ at the end"] = f"{config.router_aux_loss_coef:.6g}"
@@ -155,7 +156,7 @@ def write_checkpoint(
     output: Path,
     display: Display,
     tokenizer_model: Path | None = None,
-) -> RemoeConfig:
+) -> None:
     """Write a folder's model as a checkpoint, if the logits of both models agree on random tokens.
 
     Prints the command to continue training.
@@ -179,14 +180,12 @@ def write_checkpoint(
     args = parse_flags(flags, config)
     model = build(args)
     fill_megatron(model, source, config)
-    shape = (1, min(RANDOM_TOKENS, config.max_position_embeddings))
-    ids = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(SEED))
+    ids = _random_tokens(config, 1, min(RANDOM_TOKENS, config.max_position_embeddings))
     display.say(describe_difference(compare_models(source, model, ids), ids, "random tokens"))
     del source
     save(model, args, output)
     words = ["--data-path", "DATA", "--pretrained-checkpoint", str(output), *flags]
     display.say(f"wrote {output}. Train on from it:\n{PROGRAM} {shlex.join(words)}")
-    return config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -22,10 +22,7 @@ def prompts(args: argparse.Namespace) -> Iterator[str]:
     if args.prompt is not None:
         yield args.prompt
     elif args.prompt_file is not None:
-        try:
-            yield args.prompt_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ToolError(f"--prompt-file {args.prompt_file}: cannot be read ({error}).", "REMOE-E504") from error
+        yield args.prompt_file.read_text(encoding="utf-8", errors="replace")
     else:
         yield from (line.rstrip("\n") for line in sys.stdin)
 

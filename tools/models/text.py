@@ -128,10 +128,8 @@ def blend_of(args: argparse.Namespace, data_path: list[str] | None) -> Blend:
     return blend
 
 
-def sample(blend: Blend, sequences: int, length: int, vocabulary: int, seed: int, or_else: str = "") -> torch.Tensor:
+def sample(blend: Blend, sequences: int, length: int, vocabulary: int, seed: int) -> torch.Tensor:
     """Return random sequences of text, int64 `[sequences, length + 1]`; two of them share at most the last token.
-
-    `or_else` is a second remedy, for the message that there is too little text.
 
     Raises:
         UsageError: a data set is missing, corrupt or too small, or was made with another vocabulary.
@@ -147,7 +145,7 @@ def sample(blend: Blend, sequences: int, length: int, vocabulary: int, seed: int
         if count > available:
             raise ToolError(
                 f"{prefix}: has {reader.tokens:,} tokens, but {count * length + 1:,} are needed. Give more text with "
-                f"--data-path{or_else}.",
+                "--data-path, or a smaller --tokens.",
                 "REMOE-E304",
             )
         for start in generator.choice(available, size=count, replace=False) * length:

@@ -15,6 +15,7 @@ from ..arguments import parse_convert
 from ..checkpoints import Checkpoint, check_output, find, load, save
 from ..export import write_checkpoint
 from ..hf.public import FAMILIES
+from ..hf.settings import complete
 from ..measuring import count_experts, mean_experts, measure_loss, split_batches
 from ..megatron_model import build, one_process
 from ..text import blend_of, sample
@@ -22,7 +23,7 @@ from .fitting import fit_router, keep_largest
 from .from_fork import convert_fork
 from .from_fsdp import convert_fsdp
 from .model_class import convert_class
-from .models import fill, moe_layers, record_routers, round_to, source_args, target_args
+from .models import fill, moe_layers, record_routers, target_args
 
 BOUNDS = {"dense": 0.01, "top-k": 0.05}
 # The way to the target is short, so λ should start higher and move less than in a training from scratch.
@@ -38,14 +39,14 @@ def convert(options: argparse.Namespace, display: Display) -> None:
     checkpoint = find(options.load, options.ckpt_step)
     if getattr(checkpoint.args, "hybrid_layer_pattern", None):
         raise ConversionError(f"{checkpoint.folder}: is that of a HybridModel. Convert it with --model gpt first.")
-    args = source_args(checkpoint.args)
+    args = complete(checkpoint.args)
     new_args = target_args(args, options)
     kind = "dense" if args.num_experts is None else "top-k"
     display.say(f"{kind} checkpoint {checkpoint.name}: {args.num_layers} layers of hidden size {args.hidden_size}")
     sequences = -(-options.tokens // args.seq_length)
     blend = blend_of(args, options.data_path)
     size = 2 * sequences, args.seq_length, args.padded_vocab_size
-    text = sample(blend, *size, options.seed, or_else=", or a smaller number with --tokens")
+    text = sample(blend, *size, options.seed)
     to_fit, to_measure = text.chunk(2)
     with one_process(options.seed):
         target, loss_before = _fitted(options, display, checkpoint, args, new_args, to_fit, to_measure)
@@ -102,23 +103,7 @@ def _fitted(
                 f"sparsity {sparsity:.3f}"
             )
     fill(target, source, routers)
-    round_to(target, args.params_dtype)
-    return target, loss_before
-
-
-def convert_public(options: argparse.Namespace, display: Display) -> None:
-    """Write a public top-k MoE as a checkpoint.
-
-    Raises:
-        ConversionError: the folder holds no such model, or one that Megatron cannot express, or is damaged.
-    """
-    with one_process(options.seed):
-        config = write_checkpoint(options.from_hf, FAMILIES, options.save, display)
-    fewer = max(1, config.num_experts_per_tok // 2)
-    display.say(
-        f"or make a ReMoE with half the experts per token of it: remoe convert --load {options.save} --save REMOE "
-        f"--moe-router-topk {fewer} --data-path DATA"
-    )
+    return target.to(args.params_dtype).float(), loss_before  # measure the weights that will be saved
 
 
 def training_flags(args: argparse.Namespace, output: Path) -> str:
@@ -141,7 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_output(options.save)
         display = Display()
         if options.from_hf:
-            convert_public(options, display)
+            with one_process(options.seed):
+                write_checkpoint(options.from_hf, FAMILIES, options.save, display)
         elif options.from_fork:
             convert_fork(options, display)
         elif options.from_fsdp:

@@ -17,7 +17,6 @@ from megatron.remoe.training.arguments import apply_granularity
 from megatron.training.arguments import moe_freq_type
 
 from ...console.errors import ConversionError
-from ..hf.settings import complete
 from ..hybrid import moe_layer_pattern
 from ..megatron_model import EXPERT, HERE
 from .fitting import split_mlp
@@ -44,25 +43,15 @@ FLAGS = "REMOE-E501"  # they do not fit
 ROUTER = re.compile(r".*\.layers\.(?P<layer>\d+)\.mlp\.router\.(?P<name>\w+)")
 
 
-def source_args(saved: argparse.Namespace) -> argparse.Namespace:
-    """Return the source's saved arguments, complete for this version of Megatron.
-
-    Raises:
-        ConversionError: the checkpoint is that of a ReMoE already.
-    """
-    if getattr(saved, "moe_relu_routing", False):
-        raise ConversionError(
-            "--load: this is a checkpoint of a ReMoE already. Train on from it with pretrain_gpt.py --load."
-        )
-    return complete(saved)
-
-
 def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argparse.Namespace:
     """Return the arguments of the ReMoE, from those of its source and the tool's flags, which are None if not given.
 
     Raises:
-        ConversionError: they do not fit the source, or ReLU routing does not work with its other settings.
+        ConversionError: they do not fit the source, it is a ReMoE already, or ReLU routing does not work with its other
+            settings.
     """
+    if source.moe_relu_routing:
+        raise ConversionError("--load: this is a checkpoint of a ReMoE already. Train on from it with --load.")
     if source.mtp_num_layers:
         raise ConversionError(
             f"--load: layers of multi-token prediction are not converted, and it has {source.mtp_num_layers} of them."
@@ -140,13 +129,6 @@ def fill(target: GPTModel, source: GPTModel, routers: dict[int, torch.Tensor]) -
             tensor.copy_(state[name])
 
 
-@torch.no_grad()
-def round_to(model: GPTModel, dtype: torch.dtype) -> None:
-    """Round the weights to values that `dtype` can hold."""
-    for parameter in model.parameters():
-        parameter.copy_(parameter.to(dtype))
-
-
 @contextmanager
 def record_routers(source: GPTModel, layers: list[int]) -> Iterator[tuple[dict[int, Any], dict[int, Any]]]:
     """Collect the inputs of the feed-forward layers and the gates of top-k routers, inside the block.
@@ -157,17 +139,17 @@ def record_routers(source: GPTModel, layers: list[int]) -> Iterator[tuple[dict[i
     inputs: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
     gates: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
 
-    def keep_input(seen: list[torch.Tensor], _module: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def keep_input(index: int, _module: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         hidden = positional[0] if positional else named["hidden_states"]
-        seen.append(hidden.reshape(-1, hidden.shape[-1]).clone())
+        inputs[index].append(hidden.reshape(-1, hidden.shape[-1]).clone())
 
-    def keep_gates(seen: list[torch.Tensor], _module: Any, _arguments: Any, routed: tuple[torch.Tensor, ...]) -> None:
-        seen.append((routed[0] * routed[1]).float())
+    def keep_gates(index: int, _module: Any, _arguments: Any, routed: tuple[torch.Tensor, ...]) -> None:
+        gates[index].append((routed[0] * routed[1]).float())
 
     with ExitStack() as hooks:
         for index in layers:
             mlp = source.decoder.layers[index].mlp
-            hooks.enter_context(mlp.register_forward_pre_hook(partial(keep_input, inputs[index]), with_kwargs=True))
+            hooks.enter_context(mlp.register_forward_pre_hook(partial(keep_input, index), with_kwargs=True))
             if isinstance(mlp, MoELayer):
-                hooks.enter_context(mlp.router.register_forward_hook(partial(keep_gates, gates[index])))
+                hooks.enter_context(mlp.router.register_forward_hook(partial(keep_gates, index)))
         yield inputs, gates

@@ -14,7 +14,7 @@ from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 from megatron.remoe.routing.refusals import flag
 
 from ...console.display import Display
-from ...console.errors import ConversionError, ToolError
+from ...console.errors import ToolError
 from ..hf.opening import OpenedModel
 from ..measuring import count_experts, find_blocks, measure_loss, summarize_experts
 from ..text import read_batches, read_sequences
@@ -105,22 +105,15 @@ def measure_speed(args: argparse.Namespace, opened: dict[str, OpenedModel]) -> d
     Returns:
         model → tokens per second over the batch, medians of the rounds: of reading ("prefill") and of writing
         ("decode").
-
-    Raises:
-        ConversionError: the models are on different devices.
     """
-    models = [one.model for one in opened.values()]
-    if len({model.device for model in models}) > 1:
-        raise ConversionError(
-            "--speed: give only runs or only exported folders. Folders are on the GPU, runs are not.", "REMOE-E501"
-        )
-    data = read_text(args, next(iter(opened.values())), args.data_path[0])
-    batches = read_batches(data, PROMPTS, models[0].config.vocab_size)
+    first = next(iter(opened.values()))
+    data = read_text(args, first, args.data_path[0])
+    batches = read_batches(data, PROMPTS, first.model.config.vocab_size)
     prompts = torch.cat(list(batches))[:, : max(1, data.config.sequence_length // 2)]
     length = {"do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
 
     def seconds(work: Callable[..., object], **settings: object) -> float:
-        ids = prompts.to(models[0].device)
+        ids = prompts.to(first.model.device)
         wait = torch.cuda.synchronize if ids.is_cuda else lambda: None
         wait()
         started = time.perf_counter()
@@ -128,15 +121,14 @@ def measure_speed(args: argparse.Namespace, opened: dict[str, OpenedModel]) -> d
         wait()
         return time.perf_counter() - started
 
-    times: list[list[tuple[float, float]]] = [[] for _ in models]
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in opened}
     for _ in range(ROUNDS + 1):
-        for model, of_model in zip(models, times, strict=True):
+        for name, (model, *_) in opened.items():
             reading = seconds(model, logits_to_keep=1, use_cache=True)
             whole = seconds(model.generate, attention_mask=torch.ones_like(prompts).to(model.device), **length)
-            of_model.append((reading, whole - reading))
-    medians = [[statistics.median(part) for part in zip(*of_model[1:], strict=True)] for of_model in times]  # warm
-    tokens = prompts.numel(), len(prompts) * (NEW_TOKENS - 1)
-    return {
-        name: {"prefill": tokens[0] / reading, "decode": tokens[1] / writing}
-        for name, (reading, writing) in zip(opened, medians, strict=True)
-    }
+            times[name].append((reading, whole - reading))
+    result = {}
+    for name, rounds in times.items():
+        reading, writing = (statistics.median(part) for part in zip(*rounds[1:], strict=True))  # the first warms up
+        result[name] = {"prefill": prompts.numel() / reading, "decode": len(prompts) * (NEW_TOKENS - 1) / writing}
+    return result
