@@ -15,6 +15,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.files.errors import UsageError
@@ -44,6 +46,8 @@ WITHOUT_EFFECT = re.compile(
 RATES = {"lr", "min_lr"}  # Megatron identifies parameter groups in a checkpoint by these
 ENDS = {"lr_decay_iters", "lr_decay_samples"}  # compared as samples
 DEFAULTS = (None, False, 0, 1)  # values with which a removed flag had no effect
+# Megatron replaces the flags' words when it validates them; converted checkpoints still have the words.
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "fp8"}
 SHOWN = 120  # characters of a setting, for example of a list of data sets
 
 
@@ -133,6 +137,8 @@ def differences(args: argparse.Namespace, saved: argparse.Namespace, names: set[
         names = names - {"global_batch_size"}  # Megatron derives one from the number of GPUs
     if getattr(args, "hybrid_layer_pattern", None) and not getattr(saved, "hybrid_layer_pattern", None):
         names = names - {"hybrid_layer_pattern", "num_layers"}  # Megatron reads GPTModel's checkpoints
+    if not getattr(args, "group_query_attention", False):
+        names = names - {"num_query_groups"}  # Megatron's FLOPs count changes it during the run
     divisors = ("make_vocab_size_divisible_by", "tensor_model_parallel_size")
     if "seed" in names and all(getattr(args, name) == getattr(saved, name, None) for name in divisors):
         names = names | {"padded_vocab_size"}  # Megatron would cut or fill the embeddings
@@ -166,7 +172,7 @@ def _comparable(value: Any) -> Any:
     if isinstance(value, list):
         return [_comparable(item) for item in value]
     if not isinstance(value, str):
-        return value
+        return DTYPES.get(value, value) if isinstance(value, torch.dtype) else value
     try:
         return float(value)
     except ValueError:
