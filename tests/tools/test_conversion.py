@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron.remoe.start.checkpoint_index import read_index
 from tests.tiny_model import RELU, TOPK
@@ -123,24 +122,20 @@ def test_layout_and_speed_of_the_source_are_free(dense: tuple[Path, str]) -> Non
     """ReLU routing refuses some settings that do not concern a checkpoint's weights."""
     from tools.models import checkpoints
     from tools.models.convert import models
+    from tools.models.hf.settings import complete
 
     saved = checkpoints.find(dense[0], None).args
     free = {"tensor_model_parallel_size": 2, "fp8": "e4m3", "cuda_graph_impl": "full_iteration"}
     given = argparse.Namespace(num_experts=4, moe_router_topk=None, moe_granularity=None, moe_layer_freq=None)
-    target = models.target_args(models.source_args(argparse.Namespace(**(vars(saved) | free))), given)
+    target = models.target_args(complete(argparse.Namespace(**(vars(saved) | free))), given)
     assert target.moe_relu_routing and target.tensor_model_parallel_size == 2
 
 
 REFUSED = [
     (["--num-experts", "8"], "exists and is not an empty folder", "full"),
     ([], "--num-experts", None),
-    (["--num-experts", "1"], "--num-experts 1 must be at least 2. [REMOE-E501]", None),
     (["--num-experts", "8", "--moe-router-topk", "8"], "--moe-router-topk 8", None),
-    (
-        ["--num-experts", "8", "--moe-granularity", "3"],
-        "--moe-granularity 3",
-        None,
-    ),
+    (["--num-experts", "8", "--moe-granularity", "3"], "--moe-granularity 3", None),
     (["--num-experts", "8", "--moe-layer-freq", "[0,0]"], "--moe-layer-freq [0,0]", None),
     (["--num-experts", "8", "--moe-layer-freq", "[1]"], "Megatron cannot build", None),
     (["--num-experts", "8", "--moe-layer-freq", "often"], "--moe-layer-freq often:", None),
@@ -195,8 +190,6 @@ def test_damaged_checkpoints(
     dense: tuple[Path, str], tmp_path: Path, capfd: pytest.CaptureFixture[str], process_groups: None
 ) -> None:
     from tools.models import checkpoints
-    from tools.models.convert import models
-    from tools.models.megatron_model import build
 
     words = ["--save", str(tmp_path / "remoe"), "--num-experts", "8"]
     broken = tmp_path / "broken"
@@ -218,12 +211,4 @@ def test_damaged_checkpoints(
     error = capfd.readouterr().err
     assert str(whole) in error and "--save" not in error and error.count("\n") == 1
 
-    source = checkpoints.find(dense[0], None)
-    model = build(models.source_args(source.args))
-    checkpoints.load(source, model)
-    with torch.no_grad():
-        model.output_layer.weight[3, 5] = float("nan")
-    checkpoints.save(model, source.args, tmp_path / "not finite")
-    assert main("--load", str(tmp_path / "not finite"), *words) == 1
-    assert "output_layer.weight holds values that are not finite" in capfd.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "not finite"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]

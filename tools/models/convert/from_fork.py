@@ -76,9 +76,8 @@ def _arguments(saved: argparse.Namespace) -> argparse.Namespace:
     drop_ignored_fork_flags(args)
     if args.moe_relu_routing:
         args.moe_router_load_balancing_type = "none"
-    # Defaults of newer arguments are left out: Megatron would compare them with the values that it computes from them.
-    known = {name: value for name, value in vars(args).items() if hasattr(saved, name)}
-    return argparse.Namespace(**known, dist_ckpt_optim_fully_reshardable=args.use_distributed_optimizer)
+    args.dist_ckpt_optim_fully_reshardable = args.use_distributed_optimizer
+    return args
 
 
 def _whole_state(content: Content, folder: Path) -> Content:
