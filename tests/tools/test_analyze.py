@@ -156,7 +156,7 @@ def test_reads_checkpoints(domains: list[Path], tmp_path: Path, capfd: pytest.Ca
     words = ["--load", str(run), "--seq-length", str(LENGTH), "--data", *map(str, domains)]
     assert main(words) == 0 and "SentencePieceTokenizer" in capfd.readouterr().err
     for name in NAMES:
-        close(json.loads((run / "analysis" / f"{name}.json").read_text()), expected[name])
+        assert json.loads((run / "analysis" / f"{name}.json").read_text()) == expected[name]
     for wrong, code in (
         (["--tokenizer-model", "/nowhere"], "E513"),
         (["--seq-length", "99999"], "E501"),
@@ -167,23 +167,6 @@ def test_reads_checkpoints(domains: list[Path], tmp_path: Path, capfd: pytest.Ca
             make("relu").save_pretrained(wrong[1])
         assert main([*words, *wrong]) == 1
         assert f"[REMOE-{code}]" in capfd.readouterr().err
-    with pytest.raises(SystemExit):
-        main([*words, str(domains[0].parent / "." / domains[0].name)])
-    assert f"--data-path {domains[0]}" in capfd.readouterr().err
-
-
-def close(found: Any, expected: Any) -> None:
-    """Assert that two values are the same up to rounding."""
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
-        for key, value in expected.items():
-            close(found[key], value)
-    elif isinstance(expected, list):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected, strict=True):
-            close(one, other)
-    else:
-        assert found == (pytest.approx(expected, rel=1e-6) if isinstance(expected, float) else expected)
 
 
 def test_slopes_are_numpys() -> None:

@@ -12,7 +12,6 @@ import torch
 from transformers import AutoTokenizer
 
 from megatron.remoe.files.gpt2_files import byte_level_vocabulary
-from megatron.remoe.hf import RemoeForCausalLM
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.data_sets import write_documents
 from tests.hf.models import make
@@ -106,7 +105,7 @@ def write_task(folder: Path) -> None:
 def test_tasks_through_lm_eval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A uniform model has computable scores, and one that learned the answers scores 1."""
+    """A uniform model has computable scores."""
     tokenizer = AutoTokenizer.from_pretrained(
         gpt2_tokenizer_folder(*byte_level_vocabulary(tmp_path / "files"), cache_dir=tmp_path)
     )
@@ -126,38 +125,14 @@ def test_tasks_through_lm_eval(
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     assert {*TASKS} <= set(TaskManager().all_tasks)
 
-    def score() -> dict[str, float]:
-        tasks = evaluate(tmp_path, *words, "group")["tasks"][str(tmp_path / "model")]
-        assert {(one["task"], one["metric"], one["documents"]) for one in tasks} == {
-            (task, "acc,first", len(QUESTIONS)) for task in ("own", "group")
-        }
-        return {one["task"]: one["value"] for one in tasks}
-
     with torch.no_grad():
-        lm_head = model.lm_head.weight.clone()
         model.lm_head.weight.zero_()
     model.save_pretrained(tmp_path / "model")
     # A uniform model prefers the shortest choice; the first one if several are as short.
-    assert score() == pytest.approx({"own": 1 / 3, "group": 1 / 3})
+    scores = evaluate(tmp_path, *words, "group")["tasks"][str(tmp_path / "model")]
+    assert {(one["task"], one["metric"], one["documents"], round(one["value"], 6)) for one in scores} == {
+        (task, "acc,first", len(QUESTIONS), 0.333333) for task in ("own", "group")
+    }
 
-    with torch.no_grad():
-        model.lm_head.weight.copy_(lm_head)
-    learn(model, tokenizer)
-    model.save_pretrained(tmp_path / "model")
-    assert score() == {"own": 1, "group": 1}
     capfd.readouterr()
     assert main([*words, "nothing"]) == 1 and "[REMOE-E504]" in capfd.readouterr().err
-
-
-def learn(model: RemoeForCausalLM, tokenizer: Any) -> None:
-    """Train for 60 steps on the questions with their right answers."""
-    texts = [context + texts[label] for context, texts, label in QUESTIONS]
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    model.train()
-    for _ in range(60):
-        optimizer.zero_grad()
-        model(**batch, labels=labels).loss.backward()
-        optimizer.step()
-    model.eval()
