@@ -130,7 +130,10 @@ def test_frequent_tokens_and_those_of_an_expert(domains: list[Path], tmp_path: P
     assert found["load"]["specialization"] is None
     layers = [[token for sequence in layer for token in sequence] for layer in recount(model, domains[0])]
     ids = read_ids(domains[0]).flatten().tolist()
-    for one in found["experts_per_token"]["by_frequency"]["tokens"]:
+    frequency = found["experts_per_token"]["by_frequency"]
+    points = numpy.array([(math.log10(one["frequency"]), one["experts"]) for one in frequency["tokens"]])
+    assert frequency["slopes"]["mean"]["slope"] == pytest.approx(numpy.polyfit(*points.T, 1)[0])
+    for one in frequency["tokens"]:
         taken = [len(token) for layer in layers for name, token in zip(ids, layer, strict=True) if name == one["token"]]
         assert one["frequency"] == ids.count(one["token"]) / len(ids)
         assert one["experts"] == pytest.approx(sum(taken) / len(taken))
@@ -167,13 +170,6 @@ def test_reads_checkpoints(domains: list[Path], tmp_path: Path, capfd: pytest.Ca
             make("relu").save_pretrained(wrong[1])
         assert main([*words, *wrong]) == 1
         assert f"[REMOE-{code}]" in capfd.readouterr().err
-
-
-def test_slopes_are_numpys() -> None:
-    generator = numpy.random.default_rng(3)
-    x, y = generator.normal(size=40), generator.normal(size=(2, 40))
-    slopes = findings.fit_slopes(torch.from_numpy(x), torch.from_numpy(y)).tolist()
-    assert slopes == pytest.approx([numpy.polyfit(x, line, 1)[0] for line in y])
 
 
 def test_information() -> None:

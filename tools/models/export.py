@@ -32,7 +32,6 @@ from .measuring import (
 from .megatron_model import build, one_process
 from .text import blend_of, sample
 
-SHARD = "2GB"
 TOKENS = 2048
 SEED = 1234
 SEQUENCE = 4096  # for training, if a public model has that many positions
@@ -115,7 +114,7 @@ def export(options: argparse.Namespace, display: Display) -> None:
     with new_folder(options.save, sum(one.nbytes for one in model.state_dict().values())) as aside:
         logging.disable_progress_bar()
         model.generation_config = generation_config(config, tokenizer)
-        model.save_pretrained(aside, max_shard_size=SHARD)
+        model.save_pretrained(aside)
         del model
         for path in aside.glob("*.safetensors"):
             path.chmod(0o644)  # safetensors makes it readable by its owner only
@@ -126,10 +125,9 @@ def export(options: argparse.Namespace, display: Display) -> None:
         display.say(difference)
         with count_experts(written) as histograms:
             loss, tokens = measure_loss(written, split_batches(text))
-        means = [mean_experts(histogram) for histogram in histograms.values()]
         results = {f"loss on {tokens:,} {name}": f"{loss:.4f} nats per token", "compared with Megatron": difference}
-        if means and config.moe_relu_routing:
-            active, target = sum(means) / len(means), config.num_experts_per_tok
+        if histograms and config.moe_relu_routing:
+            active, target = mean_experts(histograms.values()), config.num_experts_per_tok
             shares = [1 - experts / config.num_experts for experts in (active, target)]
             results["sparsity, target"] = f"{shares[0]:.4f}, {shares[1]:.4f}"
         write_card(aside, args, config, {"checkpoint": checkpoint, "parameters": f"{parameters:,}"} | results)

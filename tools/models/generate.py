@@ -59,8 +59,7 @@ def continue_text(
     if output.shape[1] == context:
         line += f", stopped at the model's context of {context} tokens"
     if counts:
-        mean = sum(map(mean_experts, counts.values())) / len(counts)
-        line += f", {mean:.2f} experts per token and layer"
+        line += f", {mean_experts(counts.values()):.2f} experts per token and layer"
     return line
 
 

@@ -111,19 +111,10 @@ def _by_frequency(counts: Counts) -> Numbers:
     result: Numbers = {"least_occurrences": LEAST}
     result["tokens"] = [{"token": token} | values for token, values in tokens.items()]
     if len(frequency.unique()) > 1 and experts.min() < experts.max():  # top-k gives all tokens the same
-        result["slopes"] = by_layer([*counts.layers, "mean"], slope=fit_slopes(frequency.log10(), experts))
+        tenfold = frequency.log10() - frequency.log10().mean()
+        slopes = experts @ tenfold / tenfold.square().sum()  # of lines fitted by least squares
+        result["slopes"] = by_layer([*counts.layers, "mean"], slope=slopes)
     return result
-
-
-def fit_slopes(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return least-squares slopes, float64 `[lines]`.
-
-    Args:
-        x: float64 `[points]`, not all equal.
-        y: float64 `[lines, points]`.
-    """
-    centred = x - x.mean()
-    return y @ centred / (centred @ x)
 
 
 def load(counts: Counts, names: Sequence[str], even: float, token_text: Callable[[int], str | None]) -> Numbers:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from ...console.display import Display
 from ...console.errors import ConversionError
@@ -23,7 +24,7 @@ from .fitting import fit_router, keep_largest
 from .from_fork import convert_fork
 from .from_fsdp import convert_fsdp
 from .model_class import convert_class
-from .models import fill, moe_layers, record_routers, target_args
+from .models import fill, record_routers, target_args
 
 BOUNDS = {"dense": 0.01, "top-k": 0.05}
 # The way to the target is short, so λ should start higher and move less than in a training from scratch.
@@ -46,14 +47,12 @@ def convert(options: argparse.Namespace, display: Display) -> None:
     sequences = -(-options.tokens // args.seq_length)
     blend = blend_of(args, options.data_path)
     size = 2 * sequences, args.seq_length, args.padded_vocab_size
-    text = sample(blend, *size, options.seed)
-    to_fit, to_measure = text.chunk(2)
+    to_fit, to_measure = sample(blend, *size, options.seed).chunk(2)
     with one_process(options.seed):
         target, loss_before = _fitted(options, display, checkpoint, args, new_args, to_fit, to_measure)
         with display.step("running the ReMoE", len(to_measure)), count_experts(target) as histograms:
             loss_after, _ = measure_loss(target, split_batches(to_measure), display)
-        means = [mean_experts(histogram) for histogram in histograms.values()]
-        sparsity = 1 - sum(means) / len(means) / new_args.num_experts
+        sparsity = 1 - mean_experts(histograms.values()) / new_args.num_experts
         bound = BOUNDS[kind] if options.loss_bound is None else options.loss_bound
         growth = loss_after / loss_before - 1
         result = f"loss {loss_before:.4f} before, {loss_after:.4f} after ({growth:+.2%}, bound {bound:.2%})"
@@ -79,7 +78,7 @@ def _fitted(
     """Return the ReMoE with fitted routers, and the source's loss."""
     source, target = build(args), build(new_args)
     load(checkpoint, source)
-    layers = moe_layers(target)
+    layers = [number for number, layer in enumerate(target.decoder.layers) if isinstance(layer.mlp, MoELayer)]
     with display.step("running the source", len(to_fit) + len(to_measure)):
         with record_routers(source, layers) as (inputs, gates):
             measure_loss(source, split_batches(to_fit), display)

@@ -95,11 +95,6 @@ def _keep_mixture(target: argparse.Namespace, options: argparse.Namespace) -> No
         target.moe_router_topk = options.moe_router_topk * target.moe_granularity
 
 
-def moe_layers(model: GPTModel) -> list[int]:
-    """Return the indices of the layers with experts, from 0."""
-    return [index for index, layer in enumerate(model.decoder.layers) if isinstance(layer.mlp, MoELayer)]
-
-
 @torch.no_grad()
 def fill(target: GPTModel, source: GPTModel, routers: dict[int, torch.Tensor]) -> None:
     """Copy the source's weights into the ReMoE: a dense layer, or one part of it, into each expert.

@@ -30,8 +30,6 @@ def score(
     Raises:
         ToolError: lm-eval is not installed, a task is unknown, or its data cannot be read.
     """
-    if args.task_data is not None and not args.task_data.is_dir():
-        raise ToolError(f"--task-data {args.task_data}: is no folder.", "REMOE-E501")
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM

@@ -33,26 +33,24 @@ def check_bound(name: str, config: RemoeConfig, most: int) -> None:
     Raises:
         ToolError: it has no ReLU router, or fewer experts.
     """
-    if not (config.num_experts and config.moe_relu_routing):
-        raise ToolError(f"--max-experts-per-token: {name} has no ReLU routing.", "REMOE-E501")
-    if not 1 <= most <= config.num_experts:
-        problem = f"must be 1 to {config.num_experts} for {name}"
+    if not (config.moe_relu_routing and 1 <= most <= config.num_experts):
+        problem = f"{name} has no ReLU routing, or {config.num_experts} experts"
         raise ToolError(f"--max-experts-per-token {most}: {problem}.", "REMOE-E501")
 
 
 @contextmanager
 def bound_experts(model: RemoeForCausalLM, most: int | None) -> Iterator[None]:
     """Use only the K largest gates inside the block, or the model's own bound (None)."""
-    own, blocks = model.config.max_experts_per_token, find_blocks(model).values()
-    if most is not None:
-        model.config.max_experts_per_token = most
-        for block in blocks:
-            block.all_active = False
+    before = model.config.max_experts_per_token
+
+    def use(bound: int | None) -> None:
+        model.config.max_experts_per_token = bound
+        for block in find_blocks(model).values():
+            block.all_active = bound is None
+
+    use(most or before)
     yield
-    if most is not None:
-        model.config.max_experts_per_token = own
-        for block in blocks:
-            block.all_active = own is None
+    use(before)
 
 
 def read_text(args: argparse.Namespace, opened: OpenedModel, prefix: str) -> "GPTDataset":
