@@ -173,7 +173,7 @@ def save(model: GPTModel, args: argparse.Namespace, output: Path) -> None:
         parameter.data = parameter.data.to(args.params_dtype)
     sharded = _sharded(model, LAYOUT)
     renamed = ((tensor, rename_expert_norm(tensor.key)) for tensor in _tensors(sharded))
-    norms = {key: replace(tensor, key=key) for tensor, key in renamed if key != tensor.key}
+    norms = [replace(tensor, key=key) for tensor, key in renamed if key != tensor.key]
     state = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "num_floating_point_operations_so_far": 0}
     size = sum(tensor.nbytes for tensor in model.state_dict().values() if torch.is_tensor(tensor))
     with new_folder(output, size + OVERHEAD) as aside:
