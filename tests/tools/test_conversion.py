@@ -21,10 +21,7 @@ STEPS_BEFORE, STEPS_AFTER = 120, 50
 # As docs/conversion.md recommends: the converted model is close to its target, so λ moves in small steps.
 LAMBDA = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1.05"
 GENTLE = [*LAMBDA.split(), "--lr-warmup-iters", "10"]
-SETTING = [
-    *TINY,
-    *"--micro-batch-size 8 --lr 2e-3 --min-lr 2e-3 --lr-decay-style constant --eval-iters 20".split(),
-]
+SETTING = [*TINY, *"--micro-batch-size 8 --lr 2e-3 --min-lr 2e-3 --lr-decay-style constant --eval-iters 20".split()]
 
 
 def train(data: Path, *arguments: str, processes: int = 1) -> str:
@@ -132,38 +129,32 @@ def test_layout_and_speed_of_the_source_are_free(dense: tuple[Path, str]) -> Non
 
 
 REFUSED = [
-    (["--num-experts", "8"], "exists and is not an empty folder", "full"),
-    ([], "--num-experts", None),
-    (["--num-experts", "8", "--moe-router-topk", "8"], "--moe-router-topk 8", None),
-    (["--num-experts", "8", "--moe-granularity", "3"], "--moe-granularity 3", None),
-    (["--num-experts", "8", "--moe-layer-freq", "[0,0]"], "--moe-layer-freq [0,0]", None),
-    (["--num-experts", "8", "--moe-layer-freq", "[1]"], "Megatron cannot build", None),
-    (["--num-experts", "8", "--moe-layer-freq", "often"], "--moe-layer-freq often:", None),
-    (["--num-experts", "8", "--ckpt-step", "7"], "iter_0000007", None),
-    (["--num-experts", "8", "--data-path", "/nowhere/text"], "/nowhere/text.idx", None),
-    (["--num-experts", "2", "--tokens", "256", "--loss-bound", "0"], "bound 0.00%): nothing was written", None),
-    (["--num-experts", "8", "--tokens", "99999999"], "--tokens", None),
+    ([], "--num-experts"),
+    (["--num-experts", "8", "--moe-router-topk", "8"], "--moe-router-topk 8"),
+    (["--num-experts", "8", "--moe-granularity", "3"], "--moe-granularity 3"),
+    (["--num-experts", "8", "--moe-layer-freq", "[0,0]"], "--moe-layer-freq [0,0]"),
+    (["--num-experts", "8", "--moe-layer-freq", "[1]"], "Megatron cannot build"),
+    (["--num-experts", "8", "--moe-layer-freq", "often"], "--moe-layer-freq often:"),
+    (["--num-experts", "8", "--ckpt-step", "7"], "iter_0000007"),
+    (["--num-experts", "8", "--data-path", "/nowhere/text"], "/nowhere/text.idx"),
+    (["--num-experts", "2", "--tokens", "256", "--loss-bound", "0"], "bound 0.00%): nothing was written"),
+    (["--num-experts", "8", "--tokens", "99999999"], "--tokens"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message", "output"), REFUSED, ids=[message for _, message, _ in REFUSED])
+@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[message for _, message in REFUSED])
 def test_refusals(
     arguments: list[str],
     message: str,
-    output: str | None,
     dense: tuple[Path, str],
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     process_groups: None,
 ) -> None:
-    target = tmp_path / "remoe"
-    if output == "full":
-        target.mkdir()
-        (target / "mine").touch()
-    assert main("--load", str(dense[0]), "--save", str(target), *arguments) == 1
+    assert main("--load", str(dense[0]), "--save", str(tmp_path / "remoe"), *arguments) == 1
     errors = capfd.readouterr().err
     assert message in errors and errors.count("\n") <= 3 and "Traceback" not in errors
-    assert [path.name for path in tmp_path.rglob("*")] == (["remoe", "mine"] if output else [])
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_is_no_checkpoint_of_a_source(
@@ -176,9 +167,6 @@ def test_what_is_no_checkpoint_of_a_source(
     assert main("--load", str(topk[0]), "--save", str(tmp_path / "remoe"), "--num-experts", "16") == 1
     assert "--num-experts: --load is a top-k checkpoint" in capfd.readouterr().err
     words = ["--save", str(tmp_path / "remoe"), "--num-experts", "8"]
-    assert main("--load", str(tmp_path), *words) == 1
-    printed = capfd.readouterr().err
-    assert f"--load {tmp_path}" in printed and "E404" in printed
     more = ["--loss-bound", "10", "--tokens", "512"]
     assert main("--load", str(dense[0]), *words, *more) == 0
     capfd.readouterr()
