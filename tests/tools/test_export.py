@@ -81,7 +81,8 @@ def test_exported_folder(trained: Path, tokenizer: Path, tmp_path: Path, capfd: 
 def test_other_models(name: str, tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Models in bf16 keep their logits. The checkpoint has the names of either implementation of layers."""
     model = make(name, vocab_size=264)
-    model.to(torch.bfloat16).float()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16).float()
     model.config.dtype = torch.bfloat16
     run_folder = save_megatron(model, tmp_path / "run")
     stored = checkpoints.find(run_folder, None).index.state_dict_metadata

@@ -45,7 +45,6 @@ NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
-EXPERT_NORM = "pre_mlp_layernorm."
 
 
 @dataclass(frozen=True)
@@ -264,8 +263,8 @@ def _tensors(sharded: dict[str, Any]) -> Iterator[ShardedTensor | ShardedTensorF
 
 def rename_expert_norm(key: str) -> str:
     """Return the key of a norm before experts under its other name; other keys stay."""
-    fused = NORMS[EXPERT_NORM]
-    return key.replace(fused, EXPERT_NORM) if fused in key else key.replace(EXPERT_NORM, fused)
+    plain, fused = [*NORMS.items()][-1]
+    return key.replace(fused, plain) if fused in key else key.replace(plain, fused)
 
 
 def _reason(error: BaseException) -> str:

@@ -46,8 +46,7 @@ def convert(options: argparse.Namespace, display: Display) -> None:
     display.say(f"{kind} checkpoint {checkpoint.name}: {args.num_layers} layers of hidden size {args.hidden_size}")
     sequences = -(-options.tokens // args.seq_length)
     blend = blend_of(args, options.data_path)
-    size = 2 * sequences, args.seq_length, args.padded_vocab_size
-    to_fit, to_measure = sample(blend, *size, options.seed).chunk(2)
+    to_fit, to_measure = sample(blend, 2 * sequences, args.seq_length, args.padded_vocab_size, options.seed).chunk(2)
     with one_process(options.seed):
         target, loss_before = _fitted(options, display, checkpoint, args, new_args, to_fit, to_measure)
         with display.step("running the ReMoE", len(to_measure)), count_experts(target) as histograms:
@@ -102,7 +101,9 @@ def _fitted(
                 f"sparsity {sparsity:.3f}"
             )
     fill(target, source, routers)
-    return target.to(args.params_dtype).float(), loss_before  # measure the weights that will be saved
+    for parameter in target.parameters():  # measure the weights that will be saved
+        parameter.data = parameter.data.to(args.params_dtype).float()
+    return target, loss_before
 
 
 def training_flags(args: argparse.Namespace, output: Path) -> str:
