@@ -56,9 +56,9 @@ def resumed(trained: Run, *more: str, processes: int = 1) -> str:
 
 def test_resumes_bit_for_bit(trained: Run, tmp_path: Path) -> None:
     resumed(trained, "--save", str(tmp_path), "--save-interval", str(END))
-    expected, found = weights(trained.folder, END), weights(tmp_path, END)
-    assert expected.keys() == found.keys()
-    assert [key for key, tensor in expected.items() if not torch.equal(tensor, found[key])] == []
+    expected, stored = weights(trained.folder, END), weights(tmp_path, END)
+    assert expected.keys() == stored.keys()
+    assert [key for key, tensor in expected.items() if not torch.equal(tensor, stored[key])] == []
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -94,10 +94,10 @@ def test_costs_are_the_models(trained: Run) -> None:
 def test_starts_on_played_gpus(tmp_path: Path) -> None:
     """One shape starts in a rehearsal; the others were rehearsed by hand."""
     flags = " ".join([*COMMON, SHAPES["glm_4_7_flash"].replace("$latent", LATENT)]).split()
-    found = tmp_path / "found.json"
-    own = ["--gpus", "1", "--stage", "steady", "--json", str(found)]
-    assert rehearse.main([*own, "--", *flags, *PLAIN, *BYTES]) == 0
-    assert json.loads(found.read_text())["starts"]
+    results = tmp_path / "results.json"
+    options = ["--gpus", "1", "--stage", "steady", "--json", str(results)]
+    assert rehearse.main([*options, "--", *flags, *PLAIN, *BYTES]) == 0
+    assert json.loads(results.read_text())["starts"]
 
 
 def test_latent_attention_in_a_hybrid_model(data: Path) -> None:

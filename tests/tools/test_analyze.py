@@ -59,18 +59,17 @@ def read_ids(prefix: Path) -> torch.Tensor:
 def recount(model: RemoeForCausalLM, prefix: Path) -> list[list[list[dict[int, float]]]]:
     """Return layer → sequence → token → expert → gate, from the logits of a forward pass."""
     ids, config = read_ids(prefix), model.config
-    number = len(ids)
-    found = []
+    results = []
     for logits in model(ids, output_router_logits=True).router_logits:
         sequences = []
-        for rows in logits.view(number, LENGTH, -1).double().tolist():
+        for rows in logits.view(len(ids), LENGTH, -1).double().tolist():
             if config.moe_relu_routing:
                 tokens = [{expert: gate for expert, gate in enumerate(row) if gate > 0} for row in rows]
             else:
                 tokens = [topk(row, config.num_experts_per_tok, config.norm_topk_prob) for row in rows]
             sequences.append(tokens)
-        found.append(sequences)
-    return found
+        results.append(sequences)
+    return results
 
 
 def topk(logits: list[float], k: int, normed: bool) -> dict[int, float]:
@@ -83,16 +82,16 @@ def topk(logits: list[float], k: int, normed: bool) -> dict[int, float]:
 @pytest.mark.parametrize("name", ["relu, shared", "top-k, normed"])
 def test_recounted(name: str, domains: list[Path], tmp_path: Path) -> None:
     model, folder = exported(tmp_path / "model", name)
-    found = analyze(tmp_path / "out", "--load", folder, "--data", *domains)
+    results = analyze(tmp_path / "out", "--load", folder, "--data", *domains)
     recounted = [recount(model, prefix) for prefix in domains]
     numbers = [*find_blocks(model)]
-    assert ("slopes" in found["experts_per_token"]["by_frequency"]) == model.config.moe_relu_routing
+    assert ("slopes" in results["experts_per_token"]["by_frequency"]) == model.config.moe_relu_routing
     assert numbers == ([2] if "shared" in name else [1, 2])
     for place, layer in enumerate(map(str, numbers)):
         sequences = [tokens for domain in recounted for tokens in domain[place]]
         tokens = [token for sequence in sequences for token in sequence]
         sizes = [len(token) for token in tokens]
-        experts = found["experts_per_token"]["layers"][layer]
+        experts = results["experts_per_token"]["layers"][layer]
         assert experts["histogram"] == pytest.approx([sizes.count(n) / len(sizes) for n in range(9)])
         assert (experts["largest"], experts["none"]) == (max(sizes), sizes.count(0) / len(sizes))
 
@@ -100,14 +99,14 @@ def test_recounted(name: str, domains: list[Path], tmp_path: Path) -> None:
         for domain, prefix in zip(recounted, domains, strict=True):
             inside = [token for sequence in domain[place] for token in sequence]
             shares.append([sum(expert in token for token in inside) / len(inside) for expert in range(8)])
-            here = found["load"]["domains"][prefix.name]
+            here = results["load"]["domains"][prefix.name]
             assert here["load"][layer] == pytest.approx(shares[-1])
             assert here["experts_per_token"][layer] == pytest.approx(sum(shares[-1]))
-        special = found["load"]["specialization"][layer]
+        special = results["load"]["specialization"][layer]
         assert special["bits"] == pytest.approx(bits(shares), abs=1e-12)
 
         counts = [sum(expert in token for token in tokens) for expert in range(8)]
-        balance = found["balance"]["layers"][layer]
+        balance = results["balance"]["layers"][layer]
         assert balance["sparsity"] == pytest.approx(1 - sum(counts) / len(tokens) / 8)
         assert balance["imbalance"] == pytest.approx(8 * max(counts) / sum(counts))
         assert balance["dead"] == [expert for expert in range(8) if not counts[expert]]
@@ -126,18 +125,18 @@ def bits(shares: list[list[float]]) -> float:
 def test_frequent_tokens_and_those_of_an_expert(domains: list[Path], tmp_path: Path) -> None:
     """Frequencies and shares of tokens match a recount. A single data set has no specialization."""
     model, folder = exported(tmp_path / "model", "relu")
-    found = analyze(tmp_path / "out", "--load", folder, "--data-path", domains[0])
-    assert found["load"]["specialization"] is None
+    results = analyze(tmp_path / "out", "--load", folder, "--data-path", domains[0])
+    assert results["load"]["specialization"] is None
     layers = [[token for sequence in layer for token in sequence] for layer in recount(model, domains[0])]
     ids = read_ids(domains[0]).flatten().tolist()
-    frequency = found["experts_per_token"]["by_frequency"]
+    frequency = results["experts_per_token"]["by_frequency"]
     points = numpy.array([(math.log10(one["frequency"]), one["experts"]) for one in frequency["tokens"]])
     assert frequency["slopes"]["mean"]["slope"] == pytest.approx(numpy.polyfit(*points.T, 1)[0])
     for one in frequency["tokens"]:
         taken = [len(token) for layer in layers for name, token in zip(ids, layer, strict=True) if name == one["token"]]
         assert one["frequency"] == ids.count(one["token"]) / len(ids)
         assert one["experts"] == pytest.approx(sum(taken) / len(taken))
-    for layer, experts in found["load"]["tokens"].items():
+    for layer, experts in results["load"]["tokens"].items():
         for expert, rows in enumerate(experts):
             assert [row["share"] for row in rows] == sorted((row["share"] for row in rows), reverse=True)
             for row in rows:

@@ -51,16 +51,16 @@ def topk(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, st
 
 def validation_loss(output: str) -> float:
     """Return the loss of the first evaluation, which sees the same text in every training."""
-    found = re.search(r"validation loss at iteration \d+ \| lm loss value: (\S+)", output)
-    assert found
-    return float(found[1])
+    match = re.search(r"validation loss at iteration \d+ \| lm loss value: (\S+)", output)
+    assert match
+    return float(match[1])
 
 
 def measured(output: str) -> tuple[float, float, float]:
     """Return the loss before, the loss after and the sparsity that the conversion printed."""
-    found = re.search(r"loss (\S+) before, (\S+) after .* sparsity ([\d.]+);", output)
-    assert found, output
-    return float(found[1]), float(found[2]), float(found[3])
+    match = re.search(r"loss (\S+) before, (\S+) after .* sparsity ([\d.]+);", output)
+    assert match, output
+    return float(match[1]), float(match[2]), float(match[3])
 
 
 def main(*arguments: str) -> int:

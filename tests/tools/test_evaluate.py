@@ -39,14 +39,14 @@ def test_loss_is_megatrons(data: Path, tmp_path: Path, capfd: pytest.CaptureFixt
     words += f"--micro-batch-size 4 --global-batch-size 4 --save {run_folder} --save-interval 4 --no-save-optim".split()
     printed = re.findall(r"validation-\S* loss at iteration 4 .* lm loss value: (\S+)", run(words))
     text = ["--data-path", held_out, "--seq-length", "64", "--max-experts-per-token", "1", "8", "--speed"]
-    found = evaluate(tmp_path, "--load", run_folder, *text)
-    bounds = found["text"][str(run_folder)][str(held_out)]
+    results = evaluate(tmp_path, "--load", run_folder, *text)
+    bounds = results["text"][str(run_folder)][str(held_out)]
     assert bounds["none"]["loss"] == pytest.approx(float(printed[-1]), abs=1e-4)
     logged = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     assert bounds["none"]["tokens"] == next(one["tokens"] for one in logged if one["kind"] == "validation")
     assert bounds["8"]["loss"] == pytest.approx(bounds["none"]["loss"], rel=1e-5)
     assert bounds["8"]["experts"] == bounds["none"]["experts"] and bounds["1"]["experts"]["1"]["largest"] == 1
-    assert all(rate > 0 for rate in found["speed"][str(run_folder)].values())
+    assert all(rate > 0 for rate in results["speed"][str(run_folder)].values())
     for wrong, code in (
         (["--data-path", "/nowhere"], "E301"),
         (["--data-path", held_out, "--seq-length", "99999"], "E501"),
@@ -64,8 +64,8 @@ def test_a_bound_ends_with_its_data_set(data: Path, tmp_path: Path) -> None:
     (second := tmp_path / "again.bin").write_bytes(data.with_suffix(".bin").read_bytes())
     second.with_suffix(".idx").write_bytes(data.with_suffix(".idx").read_bytes())
     words = ["--load", tmp_path / "model", "--data-path", data, second.with_suffix(""), "--seq-length", "32"]
-    found = evaluate(tmp_path, *words, "--sequences", "8", "--max-experts-per-token", "1")
-    first, again = found["text"][str(tmp_path / "model")].values()
+    results = evaluate(tmp_path, *words, "--sequences", "8", "--max-experts-per-token", "1")
+    first, again = results["text"][str(tmp_path / "model")].values()
     assert first["none"]["experts"]["1"]["largest"] > 1 and again == first
 
 

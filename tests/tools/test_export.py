@@ -177,8 +177,8 @@ def test_gpt2_files_on_another_machine(names: tuple[str, str], tmp_path: Path, m
     with pytest.raises(ConversionError, match="GPT-2"):
         find_training_tokenizer(old, None, config)
     for saved, given in ((args, None), (old, tmp_path / "files")):
-        found = find_training_tokenizer(saved, given, config)
-        assert found is not None and len(found) == 257 and found.decode(found("é b").input_ids) == "é b"
+        tokenizer = find_training_tokenizer(saved, given, config)
+        assert tokenizer is not None and len(tokenizer) == 257 and tokenizer.decode(tokenizer("é b").input_ids) == "é b"
 
 
 def test_models_that_differ_are_not_written(

@@ -97,15 +97,15 @@ def test_the_optimizers_state_is_the_forks(saved: Path, tmp_path: Path) -> None:
             continue
         numbered = key.replace("fp32_param", "param").replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
         layer = next((layer for layer in (0, 1) if f".layers.{layer}." in key), None)
-        found = here[numbered.replace(f".layers.{layer}.", ".layers.")]
-        found = found if layer is None else found[layer]
-        if value.dim() > found.dim():  # pieces: [experts or halves, ..., numbers]
+        converted = here[numbered.replace(f".layers.{layer}.", ".layers.")]
+        converted = converted if layer is None else converted[layer]
+        if value.dim() > converted.dim():  # pieces: [experts or halves, ..., numbers]
             cuts = value.shape[:-1]
-            local = [whole // cut for whole, cut in zip(found.shape, cuts, strict=True)]
+            local = [whole // cut for whole, cut in zip(converted.shape, cuts, strict=True)]
             order = [*range(0, 2 * len(local), 2), *range(1, 2 * len(local), 2)]
             split = [size for pair in zip(cuts, local, strict=True) for size in pair]
-            found = found.reshape(split).permute(order).reshape(value.shape)
-        assert torch.equal(value, found), key
+            converted = converted.reshape(split).permute(order).reshape(value.shape)
+        assert torch.equal(value, converted), key
         compared += 1
     assert compared == 3 * (3 + 2 * 7)
 
@@ -163,5 +163,5 @@ def test_lambda_is_rounded_to_a_power(coefficient: float, exponent: int) -> None
 
     args = argparse.Namespace(moe_relu_l1_reg_coeff_init=1e-4, moe_relu_l1_reg_coeff_multiplier=1.2)
     state = {"model": {COEFFICIENT: torch.tensor(1.0)}, "model1": {COEFFICIENT: torch.tensor(coefficient)}}
-    found = _exponent(state, args, Display())
-    assert found == exponent and abs(math.log(1e-4 * 1.2**found / coefficient)) <= math.log(1.2) / 2 + 1e-6
+    result = _exponent(state, args, Display())
+    assert result == exponent and abs(math.log(1e-4 * 1.2**result / coefficient)) <= math.log(1.2) / 2 + 1e-6

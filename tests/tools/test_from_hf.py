@@ -79,8 +79,8 @@ def test_logits_of_the_checkpoint_and_of_its_export(
     checkpoint = checkpoints.find(tmp_path / "topk", None)
     megatron = build(complete(checkpoint.args))
     checkpoints.load(checkpoint, megatron)
-    found = megatron(tokens, torch.arange(100).expand(2, -1), None)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    logits = megatron(tokens, torch.arange(100).expand(2, -1), None)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     if "YaRN" not in name:  # our model for transformers has none
         opened = open_model(tmp_path / "topk", needs_tokenizer=False)
         torch.testing.assert_close(opened.model(tokens).logits, expected, rtol=0, atol=1e-4)

@@ -57,8 +57,8 @@ def test_run_and_folder_say_the_same(
         ):
             text, costs = generate(capfd, "--load", places[place], prompt, "--max-new-tokens", "7", *how)
             assert text.startswith("def f")
-            found = re.search(r"(\d+) tokens, [\d.]+ tokens/s, ([\d.]+) experts per token and layer", costs)
-            assert found and 1 <= int(found[1]) <= 7 and 0 < float(found[2]) < 8
+            match = re.search(r"(\d+) tokens, [\d.]+ tokens/s, ([\d.]+) experts per token and layer", costs)
+            assert match and 1 <= int(match[1]) <= 7 and 0 < float(match[2]) < 8
             texts.add(text)
         assert len(texts) == 1
     # Text stops at the end of the context. For a dense model, no number of experts is printed.

@@ -55,7 +55,7 @@ def convert_fork(options: argparse.Namespace, display: Display) -> None:
             "with the fork once more without that flag."
         )
     args = _arguments(saved)
-    content = _own_names(_whole_state(read_content(folder, index), folder), args)
+    content = _rename_weights(_join_state(read_content(folder, index), folder), args)
     if args.moe_relu_routing:
         values = {"l1_exponent": _exponent(state, args, display), "guarded": 0}
         for layer, has_experts in enumerate(moe_layer_pattern(args)):
@@ -80,7 +80,7 @@ def _arguments(saved: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def _whole_state(content: Content, folder: Path) -> Content:
+def _join_state(content: Content, folder: Path) -> Content:
     """Return the content with the shape of its weight for each state of the optimizer, and without Adam's step.
 
     A weight of shape [S₁, S₂] that is stored in c₁ × c₂ pieces has a state of shape [c₁, c₂, S₁/c₁ · S₂/c₂].
@@ -100,7 +100,7 @@ def _whole_state(content: Content, folder: Path) -> Content:
     return result
 
 
-def _own_names(content: Content, args: argparse.Namespace) -> Content:
+def _rename_weights(content: Content, args: argparse.Namespace) -> Content:
     """Return the content under the names of this project's checkpoints.
 
     A norm before experts is written under its name in plain PyTorch layers and under that in Transformer Engine's, so
@@ -116,11 +116,11 @@ def _own_names(content: Content, args: argparse.Namespace) -> Content:
         layer = LAYER.fullmatch(key)
         has_experts = experts[int(layer["number"])] if layer and layer["number"] else all(experts)
         names = {key, rename_expert_norm(key)} if has_experts and torch.is_tensor(value) else {key}
-        result |= dict.fromkeys((prefix + name for name in names), _renewed(key, value))
+        result |= dict.fromkeys((prefix + name for name in names), _refresh_object(key, value))
     return result
 
 
-def _renewed(key: str, value: Any) -> Any:
+def _refresh_object(key: str, value: Any) -> Any:
     """Return NumPy's state stored again: NumPy 1 wrote it under a name that no longer exists."""
     if not key.startswith("rng_state/"):
         return value

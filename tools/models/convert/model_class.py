@@ -31,7 +31,7 @@ def convert_class(options: argparse.Namespace, display: Display) -> None:
     _check(checkpoint, options.model)
     args = as_hybrid(saved) if options.model == "hybrid" else as_gpt(saved, folder)
     content = read_content(folder, checkpoint.index)
-    content = _for_hybrid(content) if options.model == "hybrid" else _for_gpt(content, args)
+    content = _convert_to_hybrid(content) if options.model == "hybrid" else _convert_to_gpt(content, args)
     write_content(content, common_state(folder) | {"args": args}, options.save, folder.name)
     pattern = f"--hybrid-layer-pattern '{args.hybrid_layer_pattern}'"
     flags = pattern if options.model == "hybrid" else f"--num-layers {args.num_layers}"
@@ -40,17 +40,17 @@ def convert_class(options: argparse.Namespace, display: Display) -> None:
     display.say(f"wrote {options.save}, {folder.name}; continue the training with --load {options.save} {flags}")
 
 
-def _for_hybrid(content: Content) -> Content:
-    content = {_renamed(key, "gpt", "hybrid"): value for key, value in split_layers(content).items()}
+def _convert_to_hybrid(content: Content) -> Content:
+    content = {_rename(key, "gpt", "hybrid"): value for key, value in split_layers(content).items()}
     return content | {ONLY_HYBRID: [None]}
 
 
-def _for_gpt(content: Content, args: argparse.Namespace) -> Content:
-    content = {_renamed(key, "hybrid", "gpt"): value for key, value in content.items() if key != ONLY_HYBRID}
+def _convert_to_gpt(content: Content, args: argparse.Namespace) -> Content:
+    content = {_rename(key, "hybrid", "gpt"): value for key, value in content.items() if key != ONLY_HYBRID}
     return stack_layers(content, args.num_layers) if isinstance(args.moe_layer_freq, int) else content
 
 
-def _renamed(key: str, source: str, target: str) -> str:
+def _rename(key: str, source: str, target: str) -> str:
     layer = LAYER.fullmatch(key)
     if layer is None:
         return key.replace(FINAL_NORM[source], FINAL_NORM[target])
