@@ -44,11 +44,9 @@ def convert_fork(options: argparse.Namespace, display: Display) -> None:
             "torch_dist, start the fork once more with its flags and --ckpt-convert-format torch_dist "
             "--ckpt-convert-save FOLDER, and convert with --load FOLDER/torch_dist."
         ) from error
-    if not hasattr(state.get("args"), "moe_relu_routing") or hasattr(
-        state["args"], "dist_ckpt_optim_fully_reshardable"
-    ):
+    saved = state.get("args")
+    if not hasattr(saved, "moe_relu_routing") or hasattr(saved, "moe_relu_layer_floor"):
         raise ConversionError(f"--load {folder}: is not a checkpoint of the authors' fork.")
-    saved = state["args"]
     if "optimizer" in state and saved.use_distributed_optimizer and not saved.ckpt_fully_parallel_save:
         raise ConversionError(
             f"{folder}: the optimizer's state was saved with --no-ckpt-fully-parallel-save, by ranks. Load and save it "
