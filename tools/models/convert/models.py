@@ -81,9 +81,9 @@ def _become_mixture(target: argparse.Namespace, options: argparse.Namespace) -> 
         target.moe_layer_freq = moe_freq_type(pattern)
         if not any(moe_layer_pattern(target)):
             raise ValueError("no layer has experts")
-        apply_granularity(target)
     except (ValueError, SyntaxError, TypeError, ZeroDivisionError) as error:
-        raise ConversionError(f"--moe-layer-freq {pattern}, --moe-granularity: {error}", FLAGS) from error
+        raise ConversionError(f"--moe-layer-freq {pattern}: {error}.", FLAGS) from error
+    apply_granularity(target)
     target.moe_ffn_hidden_size = target.ffn_hidden_size // target.moe_granularity
 
 
