@@ -44,7 +44,7 @@ def convert_fork(options: argparse.Namespace, display: Display) -> None:
             "torch_dist, start the fork once more with its flags and --ckpt-convert-format torch_dist "
             "--ckpt-convert-save FOLDER, and convert with --load FOLDER/torch_dist."
         ) from error
-    saved = state.get("args")
+    saved: Any = state.get("args")
     if not hasattr(saved, "moe_relu_routing") or hasattr(saved, "moe_relu_layer_floor"):
         raise ConversionError(f"--load {folder}: is not a checkpoint of the authors' fork.")
     if "optimizer" in state and saved.use_distributed_optimizer and not saved.ckpt_fully_parallel_save:
