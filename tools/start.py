@@ -19,12 +19,12 @@ COMMANDS = {
     "inspect": ("text.inspect_data", "show the documents of a data set, and check it"),
     "cost": ("plan.cost", "estimate parameters, FLOPs, hours and memory of a training run"),
     "rehearse": ("plan.rehearse", "rehearse a GPU training run without GPUs"),
-    "generate": ("models.generate.command", "continue a text"),
+    "generate": ("models.generate", "continue a text"),
     "evaluate": ("models.evaluate.command", "measure loss, speed or zero-shot tasks"),
     "analyze": ("models.analyze.command", "show what the routers have learned"),
     "report": ("report.command", "compare runs on one HTML page"),
     "convert": ("models.convert.command", "make a ReMoE from a dense or top-k model, import one, change its class"),
-    "export": ("models.export.command", "write a model for transformers, or read one"),
+    "export": ("models.export", "write a model for transformers, or read one"),
 }
 BUILDS_ON_CPU = ("export", "convert")  # also where there is an accelerator
 IMPORT_TORCH = (*BUILDS_ON_CPU, "generate", "evaluate", "analyze")
@@ -48,8 +48,8 @@ def _load(command: str, arguments: Sequence[str]) -> Callable[[Sequence[str]], i
     gc.disable()  # looking for garbage among what imports made takes an eighth of the start
     try:
         if command in IMPORT_TORCH:
-            settings = importlib.import_module(f"{module.rpartition('.')[0]}.arguments")
-            settings.parse_arguments(arguments)  # answers --help at once
+            parsers = importlib.import_module(f"{__package__}.models.arguments")
+            getattr(parsers, f"parse_{command}")(arguments)  # answers --help at once
             importlib.import_module("megatron.remoe.start.console").hide_unhelpful_warnings()
         if command in BUILDS_ON_CPU:
             importlib.import_module(f"{__package__}.models.on_cpu").megatron_on_cpu()

@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_documented_program(folder: Path, tmp_path: Path) -> None:
     """λ follows the controller's rule; two micro-batches and two ranks with one each have the same S and λ."""
-    found, norm = [], "model.norm.weight"
+    logs, norm = [], "model.norm.weight"
     for processes, code in ((1, program()), (2, program().replace("accumulation_steps=2", "accumulation_steps=1"))):
         file, new = tmp_path / "finetune.py", tmp_path / f"by_{processes}"
         file.write_text(code)
@@ -70,8 +70,8 @@ def test_the_documented_program(folder: Path, tmp_path: Path) -> None:
         assert last == state["stateful_callbacks"]["SparsityCallback"]["attributes"]["coefficient"] != 0.05
         trained, source = (load_file(one / "model.safetensors")[norm] for one in (new, folder))
         assert trained.dtype == torch.float32 and (trained != source).all(), "bfloat16 would lose each step of 1e-4"
-        found.append([(record["sparsity"], record["l1_coefficient"]) for record in log])
-    assert found[0] == [pytest.approx(pair, abs=1e-4) for pair in found[1]]
+        logs.append([(record["sparsity"], record["l1_coefficient"]) for record in log])
+    assert logs[0] == [pytest.approx(pair, abs=1e-4) for pair in logs[1]]
 
 
 def train(
@@ -101,8 +101,8 @@ def test_micro_batches_share_the_l1_term(tmp_path: Path) -> None:
     one, three = (make("relu", router_aux_loss_coef=0.5) for _ in range(2))
     train(tmp_path, one)
     train(tmp_path, three, micro_batches=3)
-    for expected, found in zip(one.parameters(), three.parameters(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    for expected, parameter in zip(one.parameters(), three.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-6)
     assert one.routing_counts is None and one(torch.arange(4)[None]).sparsity is None
 
 

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron.remoe.start.checkpoint_index import read_index
 from tests.tiny_model import RELU, TOPK
@@ -22,10 +21,7 @@ STEPS_BEFORE, STEPS_AFTER = 120, 50
 # As docs/conversion.md recommends: the converted model is close to its target, so λ moves in small steps.
 LAMBDA = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1.05"
 GENTLE = [*LAMBDA.split(), "--lr-warmup-iters", "10"]
-SETTING = [
-    *TINY,
-    *"--micro-batch-size 8 --lr 2e-3 --min-lr 2e-3 --lr-decay-style constant --eval-iters 20".split(),
-]
+SETTING = [*TINY, *"--micro-batch-size 8 --lr 2e-3 --min-lr 2e-3 --lr-decay-style constant --eval-iters 20".split()]
 
 
 def train(data: Path, *arguments: str, processes: int = 1) -> str:
@@ -55,16 +51,16 @@ def topk(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, st
 
 def validation_loss(output: str) -> float:
     """Return the loss of the first evaluation, which sees the same text in every training."""
-    found = re.search(r"validation loss at iteration \d+ \| lm loss value: (\S+)", output)
-    assert found
-    return float(found[1])
+    match = re.search(r"validation loss at iteration \d+ \| lm loss value: (\S+)", output)
+    assert match
+    return float(match[1])
 
 
 def measured(output: str) -> tuple[float, float, float]:
     """Return the loss before, the loss after and the sparsity that the conversion printed."""
-    found = re.search(r"loss (\S+) before, (\S+) after .* sparsity ([\d.]+);", output)
-    assert found, output
-    return float(found[1]), float(found[2]), float(found[3])
+    match = re.search(r"loss (\S+) before, (\S+) after .* sparsity ([\d.]+);", output)
+    assert match, output
+    return float(match[1]), float(match[2]), float(match[3])
 
 
 def main(*arguments: str) -> int:
@@ -123,52 +119,42 @@ def test_layout_and_speed_of_the_source_are_free(dense: tuple[Path, str]) -> Non
     """ReLU routing refuses some settings that do not concern a checkpoint's weights."""
     from tools.models import checkpoints
     from tools.models.convert import models
+    from tools.models.hf.settings import complete
 
     saved = checkpoints.find(dense[0], None).args
     free = {"tensor_model_parallel_size": 2, "fp8": "e4m3", "cuda_graph_impl": "full_iteration"}
     given = argparse.Namespace(num_experts=4, moe_router_topk=None, moe_granularity=None, moe_layer_freq=None)
-    target = models.target_args(models.source_args(argparse.Namespace(**(vars(saved) | free))), given)
+    target = models.target_args(complete(argparse.Namespace(**(vars(saved) | free))), given)
     assert target.moe_relu_routing and target.tensor_model_parallel_size == 2
 
 
 REFUSED = [
-    (["--num-experts", "8"], "exists and is not an empty folder", "full"),
-    ([], "--num-experts", None),
-    (["--num-experts", "1"], "--num-experts 1 must be at least 2. [REMOE-E501]", None),
-    (["--num-experts", "8", "--moe-router-topk", "8"], "--moe-router-topk 8", None),
-    (
-        ["--num-experts", "8", "--moe-granularity", "3"],
-        "--moe-granularity 3",
-        None,
-    ),
-    (["--num-experts", "8", "--moe-layer-freq", "[0,0]"], "--moe-layer-freq [0,0]", None),
-    (["--num-experts", "8", "--moe-layer-freq", "[1]"], "Megatron cannot build", None),
-    (["--num-experts", "8", "--moe-layer-freq", "often"], "--moe-layer-freq often:", None),
-    (["--num-experts", "8", "--ckpt-step", "7"], "iter_0000007", None),
-    (["--num-experts", "8", "--data-path", "/nowhere/text"], "/nowhere/text.idx", None),
-    (["--num-experts", "2", "--tokens", "256", "--loss-bound", "0"], "bound 0.00%): nothing was written", None),
-    (["--num-experts", "8", "--tokens", "99999999"], "--tokens", None),
+    ([], "--num-experts"),
+    (["--num-experts", "8", "--moe-router-topk", "8"], "--moe-router-topk 8"),
+    (["--num-experts", "8", "--moe-granularity", "3"], "--moe-granularity 3"),
+    (["--num-experts", "8", "--moe-layer-freq", "[0,0]"], "--moe-layer-freq [0,0]"),
+    (["--num-experts", "8", "--moe-layer-freq", "[1]"], "Megatron cannot build"),
+    (["--num-experts", "8", "--moe-layer-freq", "often"], "--moe-layer-freq often:"),
+    (["--num-experts", "8", "--ckpt-step", "7"], "iter_0000007"),
+    (["--num-experts", "8", "--data-path", "/nowhere/text"], "/nowhere/text.idx"),
+    (["--num-experts", "2", "--tokens", "256", "--loss-bound", "0"], "bound 0.00%): nothing was written"),
+    (["--num-experts", "8", "--tokens", "99999999"], "--tokens"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message", "output"), REFUSED, ids=[message for _, message, _ in REFUSED])
+@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[message for _, message in REFUSED])
 def test_refusals(
     arguments: list[str],
     message: str,
-    output: str | None,
     dense: tuple[Path, str],
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     process_groups: None,
 ) -> None:
-    target = tmp_path / "remoe"
-    if output == "full":
-        target.mkdir()
-        (target / "mine").touch()
-    assert main("--load", str(dense[0]), "--save", str(target), *arguments) == 1
+    assert main("--load", str(dense[0]), "--save", str(tmp_path / "remoe"), *arguments) == 1
     errors = capfd.readouterr().err
     assert message in errors and errors.count("\n") <= 3 and "Traceback" not in errors
-    assert [path.name for path in tmp_path.rglob("*")] == (["remoe", "mine"] if output else [])
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_is_no_checkpoint_of_a_source(
@@ -181,9 +167,6 @@ def test_what_is_no_checkpoint_of_a_source(
     assert main("--load", str(topk[0]), "--save", str(tmp_path / "remoe"), "--num-experts", "16") == 1
     assert "--num-experts: --load is a top-k checkpoint" in capfd.readouterr().err
     words = ["--save", str(tmp_path / "remoe"), "--num-experts", "8"]
-    assert main("--load", str(tmp_path), *words) == 1
-    printed = capfd.readouterr().err
-    assert f"--load {tmp_path}" in printed and "E404" in printed
     more = ["--loss-bound", "10", "--tokens", "512"]
     assert main("--load", str(dense[0]), *words, *more) == 0
     capfd.readouterr()
@@ -195,8 +178,6 @@ def test_damaged_checkpoints(
     dense: tuple[Path, str], tmp_path: Path, capfd: pytest.CaptureFixture[str], process_groups: None
 ) -> None:
     from tools.models import checkpoints
-    from tools.models.convert import models
-    from tools.models.megatron_model import build
 
     words = ["--save", str(tmp_path / "remoe"), "--num-experts", "8"]
     broken = tmp_path / "broken"
@@ -218,12 +199,4 @@ def test_damaged_checkpoints(
     error = capfd.readouterr().err
     assert str(whole) in error and "--save" not in error and error.count("\n") == 1
 
-    source = checkpoints.find(dense[0], None)
-    model = build(models.source_args(source.args))
-    checkpoints.load(source, model)
-    with torch.no_grad():
-        model.output_layer.weight[3, 5] = float("nan")
-    checkpoints.save(model, source.args, tmp_path / "not finite")
-    assert main("--load", str(tmp_path / "not finite"), *words) == 1
-    assert "output_layer.weight holds values that are not finite" in capfd.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "not finite"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]

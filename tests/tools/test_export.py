@@ -1,7 +1,6 @@
 """Test the export of a checkpoint to transformers, the way back to a checkpoint that can be trained, and refusals."""
 
 import argparse
-import json
 import resource
 import shlex
 import shutil
@@ -19,11 +18,9 @@ from tests.tiny_model import RELU
 from tests.trainings import TINY, run
 from tools.console.errors import ConversionError
 from tools.models import checkpoints
+from tools.models import export as command
 from tools.models.convert.command import main as convert
-from tools.models.convert.models import round_to
-from tools.models.export import command
-from tools.models.hf import to_megatron
-from tools.models.hf.folder import read_folder
+from tools.models.hf.opening import read_folder
 from tools.models.hf.tokenizer import find_training_tokenizer
 from tools.models.hf.weights import fill_megatron
 from tools.models.megatron_model import build
@@ -48,12 +45,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return gpt2_tokenizer_folder(*byte_level_vocabulary(folder), cache_dir=folder)
 
 
-def save_megatron(model: RemoeForCausalLM, folder: Path, layers: str = "local") -> Path:
+def save_megatron(model: RemoeForCausalLM, folder: Path) -> Path:
     """Save a model for transformers as a Megatron checkpoint, and return its folder."""
     args = args_of(model.config)
     megatron = build(args)
     fill_megatron(megatron, model, model.config)
-    args.transformer_impl = layers
     checkpoints.save(megatron, args, folder)
     return folder
 
@@ -78,18 +74,19 @@ def test_exported_folder(trained: Path, tokenizer: Path, tmp_path: Path, capfd: 
     card = (there / "README.md").read_text()
     assert "| tokens trained on | 2,048 |" in card and "| kind | ReMoE |" in card
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
+    assert {path.stat().st_mode & 0o444 for path in there.iterdir()} == {0o444}, "others can read them"
 
 
 @pytest.mark.parametrize("name", ["dense", "relu, latent queries", "top-k", "sigmoid, bias", "hash"])
-@pytest.mark.parametrize("layers", ["local", "transformer_engine"])
-def test_other_models(
-    name: str, layers: str, tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Models in bf16 keep their logits, from checkpoints with the names of either implementation."""
+def test_other_models(name: str, tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Models in bf16 keep their logits. The checkpoint has the names of either implementation of layers."""
     model = make(name, vocab_size=264)
-    round_to(model, torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16).float()
     model.config.dtype = torch.bfloat16
-    run_folder = save_megatron(model, tmp_path / "run", layers)
+    run_folder = save_megatron(model, tmp_path / "run")
+    stored = checkpoints.find(run_folder, None).index.state_dict_metadata
+    assert all(checkpoints.rename_expert_norm(key) in stored for key in stored if "pre_mlp_layernorm." in key)
     assert main("--load", run_folder, "--save", tmp_path / "out", "--tokenizer-model", tokenizer) == 0
     assert "on 2,048 random tokens" in capfd.readouterr().out
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -112,21 +109,6 @@ def test_settings_of_a_gpu_and_noise() -> None:
     torch.testing.assert_close(megatron(tokens(), positions, None), model(tokens()).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_shards(
-    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    model, folder = make("relu, shared", vocab_size=264), tmp_path / "out"
-    monkeypatch.setattr(command, "SHARD", "10KB")
-    words = ["--load", save_megatron(model, tmp_path / "run"), "--save", folder]
-    assert main(*words, "--tokenizer-model", tokenizer) == 0
-    assert f"{model.num_parameters():,} parameters" in capfd.readouterr().out
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"]) == set(model.state_dict()) and len(set(index["weight_map"].values())) > 3
-    assert {path.stat().st_mode & 0o444 for path in folder.iterdir()} == {0o444}, "others can read them"
-    for name, tensor in read_folder(folder, ("remoe",), torch.float32).state_dict().items():
-        assert torch.equal(tensor, model.state_dict()[name]), name
-
-
 @pytest.mark.parametrize(
     ("setting", "value", "code", "fact"),
     [
@@ -139,7 +121,7 @@ def test_shards(
         ("tokenizer_type", "SentencePieceTokenizer", "E513", "--tokenizer-type SentencePieceTokenizer"),
         ("tokenizer_type", "HuggingFaceTokenizer", "E513", "--tokenizer-model /nowhere"),
         ("tokenizer_type", "GPT2BPETokenizer", "E513", "--vocab-file"),
-        ("ffn_hidden_size", 44, "E511", "mlp.linear_fc2.weight has the shape [32, 40]"),
+        ("ffn_hidden_size", 44, "E511", "mlp.linear_fc2.weight"),
         ("num_layers", 3, "E511", "decoder.layers.2.self_attention.linear_qkv.layer_norm_weight"),
         (None, None, "E511", "decoder.final_layernorm.weight"),
     ],
@@ -175,8 +157,8 @@ def test_experts_in_every_layer_come_back_without_a_list_of_layers(
     assert main("--reverse", "--load", tmp_path / "folder", "--save", tmp_path / "out") == 0
     flags = shlex.split(capfd.readouterr().out.splitlines()[-1])
     assert "--moe-layer-freq" not in flags and flags[flags.index("--moe-relu-max-experts") + 1] == "2"
-    checkpoint = checkpoints.find(tmp_path / "out", None)
-    assert checkpoint.shapes["decoder.layers.mlp.router.weight"] == (2, 8, 32)
+    stored = checkpoints.find(tmp_path / "out", None).index.state_dict_metadata
+    assert stored["decoder.layers.mlp.router.weight"].size == (2, 8, 32)
 
 
 @pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")])
@@ -195,8 +177,8 @@ def test_gpt2_files_on_another_machine(names: tuple[str, str], tmp_path: Path, m
     with pytest.raises(ConversionError, match="GPT-2"):
         find_training_tokenizer(old, None, config)
     for saved, given in ((args, None), (old, tmp_path / "files")):
-        found = find_training_tokenizer(saved, given, config)
-        assert found is not None and len(found) == 257 and found.decode(found("é b").input_ids) == "é b"
+        tokenizer = find_training_tokenizer(saved, given, config)
+        assert tokenizer is not None and len(tokenizer) == 257 and tokenizer.decode(tokenizer("é b").input_ids) == "é b"
 
 
 def test_models_that_differ_are_not_written(
@@ -204,7 +186,7 @@ def test_models_that_differ_are_not_written(
 ) -> None:
     make("relu").save_pretrained(tmp_path / "folder")
     other = make("relu", initializer_range=0.2)
-    monkeypatch.setattr(to_megatron, "fill_megatron", lambda megatron, *_: fill_megatron(megatron, other, other.config))
+    monkeypatch.setattr(command, "fill_megatron", lambda megatron, *_: fill_megatron(megatron, other, other.config))
     assert main("--reverse", "--load", tmp_path / "folder", "--save", tmp_path / "out") == 1
     assert "[REMOE-E514]" in capfd.readouterr().err and not (tmp_path / "out").exists()
 
@@ -214,12 +196,10 @@ def test_places_that_do_not_do(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     for words, code in (
         (["--load", tmp_path, "--save", tmp_path / "out"], "E404"),
         (["--load", tmp_path, "--save", tmp_path / "folder"], "E105"),
-        (["--load", tmp_path, "--save", "/proc"], "E105"),
         (["--reverse", "--load", tmp_path, "--save", tmp_path / "out"], "E511"),
     ):
         assert main(*words) == 1
-        errors = capfd.readouterr().err
-        assert f"[REMOE-{code}]" in errors and ("mount point" in errors) == ("/proc" in words)
+        assert f"[REMOE-{code}]" in capfd.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 

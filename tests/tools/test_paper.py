@@ -10,8 +10,8 @@ from tests.trainings import REPOSITORY
 from tools.experiments import compare, published
 from tools.experiments.quickstart import parse_arguments as quickstart
 from tools.experiments.sweep import parse_arguments as sweep
-from tools.models.analyze.arguments import parse_arguments as analyze
-from tools.models.evaluate.arguments import parse_arguments as evaluate
+from tools.models.arguments import parse_analyze as analyze
+from tools.models.arguments import parse_evaluate as evaluate
 from tools.report.command import parse_arguments as report
 
 PAGE = (REPOSITORY / "docs" / "paper.md").read_text()

@@ -26,9 +26,9 @@ from tools.experiments import quickstart_report as report
 from tools.experiments.execute import execute
 from tools.experiments.jobs import Grid, Job
 from tools.experiments.run import Run
-from tools.models.evaluate.arguments import parse_arguments as evaluate
-from tools.models.export.arguments import parse_arguments as export
-from tools.models.generate.arguments import parse_arguments as generate
+from tools.models.arguments import parse_evaluate as evaluate
+from tools.models.arguments import parse_export as export
+from tools.models.arguments import parse_generate as generate
 from tools.recipes import tiny
 from tools.runs.figure_reader import read_figures
 from tools.runs.run_figures import RunFigures

@@ -170,11 +170,7 @@ def test_tools_read_what_is_converted(saved: Saved, tmp_path: Path) -> None:
         assert torch.equal(found[f"{experts}2.weight"][1, number], second)
     for name in ("router.weight", "router.l1_exponent"):
         assert torch.equal(found[f"decoder.layers.mlp.{name}"][1], stored[f"{layer}mlp.{name}"])
-    engine = ["--save", tmp_path / "engine", "--transformer-impl", "transformer_engine"]
-    subprocess.run([*tool, saved.root, *engine], check=True)
-    keys = read_index(tmp_path / "engine" / "release").state_dict_metadata
-    own = "decoder.layers.pre_mlp_layernorm.weight"  # only Transformer Engine's MoE layers have it
-    assert own in keys and own not in entries
+    assert "decoder.layers.pre_mlp_layernorm.weight" in entries, "Transformer Engine's MoE layers look for it"
 
 
 def test_steps_that_are_not_finite_leave_the_coefficient(data: Path) -> None:

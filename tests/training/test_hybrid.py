@@ -18,7 +18,7 @@ from tests.trainings import REPOSITORY, TINY, records, run
 from tools.console.display import Display
 from tools.console.errors import ConversionError
 from tools.models.analyze.command import layer_numbers
-from tools.models.convert.command import parse_arguments
+from tools.models.arguments import parse_convert
 from tools.models.convert.model_class import convert_class
 from tools.models.hf.opening import open_model, open_run
 from tools.models.hf.weights import convert_model
@@ -123,7 +123,7 @@ def test_multi_token_prediction(trainings: Trainings) -> None:
     (flips,) = [record for record in read_run_log(folder / "metrics.jsonl") if record["kind"] == "flips"]
     assert flips["layer_rate"].keys() == {"2", "4"}
     assert flips["rate"] == pytest.approx(sum(flips["layer_rate"].values()) / 2)
-    options = parse_arguments(["--load", str(folder), "--save", str(folder / "gpt"), "--model", "gpt"])
+    options = parse_convert(["--load", str(folder), "--save", str(folder / "gpt"), "--model", "gpt"])
     with pytest.raises(ConversionError, match="multi-token prediction are not converted"):
         convert_class(options, Display())
     looked_at = layer_numbers(open_model(folder, needs_tokenizer=False))

@@ -20,7 +20,7 @@ from megatron.training.models.hybrid import HybridModelConfig
 from tests.layers import make_config
 from tests.tiny_model import RELU
 from tests.trainings import TINY, records, run
-from tools.models.export.command import main as export
+from tools.models.export import main as export
 
 ARGS = argparse.Namespace(
     moe_relu_routing=True,

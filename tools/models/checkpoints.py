@@ -2,13 +2,10 @@
 
 import argparse
 import errno
-import os
-import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +38,6 @@ from .measuring import check_finite
 EMBEDDING = "embedding.word_embeddings.weight"
 FAILURES = (Exception, CheckpointException)  # a damaged file can raise anything; PyTorch's own error is no Exception
 LAYOUT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-PROBE = 2**26  # bytes to allocate as a test before a folder is written
 OVERHEAD = 2**18  # minimum number of bytes of a checkpoint without its tensors
 # A norm's name in plain PyTorch layers → its key if it is fused with the next product. Plain layers are saved under the
 # fused keys too; Transformer Engine does not fuse the norm before experts.
@@ -49,8 +45,6 @@ NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
-EXPERT_NORM = "pre_mlp_layernorm."
-ROUTER = re.compile(r".*\.layers\.(\d+\.)?mlp\.router\.")  # with the layer's number if layers differ
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,6 @@ class Checkpoint:
         args: Megatron's arguments of the training, with the rows of the embedding.
         layout: Megatron's metadata about the format of the tensors.
         index: of all tensors and objects.
-        shapes: tensor's key → its shape.
     """
 
     folder: Path
@@ -71,7 +64,6 @@ class Checkpoint:
     args: argparse.Namespace
     layout: dict[str, Any]
     index: Metadata
-    shapes: dict[str, tuple[int, ...]]
 
 
 def find(root: Path, step: int | None) -> Checkpoint:
@@ -104,18 +96,16 @@ def find(root: Path, step: int | None) -> Checkpoint:
     args = common.get("args")
     if args is None:
         raise ConversionError(f"{folder}: holds no arguments of its training, so the model's shape is unknown.")
-    stored = index.state_dict_metadata
-    shapes = {key: tuple(entry.size) for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
-    if EMBEDDING not in shapes:
+    embedding = index.state_dict_metadata.get(EMBEDDING)
+    if not isinstance(embedding, TensorStorageMetadata):
         raise ConversionError(f"{folder}: has no {EMBEDDING}; it is not that of a GPT model.")
-    args.padded_vocab_size = shapes[EMBEDDING][0]
+    args.padded_vocab_size = embedding.size[0]
     return Checkpoint(
         folder=folder,
         name=f"{root}, {'release' if folder.name == RELEASE else f'iteration {int(folder.name[5:])}'}",
         args=args,
         layout=dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {},
         index=index,
-        shapes=shapes,
     )
 
 
@@ -128,18 +118,8 @@ def load(checkpoint: Checkpoint, model: GPTModel) -> None:
     # Leave out objects: they are Transformer Engine's state for FP8.
     _, wanted = extract_matching_values(_sharded(model, checkpoint.layout), lambda one: isinstance(one, ShardedObject))
     for tensor in _tensors(wanted):
-        if tensor.key not in checkpoint.shapes:
+        if tensor.key not in checkpoint.index.state_dict_metadata:
             tensor.key = rename_expert_norm(tensor.key)
-        if tensor.key not in checkpoint.shapes:
-            raise ConversionError(
-                f"{checkpoint.folder}: has no {tensor.key}, which its arguments call for. Only models that "
-                "pretrain_gpt.py trains can be converted."
-            )
-        if isinstance(tensor, ShardedTensor) and tuple(tensor.global_shape) != checkpoint.shapes[tensor.key]:
-            raise ConversionError(
-                f"{checkpoint.folder}: {tensor.key} has the shape {list(checkpoint.shapes[tensor.key])}, and its "
-                f"arguments call for {list(tensor.global_shape)}."
-            )
     load_objects_unexecuted()
     with reading(checkpoint.folder):
         loaded = dist_checkpointing.load({"model": wanted}, str(checkpoint.folder), validate_access_integrity=False)
@@ -176,12 +156,13 @@ def read_tensors(folder: Path, index: Metadata, tensors: dict[str, torch.Tensor]
 def save(model: GPTModel, args: argparse.Namespace, output: Path) -> None:
     """Write a checkpoint without optimizer state. The folder appears only when it is complete.
 
-    In Megatron's terms this is a release: training from it starts at iteration 0.
+    In Megatron's terms this is a release: training from it starts at iteration 0. Norms before experts have both of
+    their names, so that plain PyTorch layers and Transformer Engine's can load it.
 
     Args:
         model: its parameters are rounded to `args.params_dtype`; Megatron keeps buffers, such as the bias of experts,
             in float32.
-        args: the arguments to save with them; `transformer_impl` decides whose names tensors have.
+        args: the arguments to save with them.
         output: new or empty folder.
 
     Raises:
@@ -190,18 +171,15 @@ def save(model: GPTModel, args: argparse.Namespace, output: Path) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(args.params_dtype)
     sharded = _sharded(model, LAYOUT)
-    if args.transformer_impl == "transformer_engine":
-        routers = {match[0] for tensor in _tensors(sharded) if (match := ROUTER.match(tensor.key))}
-        for tensor in _tensors(sharded):
-            layer = re.split(f"{NORMS[EXPERT_NORM]}|{EXPERT_NORM}", tensor.key)[0]
-            has_experts = f"{layer}mlp.router." in routers
-            if layer != tensor.key and has_experts == (NORMS[EXPERT_NORM] in tensor.key):
-                tensor.key = rename_expert_norm(tensor.key)
+    renamed = ((tensor, rename_expert_norm(tensor.key)) for tensor in _tensors(sharded))
+    norms = [replace(tensor, key=key) for tensor, key in renamed if key != tensor.key]
     state = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "num_floating_point_operations_so_far": 0}
     size = sum(tensor.nbytes for tensor in model.state_dict().values() if torch.is_tensor(tensor))
     with new_folder(output, size + OVERHEAD) as aside:
         (aside / RELEASE).mkdir()
-        dist_checkpointing.save(state | {"model": sharded}, str(aside / RELEASE), content_metadata=dict(LAYOUT))
+        dist_checkpointing.save(
+            state | {"model": sharded, "norms": norms}, str(aside / RELEASE), content_metadata=dict(LAYOUT)
+        )
         (aside / TRACKER).write_text(RELEASE, encoding="utf-8")
 
 
@@ -234,8 +212,6 @@ def new_folder(output: Path, size: int) -> Iterator[Path]:
             # On a full disk, Megatron's writers end in a traceback.
             if (free := shutil.disk_usage(aside).free) < size:
                 raise OSError(errno.ENOSPC, f"{size:,} bytes are needed, and {free:,} are free")
-            with tempfile.TemporaryFile(dir=aside) as file:
-                os.posix_fallocate(file.fileno(), 0, max(1, min(size, PROBE)))  # detects quotas and limits too
             yield aside
     except UsageError:
         raise
@@ -247,9 +223,7 @@ def new_folder(output: Path, size: int) -> Iterator[Path]:
 
 
 def check_output(output: Path) -> None:
-    """Raise ConversionError for a folder that is not empty or a mount point, or something else than a folder."""
-    if output.resolve().is_mount():
-        raise ConversionError(f"--save {output}: is a mount point. Give a new folder in it.", "REMOE-E105")
+    """Raise ConversionError for a folder that is not empty, or something else than a folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConversionError(
             f"--save {output}: exists and is not an empty folder. Give another one, or remove it.", "REMOE-E105"
@@ -289,8 +263,8 @@ def _tensors(sharded: dict[str, Any]) -> Iterator[ShardedTensor | ShardedTensorF
 
 def rename_expert_norm(key: str) -> str:
     """Return the key of a norm before experts under its other name; other keys stay."""
-    fused = NORMS[EXPERT_NORM]
-    return key.replace(fused, EXPERT_NORM) if fused in key else key.replace(EXPERT_NORM, fused)
+    plain, fused = [*NORMS.items()][-1]
+    return key.replace(fused, plain) if fused in key else key.replace(plain, fused)
 
 
 def _reason(error: BaseException) -> str:

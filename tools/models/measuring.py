@@ -150,9 +150,10 @@ def count_experts(model: Any) -> Iterator[dict[int, torch.Tensor]]:
         yield histograms
 
 
-def mean_experts(histogram: torch.Tensor) -> float:
-    """Return the mean number of experts per token of a histogram from `count_experts`."""
-    return float((histogram * torch.arange(len(histogram))).sum() / histogram.sum())
+def mean_experts(histograms: Iterable[torch.Tensor]) -> float:
+    """Return the mean number of experts per token of layers' histograms from `count_experts`."""
+    total = torch.stack([*histograms]).sum(dim=0)
+    return float((total * torch.arange(len(total))).sum() / total.sum())
 
 
 def summarize_experts(histogram: torch.Tensor) -> dict[str, Any]:
@@ -166,7 +167,7 @@ def summarize_experts(histogram: torch.Tensor) -> dict[str, Any]:
     """
     tokens = int(histogram.sum())
     return {
-        "mean": mean_experts(histogram),
+        "mean": mean_experts([histogram]),
         "percentile_99": int((histogram.cumsum(0) / tokens >= 0.99).nonzero()[0]),
         "largest": int(histogram.nonzero()[-1]),
         "tokens": tokens,

@@ -20,9 +20,6 @@ from .on_cpu import megatron_on_cpu
 if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDataset
 
-# Prefixes of data sets, and their weights (None: in proportion to their size).
-Blend = tuple[list[str], list[float] | None]
-
 
 def read_sequences(prefix: str, length: int, seed: int, vocabulary: int) -> "GPTDataset":
     """Return a data set's sequences as Megatron's `--full-validation` takes them: one epoch, in the order of a seed.
@@ -107,8 +104,8 @@ def check_vocabulary(prefix: str, largest: int, vocabulary: int) -> None:
         )
 
 
-def blend_of(args: argparse.Namespace, data_path: list[str] | None) -> Blend:
-    """Return the data sets of `data_path`, or those of the training.
+def blend_of(args: argparse.Namespace, data_path: list[str] | None) -> tuple[list[str], list[float] | None]:
+    """Return the data sets of `data_path`, or those of the training, and their weights (None: by their size).
 
     Raises:
         ToolError: there are none.
@@ -128,10 +125,10 @@ def blend_of(args: argparse.Namespace, data_path: list[str] | None) -> Blend:
     return blend
 
 
-def sample(blend: Blend, sequences: int, length: int, vocabulary: int, seed: int, or_else: str = "") -> torch.Tensor:
+def sample(
+    blend: tuple[list[str], list[float] | None], sequences: int, length: int, vocabulary: int, seed: int
+) -> torch.Tensor:
     """Return random sequences of text, int64 `[sequences, length + 1]`; two of them share at most the last token.
-
-    `or_else` is a second remedy, for the message that there is too little text.
 
     Raises:
         UsageError: a data set is missing, corrupt or too small, or was made with another vocabulary.
@@ -147,7 +144,7 @@ def sample(blend: Blend, sequences: int, length: int, vocabulary: int, seed: int
         if count > available:
             raise ToolError(
                 f"{prefix}: has {reader.tokens:,} tokens, but {count * length + 1:,} are needed. Give more text with "
-                f"--data-path{or_else}.",
+                "--data-path, or a smaller --tokens.",
                 "REMOE-E304",
             )
         for start in generator.choice(available, size=count, replace=False) * length:

@@ -40,6 +40,12 @@ def check_settings(args: argparse.Namespace) -> None:
             "layers (E), for instance '*E*E', and only then.",
             "REMOE-E202",
         )
+    if pattern and "*" in pattern and args.multi_latent_attention:
+        raise UsageError(
+            f"--hybrid-layer-pattern {pattern} with --multi-latent-attention: * is an attention without latents and "
+            "rotary embedding. Write + for a latent one.",
+            "REMOE-E202",
+        )
     sets = args.multiple_validation_sets
     ignored = args.fim_data or args.sft or args.dataloader_inter_document_masking or args.logits_load_dir
     _refuse(

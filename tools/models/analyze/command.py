@@ -12,12 +12,13 @@ from ...console.errors import ToolError
 from ...console.files import write_json
 from ...runs.evaluations import names_of_data_sets
 from ...runs.running import run_tool
+from ..arguments import parse_analyze
 from ..hf.opening import OpenedModel, open_model
 from ..measuring import find_blocks
 from ..text import read_sequences
 from . import findings, pictures
-from .arguments import parse_arguments
-from .counts import count_routing
+
+TITLES = "layer,experts per token,none,99 %,largest,sparsity,imbalance,dead,inactive,domain bits".split(",")
 
 
 def layer_numbers(opened: OpenedModel) -> list[int]:
@@ -39,21 +40,12 @@ def show(results: dict[str, Any]) -> None:
     special, rows = results["load"]["specialization"], []
     for layer, experts in results["experts_per_token"]["layers"].items():
         balance = results["balance"]["layers"][layer]
-        rows.append(
-            {
-                "layer": str(layer),
-                "experts per token": f"{experts['mean']:.3f}",
-                "none": f"{experts['none']:.1%}",
-                "99 %": str(experts["percentile_99"]),
-                "largest": str(experts["largest"]),
-                "sparsity": f"{balance['sparsity']:.4f}",
-                "imbalance": f"{balance['imbalance']:.2f}" if balance["imbalance"] else "",
-                "dead": str(len(balance["dead"])),
-                "inactive": str(len(balance["inactive"])),
-                "domain bits": f"{special[layer]['bits']:.4f}" if special else "",
-            }
-        )
-    print_table([*rows[0]], [[*row.values()] for row in rows], text=0)
+        row = [str(layer), f"{experts['mean']:.3f}", f"{experts['none']:.1%}", str(experts["percentile_99"])]
+        row += [str(experts["largest"]), f"{balance['sparsity']:.4f}"]
+        row += [f"{balance['imbalance']:.2f}" if balance["imbalance"] else ""]
+        row += [str(len(balance["dead"])), str(len(balance["inactive"]))]
+        rows.append([*row, f"{special[layer]['bits']:.4f}" if special else ""])
+    print_table(TITLES, rows, text=0)
 
 
 def analyze(args: argparse.Namespace) -> None:
@@ -71,7 +63,7 @@ def analyze(args: argparse.Namespace) -> None:
     length = opened.sequence_length(args.seq_length)
     texts = [read_sequences(prefix, length, args.seed, model.config.vocab_size) for prefix in args.data_path]
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    counts = count_routing(model, texts, layers, args.sequences, Display())
+    counts = findings.count_routing(model, texts, layers, args.sequences, Display())
     names = names_of_data_sets(args.data_path)
     results = {
         "experts_per_token": findings.experts_per_token(counts),
@@ -87,5 +79,5 @@ def analyze(args: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: 0; 1 if something is wrong; 130 if it was stopped."""
-    args = parse_arguments(arguments)
+    args = parse_analyze(arguments)
     return run_tool("analyze", lambda: analyze(args))

@@ -1,19 +1,86 @@
-"""Compute statistics from the counts: one dictionary for each file and picture."""
+"""Count how a model routes its tokens, and compute statistics: one dictionary for each file and picture."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron.remoe.hf import RemoeForCausalLM
+
+from ...console.display import Display
 from ...runs.run_figures import INACTIVE
-from ..measuring import summarize_experts
-from .counts import Counts
+from ..measuring import compute_logits, summarize_experts, watch_routers
+from ..text import read_batches
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.gpt_dataset import GPTDataset
 
 LEAST = 10  # occurrences of a token that is shown by itself
 SHOWN_TOKENS = 8
 
 Numbers = dict[str, Any]
+
+
+class Counts:
+    """Sums over tokens, for D data sets, L layers with experts, E experts, V tokens of the vocabulary.
+
+    Args:
+        layers: numbers of the layers, from 1. `[L]`
+        domains: D.
+        experts: E.
+        vocabulary: V.
+    """
+
+    def __init__(self, layers: Sequence[int], domains: int, experts: int, vocabulary: int) -> None:
+        zeros, number = partial(torch.zeros, dtype=torch.int64), len(layers)
+        self.layers = [*layers]
+        self.routed = zeros(domains, number, experts)  # pairs of a token and an active expert
+        self.histogram = zeros(domains, number, experts + 1)  # tokens with 0, 1, 2, ... experts
+        self.by_token = zeros(number, vocabulary, experts, dtype=torch.int32)
+        self.occurrences = zeros(vocabulary)
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Return the number of tokens of each data set, int64 `[D]`."""
+        return self.histogram[:, 0].sum(dim=-1)
+
+    def add(self, domain: int, ids: torch.Tensor, place: int, active: torch.Tensor) -> None:
+        """Count the routing of some tokens in one layer.
+
+        Args:
+            domain: the data set's place.
+            ids: int64 `[tokens]`.
+            place: the layer's place among those with experts.
+            active: bool `[tokens, experts]`.
+        """
+        self.routed[domain, place] += active.sum(dim=0)
+        self.histogram[domain, place] += torch.bincount(active.sum(dim=-1), minlength=active.shape[-1] + 1)
+        self.by_token[place].index_add_(0, ids, active.int())
+        if place == 0:
+            self.occurrences += torch.bincount(ids, minlength=len(self.occurrences))
+
+
+@torch.inference_mode()
+def count_routing(
+    model: RemoeForCausalLM, texts: Sequence["GPTDataset"], layers: list[int], most: int | None, display: Display
+) -> Counts:
+    """Run the model over at most `most` sequences of each domain's text, and return its counts."""
+    counts = Counts(layers, len(texts), model.config.num_experts, model.config.vocab_size)
+    seen: list[torch.Tensor] = []
+    with watch_routers(model, lambda _number, active: seen.append(active.cpu())):
+        for domain, text in enumerate(texts):
+            with display.step(Path(text.dataset_path).name, min(len(text), most or len(text))):
+                for batch in read_batches(text, most, model.config.vocab_size):
+                    ids = batch[:, :-1]
+                    compute_logits(model, ids.to(model.device))
+                    for place, active in enumerate(seen):
+                        counts.add(domain, ids.flatten(), place, active)
+                    seen.clear()
+                    display.advance(len(batch))
+    return counts
 
 
 def by_layer(layers: Sequence[Any], **columns: torch.Tensor) -> dict[Any, dict[str, Any]]:
@@ -44,19 +111,10 @@ def _by_frequency(counts: Counts) -> Numbers:
     result: Numbers = {"least_occurrences": LEAST}
     result["tokens"] = [{"token": token} | values for token, values in tokens.items()]
     if len(frequency.unique()) > 1 and experts.min() < experts.max():  # top-k gives all tokens the same
-        result["slopes"] = by_layer([*counts.layers, "mean"], slope=fit_slopes(frequency.log10(), experts))
+        tenfold = frequency.log10() - frequency.log10().mean()
+        slopes = experts @ tenfold / tenfold.square().sum()  # of lines fitted by least squares
+        result["slopes"] = by_layer([*counts.layers, "mean"], slope=slopes)
     return result
-
-
-def fit_slopes(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return least-squares slopes, float64 `[lines]`.
-
-    Args:
-        x: float64 `[points]`, not all equal.
-        y: float64 `[lines, points]`.
-    """
-    centred = x - x.mean()
-    return y @ centred / (centred @ x)
 
 
 def load(counts: Counts, names: Sequence[str], even: float, token_text: Callable[[int], str | None]) -> Numbers:
@@ -77,8 +135,7 @@ def load(counts: Counts, names: Sequence[str], even: float, token_text: Callable
             "experts_per_token": dict(zip(counts.layers, rows.sum(dim=-1).tolist(), strict=True)),
         }
     if len(names) > 1:
-        columns = {"bits": information(counts.routed), "bits_per_token": information_per_token(counts)}
-        result["specialization"] = by_layer(counts.layers, **columns)
+        result["specialization"] = by_layer(counts.layers, bits=information(counts.routed))
     result["tokens"] = {layer: _list_tokens(counts, place, token_text) for place, layer in enumerate(counts.layers)}
     return result
 
@@ -98,20 +155,6 @@ def information(routed: torch.Tensor) -> torch.Tensor:
     mean = share.sum(dim=0) / some
     terms = torch.where(share > 0, share * (share / mean).log2(), 0.0)
     return terms.sum(dim=(0, 2)) / some[:, 0]
-
-
-def information_per_token(counts: Counts) -> torch.Tensor:
-    """Return the information on the data set of all a token's experts, as if they were independent, in bits.
-
-    A token without an expert is an event like an active pair: the information of an event times a token's events. With
-    top-1 it equals `information`.
-
-    Returns:
-        float64 `[layers]`.
-    """
-    events = torch.cat([counts.routed, counts.histogram[..., :1]], dim=-1)
-    per_token = events.sum(dim=-1).double() / counts.histogram.sum(dim=-1).clamp(min=1)
-    return information(events) * per_token.mean(dim=0)
 
 
 def _list_tokens(counts: Counts, place: int, token_text: Callable[[int], str | None]) -> list[list[Numbers]]:

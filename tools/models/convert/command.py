@@ -7,22 +7,24 @@ from pathlib import Path
 import torch
 
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from ...console.display import Display
 from ...console.errors import ConversionError
 from ...runs.running import run_tool
+from ..arguments import parse_convert
 from ..checkpoints import Checkpoint, check_output, find, load, save
+from ..export import write_checkpoint
 from ..hf.public import FAMILIES
-from ..hf.to_megatron import write_checkpoint
+from ..hf.settings import complete
 from ..measuring import count_experts, mean_experts, measure_loss, split_batches
 from ..megatron_model import build, one_process
 from ..text import blend_of, sample
-from .arguments import parse_arguments
 from .fitting import fit_router, keep_largest
 from .from_fork import convert_fork
 from .from_fsdp import convert_fsdp
 from .model_class import convert_class
-from .models import fill, moe_layers, record_routers, round_to, source_args, target_args
+from .models import fill, record_routers, target_args
 
 BOUNDS = {"dense": 0.01, "top-k": 0.05}
 # The way to the target is short, so λ should start higher and move less than in a training from scratch.
@@ -38,21 +40,18 @@ def convert(options: argparse.Namespace, display: Display) -> None:
     checkpoint = find(options.load, options.ckpt_step)
     if getattr(checkpoint.args, "hybrid_layer_pattern", None):
         raise ConversionError(f"{checkpoint.folder}: is that of a HybridModel. Convert it with --model gpt first.")
-    args = source_args(checkpoint.args)
+    args = complete(checkpoint.args)
     new_args = target_args(args, options)
     kind = "dense" if args.num_experts is None else "top-k"
     display.say(f"{kind} checkpoint {checkpoint.name}: {args.num_layers} layers of hidden size {args.hidden_size}")
     sequences = -(-options.tokens // args.seq_length)
     blend = blend_of(args, options.data_path)
-    size = 2 * sequences, args.seq_length, args.padded_vocab_size
-    text = sample(blend, *size, options.seed, or_else=", or a smaller number with --tokens")
-    to_fit, to_measure = text.chunk(2)
+    to_fit, to_measure = sample(blend, 2 * sequences, args.seq_length, args.padded_vocab_size, options.seed).chunk(2)
     with one_process(options.seed):
         target, loss_before = _fitted(options, display, checkpoint, args, new_args, to_fit, to_measure)
         with display.step("running the ReMoE", len(to_measure)), count_experts(target) as histograms:
             loss_after, _ = measure_loss(target, split_batches(to_measure), display)
-        means = [mean_experts(histogram) for histogram in histograms.values()]
-        sparsity = 1 - sum(means) / len(means) / new_args.num_experts
+        sparsity = 1 - mean_experts(histograms.values()) / new_args.num_experts
         bound = BOUNDS[kind] if options.loss_bound is None else options.loss_bound
         growth = loss_after / loss_before - 1
         result = f"loss {loss_before:.4f} before, {loss_after:.4f} after ({growth:+.2%}, bound {bound:.2%})"
@@ -62,7 +61,6 @@ def convert(options: argparse.Namespace, display: Display) -> None:
                 "--loss-bound."
             )
         display.say(f"{result}, sparsity {sparsity:.3f}; on {to_measure[:, 1:].numel():,} other tokens")
-        new_args.transformer_impl = options.transformer_impl or args.transformer_impl
         save(target, new_args, options.save)
     display.say(f"wrote {options.save}; train with {training_flags(new_args, options.save)}")
 
@@ -79,7 +77,7 @@ def _fitted(
     """Return the ReMoE with fitted routers, and the source's loss."""
     source, target = build(args), build(new_args)
     load(checkpoint, source)
-    layers = moe_layers(target)
+    layers = [number for number, layer in enumerate(target.decoder.layers) if isinstance(layer.mlp, MoELayer)]
     with display.step("running the source", len(to_fit) + len(to_measure)):
         with record_routers(source, layers) as (inputs, gates):
             measure_loss(source, split_batches(to_fit), display)
@@ -96,31 +94,16 @@ def _fitted(
                 if new_args.moe_router_topk < args.moe_router_topk:
                     wanted = keep_largest(wanted, new_args.moe_router_topk)
                 start = source.decoder.layers[layer].mlp.router.weight.detach()
-            fitted = fit_router(seen, wanted, copies, start, options.seed + number)
-            routers[layer] = fitted.weight
+            routers[layer], error, sparsity = fit_router(seen, wanted, copies, start, options.seed + number)
             display.advance(1)
             display.say(
-                f"layer {layer + 1} of {args.num_layers}: gates within {fitted.error:.1%} (root mean square), "
-                f"sparsity {fitted.sparsity:.3f}"
+                f"layer {layer + 1} of {args.num_layers}: gates within {error:.1%} (root mean square), "
+                f"sparsity {sparsity:.3f}"
             )
     fill(target, source, routers)
-    round_to(target, args.params_dtype)
+    for parameter in target.parameters():  # measure the weights that will be saved
+        parameter.data = parameter.data.to(args.params_dtype).float()
     return target, loss_before
-
-
-def convert_public(options: argparse.Namespace, display: Display) -> None:
-    """Write a public top-k MoE as a checkpoint.
-
-    Raises:
-        ConversionError: the folder holds no such model, or one that Megatron cannot express, or is damaged.
-    """
-    with one_process(options.seed):
-        config = write_checkpoint(options.from_hf, FAMILIES, options.save, display, options.transformer_impl)
-    fewer = max(1, config.num_experts_per_tok // 2)
-    display.say(
-        f"or make a ReMoE with half the experts per token of it: remoe convert --load {options.save} --save REMOE "
-        f"--moe-router-topk {fewer} --data-path DATA"
-    )
 
 
 def training_flags(args: argparse.Namespace, output: Path) -> str:
@@ -137,13 +120,14 @@ def training_flags(args: argparse.Namespace, output: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: 0; 1 if it cannot be converted; 130 if it was stopped."""
-    options = parse_arguments(arguments)
+    options = parse_convert(arguments)
 
     def work() -> None:
         check_output(options.save)
         display = Display()
         if options.from_hf:
-            convert_public(options, display)
+            with one_process(options.seed):
+                write_checkpoint(options.from_hf, FAMILIES, options.save, display)
         elif options.from_fork:
             convert_fork(options, display)
         elif options.from_fsdp:

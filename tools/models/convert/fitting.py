@@ -1,7 +1,6 @@
 """Cut a dense layer into experts, and fit routers that keep a layer's output."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
@@ -12,21 +11,6 @@ RIDGE = 0.1  # in units of the inputs' mean square: directions with less are not
 # If only a sum of gates is given: give all experts the same share, and each token few of them.
 BALANCE = 0.1
 CONCENTRATION = 0.05
-
-
-@dataclass(frozen=True)
-class FittedRouter:
-    """A router's weights, and their quality on the tokens that they were fitted to.
-
-    Attributes:
-        weight: `[num_experts, hidden]`.
-        error: root mean square of the difference between the gates and their targets, relative to that of the targets.
-        sparsity: share of inactive (token, expert) pairs.
-    """
-
-    weight: torch.Tensor
-    error: float
-    sparsity: float
 
 
 def split_mlp(weights: Mapping[str, torch.Tensor], parts: int, gated: bool) -> list[dict[str, torch.Tensor]]:
@@ -60,7 +44,7 @@ def split_mlp(weights: Mapping[str, torch.Tensor], parts: int, gated: bool) -> l
 
 def fit_router(
     inputs: torch.Tensor, targets: torch.Tensor, copies: int = 1, start: torch.Tensor | None = None, seed: int = 0
-) -> FittedRouter:
+) -> tuple[torch.Tensor, float, float]:
     """Find a router whose gates ReLU(x W) come close to given ones.
 
     If experts are copies of each other, only the sum of their gates counts. The fit then gives every copy the same
@@ -76,7 +60,8 @@ def fit_router(
         seed: of the random weights and of the tokens' order.
 
     Returns:
-        Weights in the dtype of `inputs`, and their quality.
+        Weights `[num_experts, hidden]` in the dtype of `inputs`; the root mean square of the difference between the
+        gates and their targets, relative to that of the targets; the share of inactive (token, expert) pairs.
     """
     generator = torch.Generator().manual_seed(seed)
     functions = targets.shape[1]
@@ -103,7 +88,7 @@ def fit_router(
     gates = torch.relu(whitened @ fitted.T)
     error = (_sums(gates, copies) - targets).square().sum(dim=1).mean() / scale
     weights = torch.linalg.solve_triangular(root.T, fitted.T, upper=True).T.contiguous()
-    return FittedRouter(weights, float(error.sqrt()), 1.0 - float((gates > 0).double().mean()))
+    return weights, float(error.sqrt()), 1.0 - float((gates > 0).double().mean())
 
 
 def keep_largest(gates: torch.Tensor, topk: int) -> torch.Tensor:

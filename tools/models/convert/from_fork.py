@@ -5,17 +5,13 @@ which Megatron no longer reads: they get the weight's shape again.
 """
 
 import argparse
-import io
-import itertools
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron.remoe.start.checkpoint_files import check_is_whole
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, read_index
@@ -26,10 +22,9 @@ from ...console.errors import ConversionError
 from ..checkpoints import LAYOUT, find_folder, rename_expert_norm
 from ..hf.settings import complete
 from ..hybrid import moe_layer_pattern
-from .rewriting import OBJECT, Piece, Place, Writer, encoded, objects, read_each, read_tensor, rewritten
+from .rewriting import LAYER, Content, read_content, stack_layers, write_content
 
 COEFFICIENT = "moe_relu_l1_reg_coeff"
-LAYER = re.compile(r"(?P<before>decoder\.layers\.)(?P<number>\d+)\.(?P<rest>.+)")
 STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?P<kind>fp32_param|exp_avg|exp_avg_sq)\.(?P<weight>.+)")
 KEPT = ("checkpoint_version", "iteration", "opt_param_scheduler", "num_floating_point_operations_so_far")
 
@@ -49,27 +44,24 @@ def convert_fork(options: argparse.Namespace, display: Display) -> None:
             "torch_dist, start the fork once more with its flags and --ckpt-convert-format torch_dist "
             "--ckpt-convert-save FOLDER, and convert with --load FOLDER/torch_dist."
         ) from error
-    if not hasattr(state.get("args"), "moe_relu_routing") or hasattr(state["args"], "moe_relu_layer_floor"):
+    saved: Any = state.get("args")
+    if not hasattr(saved, "moe_relu_routing") or hasattr(saved, "moe_relu_layer_floor"):
         raise ConversionError(f"--load {folder}: is not a checkpoint of the authors' fork.")
-    saved = state["args"]
     if "optimizer" in state and saved.use_distributed_optimizer and not saved.ckpt_fully_parallel_save:
         raise ConversionError(
             f"{folder}: the optimizer's state was saved with --no-ckpt-fully-parallel-save, by ranks. Load and save it "
             "with the fork once more without that flag."
         )
     args = _arguments(saved)
-    common = _common(state, args)
-    with rewritten(folder, options.save, common) as writer, display.step("copying", len(index.storage_data)):
-        target = _Target(args, writer)
-        for piece in read_each(folder, _whole_pieces(folder, index)):
-            target.add_tensor(*piece)
-            display.advance(1)
-        for key, content in read_each(folder, map(_renewed, objects(folder, index))):
-            target.add_object(key, content)
-            display.advance(1)
-        if args.moe_relu_routing:
-            target.add_router_state("l1_exponent", _exponent(state, args, display))
-            target.add_router_state("guarded", 0)
+    content = _rename_weights(_join_state(read_content(folder, index), folder), args)
+    if args.moe_relu_routing:
+        values = {"l1_exponent": _exponent(state, args, display), "guarded": 0}
+        for layer, has_experts in enumerate(moe_layer_pattern(args)):
+            for name, value in values.items() if has_experts else ():
+                content[f"decoder.layers.{layer}.mlp.router.{name}"] = torch.tensor(value)
+    if args.moe_layer_freq == 1:
+        content = stack_layers(content, args.num_layers)
+    write_content(content, _common(state, args), options.save, folder.name)
     display.say(f"wrote {options.save}, {folder.name}; continue the training with its flags and --load {options.save}")
 
 
@@ -86,80 +78,54 @@ def _arguments(saved: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-class _Target:
-    """Names and shapes in this project's checkpoints.
-
-    Where all layers are alike, a weight of all layers is one tensor. A norm before experts is written under its name in
-    plain PyTorch layers and under that in Transformer Engine's, so that either can load it.
-    """
-
-    def __init__(self, args: argparse.Namespace, writer: Writer) -> None:
-        self.writer, self.args = writer, args
-        self.experts = [int(bool(args.num_experts) and has) for has in moe_layer_pattern(args)]
-        self.stacks = isinstance(args.moe_layer_freq, int) and args.moe_layer_freq == 1
-
-    def add_tensor(self, key: str, shape: Place, offset: Place, tensor: torch.Tensor) -> None:
-        """Write a piece of a weight or of its optimizer state."""
-        prefix = ""
-        if state := STATE.fullmatch(key):
-            is_main = state["kind"] == "fp32_param" and self.args.use_distributed_optimizer
-            key, prefix = state["weight"], f"optimizer.state.{'param' if is_main else state['kind']}."
-        layer = LAYER.fullmatch(key)
-        has_experts = self.experts[int(layer["number"])] if layer else all(self.experts)
-        if layer and self.stacks:
-            key, tensor = layer["before"] + layer["rest"], tensor[None]
-            shape, offset = (len(self.experts), *shape), (int(layer["number"]), *offset)
-        for name in sorted({key, rename_expert_norm(key)} if has_experts else {key}):
-            self.writer.add_tensor(prefix + name, shape, offset, tensor)
-
-    def add_object(self, key: str, content: bytes) -> None:
-        """Write Transformer Engine's state of a layer or a state of random numbers."""
-        if (layer := LAYER.fullmatch(key)) and self.stacks and (name := OBJECT.fullmatch(layer["rest"])):
-            alone = (name["offset"], name["shape"]) == ("0", "1")
-            offset, shape = ("", "") if alone else (f".{name['offset']}", f".{name['shape']}")
-            place = f"shard_{layer['number']}{offset}_{len(self.experts)}{shape}"
-            key = f"{layer['before']}{name['key']}/{place}"
-        self.writer.add_object(key, content)
-
-    def add_router_state(self, name: str, value: int) -> None:
-        """Write a number for each layer with experts."""
-        for layer in itertools.compress(range(len(self.experts)), self.experts):
-            self.add_tensor(f"decoder.layers.{layer}.mlp.router.{name}", (), (), torch.tensor(value))
-
-
-def _renewed(stored: tuple[str, bytes]) -> tuple[str, bytes]:
-    """Return a stored object with NumPy's state stored again: NumPy 1 wrote it under a name that no longer exists."""
-    key, content = stored
-    if not key.startswith("rng_state/"):
-        return stored
-    rebuild = numpy.empty(0).__reduce__()[0]  # rebuilds arrays; its module's name differs between versions
-    former: list[Any] = [(rebuild, "numpy.core.multiarray._reconstruct")]
-    with torch.serialization.safe_globals(former):
-        return key, encoded(torch.load(io.BytesIO(content), weights_only=True))
-
-
-def _whole_pieces(folder: Path, index: Metadata) -> Iterator[Piece]:
-    """Yield the pieces of all tensors; flat parts of an optimizer's state are put together.
+def _join_state(content: Content, folder: Path) -> Content:
+    """Return the content with the shape of its weight for each state of the optimizer, and without Adam's step.
 
     A weight of shape [S₁, S₂] that is stored in c₁ × c₂ pieces has a state of shape [c₁, c₂, S₁/c₁ · S₂/c₂].
     """
-    entries = {key: kind for key, kind in index.state_dict_metadata.items() if isinstance(kind, TensorStorageMetadata)}
-    for key, entry in entries.items():
+    result: Content = {}
+    for key, value in content.items():
         state = STATE.fullmatch(key)
         if "optimizer." in key and state is None:
             continue  # Adam's step, which is in the settings too
-        shape = tuple(entries[state["weight"]].size if state else entry.size)
-        if len(entry.size) == len(shape):
-            for chunk in entry.chunks:
-                yield key, shape, tuple(chunk.offsets), read_tensor(folder, index, key, chunk.offsets)
-            continue
-        local = [whole // cuts for whole, cuts in zip(shape, entry.size, strict=False)]
-        parts = sorted(tuple(chunk.offsets) for chunk in entry.chunks)
-        for place, offsets in itertools.groupby(parts, key=lambda part: part[:-1]):
-            flat = torch.cat([read_tensor(folder, index, key, torch.Size(part)).flatten() for part in offsets])
-            if len(flat) != math.prod(local):
-                raise ConversionError(f"{folder}: {key} has {len(flat)} numbers, and its weight {math.prod(local)}.")
-            yield key, shape, tuple(cut * size for cut, size in zip(place, local, strict=True)), flat.view(local)
+        if state and value.dim() > len(shape := content[state["weight"]].shape):
+            pieces = [size // cuts for size, cuts in zip(shape, value.shape, strict=False)]
+            if value.shape[-1] != math.prod(pieces):
+                raise ConversionError(f"{folder}: {key} has the shape {list(value.shape)}, and its weight {[*shape]}.")
+            order = torch.arange(2 * len(shape)).view(2, -1).T.flatten().tolist()
+            value = value.view(*value.shape[:-1], *pieces).permute(order).reshape(shape)
+        result[key] = value
+    return result
+
+
+def _rename_weights(content: Content, args: argparse.Namespace) -> Content:
+    """Return the content under the names of this project's checkpoints.
+
+    A norm before experts is written under its name in plain PyTorch layers and under that in Transformer Engine's, so
+    that either can load it.
+    """
+    result: Content = {}
+    experts = [bool(args.num_experts) and bool(has_experts) for has_experts in moe_layer_pattern(args)]
+    for key, value in content.items():
+        prefix = ""
+        if state := STATE.fullmatch(key):
+            is_main = state["kind"] == "fp32_param" and args.use_distributed_optimizer
+            key, prefix = state["weight"], f"optimizer.state.{'param' if is_main else state['kind']}."
+        layer = LAYER.fullmatch(key)
+        has_experts = experts[int(layer["number"])] if layer and layer["number"] else all(experts)
+        names = {key, rename_expert_norm(key)} if has_experts and torch.is_tensor(value) else {key}
+        result |= dict.fromkeys((prefix + name for name in names), _refresh_object(key, value))
+    return result
+
+
+def _refresh_object(key: str, value: Any) -> Any:
+    """Return NumPy's state stored again: NumPy 1 wrote it under a name that no longer exists."""
+    if not key.startswith("rng_state/"):
+        return value
+    rebuild = numpy.empty(0).__reduce__()[0]  # rebuilds arrays; its module's name differs between versions
+    former: list[Any] = [(rebuild, "numpy.core.multiarray._reconstruct")]
+    with torch.serialization.safe_globals(former):
+        return torch.load(value, weights_only=True)
 
 
 def _common(state: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:

@@ -30,7 +30,6 @@ def convert_fsdp(options: argparse.Namespace, display: Display) -> None:
             raise ConversionError(f"{folder}: is not in Megatron-FSDP's format (fsdp_dtensor): leave out --from-fsdp.")
         args = complete(common["args"])
     args.use_megatron_fsdp, args.ckpt_format = False, "torch_dist"
-    args.transformer_impl = options.transformer_impl or args.transformer_impl
     with one_process(args.seed):
         model = build(args)
         parts: dict[str, torch.Tensor] = {}

@@ -17,7 +17,7 @@ from megatron.remoe.training.arguments import apply_granularity
 from megatron.training.arguments import moe_freq_type
 
 from ...console.errors import ConversionError
-from ..hf.settings import complete
+from ..hybrid import moe_layer_pattern
 from ..megatron_model import EXPERT, HERE
 from .fitting import split_mlp
 
@@ -43,25 +43,15 @@ FLAGS = "REMOE-E501"  # they do not fit
 ROUTER = re.compile(r".*\.layers\.(?P<layer>\d+)\.mlp\.router\.(?P<name>\w+)")
 
 
-def source_args(saved: argparse.Namespace) -> argparse.Namespace:
-    """Return the source's saved arguments, complete for this version of Megatron.
-
-    Raises:
-        ConversionError: the checkpoint is that of a ReMoE already.
-    """
-    if getattr(saved, "moe_relu_routing", False):
-        raise ConversionError(
-            "--load: this is a checkpoint of a ReMoE already. Train on from it with pretrain_gpt.py --load."
-        )
-    return complete(saved)
-
-
 def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argparse.Namespace:
     """Return the arguments of the ReMoE, from those of its source and the tool's flags, which are None if not given.
 
     Raises:
-        ConversionError: they do not fit the source, or ReLU routing does not work with its other settings.
+        ConversionError: they do not fit the source, it is a ReMoE already, or ReLU routing does not work with its other
+            settings.
     """
+    if source.moe_relu_routing:
+        raise ConversionError("--load: this is a checkpoint of a ReMoE already. Train on from it with --load.")
     if source.mtp_num_layers:
         raise ConversionError(
             f"--load: layers of multi-token prediction are not converted, and it has {source.mtp_num_layers} of them."
@@ -83,28 +73,17 @@ def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argp
 def _become_mixture(target: argparse.Namespace, options: argparse.Namespace) -> None:
     if options.num_experts is None:
         raise ConversionError("--load is a dense checkpoint: give --num-experts.", FLAGS)
-    if options.num_experts < 2:
-        raise ConversionError(f"--num-experts {options.num_experts} must be at least 2.", FLAGS)
     target.num_experts, target.moe_ffn_hidden_size = options.num_experts, None
     target.moe_router_topk = 1 if options.moe_router_topk is None else options.moe_router_topk
     target.moe_granularity = options.moe_granularity or 1
+    pattern = options.moe_layer_freq or "1"
     try:
-        target.moe_layer_freq = moe_freq_type(options.moe_layer_freq or "1")
-        if not target.moe_layer_freq:
-            raise ValueError("give a number of at least 1, or a pattern such as ([0]+[1]*11)")
-    except (ValueError, SyntaxError, TypeError) as error:
-        raise ConversionError(f"--moe-layer-freq {options.moe_layer_freq}: {error}.", FLAGS) from error
-    pattern = target.moe_layer_freq
-    if isinstance(pattern, list) and (len(pattern) != target.num_layers or not any(pattern)):
-        raise ConversionError(
-            f"--moe-layer-freq {options.moe_layer_freq}: is a pattern of {len(pattern)} layers with {sum(pattern)} MoE "
-            f"layers. It must have {target.num_layers}, and one or more MoE layers.",
-            FLAGS,
-        )
-    try:
-        apply_granularity(target)
-    except ValueError as error:
-        raise ConversionError(str(error), FLAGS) from error
+        target.moe_layer_freq = moe_freq_type(pattern)
+        if not any(moe_layer_pattern(target)):
+            raise ValueError("no layer has experts")
+    except (ValueError, SyntaxError, TypeError, ZeroDivisionError) as error:
+        raise ConversionError(f"--moe-layer-freq {pattern}: {error}.", FLAGS) from error
+    apply_granularity(target)
     target.moe_ffn_hidden_size = target.ffn_hidden_size // target.moe_granularity
 
 
@@ -114,11 +93,6 @@ def _keep_mixture(target: argparse.Namespace, options: argparse.Namespace) -> No
             raise ConversionError(f"{flag(name)}: --load is a top-k checkpoint, whose experts are kept.", FLAGS)
     if options.moe_router_topk is not None:
         target.moe_router_topk = options.moe_router_topk * target.moe_granularity
-
-
-def moe_layers(model: GPTModel) -> list[int]:
-    """Return the indices of the layers with experts, from 0."""
-    return [index for index, layer in enumerate(model.decoder.layers) if isinstance(layer.mlp, MoELayer)]
 
 
 @torch.no_grad()
@@ -150,13 +124,6 @@ def fill(target: GPTModel, source: GPTModel, routers: dict[int, torch.Tensor]) -
             tensor.copy_(state[name])
 
 
-@torch.no_grad()
-def round_to(model: GPTModel, dtype: torch.dtype) -> None:
-    """Round the weights to values that `dtype` can hold."""
-    for parameter in model.parameters():
-        parameter.copy_(parameter.to(dtype))
-
-
 @contextmanager
 def record_routers(source: GPTModel, layers: list[int]) -> Iterator[tuple[dict[int, Any], dict[int, Any]]]:
     """Collect the inputs of the feed-forward layers and the gates of top-k routers, inside the block.
@@ -167,17 +134,17 @@ def record_routers(source: GPTModel, layers: list[int]) -> Iterator[tuple[dict[i
     inputs: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
     gates: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
 
-    def keep_input(seen: list[torch.Tensor], _module: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def keep_input(index: int, _module: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         hidden = positional[0] if positional else named["hidden_states"]
-        seen.append(hidden.reshape(-1, hidden.shape[-1]).clone())
+        inputs[index].append(hidden.reshape(-1, hidden.shape[-1]).clone())
 
-    def keep_gates(seen: list[torch.Tensor], _module: Any, _arguments: Any, routed: tuple[torch.Tensor, ...]) -> None:
-        seen.append((routed[0] * routed[1]).float())
+    def keep_gates(index: int, _module: Any, _arguments: Any, routed: tuple[torch.Tensor, ...]) -> None:
+        gates[index].append((routed[0] * routed[1]).float())
 
     with ExitStack() as hooks:
         for index in layers:
             mlp = source.decoder.layers[index].mlp
-            hooks.enter_context(mlp.register_forward_pre_hook(partial(keep_input, inputs[index]), with_kwargs=True))
+            hooks.enter_context(mlp.register_forward_pre_hook(partial(keep_input, index), with_kwargs=True))
             if isinstance(mlp, MoELayer):
-                hooks.enter_context(mlp.router.register_forward_hook(partial(keep_gates, gates[index])))
+                hooks.enter_context(mlp.router.register_forward_hook(partial(keep_gates, index)))
         yield inputs, gates

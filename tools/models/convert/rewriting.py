@@ -1,130 +1,105 @@
-"""Read the pieces of a torch_dist checkpoint one by one, and write another one from pieces."""
+"""Read the whole content of a torch_dist checkpoint, change the names in it, and write it again.
+
+The content is held in memory, optimizer state included: name → a tensor, or the bytes of an object.
+"""
 
 import io
-import pickle
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections import defaultdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import WriteItem
 
 from megatron.remoe.start.checkpoint_files import CONFIG, RELEASE, TRACKER, stored_object
 
-from ..checkpoints import new_folder, reading
+from ..checkpoints import OVERHEAD, new_folder, read_tensors, reading
 
-# The name of an object that is stored in parts.
-OBJECT = re.compile(r"(?P<key>.+)/shard_(?P<offset>[\d.]+)_(?P<shape>[\d.]+)")
+# A layer's name, with its number or without one if a tensor holds the weights of all layers.
+LAYER = re.compile(r"(?P<before>(?:.*\.)?decoder\.layers\.)(?:(?P<number>\d+)\.)?(?P<rest>.+)")
+OBJECT = re.compile(r"(?P<key>.+)/shard_(?P<offset>[\d.]+)_(?P<shape>[\d.]+)")  # an object is stored in parts
 
-type Place = tuple[int, ...]
-type Piece = tuple[str, Place, Place, torch.Tensor]  # key, shape of the whole tensor, offset of the piece, the piece
-
-
-class Writer:
-    """Write one file of a torch_dist checkpoint and its index, piece by piece."""
-
-    def __init__(self, folder: Path, file: BinaryIO) -> None:
-        self.folder, self.file = folder, file
-        self.stored: dict[str, Any] = {}
-        self.places: dict[MetadataIndex, _StorageInfo] = {}
-
-    def add_object(self, key: str, content: bytes) -> None:
-        """Write what `encoded` returns for an object."""
-        self.stored[key] = BytesStorageMetadata()
-        self._write(MetadataIndex(key), content)
-
-    def add_tensor(self, key: str, shape: Place, offset: Place, tensor: torch.Tensor) -> None:
-        """Write the piece at `offset` of the tensor `key` of that `shape`."""
-        if key not in self.stored:
-            properties = TensorProperties.create_from_tensor(tensor)
-            self.stored[key] = TensorStorageMetadata(properties, torch.Size(shape), [])
-        chunk = ChunkStorageMetadata(torch.Size(offset), tensor.shape)
-        self.stored[key].chunks.append(chunk)
-        # A view would be stored with all the memory that it looks into.
-        self._write(MetadataIndex(key, chunk.offsets), encoded(tensor.clone(memory_format=torch.contiguous_format)))
-
-    def write_index(self) -> None:
-        """Write the index. The checkpoint is complete with it."""
-        index = Metadata(self.stored, planner_data=None, storage_data=self.places)
-        (self.folder / ".metadata").write_bytes(pickle.dumps(index))
-
-    def _write(self, piece: MetadataIndex, content: bytes) -> None:
-        name = Path(self.file.name).name
-        self.places[piece] = _StorageInfo(relative_path=name, offset=self.file.tell(), length=len(content))
-        self.file.write(content)
+type Content = dict[str, Any]
 
 
-@contextmanager
-def rewritten(source: Path, output: Path, state: dict[str, Any]) -> Iterator[Writer]:
-    """Yield a writer for a checkpoint of the same iteration; the folder appears when the block ends.
+def read_content(folder: Path, index: Metadata) -> Content:
+    """Return the tensors and objects of a checkpoint, without the settings.
 
-    `state` has Megatron's settings and counters.
+    Raises:
+        ConversionError: a file is damaged.
+    """
+    content: Content = {}
+    with reading(folder):
+        for key, entry in index.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                content[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+            elif isinstance(entry, BytesStorageMetadata) and not key.startswith("common_state/"):
+                content[key] = stored_object(folder, index.storage_data[MetadataIndex(key)])
+    read_tensors(folder, index, {key: value for key, value in content.items() if torch.is_tensor(value)})
+    return content
+
+
+class _Planner(DefaultSavePlanner):
+    """Write the bytes of an object unchanged."""
+
+    def transform_object(self, write_item: WriteItem, object: Any) -> Any:
+        return object if isinstance(object, io.BytesIO) else super().transform_object(write_item, object)
+
+
+def write_content(content: Content, state: dict[str, Any], output: Path, name: str) -> None:
+    """Write a checkpoint. The folder appears only when it is complete.
+
+    Args:
+        content: tensors and objects.
+        state: Megatron's settings and counters.
+        output: new or empty folder.
+        name: of the iteration's folder in it.
 
     Raises:
         ConversionError: it cannot be written, for instance because the disk is full.
     """
-    size = sum(file.stat().st_size for file in source.rglob("*"))
-    with new_folder(output, size) as aside:
-        folder = aside / source.name
-        folder.mkdir()
-        with (folder / "__0_0.distcp").open("wb") as file:
-            writer = Writer(folder, file)
-            yield writer
-            writer.add_object("common_state/shard_0_1", encoded([state]))
-            writer.write_index()
-        (folder / CONFIG).write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
-        tracked = RELEASE if folder.name == RELEASE else str(int(folder.name.removeprefix("iter_")))
+    size = sum(value.nbytes for value in content.values() if torch.is_tensor(value))
+    with new_folder(output, size + OVERHEAD) as aside:
+        writer, planner = FileSystemWriter(aside / name), _Planner(flatten_state_dict=False)
+        settings = io.BytesIO()
+        torch.save([state], settings)  # dcp.save would turn whole numbers among the keys into text
+        dcp.save(content | {"common_state/shard_0_1": settings}, storage_writer=writer, planner=planner, no_dist=True)
+        (aside / name / CONFIG).write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+        tracked = RELEASE if name == RELEASE else str(int(name.removeprefix("iter_")))
         (aside / TRACKER).write_text(tracked, encoding="utf-8")
 
 
-def read_tensor(folder: Path, index: Metadata, key: str, offset: torch.Size) -> torch.Tensor:
-    """Read one stored piece of a tensor."""
-    return torch.load(stored_object(folder, index.storage_data[MetadataIndex(key, offset)]), weights_only=True)
+def stack_layers(content: Content, layers: int) -> Content:
+    """Return the content with the weights of all layers in one tensor, as GPTModel stores layers that are alike."""
+    result: Content = {}
+    weights: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
+    for key, value in content.items():
+        layer = LAYER.fullmatch(key)
+        if layer is None or layer["number"] is None:
+            result[key] = value
+        elif torch.is_tensor(value):
+            weights[layer["before"] + layer["rest"]][int(layer["number"])] = value
+        elif part := OBJECT.fullmatch(layer["rest"]):
+            is_whole = (part["offset"], part["shape"]) == ("0", "1")
+            offset, shape = ("", "") if is_whole else (f".{part['offset']}", f".{part['shape']}")
+            result[f"{layer['before']}{part['key']}/shard_{layer['number']}{offset}_{layers}{shape}"] = value
+    return result | {key: torch.stack([parts[number] for number in range(layers)]) for key, parts in weights.items()}
 
 
-def objects(folder: Path, index: Metadata) -> Iterator[tuple[str, bytes]]:
-    """Yield the stored objects except for the settings."""
-    for key, kind in index.state_dict_metadata.items():
-        if isinstance(kind, BytesStorageMetadata) and not key.startswith("common_state/"):
-            yield key, stored_object(folder, index.storage_data[MetadataIndex(key)]).getvalue()
-
-
-def tensors(folder: Path, index: Metadata) -> Iterator[Piece]:
-    """Yield the stored pieces of all tensors."""
-    for key, kind in index.state_dict_metadata.items():
-        if isinstance(kind, TensorStorageMetadata):
-            for chunk in kind.chunks:
-                yield key, tuple(kind.size), tuple(chunk.offsets), read_tensor(folder, index, key, chunk.offsets)
-
-
-def read_each[T](folder: Path, items: Iterable[T]) -> Iterator[T]:
-    """Yield items from a checkpoint; keep read errors apart from the writer's.
-
-    Raises:
-        ConversionError: `folder` cannot be read.
-    """
-    iterator = iter(items)
-    while True:
-        with reading(folder):
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-        yield item
-
-
-def encoded(value: object) -> bytes:
-    """Return the bytes that PyTorch stores for a tensor or an object."""
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    return stream.getvalue()
+def split_layers(content: Content) -> Content:
+    """Return the content with a tensor for each layer's weight; the inverse of `stack_layers`."""
+    result: Content = {}
+    for key, value in content.items():
+        layer = LAYER.fullmatch(key)
+        if layer is None or layer["number"]:
+            result[key] = value
+        elif torch.is_tensor(value):
+            result |= {f"{layer['before']}{number}.{layer['rest']}": part for number, part in enumerate(value)}
+        elif part := OBJECT.fullmatch(layer["rest"]):
+            (number, _, offset), (_, _, shape) = part["offset"].partition("."), part["shape"].partition(".")
+            result[f"{layer['before']}{number}.{part['key']}/shard_{offset or 0}_{shape or 1}"] = value
+    return result

@@ -8,11 +8,10 @@ from ...console.display import Display, print_table
 from ...console.files import write_json
 from ...runs import evaluations
 from ...runs.running import run_tool
+from ..arguments import parse_evaluate
 from ..hf.opening import open_model
-from .arguments import parse_arguments
-from .speed import measure_speed
-from .tasks import compare_with_paper, score
-from .text import measure_text
+from .tasks import score
+from .text import measure_speed, measure_text
 
 
 def show(results: dict[str, Any]) -> None:
@@ -21,11 +20,6 @@ def show(results: dict[str, Any]) -> None:
         print_table(titles, rows, text=len(titles))
         if evaluations.BY_LAYER in titles and any(row[-1] for row in rows):
             print(evaluations.EXPLAINED)
-    if "tasks" in results:
-        compared = compare_with_paper(results["tasks"])
-        if compared[0] != [""]:
-            print("\nAccuracy in %; the paper's: arXiv 2412.14711, table 8, 30B tokens each")
-            print_table(*compared, text=1)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -57,5 +51,5 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: 0; 1 if something is wrong; 130 if it was stopped."""
-    args = parse_arguments(arguments)
+    args = parse_evaluate(arguments)
     return run_tool("evaluate", lambda: evaluate(args))

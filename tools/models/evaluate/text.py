@@ -1,10 +1,14 @@
-"""Measure the loss on a Megatron data set as Megatron's validation does, and count experts per token."""
+"""Measure models on Megatron data sets: the loss as Megatron's validation does, experts per token, and the speed."""
 
 import argparse
-from collections.abc import Iterator
+import statistics
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 from megatron.remoe.routing.refusals import flag
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDataset
 
 SEED = 1234  # Megatron's default
+PROMPTS, ROUNDS, NEW_TOKENS = 8, 5, 32  # of the measurement of speed
 MASKS = ("eod_mask_loss", "reset_attention_mask", "reset_position_ids")  # applied in a training's validation only
 
 
@@ -28,26 +33,24 @@ def check_bound(name: str, config: RemoeConfig, most: int) -> None:
     Raises:
         ToolError: it has no ReLU router, or fewer experts.
     """
-    if not (config.num_experts and config.moe_relu_routing):
-        raise ToolError(f"--max-experts-per-token: {name} has no ReLU routing.", "REMOE-E501")
-    if not 1 <= most <= config.num_experts:
-        problem = f"must be 1 to {config.num_experts} for {name}"
+    if not (config.moe_relu_routing and 1 <= most <= config.num_experts):
+        problem = f"{name} has no ReLU routing, or {config.num_experts} experts"
         raise ToolError(f"--max-experts-per-token {most}: {problem}.", "REMOE-E501")
 
 
 @contextmanager
 def bound_experts(model: RemoeForCausalLM, most: int | None) -> Iterator[None]:
     """Use only the K largest gates inside the block, or the model's own bound (None)."""
-    own, blocks = model.config.max_experts_per_token, find_blocks(model).values()
-    if most is not None:
-        model.config.max_experts_per_token = most
-        for block in blocks:
-            block.all_active = False
+    before = model.config.max_experts_per_token
+
+    def use(bound: int | None) -> None:
+        model.config.max_experts_per_token = bound
+        for block in find_blocks(model).values():
+            block.all_active = bound is None
+
+    use(most or before)
     yield
-    if most is not None:
-        model.config.max_experts_per_token = own
-        for block in blocks:
-            block.all_active = own is None
+    use(before)
 
 
 def read_text(args: argparse.Namespace, opened: OpenedModel, prefix: str) -> "GPTDataset":
@@ -89,3 +92,41 @@ def measure_text(
                 experts = {layer: summarize_experts(histogram) for layer, histogram in counts.items()}
                 one = {"loss": loss, "tokens": tokens, "experts": experts}
                 measured[name][prefix]["none" if most is None else str(most)] = one
+
+
+@torch.inference_mode()
+def measure_speed(args: argparse.Namespace, opened: dict[str, OpenedModel]) -> dict[str, dict[str, float]]:
+    """Time the models in turns, so that other work on the machine slows all of them.
+
+    Each reads half of some sequences at once, and continues them by `NEW_TOKENS`.
+
+    Returns:
+        model → tokens per second over the batch, medians of the rounds: of reading ("prefill") and of writing
+        ("decode").
+    """
+    first = next(iter(opened.values()))
+    data = read_text(args, first, args.data_path[0])
+    batches = read_batches(data, PROMPTS, first.model.config.vocab_size)
+    prompts = torch.cat(list(batches))[:, : max(1, data.config.sequence_length // 2)]
+    length = {"do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
+
+    def seconds(work: Callable[..., object], **settings: object) -> float:
+        ids = prompts.to(first.model.device)
+        wait = torch.cuda.synchronize if ids.is_cuda else lambda: None
+        wait()
+        started = time.perf_counter()
+        work(ids, **settings)
+        wait()
+        return time.perf_counter() - started
+
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in opened}
+    for _ in range(ROUNDS + 1):
+        for name, (model, *_) in opened.items():
+            reading = seconds(model, logits_to_keep=1, use_cache=True)
+            whole = seconds(model.generate, attention_mask=torch.ones_like(prompts).to(model.device), **length)
+            times[name].append((reading, whole - reading))
+    result = {}
+    for name, rounds in times.items():
+        reading, writing = (statistics.median(part) for part in zip(*rounds[1:], strict=True))  # the first warms up
+        result[name] = {"prefill": prompts.numel() / reading, "decode": len(prompts) * (NEW_TOKENS - 1) / writing}
+    return result

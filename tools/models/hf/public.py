@@ -29,26 +29,6 @@ def describe_public(config: Any) -> RemoeConfig:
     Raises:
         ConversionError: Megatron cannot express the model.
     """
-    check_public(config)
-    fields = {name: getattr(config, name) for name in SAME}
-    fields["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    coefficient = getattr(config, "router_aux_loss_coef", 0.001)
-    return RemoeConfig(
-        **(fields | FAMILIES[config.model_type](config)),
-        moe_relu_routing=False,
-        router_aux_loss_coef=coefficient,
-        dtype=config.dtype,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-
-
-def check_public(config: Any) -> None:
-    """Check that Megatron can express a public model.
-
-    Raises:
-        ConversionError: it cannot; the message names the field.
-    """
     for name, value in ONLY.items():
         if getattr(config, name, value) != value:
             raise _inexpressible(config, name)
@@ -62,6 +42,17 @@ def check_public(config: Any) -> None:
         raise _inexpressible(config, "num_key_value_heads")
     if is_latent and config.rms_norm_eps != 1e-6:
         raise _inexpressible(config, "rms_norm_eps")  # its norms of latents have this one, and Megatron has one for all
+    fields = {name: getattr(config, name) for name in SAME}
+    fields["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    coefficient = getattr(config, "router_aux_loss_coef", 0.001)
+    return RemoeConfig(
+        **(fields | FAMILIES[config.model_type](config)),
+        moe_relu_routing=False,
+        router_aux_loss_coef=coefficient,
+        dtype=config.dtype,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
 
 
 def _inexpressible(config: PreTrainedConfig, name: str) -> ConversionError:

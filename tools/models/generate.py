@@ -10,34 +10,21 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from megatron.remoe.hf import RemoeForCausalLM
 
-from ...console.errors import ToolError
-from ...runs.running import run_tool
-from ..hf.opening import open_model
-from ..measuring import count_experts, mean_experts
-from .arguments import parse_arguments
+from ..console.errors import ToolError
+from ..runs.running import run_tool
+from .arguments import parse_generate
+from .hf.opening import open_model
+from .measuring import count_experts, mean_experts
 
 
 def prompts(args: argparse.Namespace) -> Iterator[str]:
-    """Yield the texts to continue: the given one, or lines of UTF-8 from standard input."""
+    """Yield the texts to continue: the given one, or the lines of standard input."""
     if args.prompt is not None:
         yield args.prompt
     elif args.prompt_file is not None:
-        try:
-            yield args.prompt_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ToolError(f"--prompt-file {args.prompt_file}: cannot be read ({error}).", "REMOE-E504") from error
+        yield args.prompt_file.read_text(encoding="utf-8", errors="replace")
     else:
-        if sys.stdin.isatty():
-            print("Type a text to continue; an empty line ends.", file=sys.stderr)
-        for line in iter(sys.stdin.buffer.readline, b""):
-            if not line.strip():
-                return
-            try:
-                text = line.decode().rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                print(f"This line is left out: {error}.", file=sys.stderr, flush=True)
-            else:
-                yield text
+        yield from (line.rstrip("\n") for line in sys.stdin)
 
 
 def continue_text(
@@ -72,8 +59,7 @@ def continue_text(
     if output.shape[1] == context:
         line += f", stopped at the model's context of {context} tokens"
     if counts:
-        mean = sum(map(mean_experts, counts.values())) / len(counts)
-        line += f", {mean:.2f} experts per token and layer"
+        line += f", {mean_experts(counts.values()):.2f} experts per token and layer"
     return line
 
 
@@ -87,16 +73,10 @@ def generate(args: argparse.Namespace) -> None:
     assert tokenizer is not None
     torch.manual_seed(args.seed)
     for prompt in prompts(args):
-        try:
-            line = continue_text(model, tokenizer, prompt, args)
-        except ToolError as error:
-            if args.prompt is not None or args.prompt_file is not None:
-                raise
-            line = str(error)  # continue with the next line
-        print(line, file=sys.stderr, flush=True)
+        print(continue_text(model, tokenizer, prompt, args), file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: 0; 1 if something is wrong; 130 if it was stopped."""
-    args = parse_arguments(arguments)
+    args = parse_generate(arguments)
     return run_tool("generate", lambda: generate(args))

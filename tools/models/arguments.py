@@ -1,0 +1,184 @@
+"""Parse the command lines of generate, evaluate, analyze, convert and export, without importing torch."""
+
+import argparse
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..console.flags import tool_parser, whole_number
+
+# The paper's zero-shot tasks, by lm-eval's names.
+TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "lambada_openai", "piqa", "race")
+FOLDER: dict[str, Any] = {"type": Path, "metavar": "FOLDER"}
+NUMBER: dict[str, Any] = {"type": whole_number(1), "metavar": "N"}
+OF_REMOE = ("num_experts", "moe_router_topk", "moe_granularity", "moe_layer_freq", "data_path", "loss_bound")
+
+type Words = Sequence[str] | None
+
+
+def _parser(parse: Callable[[Words], argparse.Namespace]) -> argparse.ArgumentParser:
+    """Return a parser whose name and description are those of the function."""
+    return tool_parser(parse.__name__.removeprefix("parse_"), inspect.getdoc(parse))
+
+
+def _add_models(add: Callable[..., Any], **number: Any) -> None:
+    """Add the flags for trained models to read."""
+    text = "runs (on the CPU; export for a GPU) or exported folders"
+    add("--load", **FOLDER, **number, required=True, help=text)
+    add("--ckpt-step", type=int, metavar="N", help="iteration of a run (default: the newest)")
+    add("--tokenizer-model", **FOLDER, help="use another tokenizer than the model's")
+
+
+def _add_sequences(add: Callable[..., Any]) -> None:
+    """Add the flags for the sequences of data sets to read."""
+    add("--seq-length", **NUMBER, help="as in training (default: the model's context)")
+    add("--sequences", **NUMBER, help="at most, per data set (default: all)")
+
+
+def parse_generate(arguments: Words = None) -> argparse.Namespace:
+    """Continue a text with a trained model: a run's checkpoint, or a folder that remoe export wrote.
+
+    remoe generate --load RUN --prompt "Once upon a time"
+    remoe generate --load FOLDER --prompt-file start.txt --max-new-tokens 500
+    remoe generate --load FOLDER                             # reads a text from each line of standard input
+    """
+    parser = _parser(parse_generate)
+    add = parser.add_argument
+    _add_models(add)
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    text.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with the text to continue")
+    add("--max-new-tokens", **NUMBER, default=200, help="default: %(default)s")
+    add("--temperature", type=float, default=1.0, metavar="X", help="0: the likeliest token (default: %(default)s)")
+    add("--top-k", type=whole_number(0), default=0, metavar="K", help="sample from K tokens (default: all)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling threshold")
+    add("--seed", type=int, default=1234, help="default: %(default)s")
+    args = parser.parse_args(arguments)
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        parser.error("--temperature must not be negative, and --top-p must be above 0 and at most 1.")
+    return args
+
+
+def parse_evaluate(arguments: Words = None) -> argparse.Namespace:
+    """Evaluate trained models: runs' checkpoints, or folders that remoe export wrote.
+
+    remoe evaluate --load RUN --data-path SET                                # loss, perplexity, experts per token
+    remoe evaluate --load RUN --data-path SET --max-experts-per-token 1 2 3  # loss with only the K largest gates
+    remoe evaluate --load DENSE MOE REMOE --data-path SET --speed            # tokens per second, side by side
+    remoe evaluate --load RUN --tasks                                        # the paper's zero-shot tasks (lm-eval)
+    """
+    parser = _parser(parse_evaluate)
+    _add_models(parser.add_argument, nargs="+")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the results to this file, as JSON")
+    add = parser.add_argument_group("text").add_argument
+    add("--data-path", nargs="+", default=[], metavar="PREFIX", help="data sets")
+    _add_sequences(add)
+    add("--seed", type=int, metavar="N", help="order of the text (default: the training's)")
+    text = "also with only the K largest gates"
+    add("--max-experts-per-token", type=int, nargs="+", default=[], metavar="K", help=text)
+    add("--speed", action="store_true", help="also measure tokens per second, on the beginning of the first data set")
+    add = parser.add_argument_group("tasks").add_argument
+    add("--tasks", nargs="*", metavar="TASK", help=f"of lm-eval (default: {', '.join(TASKS)})")
+    add("--task-data", **FOLDER, help="further tasks in lm-eval's format (.yaml)")
+    add("--limit", **NUMBER, help="at most, documents of each task")
+    args = parser.parse_args(arguments)
+    if not args.data_path and (args.tasks is None or args.speed or args.max_experts_per_token):
+        parser.error("give --data-path, which --speed and --max-experts-per-token need, or --tasks.")
+    return args
+
+
+def parse_analyze(arguments: Words = None) -> argparse.Namespace:
+    """Show how a model routes held-out text: figures 7, 8, 9, 11, 12 and table 12 of the paper.
+
+    remoe analyze --load RUN --data-path SET [SET...]        # RUN: a run, or a folder of remoe export
+
+    Each data set is one domain. A .json and a .png of each analysis are written.
+    """
+    parser = _parser(parse_analyze)
+    add = parser.add_argument
+    _add_models(add)
+    add("--data-path", nargs="+", required=True, metavar="PREFIX", help="data sets, one for each domain")
+    add("--output-dir", **FOLDER, help="default: analysis/ in that of --load")
+    _add_sequences(add)
+    add("--seed", type=int, default=1234, help="order of the sequences (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    args.output_dir = args.output_dir or args.load / "analysis"
+    return args
+
+
+def parse_convert(arguments: Words = None) -> argparse.Namespace:
+    """Start a ReMoE from a dense or top-k MoE checkpoint, import a checkpoint, or change the model's class.
+
+    dense:         remoe convert --load DENSE --save OUT --num-experts 8
+    top-k:         remoe convert --load MOE --save OUT
+    Hugging Face:  remoe convert --from-hf FOLDER --save OUT
+    fork:          remoe convert --from-fork --load RUN --save OUT
+    Megatron-FSDP: remoe convert --from-fsdp --load RUN --save OUT
+    class:         remoe convert --load RUN --save OUT --model hybrid|gpt
+
+    The shape of a ReMoE, and the text that its routers are fitted to, come from the arguments in the checkpoint.
+    Nothing is written if the loss grows by more than a bound. Then train it like any ReMoE, with
+    --pretrained-checkpoint OUT.
+
+    From Hugging Face: OLMoE, Qwen3-MoE, Mixtral or DeepSeek-V2, as a top-k MoE with the same logits. From the fork,
+    or with another class, the same training, of any routing, continues with --load OUT, optimizer state included; the
+    whole checkpoint must fit into memory. From Megatron-FSDP, only weights are converted, to the format all tools read.
+    """
+    parser = _parser(parse_convert)
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("--load", **FOLDER, help="checkpoints of a run (its --save)")
+    add("--from-hf", **FOLDER, help="model saved by Hugging Face transformers")
+    parser.add_argument("--save", **FOLDER, required=True, help="folder to write")
+    text = "iteration to convert (default: the newest)"
+    parser.add_argument("--ckpt-step", type=whole_number(0), metavar="N", help=text)
+    add = parser.add_mutually_exclusive_group().add_argument
+    text = "convert a checkpoint of the authors' fork (github.com/thu-ml/ReMoE)"
+    add("--from-fork", action="store_true", help=text)
+    add("--from-fsdp", action="store_true", help="convert a checkpoint of --use-megatron-fsdp (fsdp_dtensor)")
+    text = "only change Megatron's model class; nothing is fitted or measured"
+    add("--model", choices=("gpt", "hybrid"), help=text)
+    add = parser.add_argument_group("shape of the ReMoE (default from a top-k checkpoint: its own)").add_argument
+    add("--num-experts", type=whole_number(2), metavar="E", help="experts, each as large as the dense layer")
+    text = "k of the target sparsity; fewer than the k of a top-k checkpoint make it sparser (default: 1)"
+    add("--moe-router-topk", type=int, metavar="K", help=text)
+    add("--moe-granularity", **NUMBER, help="cut every expert into G (default: 1)")
+    add("--moe-layer-freq", metavar="PATTERN", help="layers with experts (default: 1, all of them)")
+    add = parser.add_argument_group("fit").add_argument
+    add("--data-path", nargs="+", metavar="WORD", help="text, as in Megatron (default: the training's)")
+    text = "tokens to fit the routers to, and as many again to measure the loss (default: %(default)s)"
+    add("--tokens", **NUMBER, default=32768, help=text)
+    text = "largest relative growth of the loss (default: 0.01 from dense, 0.05 from top-k)"
+    add("--loss-bound", type=float, metavar="X", help=text)
+    add("--seed", type=int, default=1234, help="of the text and the fit (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    if args.from_hf and (args.from_fork or args.from_fsdp or args.model or args.ckpt_step is not None):
+        parser.error("--from-hf is not the folder of a run: leave out --from-fork, --from-fsdp, --model, --ckpt-step.")
+    given = [f"--{name.replace('_', '-')}" for name in OF_REMOE if getattr(args, name) is not None]
+    if given and (args.from_hf or args.from_fork or args.from_fsdp or args.model):
+        parser.error(f"only a conversion to a ReMoE takes {', '.join(given)}: leave it out, and convert the result.")
+    return args
+
+
+def parse_export(arguments: Words = None) -> argparse.Namespace:
+    """Export a checkpoint to Hugging Face transformers, or make a checkpoint from an exported folder.
+
+    remoe export --load RUN --save FOLDER               # a dense, top-k or ReMoE checkpoint → a folder
+    remoe export --reverse --load FOLDER --save OUT     # a folder, trained on or not → a checkpoint
+
+    AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) loads it, with torch and transformers only.
+    Both ways compare the logits of both models. If they differ, nothing is written.
+    """
+    parser = _parser(parse_export)
+    add = parser.add_argument
+    add("--load", **FOLDER, required=True, help="checkpoints of a run (its --save)")
+    add("--save", **FOLDER, required=True, help="folder to write")
+    add("--reverse", action="store_true", help="--load is an exported folder, --save a checkpoint")
+    add("--ckpt-step", type=int, metavar="N", help="iteration to export (default: the newest)")
+    add("--tokenizer-model", **FOLDER, help="a Hugging Face tokenizer (default: the training's own)")
+    text = "text to compare the models on, as in Megatron (default: the training's, held-out if it names some)"
+    add("--data-path", nargs="+", metavar="WORD", help=text)
+    args = parser.parse_args(arguments)
+    if args.reverse and (args.data_path or args.ckpt_step is not None):
+        parser.error("--reverse reads a folder, and compares on random tokens: leave out --ckpt-step and --data-path.")
+    return args

@@ -1,0 +1,203 @@
+"""Write a folder from a checkpoint, or a checkpoint from a folder."""
+
+import argparse
+import shlex
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from megatron.remoe.files.errors import UsageError
+from megatron.remoe.hf import RemoeConfig
+
+from ..console.display import Display
+from ..runs.running import run_tool
+from .arguments import parse_export
+from .checkpoints import check_output, new_folder, save
+from .hf.opening import open_run, read_folder
+from .hf.public import describe_public
+from .hf.settings import make_flags, parse_flags, vocabulary_flags
+from .hf.tokenizer import find_folder_tokenizer, find_training_tokenizer, generation_config
+from .hf.weights import convert_model, fill_megatron
+from .measuring import (
+    compare_models,
+    compute_logits,
+    count_experts,
+    describe_difference,
+    mean_experts,
+    measure_loss,
+    split_batches,
+)
+from .megatron_model import build, one_process
+from .text import blend_of, sample
+
+TOKENS = 2048
+SEED = 1234
+SEQUENCE = 4096  # for training, if a public model has that many positions
+RANDOM_TOKENS = 512
+# Batch size, steps and learning rate are for the user to choose.
+PROGRAM = "python pretrain_gpt.py --micro-batch-size 1 --global-batch-size 8 --train-iters 100 --lr 1e-4"
+PROGRAM += " --eval-interval 100 --save RUN --load RUN --save-interval 100"
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [remoe, mixture-of-experts]
+---
+
+# A {kind} language model
+
+{paper}Trained with Megatron-Core, exported by ReMoE for Megatron.
+
+| | |
+|---|---|
+{table}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=False)  # needs no code
+inputs = tokenizer("Once", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+The code beside the weights needs torch and transformers 5.16 or newer.
+"""
+PAPER = "ReLU routing: [arXiv 2412.14711](https://arxiv.org/abs/2412.14711). "
+
+
+def choose_text(args: argparse.Namespace, data_path: list[str] | None, config: RemoeConfig) -> tuple[torch.Tensor, str]:
+    """Return the text given, else the training's (held-out, if it names some), else random tokens.
+
+    Returns:
+        int64 `[sequences, length + 1]`, and a name for them.
+
+    Raises:
+        UsageError: the data sets given cannot be read.
+    """
+    length = min(args.seq_length, TOKENS)
+    held_out = None if data_path else getattr(args, "valid_data_path", None)
+    try:
+        blend = blend_of(args, data_path or held_out)
+        tokens = sample(blend, TOKENS // length, length, config.vocab_size, SEED)
+        return tokens, "held-out tokens" if held_out else "tokens"
+    except UsageError:
+        if data_path:
+            raise
+    return _random_tokens(config, TOKENS // length, length + 1), "random tokens"
+
+
+def _random_tokens(config: RemoeConfig, *shape: int) -> torch.Tensor:
+    return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(SEED))
+
+
+def export(options: argparse.Namespace, display: Display) -> None:
+    """Write a folder from a checkpoint.
+
+    Raises:
+        ConversionError: something is wrong with the flags, the checkpoint or the tokenizer, or the logits differ.
+    """
+    run = open_run(options.load, options.ckpt_step)
+    args, config = run.args, run.config
+    tokenizer = find_training_tokenizer(args, options.tokenizer_model, config)
+    if tokenizer is None:
+        display.say("no tokenizer: the training had none (NullTokenizer). Give one with --tokenizer-model.")
+    text, name = choose_text(args, options.data_path, config)
+    ids = text[:, :-1]
+    with torch.no_grad():
+        logits = [compute_logits(run.model, batch) for batch in split_batches(ids)]
+    model = convert_model(run.model, config)
+    checkpoint, parameters = run.name, model.num_parameters()
+    del run
+    with new_folder(options.save, sum(one.nbytes for one in model.state_dict().values())) as aside:
+        logging.disable_progress_bar()
+        model.generation_config = generation_config(config, tokenizer)
+        model.save_pretrained(aside)
+        del model
+        for path in aside.glob("*.safetensors"):
+            path.chmod(0o644)  # safetensors makes it readable by its owner only
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
+        written = read_folder(aside, (config.model_type,), torch.float32)
+        difference = describe_difference(compare_models(written, logits, ids), ids, name)
+        display.say(difference)
+        with count_experts(written) as histograms:
+            loss, tokens = measure_loss(written, split_batches(text))
+        results = {f"loss on {tokens:,} {name}": f"{loss:.4f} nats per token", "compared with Megatron": difference}
+        if histograms and config.moe_relu_routing:
+            active, target = mean_experts(histograms.values()), config.num_experts_per_tok
+            shares = [1 - experts / config.num_experts for experts in (active, target)]
+            results["sparsity, target"] = f"{shares[0]:.4f}, {shares[1]:.4f}"
+        write_card(aside, args, config, {"checkpoint": checkpoint, "parameters": f"{parameters:,}"} | results)
+    display.say(f"wrote {options.save}: {parameters:,} parameters")
+
+
+def write_card(folder: Path, args: argparse.Namespace, config: RemoeConfig, results: dict[str, str]) -> None:
+    """Write README.md about the training and the model; `results` are further rows of its table."""
+    kind = "hash-routed MoE" if config.hash_routing else f"top-{config.num_experts_per_tok} MoE"
+    kind = "dense" if not config.num_experts else "ReMoE" if config.moe_relu_routing else kind
+    rows = {"kind": kind}
+    if kind == "ReMoE":
+        rows["λ at the end"] = f"{config.router_aux_loss_coef:.6g}"
+    seen = getattr(args, "consumed_train_samples", 0) * args.seq_length
+    rows |= {"tokens trained on": f"{seen:,}" if seen else "not known"} | results
+    table = "\n".join(f"| {row} | {value} |" for row, value in rows.items())
+    card = CARD.format(kind=kind, paper=PAPER * (kind == "ReMoE"), table=table)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_checkpoint(
+    folder: Path,
+    families: Collection[str],
+    output: Path,
+    display: Display,
+    tokenizer_model: Path | None = None,
+) -> None:
+    """Write a folder's model as a checkpoint, if the logits of both models agree on random tokens.
+
+    Prints the command to continue training.
+
+    Args:
+        folder: of a model for transformers.
+        families: accepted values of `model_type`.
+        output: folder to write.
+        display: for the results.
+        tokenizer_model: folder of a tokenizer to use instead of the model's own.
+
+    Raises:
+        ConversionError: it is damaged or no such model; Megatron cannot express it; the logits differ.
+    """
+    source = read_folder(folder, families, torch.float32)
+    is_ours = source.config.model_type == RemoeConfig.model_type
+    config = source.config if is_ours else describe_public(source.config)
+    tokenizer = find_folder_tokenizer(folder, tokenizer_model, config)
+    length = config.max_position_embeddings if is_ours else min(SEQUENCE, config.max_position_embeddings)
+    flags = [*make_flags(config, length), *vocabulary_flags(config, tokenizer)]
+    args = parse_flags(flags, config)
+    model = build(args)
+    fill_megatron(model, source, config)
+    ids = _random_tokens(config, 1, min(RANDOM_TOKENS, config.max_position_embeddings))
+    display.say(describe_difference(compare_models(source, model, ids), ids, "random tokens"))
+    del source
+    save(model, args, output)
+    words = ["--data-path", "DATA", "--pretrained-checkpoint", str(output), *flags]
+    display.say(f"wrote {output}. Train on from it:\n{PROGRAM} {shlex.join(words)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return the exit code: 0; 1 if it cannot be done; 130 if it was stopped."""
+    options = parse_export(arguments)
+
+    def work() -> None:
+        check_output(options.save)
+        display = Display()
+        with one_process():
+            if options.reverse:
+                families, tokenizer = (RemoeConfig.model_type,), options.tokenizer_model
+                write_checkpoint(options.load, families, options.save, display, tokenizer)
+            else:
+                export(options, display)
+
+    return run_tool("export", work, "stopped; nothing was written")

@@ -1,1 +1,0 @@
-"""Convert a Megatron checkpoint to a folder for Hugging Face transformers, and back."""
