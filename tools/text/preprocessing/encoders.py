@@ -16,8 +16,6 @@ def load_encoder(
     vocab_file: str | None = None,
     merge_file: str | None = None,
     tokenizer_model: str | None = None,
-    threads: int = 1,
-    split_special_tokens: bool = False,
 ) -> TextEncoder:
     """Return the encoder with the ids of Megatron's tokenizer of this type.
 
@@ -25,7 +23,7 @@ def load_encoder(
         DataError: a flag is missing or does not name a tokenizer.
     """
     if tokenizer_type == GPT2_TOKENIZER:
-        return gpt2_encoder(vocab_file, merge_file, threads, split_special_tokens)
+        return gpt2_encoder(vocab_file, merge_file)
     if not tokenizer_model or vocab_file or merge_file:
         raise DataError(
             f"--tokenizer-type {tokenizer_type}: needs --tokenizer-model, a folder with the tokenizer's files, and "
@@ -48,13 +46,10 @@ def load_encoder(
     reference.no_padding()
     # Like Megatron: without an end-of-sequence token the separator ends documents.
     end_of_document = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    return TextEncoder(reference, len(tokenizer), end_of_document, threads, split_special_tokens)
+    return TextEncoder(reference, len(tokenizer), end_of_document)
 
 
-def gpt2_encoder(
-    vocab_file: Path | str | None, merge_file: Path | str | None, threads: int = 1, split_special_tokens: bool = False
-) -> TextEncoder:
+def gpt2_encoder(vocab_file: Path | str | None, merge_file: Path | str | None) -> TextEncoder:
     """Return the encoder of a GPT-2 vocabulary."""
     tokenizer = read_gpt2_vocabulary(vocab_file, merge_file)
-    end_of_document = tokenizer.token_to_id(END_OF_TEXT)
-    return TextEncoder(tokenizer, tokenizer.get_vocab_size(), end_of_document, threads, split_special_tokens)
+    return TextEncoder(tokenizer, tokenizer.get_vocab_size(), tokenizer.token_to_id(END_OF_TEXT))

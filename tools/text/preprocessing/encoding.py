@@ -12,14 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 
 if TYPE_CHECKING:
     import tokenizers
 
-CACHE_BYTES = 200 << 20  # gigatoken remembers every word that it meets; past this it is restarted
-CACHE_BYTES_PER_THREAD = 50 << 20
-CHARACTERS_BETWEEN_RESTARTS = 8 << 20
+CHARACTERS_BETWEEN_RESTARTS = 512 << 20  # gigatoken remembers every word, so it is loaded again after so much text
 DOCUMENTS_ON_TRIAL, CHARACTERS_ON_TRIAL = 32, 1 << 10
 CODE_POINTS = 0x110000
 TRIAL_TEXTS = (
@@ -63,26 +60,13 @@ class TextEncoder:
         reference: the tokenizer that defines the ids.
         vocabulary_size: its number of tokens, as Megatron counts it.
         end_of_document: id of the token that ends a document, if there is one.
-        threads: how many threads will call `encode` at the same time.
-        split_special_tokens: encode special tokens inside a text as ordinary text.
     """
 
-    def __init__(
-        self,
-        reference: "tokenizers.Tokenizer",
-        vocabulary_size: int,
-        end_of_document: int | None,
-        threads: int = 1,
-        split_special_tokens: bool = False,
-    ) -> None:
-        self._specials = [token.content for token in reference.get_added_tokens_decoder().values()]
-        self.splits_special_tokens = reference.encode_special_tokens = split_special_tokens
+    def __init__(self, reference: "tokenizers.Tokenizer", vocabulary_size: int, end_of_document: int | None) -> None:
         self.vocabulary_size, self.end_of_document = vocabulary_size, end_of_document
-        self.end_text = None if end_of_document is None else reference.id_to_token(end_of_document)
         self._reference = reference
         self._prefix, self._suffix = _template(reference)
         self._lock = threading.Lock()
-        self._restart_above = _resident_bytes() + CACHE_BYTES + threads * CACHE_BYTES_PER_THREAD
         self._since_restart = 0
         self._same = np.zeros(CODE_POINTS, dtype=np.bool_)  # characters that both libraries are known to treat alike
         self._fast: Any = None
@@ -120,7 +104,7 @@ class TextEncoder:
         return self._reference.decode(ids.tolist(), skip_special_tokens=False)
 
     def _fast_for(self, texts: Sequence[str]) -> Any:
-        """Return gigatoken's tokenizer if it works, restarted when its memory has grown; else None."""
+        """Return gigatoken's tokenizer if it works, loaded again after much text; else None."""
         if not self._tried:
             self._tried = True
             try:
@@ -134,11 +118,7 @@ class TextEncoder:
                     flush=True,
                 )
         self._since_restart += sum(map(len, texts))
-        if (
-            self._fast is not None
-            and self._since_restart > CHARACTERS_BETWEEN_RESTARTS
-            and _resident_bytes() > self._restart_above
-        ):
+        if self._fast is not None and self._since_restart > CHARACTERS_BETWEEN_RESTARTS:
             self._fast = self._load_fast()
             self._since_restart = 0
         return self._fast
@@ -150,7 +130,7 @@ class TextEncoder:
             Exception: it cannot load the tokenizer, or gives other ids than the reference.
         """
         fast = self._load_fast()
-        specials = [] if self.splits_special_tokens else self._specials[:32]
+        specials = [token.content for token in self._reference.get_added_tokens_decoder().values()][:32]
         first = [text[:CHARACTERS_ON_TRIAL] for text in texts[:DOCUMENTS_ON_TRIAL]]
         trial = [*TRIAL_TEXTS, *(f"a{token} {token}{token}\n{token}b" for token in specials)]
         trial += [text for text in first if not self._is_doubtful(fast, text)]
@@ -176,8 +156,6 @@ class TextEncoder:
 
     def _is_doubtful(self, fast: Any, text: str) -> bool:
         """Return whether the text has a character that the two libraries treat differently."""
-        if self.splits_special_tokens and any(token in text for token in self._specials):
-            return True  # gigatoken has no such setting
         if text.isascii():
             return False
         code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
@@ -201,7 +179,3 @@ def _template(reference: "tokenizers.Tokenizer") -> tuple[list[int], list[int]]:
     whole, text = reference.encode("a").ids, reference.encode("a", add_special_tokens=False).ids
     start = next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), 0)
     return whole[:start], whole[start + len(text) :]
-
-
-def _resident_bytes() -> int:
-    return psutil.Process().memory_info().rss
