@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from time import localtime, strftime
 from typing import Any
 
 import numpy as np
@@ -67,7 +66,6 @@ def summary(runs: Sequence[RunFigures]) -> Table:
     cells: dict[str, Callable[[RunFigures], str | None]] = {
         "iteration": lambda run: f"{run.last:,}" + (f" of {end:,}" if (end := run.whole("train_iters")) else ""),
         "time left": _time_left,
-        "newest figures": lambda run: strftime("%d %b, %H:%M", localtime(run.written)),
         "training loss, nats per token": _newest("lm_loss", ".4f"),
         **{f"validation loss {name}".strip(): _validation(name) for name in sets},
         "sparsity S": _newest("sparsity", ".4f"),
@@ -77,7 +75,6 @@ def summary(runs: Sequence[RunFigures]) -> Table:
         "λ": _newest("l1_coefficient", ".3e"),
         "experts per token": _experts_per_token,
         "experts, k": lambda run: f"{run.num_experts}, {run.topk}" if run.topk else None,
-        "guarded layers": _guarded,
         "parameters": lambda run: f"{run.parameters:,}" if run.parameters else None,
         "tokens": _tokens,
         "tokens per second": lambda run: None if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}",
@@ -111,14 +108,6 @@ def _iteration(figures: RunFigures, at: int | None) -> str | None:
 def _experts_per_token(figures: RunFigures) -> str | None:
     sparsity = None if figures.target_sparsity is None else figures.newest("sparsity")
     return f"{figures.computed_experts(sparsity):.3f}" if figures.num_experts and sparsity is not None else None
-
-
-def _guarded(figures: RunFigures) -> str | None:
-    if figures.target_sparsity is None:
-        return None
-    if now := figures.guarded.get(figures.last):
-        return ", ".join(map(str, now))
-    return f"none, the last at {max(figures.guarded):,}" if figures.guarded else "none"
 
 
 def _tokens(figures: RunFigures) -> str | None:

@@ -50,7 +50,7 @@ def read_figures(place: Path) -> RunFigures:
         OSError: it cannot be read.
     """
     path = find_figures(place)
-    figures = RunFigures(written=path.stat().st_mtime)
+    figures = RunFigures()
     collector, has_records = _Collector(figures), False
 
     def count(_: str) -> None:
@@ -87,13 +87,11 @@ class _Collector:
             ArithmeticError, AttributeError, LookupError, TypeError, ValueError: a value has another type or is missing.
         """
         figures, iteration = self._figures, record["iteration"]
-        figures.written = float(record.get("time", figures.written))
         figures.parameters = record.get("parameters") or figures.parameters
         match record["kind"]:
             case "log":
                 self._add_numbers(iteration, record)
                 figures.last = max(figures.last, iteration)
-                figures.guarded[iteration] = [*record.get("guarded_layers", ())]
                 loads = record.get("tokens_per_expert", {})
                 figures.loads[iteration] = {int(layer): np.array(loads[layer], np.float32) for layer in loads}
             case "flips":
@@ -122,7 +120,6 @@ class _Collector:
             curves: dict[Any, Curve] = figures.layers.setdefault(name, {}) if layer else figures.curves
             rising, newest = np.unique(np.array(iterations)[::-1], return_index=True)
             curves[layer or name] = Curve(rising, np.array(values)[::-1][newest])
-        figures.guarded = {at: layers for at, layers in sorted(figures.guarded.items()) if layers}
         figures.loads = {at: loads for at, loads in sorted(figures.loads.items()) if loads}
         if "tokens_per_second" not in figures.curves and "seconds_per_iteration" in figures.curves:  # a printed log
             at, seconds = figures.curve("seconds_per_iteration")

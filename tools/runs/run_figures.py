@@ -52,11 +52,9 @@ class RunFigures:
         curves: name of a figure in metrics.jsonl → its values; every logged number.
         layers: name of a figure by layer → layer → its values.
         loads: iteration → layer → share of its tokens that each expert got, float32 [experts].
-        guarded: iteration → guarded layers; only iterations with some.
         evaluations: validation set ("" for the only one, "test") → evaluations in the order of the file.
         last: the last logged iteration; 0 before the first.
         parameters: of the whole model; None if unknown.
-        written: Unix time of the newest figures.
         unread: number of lines without a record.
         starts: iterations from which the training was started.
         name: in a comparison of runs.
@@ -68,11 +66,9 @@ class RunFigures:
     curves: dict[str, Curve] = field(default_factory=dict)
     layers: dict[str, dict[int, Curve]] = field(default_factory=dict)
     loads: dict[int, dict[int, NDArray[np.float32]]] = field(default_factory=dict)
-    guarded: dict[int, list[int]] = field(default_factory=dict)
     evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
     last: int = 0
     parameters: int | None = None
-    written: float = 0.0
     unread: int = 0
     starts: list[int] = field(default_factory=list)
     name: str = ""
