@@ -20,7 +20,7 @@ from tests import without_megatron
 from tests.data_sets import write_documents
 from tests.tiny_model import RELU
 from tests.trainings import REPOSITORY, TINY, run, series
-from tools.console.flags import parse, words_of
+from tools.console.flags import parse
 from tools.models.export.command import main as export
 from tools.models.text import read_batches, read_sequences
 from tools.recipes import tiny
@@ -85,7 +85,8 @@ def of_quickstart(model: str) -> Trained:
         dataset.data_prefix(folder / "data", "heldout", name): float(re.findall(LOSS.format(name), log)[-1])
         for name in tokens
     }
-    return Trained(folder / model / "checkpoints", words_of(kept), printed, size.sequence, 257)
+    more = [word for flag, values in kept.items() for word in (flag, *values)]
+    return Trained(folder / model / "checkpoints", more, printed, size.sequence, 257)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from tools.report.command import main
 from tools.report.figures import panels
 from tools.report.page import page as page_of
 from tools.report.tables import differences, headline
-from tools.runs.evaluations import read_run
 from tools.runs.figure_reader import read_figures
 from tools.runs.run_figures import Curve, Evaluation, RunFigures, smooth
 
@@ -89,7 +88,7 @@ def test_experts_per_token_of_a_baseline(tmp_path: Path) -> None:
         {"kind": "log", "iteration": at, "total_active_pairs": pairs, "total_layer_tokens": 10 * at}
         for at, pairs in ((10, 300), (20, 450))
     ]
-    run = read_run(write_metrics(tmp_path / "run", args, *rows), "run")
+    run = read_figures(write_metrics(tmp_path / "run", args, *rows), "run")
     assert [panel.title for panel in panels([run])["Routing"]] == ["Experts per token"]
     assert run.experts_per_token(run.curve("total_active_pairs").iterations).tolist() == [3.0, 1.5]
 
@@ -120,7 +119,9 @@ def test_what_differs_are_flags_that_act(tmp_path: Path) -> None:
         {"num_experts": 8, "moe_router_topk": 1, "moe_z_loss_coeff": False, "moe_relu_routing": True},
     ]
     runs = [
-        read_run(write_metrics(tmp_path / str(n), dict.fromkeys([*noted.split(), "lr", "_explicit"], n) | of), str(n))
+        read_figures(
+            write_metrics(tmp_path / str(n), dict.fromkeys([*noted.split(), "lr", "_explicit"], n) | of), str(n)
+        )
         for n, of in enumerate(more)
     ]
     assert differences(runs).rows == [["--lr", "0", "1"], ["--num-experts", "", "8"]]
@@ -162,7 +163,7 @@ ODD = {
 @pytest.mark.parametrize("name", ODD)
 def test_an_odd_line_is_left_out(name: str, tmp_path: Path) -> None:
     text, lines, unread = ODD[name]
-    run = read_run(write_metrics(tmp_path, {"train_iters": 20}, text), "run")
+    run = read_figures(write_metrics(tmp_path, {"train_iters": 20}, text), "run")
     assert run.curve("lm_loss").values.tolist() == [3.0] * lines and run.unread == unread
     assert "<html" in page_of([run], None)
 
@@ -176,7 +177,7 @@ def test_a_long_log_is_bounded(tmp_path: Path) -> None:
         file.write(json.dumps(start) + "\n")
         file.writelines(line % (at, 99.0 if at == 123_456 else 2.0) for at in range(1, lines + 1))
     began = time.process_time()
-    run = read_run(tmp_path, "run")
+    run = read_figures(tmp_path, "run")
     text = page_of([run], None)
     assert time.process_time() - began < 20 and len(text) < 3e6
     assert run.last == lines and max(run.loads) == lines

@@ -14,8 +14,8 @@ from pathlib import Path
 from megatron.remoe.files.files import write_text
 
 from ..console.flags import tool_parser, whole_number
-from ..runs.evaluations import names_of_models, read_run
-from ..runs.figure_reader import find_figures
+from ..runs.evaluations import names_of_models
+from ..runs.figure_reader import find_figures, read_figures
 from ..runs.run_figures import RunFigures
 from ..runs.running import run_tool
 
@@ -47,7 +47,7 @@ def report(args: argparse.Namespace) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
 
     def write(reload_after: int | None) -> list[RunFigures]:
-        runs = [read_run(place, name) for place, name in zip(places, names_of_models(places), strict=True)]
+        runs = [read_figures(place, name) for place, name in zip(places, names_of_models(places), strict=True)]
         write_text(output, page(runs, reload_after))
         return runs
 

@@ -1,7 +1,7 @@
 """Make the tables of the page, and its headline."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,6 @@ import numpy as np
 
 from ..console.units import duration
 from ..recipes.stages import Stage
-from ..runs import evaluations as measured
 from ..runs.run_figures import RunFigures
 
 RECENT = 20  # lines whose rate gives the time that is left
@@ -148,13 +147,3 @@ def _flag(run: RunFigures, name: str) -> str | None:
     value: Any = run.args.get(name)
     text = "" if value is None or value is False else "yes" if value is True else str(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
-
-
-def evaluations(run: RunFigures) -> Iterator[Table]:
-    """Yield a table for each kind of measurement that remoe evaluate wrote into the run's folder."""
-    for file, content in run.measured.items():
-        try:
-            for results in measured.tables(content):
-                yield Table(f"{run.name}, {file}", *results)
-        except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError):
-            run.notes.append(f"{run.name}: {file} is not as remoe evaluate writes it and is left out.")

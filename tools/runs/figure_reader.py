@@ -39,18 +39,19 @@ def find_figures(place: Path) -> Path:
     )
 
 
-def read_figures(place: Path) -> RunFigures:
+def read_figures(place: Path, name: str = "") -> RunFigures:
     """Read the figures of a run; lines that are no record, or an odd one, are counted and skipped.
 
     Args:
         place: a run's folder, its --save, or a file: *.jsonl is read as metrics.jsonl, any other as printed output.
+        name: of the run, in a comparison.
 
     Raises:
         ToolError: there is no such file, or it is not the log of a run.
         OSError: it cannot be read.
     """
     path = find_figures(place)
-    figures = RunFigures()
+    figures = RunFigures(name=name)
     collector, has_records = _Collector(figures), False
 
     def count(_: str) -> None:
@@ -69,6 +70,8 @@ def read_figures(place: Path) -> RunFigures:
             "REMOE-E502",
         )
     collector.finish()
+    if figures.unread:
+        figures.notes.append(f"{name}: {figures.unread:,} lines of its log cannot be read and are left out.")
     return figures
 
 

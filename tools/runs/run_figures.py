@@ -58,7 +58,6 @@ class RunFigures:
         unread: number of lines without a record.
         starts: iterations from which the training was started.
         name: in a comparison of runs.
-        measured: file that remoe evaluate wrote → its content.
         notes: messages about data that could not be read or counted.
     """
 
@@ -72,7 +71,6 @@ class RunFigures:
     unread: int = 0
     starts: list[int] = field(default_factory=list)
     name: str = ""
-    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def curve(self, name: str) -> Curve:
