@@ -9,7 +9,6 @@ import pytest
 
 from tools.recipes.stages import Flops, training_flops
 from tools.recipes.stages import stages as stages_of
-from tools.report.command import main
 from tools.report.figures import panels
 from tools.report.page import page as page_of
 from tools.report.tables import differences, headline
@@ -19,15 +18,6 @@ from tools.runs.run_figures import Curve, Evaluation, RunFigures, smooth
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def logged(iteration: int, train_iters: int, more: str = "", batch: int = 4) -> str:
-    """Return the line that Megatron prints at a log interval."""
-    return (
-        f" [2026-01-01 00:00:00.000000] iteration {iteration:8d}/{train_iters:8d} | consumed samples: {4 * iteration} |"
-        f" elapsed time per iteration (ms): 100.0 | learning rate: 1.0E-04 | global batch size: {batch:5d} |"
-        f" lm loss: 5.5E+00 |{more} loss scale: 1.0 |\n"
-    )
-
-
 def write_metrics(folder: Path, args: dict[str, object], *records: dict[str, object] | str) -> Path:
     """Write metrics.jsonl with a start record of these arguments and these records or lines; return the folder."""
     folder.mkdir(exist_ok=True)
@@ -35,25 +25,6 @@ def write_metrics(folder: Path, args: dict[str, object], *records: dict[str, obj
     lines = (record if isinstance(record, str) else json.dumps(record) for record in (start, *records))
     (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     return folder
-
-
-def test_reads_a_log_of_the_authors_fork(tmp_path: Path) -> None:
-    arguments = {"train_iters": 30, "seq_length": 64, "global_batch_size": 4, "num_experts": 4, "moe_router_topk": 1}
-    arguments |= {"moe_granularity": 2, "ffn_hidden_size": 64, "moe_ffn_hidden_size": None}
-    log = "".join(f"  {name} {'.' * 10} {value}\n" for name, value in arguments.items())
-    log += "Using fine-grained MoE with granularity: 2, increase num_moe_experts to 8, increase moe_router_topk to 2, "
-    log += "decrease moe_ffn_hidden_size to 32\n"
-    for place, s in enumerate((0.5, 0.7, 0.8745), start=1):
-        log += logged(10 * place, 30, f" moe relu sparsity: {s} | moe relu l1 reg coeff: 1.2000E-08 |")
-    log += "[default7]: validation loss at iteration 30 on validation set | lm loss value: 4.5E+00 | \n"
-    (tmp_path / "fork.log").write_text(log)
-    figures = read_figures(tmp_path / "fork.log")
-    assert (figures.num_experts, figures.topk, figures.target_sparsity, figures.settled) == (8, 2, 0.75, None)
-    assert figures.evaluations == {"": [(30, 4.5, True, 0)]}
-    assert figures.curve("sparsity").values.tolist() == [0.5, 0.7, 0.8745]
-    assert figures.curve("tokens_per_second").values.tolist() == [4 * 64 / 0.1] * 3
-    assert main([str(tmp_path / "fork.log")]) == 0
-    assert "FLOPs are not counted" in (tmp_path / "report.html").read_text()
 
 
 def test_stages_of_a_run_that_continues_another(tmp_path: Path) -> None:
@@ -107,9 +78,6 @@ def test_a_batch_that_grows(target: float | None, tmp_path: Path) -> None:
     of_stages = stages_of(figures, Flops(100.0, 10.0))
     assert sum(stage.flops for stage in of_stages) == pytest.approx(100.0 * 10 * (4 + 8 + 16))
     assert sum(stage.hours for stage in of_stages) == pytest.approx(30 * 2.0 / 3600)
-    log = "".join(logged(at, 30, batch=batch) for at, batch in of_steps.items())
-    (tmp_path / "run.log").write_text("  seq_length ......... 10\n  global_batch_size ........ 16\n" + log)
-    assert read_figures(tmp_path / "run.log").curve("tokens_per_second").values.tolist() == [400.0, 800.0, 1600.0]
 
 
 def test_what_differs_are_flags_that_act(tmp_path: Path) -> None:

@@ -109,17 +109,14 @@ class RunFigures:
     @property
     def routing(self) -> str:
         """Return dense, topk, remoe, or the name of a baseline's router."""
-        if self.args.get("moe_relu_routing") or "sparsity" in self.curves:
+        if self.args.get("moe_relu_routing"):
             return "remoe"
         return str(self.args.get("moe_baseline_router") or "topk") if self.num_experts else "dense"
 
     @property
     def target_sparsity(self) -> float | None:
-        """Return the target of S: the logged one, or 1 - k/E (the fork does not log it); None without ReLU routing."""
-        if "sparsity" not in self.curves:
-            return None
-        logged = self.newest("target_sparsity")
-        return 1 - self.topk / self.num_experts if logged is None and self.topk else logged
+        """Return the target of S; None without ReLU routing."""
+        return self.newest("target_sparsity")
 
     @property
     def settled(self) -> int | None:
