@@ -76,7 +76,8 @@ def rates(state: Progress, seconds: float) -> str:
 def run(args: argparse.Namespace) -> None:
     """Preprocess, with progress on standard error and a summary on standard output."""
     skip_bad = args.on_error == "skip"
-    job = Job(args.input, args.output_prefix, args.json_keys, args.append_eod, args.workers, skip_bad, args.overwrite)
+    keys = list(dict.fromkeys(args.json_keys))
+    job = Job(args.input, args.output_prefix, keys, args.append_eod, args.workers, skip_bad, args.overwrite)
     encoder = load_encoder(args.tokenizer_type, args.vocab_file, args.merge_file, args.tokenizer_model)
     start = time.monotonic()
     try:

@@ -139,7 +139,6 @@ def test_broken_compressed_data(how, suffix, lines, tmp_path, capsys, small_bloc
     ("{}", "*.jsonl"),
     ("{}/empty.jsonl", "'text'"),
     ("/proc/self/mem", "/proc/self/mem"),
-    ("{}/good.jsonl --json-keys text text", "text text"),
     ("{}/good.jsonl --tokenizer-type HuggingFaceTokenizer", "--tokenizer-model"),
     ("{}/good.jsonl --tokenizer-type HuggingFaceTokenizer --tokenizer-model {}/none", "--tokenizer-model {}/none"),
     ("{}/good.jsonl --tokenizer-type GPT2BPETokenizer --vocab-file x", "--merge-file"),

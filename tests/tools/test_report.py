@@ -56,7 +56,7 @@ def test_the_page_tells_what_the_files_do(page: Path, trained: Path) -> None:
     text = re.sub(r"<script.*?</script>", "", page.read_text(), flags=re.DOTALL)
     cells = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>.*?</tr>", text, re.DOTALL)]
     rows = {row[0]: row[1:] for row in cells if row}
-    assert rows["iteration"] == ["8 of 8", "8 of 8"] and "time left" not in rows
+    assert rows["last iteration"] == ["8", "8"] and "time left" not in rows
     sparsity = read_figures(trained).newest("sparsity")
     assert rows["sparsity S"] == [f"{sparsity:.4f}"] * 2
     assert "--moe-relu-routing" not in rows
@@ -138,10 +138,10 @@ def test_watches_until_the_run_is_done(trained: Path, tmp_path: Path) -> None:
     while not page.exists() and process.poll() is None:
         time.sleep(0.2)
     first = page.read_text()
-    assert 'http-equiv="refresh" content="1"' in first and "<td>5 of 8</td>" in first and "time left" in first
+    assert 'http-equiv="refresh" content="1"' in first and "<td>5</td>" in first and "time left" in first
     metrics.write_text("".join(lines))
     finish(process, 0)
-    assert "http-equiv" not in page.read_text() and "<td>8 of 8</td>" in page.read_text()
+    assert "http-equiv" not in page.read_text() and "<td>last iteration</td><td>8</td>" in page.read_text()
     assert not list(tmp_path.glob("*.new*"))
 
 

@@ -56,13 +56,7 @@ class Progress:
     messages: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _EncodedBlock:
-    """An encoded block: tokens by key, and messages for lines without a document."""
-
-    block: Block
-    encoded: dict[str, Encoded]
-    problems: list[str]
+EncodedBlock = tuple[Block, dict[str, Encoded], list[str]]  # tokens by key, and messages for lines without a document
 
 
 def preprocess(
@@ -80,7 +74,7 @@ def preprocess(
         OSError: the outputs could not be written; none was made or changed.
     """
     paths = expand_inputs(job.inputs)
-    check_outputs(job)
+    _check_outputs(job)
     if job.append_eod and encoder.end_of_document is None:
         raise DataError("--append-eod: the tokenizer has no token that ends a document. Leave the flag out.")
     progress = Progress(sum(map(os.path.getsize, paths)))
@@ -88,15 +82,15 @@ def preprocess(
     with ExitStack() as stack:
         dtype = token_type(encoder.vocabulary_size)
         writers = {key: stack.enter_context(IndexedWriter(job.prefix(key), dtype)) for key in job.json_keys}
-        for work in stack.enter_context(closing(_encoded_blocks(paths, job, encoder))):
-            for key, encoded in work.encoded.items():
+        for block, tokens, problems in stack.enter_context(closing(_encoded_blocks(paths, job, encoder))):
+            for key, encoded in tokens.items():
                 writers[key].add(encoded.ids, encoded.lengths)
                 if key == job.json_keys[0]:
                     progress.empty += int(np.count_nonzero(encoded.lengths == 0))
-            progress.messages = work.problems
-            progress.left_out += len(work.problems)
-            progress.text_bytes += sum(map(len, work.block.lines))
-            progress.done_bytes = work.block.done_bytes
+            progress.messages = problems
+            progress.left_out += len(problems)
+            progress.text_bytes += sum(map(len, block.lines))
+            progress.done_bytes = block.done_bytes
             progress.documents = writers[job.json_keys[0]].documents
             progress.tokens = sum(writer.tokens for writer in writers.values())
             on_progress(progress)
@@ -109,14 +103,12 @@ def preprocess(
     return progress
 
 
-def check_outputs(job: Job) -> None:
+def _check_outputs(job: Job) -> None:
     """Refuse to overwrite outputs without --overwrite.
 
     Raises:
         DataError: with the path and the remedy.
     """
-    if len(set(job.json_keys)) != len(job.json_keys):
-        raise DataError(f"--json-keys {' '.join(job.json_keys)}: a key is given twice.", "REMOE-E501")
     for key in job.json_keys:
         prefix = job.prefix(key)
         # A run that was killed while publishing leaves one without the other.
@@ -126,11 +118,11 @@ def check_outputs(job: Job) -> None:
             )
 
 
-def _encoded_blocks(paths: Sequence[str], job: Job, encoder: TextEncoder) -> Generator[_EncodedBlock, None, None]:
+def _encoded_blocks(paths: Sequence[str], job: Job, encoder: TextEncoder) -> Generator[EncodedBlock, None, None]:
     """Yield the blocks in order, encoded on threads; read ahead only as far as keeps the threads busy."""
     threads = min(job.workers, MOST_THREADS)
     pool = ThreadPoolExecutor(threads)
-    pending: deque[Future[_EncodedBlock]] = deque()
+    pending: deque[Future[EncodedBlock]] = deque()
     try:
         for block in read_blocks(paths):
             pending.append(pool.submit(_encode_block, block, job, encoder))
@@ -142,7 +134,7 @@ def _encoded_blocks(paths: Sequence[str], job: Job, encoder: TextEncoder) -> Gen
         pool.shutdown(cancel_futures=True)
 
 
-def _encode_block(block: Block, job: Job, encoder: TextEncoder) -> _EncodedBlock:
+def _encode_block(block: Block, job: Job, encoder: TextEncoder) -> EncodedBlock:
     documents, problems = parse_documents(block, job.json_keys, job.skip_bad)
     encoded = {}
     for key, texts in documents.items():
@@ -150,4 +142,4 @@ def _encode_block(block: Block, job: Job, encoder: TextEncoder) -> _EncodedBlock
         if job.append_eod and encoder.end_of_document is not None:
             result = result.surrounded([], [encoder.end_of_document], result.lengths > 0)
         encoded[key] = Encoded(result.ids.astype(token_type(encoder.vocabulary_size)), result.lengths)
-    return _EncodedBlock(block, encoded, problems)
+    return block, encoded, problems
