@@ -18,10 +18,10 @@ if __name__ == "__main__":  # as a file, in a clone
 
 from megatron.remoe.files.errors import DataError
 
+from .console.display import duration
 from .console.flags import number_of_cores, tool_parser, whole_number
-from .console.units import duration
 from .runs.running import run_tool
-from .text.preprocessing.encoders import TOKENIZER_TYPES, load_encoder
+from .text.preprocessing.encoding import TOKENIZER_TYPES, load_encoder
 from .text.preprocessing.pipeline import Job, Progress, preprocess
 
 PROBLEMS_SHOWN = 5

@@ -58,9 +58,7 @@ def _refuse(problem: str) -> int:
     from pathlib import Path
 
     root = Path(__file__).resolve().parents[1]
-    python = root / ".venv" / "bin" / "python"
-    is_other = python.exists() and sys.prefix != str(root / ".venv")
-    remedy = f"Use {python}" if is_other else f"Run bash {root}/scripts/setup.sh, which makes {python}"
+    remedy = f"Use {root}/.venv/bin/python, which bash {root}/scripts/setup.sh makes"
     if __package__ != "tools":
         remedy = "Install it with: pip install '.[tools,report,hf]' in a clone"
     print(f"error: {sys.executable} {problem}. {remedy}.", file=sys.stderr)

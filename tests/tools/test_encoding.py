@@ -12,7 +12,7 @@ from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.gpt2_reference import gpt2_files, random_text, transformers_tokenizer
 from tools.text.preprocessing import encoding
-from tools.text.preprocessing.encoders import gpt2_encoder
+from tools.text.preprocessing.encoding import gpt2_encoder
 
 
 def test_every_character_of_the_first_planes() -> None:

@@ -136,7 +136,7 @@ def test_broken_compressed_data(how, suffix, lines, tmp_path, capsys, small_bloc
 
 @pytest.mark.parametrize(("words", "named"), [
     ("{}/none.jsonl", "none.jsonl"),
-    ("{}", "*.jsonl"),
+    ("{}", "{}"),
     ("{}/empty.jsonl", "'text'"),
     ("/proc/self/mem", "/proc/self/mem"),
     ("{}/good.jsonl --tokenizer-type HuggingFaceTokenizer", "--tokenizer-model"),

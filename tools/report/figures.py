@@ -16,7 +16,6 @@ from bokeh.models import (
     HoverTool,
     LinearColorMapper,
     NumeralTickFormatter,
-    PrintfTickFormatter,
     Range1d,
     Span,
 )
@@ -77,10 +76,9 @@ def panels(runs: Sequence[RunFigures]) -> dict[str, list[Panel]]:
             ),
         ],
         "Optimization": [
-            *logged("learning_rate", "Learning rate", axis="%.1e"),
+            *logged("learning_rate", "Learning rate"),
             *logged("grad_norm", "Gradient norm", "before it is clipped"),
-            *logged("tokens_per_second", "Throughput", "tokens per second, of all processes", axis="%.0f",
-                    form=",.0f"),
+            *logged("tokens_per_second", "Throughput", "tokens per second, of all processes", form=",.0f"),
         ],
         "Routing": [
             *draw(_sparsity, "Sparsity S", pairs, "S", ".4f",
@@ -174,7 +172,6 @@ def overlay(
     note: str = "",
     unit: str = "",
     form: str = ".5g",
-    axis: str = "",
     find_level: Callable[[RunFigures], float | None] = lambda _: None,
     **settings: Any,
 ) -> Iterator[Panel]:
@@ -186,13 +183,11 @@ def overlay(
         draw: returns the curves of a run.
         title, note: of the panel.
         unit: of the values (default: the title).
-        form, axis: format of the values in the tooltip, and (printf's) at the axis.
+        form: format of the values in the tooltip.
         find_level: returns a run's target, a dashed line.
         settings: of Bokeh's figure.
     """
     plot = new_figure(x_range, unit or title, **settings)
-    if axis:
-        plot.yaxis.formatter = PrintfTickFormatter(format=axis)
     hovered: list[tuple[str, str, Curve]] = []
     for run, (color, dash) in zip(runs, looks(run.routing for run in runs), strict=True):
         drawn, style = draw(run), {"color": color, "name": run.name}

@@ -14,8 +14,6 @@ from ..runs.run_figures import RunFigures
 from . import tables
 from .figures import panels
 
-UNKNOWN = Flops(float("nan"), float("nan"))
-
 
 def page(runs: Sequence[RunFigures], reload_after: int | None) -> str:
     """Return HTML that needs no network.
@@ -46,9 +44,8 @@ def page(runs: Sequence[RunFigures], reload_after: int | None) -> str:
 
 
 def _stages(run: RunFigures) -> list[Stage]:
-    flops = UNKNOWN
     try:
-        flops = Flops.of(run.args)
+        return stages(run, Flops.of(run.args))
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         run.notes.append(f"{run.name}: FLOPs are not counted, since its arguments are not all known ({error}).")
-    return stages(run, flops)
+        return []

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..console.units import duration
+from ..console.display import duration
 from ..recipes.stages import Stage
 from ..runs.run_figures import RunFigures
 
@@ -101,7 +101,7 @@ def stages(by_run: Mapping[str, Sequence[Stage]]) -> Table:
         [
             *(run, {"way": "on the way"}.get(stage.name, stage.name), f"{stage.first:,}–{stage.last:,}"),
             *(f"{stage.experts:.2f}" if stage.experts else "", duration(3600 * stage.hours)),
-            "" if math.isnan(stage.flops) else f"{stage.flops:.3g}",
+            f"{stage.flops:.3g}",
         ]
         for run, parts in by_run.items()
         for stage in parts

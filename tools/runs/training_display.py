@@ -15,8 +15,7 @@ from typing import IO, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from ..console.display import say
-from ..console.units import duration
+from ..console.display import duration, say
 from .log_reader import MILLISECONDS, RESUMED, read_log
 
 PLAIN_LINES = 4  # per run, without a terminal

@@ -14,7 +14,7 @@ from megatron.remoe.files.indexed import IndexedReader, bin_path, idx_path
 
 from ..console.flags import tool_parser, whole_number
 from ..runs.running import run_tool
-from .preprocessing.encoders import load_encoder
+from .preprocessing.encoding import load_encoder
 
 CHARACTERS = 300  # shown of a document
 

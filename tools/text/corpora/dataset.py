@@ -50,7 +50,7 @@ def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int,
     from megatron.remoe.files.errors import DataError
     from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 
-    from ..preprocessing.encoders import gpt2_encoder
+    from ..preprocessing.encoding import gpt2_encoder
     from ..preprocessing.pipeline import Job, preprocess
 
     make_empty(folder)

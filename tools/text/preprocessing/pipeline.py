@@ -13,9 +13,8 @@ import numpy as np
 from megatron.remoe.files.errors import DataError
 from megatron.remoe.files.indexed import IndexedWriter, bin_path, idx_path, token_type
 
-from .documents import parse_documents
 from .encoding import Encoded, TextEncoder
-from .reading import Block, expand_inputs, read_blocks
+from .reading import Block, expand_inputs, parse_documents, read_blocks
 
 # More threads do not help: then parsing JSON, which Python does on one core at a time, is the limit.
 MOST_THREADS = 8

@@ -1,8 +1,9 @@
-"""Read lines of text from files, compressed or not, in blocks."""
+"""Read lines from files, compressed or not, in blocks; extract their texts, and report lines that have none."""
 
 import glob
 import gzip
 import io
+import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ except ImportError:
     import backports.zstd as zstd
 
 BLOCK_BYTES = 2 << 20
+CHARACTERS_SHOWN = 80
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 ZSTD_SKIPPED_MAGIC = b"\x2a\x4d\x18"  # after a byte 0x50 to 0x5f; pzstd begins with such a frame
@@ -37,7 +39,7 @@ def expand_inputs(patterns: Sequence[str]) -> list[str]:
     """Return the files that --input names, with patterns expanded and sorted.
 
     Raises:
-        DataError: nothing matches, or a folder does.
+        DataError: nothing matches.
     """
     paths: list[str] = []
     for pattern in patterns:
@@ -45,9 +47,6 @@ def expand_inputs(patterns: Sequence[str]) -> list[str]:
         if not matches:
             raise DataError(f"--input {pattern}: there is no such file, and as a pattern it matches none.")
         paths += matches
-    for path in paths:
-        if os.path.isdir(path):
-            raise DataError(f"--input {path}: is a folder. Name its files, for example with '{path}/*.jsonl'.")
     return paths
 
 
@@ -82,3 +81,48 @@ def _unpacked(file: io.BufferedReader) -> io.BufferedIOBase:
     if start.startswith(ZSTD_MAGIC) or (start[1:4] == ZSTD_SKIPPED_MAGIC and start[0] >> 4 == 5):
         return zstd.open(file, options={zstd.DecompressionParameter.window_log_max: ZSTD_LARGEST_WINDOW_LOG})
     return file
+
+
+def parse_documents(block: Block, keys: Sequence[str], skip_bad: bool) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the texts of a block's good lines, by key, and a message for each of the others.
+
+    Args:
+        block: lines.
+        keys: names of the JSON fields that hold text; a line that lacks one gives no document for any.
+        skip_bad: collect the messages instead of raising the first.
+
+    Raises:
+        DataError: the first bad line, unless `skip_bad`.
+    """
+    documents: dict[str, list[str]] = {key: [] for key in keys}
+    problems = []
+    for number, line in enumerate(block.lines, start=block.first_line):
+        try:
+            texts = _read_texts(line, keys)
+        except (ValueError, RecursionError) as error:
+            start = line[:CHARACTERS_SHOWN].decode("utf-8", errors="backslashreplace").rstrip("\n")
+            message = f"{block.source}, line {number}: cannot be read ({str(error)[:200]}): {start!r}"
+            if not skip_bad:
+                remedy = "Correct it, or give --on-error skip to leave out lines that cannot be read."
+                raise DataError(f"{message}\n{remedy}") from None
+            problems.append(message)
+        else:
+            for key, text in zip(keys, texts, strict=True):
+                documents[key].append(text)
+    return documents, problems
+
+
+def _read_texts(line: bytes, keys: Sequence[str]) -> list[str]:
+    """Return the texts of a line.
+
+    Raises:
+        ValueError, RecursionError: the line is not UTF-8 or JSON, or a key has no text.
+    """
+    record = json.loads(line.decode("utf-8-sig"))
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    for key in keys:
+        if not isinstance(record.get(key), str):
+            raise ValueError(f"no text with the key {key!r} among {', '.join(map(repr, record)) or 'no keys'}")
+        record[key].encode()  # an escape can bring half a character, which no tokenizer accepts
+    return [record[key] for key in keys]
