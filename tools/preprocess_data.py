@@ -18,12 +18,11 @@ if __name__ == "__main__":  # as a file, in a clone
 
 from megatron.remoe.files.errors import DataError
 
+from .console.display import duration
 from .console.flags import number_of_cores, tool_parser, whole_number
-from .console.units import duration
 from .runs.running import run_tool
-from .text.preprocessing.encoders import TOKENIZER_TYPES, load_encoder
-from .text.preprocessing.pipeline import Job, Progress, check_outputs, preprocess
-from .text.preprocessing.reading import expand_inputs
+from .text.preprocessing.encoding import TOKENIZER_TYPES, load_encoder
+from .text.preprocessing.pipeline import Job, Progress, preprocess
 
 PROBLEMS_SHOWN = 5
 SECONDS_TO_FIRST_LINE = 10.0
@@ -34,7 +33,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Parse the flags. Those of Megatron-LM's tool keep their meaning."""
     parser = tool_parser("preprocess", __doc__)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="FILE", help="files, patterns, or - for standard input")
+    add("--input", nargs="+", required=True, metavar="FILE", help="files or patterns")
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="text fields, a data set each (default: text)")
     add("--on-error", choices=("stop", "skip"), default="stop", help="what to do at an unreadable line (default: stop)")
     add("--tokenizer-type", choices=TOKENIZER_TYPES, required=True, help="as the training's")
@@ -42,7 +41,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--merge-file", metavar="FILE", help="GPT2BPETokenizer: vocab.bpe or merges.txt")
     add("--tokenizer-model", metavar="FOLDER", help="HuggingFaceTokenizer: folder of the tokenizer")
     add("--append-eod", action="store_true", help="end each document with the end-of-document token")
-    add("--split-special-tokens", action="store_true", help="encode <|endoftext|> inside a text as ordinary text")
     add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX_KEY_document.bin and .idx")
     add("--overwrite", action="store_true", help="replace existing outputs")
     add("--workers", type=whole_number(1), default=number_of_cores(), help="threads, at most 8 (default: one per core)")
@@ -62,11 +60,9 @@ def show_progress(start: float) -> Callable[[Progress], None]:
         seconds = time.monotonic() - start
         if seconds > next_line:
             next_line = seconds + max(SECONDS_TO_FIRST_LINE, SHARE_BETWEEN_LINES * seconds)
-            done = left = ""
-            if state.total_bytes and state.done_bytes:
-                done = f"{state.done_bytes / state.total_bytes:.0%}, "
-                left = f"  {duration(seconds * (state.total_bytes - state.done_bytes) / state.done_bytes)} left"
-            print(f"{done}{state.documents:,} documents  {rates(state, seconds)}{left}", file=sys.stderr, flush=True)
+            share = state.done_bytes / state.total_bytes
+            done, left = f"{share:.0%}, {state.documents:,} documents", duration(seconds * (1 - share) / share)
+            print(f"{done}  {rates(state, seconds)}  {left} left", file=sys.stderr, flush=True)
 
     return show
 
@@ -80,12 +76,9 @@ def rates(state: Progress, seconds: float) -> str:
 def run(args: argparse.Namespace) -> None:
     """Preprocess, with progress on standard error and a summary on standard output."""
     skip_bad = args.on_error == "skip"
-    job = Job(args.input, args.output_prefix, args.json_keys, args.append_eod, args.workers, skip_bad, args.overwrite)
-    # Before loading the tokenizer, which takes a moment.
-    expand_inputs(job.inputs)
-    check_outputs(job)
-    files = args.vocab_file, args.merge_file, args.tokenizer_model
-    encoder = load_encoder(args.tokenizer_type, *files, job.threads, args.split_special_tokens)
+    keys = list(dict.fromkeys(args.json_keys))
+    job = Job(args.input, args.output_prefix, keys, args.append_eod, args.workers, skip_bad, args.overwrite)
+    encoder = load_encoder(args.tokenizer_type, args.vocab_file, args.merge_file, args.tokenizer_model)
     start = time.monotonic()
     try:
         state = preprocess(job, encoder, show_progress(start))
@@ -98,13 +91,9 @@ def run(args: argparse.Namespace) -> None:
     seconds = time.monotonic() - start
     empty = f" ({state.empty:,} empty)" if state.empty else ""
     notes = [f"{state.documents:,} documents{empty}, {state.tokens:,} tokens"]
-    if state.problems:
-        kinds = "; ".join(f"{count:,} {kind}" for kind, count in state.problems.most_common())
-        notes.append(f"left out {state.problems.total():,} lines ({kinds})")
-    if state.with_end:
-        became = "was encoded as text" if args.split_special_tokens else f"became token {encoder.end_of_document}"
-        notes.append(f"{state.with_end:,} texts contain {encoder.end_text}, which {became}")
-    notes += ["read back and right", f"{duration(seconds)}, {rates(state, seconds)} with {encoder.engine}"]
+    if state.left_out:
+        notes.append(f"left out {state.left_out:,} lines")
+    notes.append(f"{duration(seconds)}, {rates(state, seconds)} with {encoder.engine}")
     print(f"{', '.join(str(job.prefix(key)) for key in job.json_keys)}: {'; '.join(notes)}")
 
 

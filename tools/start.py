@@ -1,10 +1,10 @@
 """The command `remoe`: start a tool, in a clone or from an installed package."""
 
 import difflib
-import gc
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 # Command → module that has `main`, and one line of help.
 COMMANDS = {
@@ -35,36 +35,30 @@ def start(command: str, arguments: Sequence[str]) -> int:
     if sys.version_info < (3, 12):  # noqa: UP036 - older ones are started by mistake
         return _refuse(f"is Python {sys.version.split()[0]}, and 3.12 or newer is needed")
     try:
-        return int(_load(command, arguments)(arguments) or 0)
+        return int(_load(command, arguments).main(arguments) or 0)
     except ModuleNotFoundError as missing:
         if (missing.name or "").startswith(("megatron.remoe", "tools.")):
             raise
         return _refuse(f"has no {missing.name}")
 
 
-def _load(command: str, arguments: Sequence[str]) -> Callable[[Sequence[str]], int | None]:
-    """Import a tool and return its `main`."""
+def _load(command: str, arguments: Sequence[str]) -> Any:
+    """Import and return the module of a tool."""
     module = f"{__package__}.{COMMANDS[command][0]}"
-    gc.disable()  # looking for garbage among what imports made takes an eighth of the start
-    try:
-        if command in IMPORT_TORCH:
-            parsers = importlib.import_module(f"{__package__}.models.arguments")
-            getattr(parsers, f"parse_{command}")(arguments)  # answers --help at once
-            importlib.import_module("megatron.remoe.start.console").hide_unhelpful_warnings()
-        if command in BUILDS_ON_CPU:
-            importlib.import_module(f"{__package__}.models.on_cpu").megatron_on_cpu()
-        return importlib.import_module(module).main
-    finally:
-        gc.enable()
+    if command in IMPORT_TORCH:
+        parsers = importlib.import_module(f"{__package__}.models.arguments")
+        getattr(parsers, f"parse_{command}")(arguments)  # answers --help at once
+        importlib.import_module("megatron.remoe.start.console").hide_unhelpful_warnings()
+    if command in BUILDS_ON_CPU:
+        importlib.import_module(f"{__package__}.models.on_cpu").megatron_on_cpu()
+    return importlib.import_module(module)
 
 
 def _refuse(problem: str) -> int:
     from pathlib import Path
 
     root = Path(__file__).resolve().parents[1]
-    python = root / ".venv" / "bin" / "python"
-    is_other = python.exists() and sys.prefix != str(root / ".venv")
-    remedy = f"Use {python}" if is_other else f"Run bash {root}/scripts/setup.sh, which makes {python}"
+    remedy = f"Use {root}/.venv/bin/python, which bash {root}/scripts/setup.sh makes"
     if __package__ != "tools":
         remedy = "Install it with: pip install '.[tools,report,hf]' in a clone"
     print(f"error: {sys.executable} {problem}. {remedy}.", file=sys.stderr)

@@ -144,23 +144,6 @@ from tools.runs.running import run_tool
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 raise SystemExit(run_tool("test", lambda: os.kill(os.getpid(), signal.SIGHUP)))
 """
-POOL = """
-import os, signal, time
-from tools.runs.running import run_tool
-
-def work() -> None:
-    worker = os.fork()
-    if not worker:
-        try:
-            time.sleep(60)
-        except KeyboardInterrupt:
-            time.sleep(60)  # like a process that waits for a lock which is never released
-    time.sleep(1)
-    os.kill(worker, signal.SIGTERM)
-    print(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]))
-
-run_tool("test", work)
-"""
 
 
 def test_results_go_to_the_file_while_the_bar_is_on_the_terminal() -> None:
@@ -174,7 +157,5 @@ def test_results_go_to_the_file_while_the_bar_is_on_the_terminal() -> None:
     assert "reading" in shown and "a result" not in shown
 
 
-def test_signals() -> None:
-    """A tool under nohup continues after a hangup, and a worker that its pool terminates ends at once."""
+def test_a_tool_under_nohup_continues_after_a_hangup() -> None:
     assert run("-c", NOHUP, cwd=REPOSITORY).returncode == 0
-    assert run("-c", POOL, cwd=REPOSITORY).stdout == "143\n"

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import rich.progress
 from rich.console import Console
 
 from tests.data_sets import write_small_corpus
@@ -27,7 +26,7 @@ from tools.experiments import compare
 from tools.experiments.arms import ARMS, SETTINGS
 from tools.experiments.results import read_folder
 from tools.experiments.run import Run, Text
-from tools.runs import training_display, training_process
+from tools.runs import training_display
 from tools.runs.training_display import ShownTraining, TrainingDisplay
 from tools.text.corpora.dataset import MIXED, SUBWORDS, make_text
 
@@ -48,9 +47,8 @@ sys.exit(run_training(["bash", "-c", slow], Path(sys.argv[1])))
 """
 
 
-def test_a_second_interrupt_ends_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_interrupt_ends_all_at_once(tmp_path: Path) -> None:
     """Two of three trainings run at once, and each takes 90 seconds to save. The third does not start."""
-    monkeypatch.setattr(training_process, "SECONDS_TO_DIE", 60)
     shown = [ShownTraining(name, iterations=10, tokens_per_iteration=1, cost=1.0) for name in "abc"]
     output, interrupts = io.StringIO(), []
 
@@ -84,8 +82,7 @@ def test_a_second_interrupt_ends_all_at_once(tmp_path: Path, monkeypatch: pytest
 def test_time_left_counts_neither_reused_nor_failed_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four trainings have the same cost, and the clock advances one second per iteration."""
     shown = [ShownTraining(name, iterations=100, tokens_per_iteration=1, cost=100.0) for name in "abcd"]
-    clock = partial(rich.progress.Progress, get_time=lambda: float(min(shown[1].done, 10) + shown[2].done))
-    monkeypatch.setattr(training_display, "Progress", clock)
+    monkeypatch.setattr(training_display, "monotonic", lambda: float(min(shown[1].done, 10) + shown[2].done))
     output = io.StringIO()
     console = Console(file=output, width=200)
     with (tmp_path / "lock").open("w") as lock, TrainingDisplay(console, shown, lock) as display:
@@ -160,7 +157,7 @@ def test_trains_goes_on_and_notices_other_settings(data: Path, tmp_path: Path) -
 
 @contextmanager
 def fork(_: object, words: list[str], environment: dict[str, str], *_rest: object) -> Iterator[SimpleNamespace]:
-    """Replace `Processes.start`: train in a fork of a process with Megatron imported."""
+    """Replace `TrainingDisplay._start`: train in a fork of a process with Megatron imported."""
     code, printed = shared_entry().run(words[2:], limit=240)
     yield SimpleNamespace(returncode=code, stdout=printed.splitlines(keepends=True))
 
@@ -186,7 +183,7 @@ def test_a_small_comparison(
     process.send_signal(signal.SIGTERM)
     assert "The same command goes on from here" in finish(process, code=130)[1]
 
-    monkeypatch.setattr(training_process.Processes, "start", fork)
+    monkeypatch.setattr(TrainingDisplay, "_start", fork)
     assert compare.main(words) == 0
     printed = capsys.readouterr().out
     rows = {run: result for run, result in read_folder(tmp_path / "mixed") if result is not None}
@@ -225,7 +222,7 @@ def test_each_arm_and_each_setting_trains(run: Run, text: Path) -> None:
 @pytest.mark.slow
 def test_subword_tokens(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run on subwords has its loss in nats per byte: about that of 256 equally likely bytes before it has learned."""
-    monkeypatch.setattr(training_process.Processes, "start", fork)
+    monkeypatch.setattr(TrainingDisplay, "_start", fork)
     options = f"--tiny --tokens {SUBWORDS} --figures size --sizes 182m --routings moe --steps 10".split()
     output, _ = sweep(*options, "--output-dir", str(tmp_path), "--text-dir", str(text), DATA_PATH="")
     [(run, result)] = read_folder(tmp_path)

@@ -16,12 +16,8 @@ from playwright.sync_api import Browser, ConsoleMessage, sync_playwright
 
 from tests.tiny_model import RELU
 from tests.trainings import REPOSITORY, TINY, finish, run
-from tools.models.evaluate.command import main as evaluate
-from tools.recipes.flops import Flops
 from tools.report.command import main
-from tools.report.figures import panels
-from tools.report.overlay import FEW
-from tools.runs.evaluations import read_run
+from tools.report.figures import FEW, panels
 from tools.runs.figure_reader import read_figures
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
@@ -31,24 +27,21 @@ SCREENS = [(1366, 768, False, "light"), (390, 844, True, "dark")]  # a laptop an
 
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train a tiny ReMoE; return its folder with the log and an evaluation of the checkpoint."""
+    """Train a tiny ReMoE; return its folder with the log."""
     folder = tmp_path_factory.mktemp("runs") / "remoe"
     words = [*TINY, *RELU, "--data-path", str(data), "--save", str(folder / "checkpoints"), "--save-interval", "8"]
     words += "--eval-interval 4 --eval-iters 1 --moe-log-flips-interval 2".split()
-    output = run(words)
-    (folder / "train.log").write_text(output)
-    text = ["--data-path", str(data), "--sequences", "2", "--output", str(folder / "held-out.json")]
-    assert evaluate(["--load", str(folder / "checkpoints"), *text]) == 0
+    run(words)
     return folder
 
 
 @pytest.fixture(scope="module")
 def other(trained: Path) -> Path:
-    """Return the same run with another learning rate and, like a run of the fork, without metrics.jsonl."""
+    """Return the same run with a different learning rate and without loads of the experts."""
     folder = trained.parent / "older"
     folder.mkdir()
-    log = (trained / "train.log").read_text()
-    (folder / "train.log").write_text(re.sub(r"(  lr \.+ )\S+", r"\g<1>0.125", log))
+    lines = (trained / "checkpoints" / "metrics.jsonl").read_text().replace('"lr": 0.004', '"lr": 0.125')
+    (folder / "metrics.jsonl").write_text(lines.replace("tokens_per_expert", "other_figure"))
     return folder
 
 
@@ -59,55 +52,27 @@ def page(trained: Path, other: Path) -> Path:
     return trained / "report.html"
 
 
-def test_metrics_and_the_printed_log_hold_the_same(trained: Path, other: Path) -> None:
-    metrics, printed = read_figures(trained), read_figures(other)
-    for key in ("lm_loss", "learning_rate", "grad_norm", "sparsity", "l1_coefficient", "flip_rate"):
-        (iterations, values), (same, texts) = metrics.curve(key), printed.curve(key)
-        assert iterations.tolist() == same.tolist() and len(iterations) == (4 if key == "flip_rate" else 8)
-        assert texts == pytest.approx(values, rel=1e-3), key
-    iterations = metrics.curve("l1_loss").iterations
-    assert sum(curve.values for curve in metrics.layers["layer_l1_loss"].values()) == pytest.approx(
-        metrics.curve("l1_loss").values, rel=1e-5
-    )
-    for key in ("layer_sparsity", "layer_l1_loss", "layer_flip_rate"):
-        assert list(metrics.layers[key]) == [1, 2]
-    assert list(metrics.loads) == iterations.tolist() and {len(load) for load in metrics.loads[8].values()} == {8}
-    assert metrics.evaluations[""] == [
-        (each.iteration, pytest.approx(each.loss, rel=1e-6), each.final, 8 * 64) for each in printed.evaluations[""]
-    ]
-    assert [(each.iteration, each.final) for each in metrics.evaluations[""]] == [(4, False), (8, False), (8, True)]
-    assert metrics.done and printed.done and metrics.target_sparsity == printed.target_sparsity == 0.875
-    assert metrics.parameters == printed.parameters is not None
-    assert Flops.of(metrics.args) == Flops.of(printed.args)
-
-
-def test_the_page_tells_what_the_files_do(page: Path, trained: Path, data: Path) -> None:
+def test_the_page_tells_what_the_files_do(page: Path, trained: Path) -> None:
     text = re.sub(r"<script.*?</script>", "", page.read_text(), flags=re.DOTALL)
     cells = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>.*?</tr>", text, re.DOTALL)]
     rows = {row[0]: row[1:] for row in cells if row}
-    assert rows["iteration"] == ["8 of 8", "8 of 8"] and "time left" not in rows
+    assert rows["last iteration"] == ["8", "8"] and "time left" not in rows
     sparsity = read_figures(trained).newest("sparsity")
-    assert rows["sparsity S"] == [f"{sparsity:.4f}"] * 2 and rows["guarded layers"] == ["none", "none"]
-    assert "--moe-relu-routing" not in rows and len(set(rows["parameters"])) == 1
+    assert rows["sparsity S"] == [f"{sparsity:.4f}"] * 2
+    assert "--moe-relu-routing" not in rows
     assert rows["--lr"] == ["0.004", "0.125"] and "--save" not in rows
-    held_out = json.loads((trained / "held-out.json").read_text())["text"]
-    ((_, bounds),) = next(iter(held_out.values())).items()
-    assert rows["remoe"][:3] == [data.name, "none", f"{bounds['none']['loss']:.5f}"]
-    means = [layer["mean"] for layer in bounds["none"]["experts"].values()]
-    assert rows["remoe"][4] == f"{sum(means) / len(means):.3f}" and "loss, nats per token" in text
-    stages = [row for row in cells if {*row[1:2]} & {"dense", "on the way", "steady"}]
-    assert {row[0] for row in stages} == {"remoe", "older"}
-    assert all(row[4].startswith("0:0") and float(row[5]) > 0 for row in stages)
+    stages = [row for row in cells if row[:1] == ["remoe"] and {*row[1:2]} & {"dense", "on the way", "steady"}]
+    assert stages and all(row[4].startswith("0:0") and float(row[5]) > 0 for row in stages)
     for title in ("Training", "Validation", "Throughput", "Experts per token", "λ", "Flips", "remoe"):
         assert f"<h3>{title}</h3>" in text
     assert page.stat().st_size < 3e6
 
 
 def test_a_figure_has_one_tooltip_for_all_runs(trained: Path) -> None:
-    runs = [read_run(trained, "one"), read_run(trained, "<two>@{x}")]
+    runs = [read_figures(trained, "one"), read_figures(trained, "<two>@{x}")]
     for panel in (panel for section in panels(runs).values() for panel in section if not panel.run):
         tools = [tool for tool in panel.plot.tools if isinstance(tool, HoverTool)]
-        assert len(tools) == (panel.title != "Guarded layers"), panel.title
+        assert len(tools) == 1, panel.title
         for tool in tools:
             assert "one" in tool.tooltips and "&lt;two&gt;&#64;&#123;x&#125;" in tool.tooltips
             (line,) = tool.renderers
@@ -157,36 +122,10 @@ def test_looks_right_in_a_browser(
         assert tab.evaluate(tooltip)
         tab.get_by_label("older").uncheck()
         assert tab.evaluate(shown) == before / 2 and not tab.evaluate(tooltip)
-        assert tab.locator("[data-only=older]").count() == 0  # the printed log has no expert load
+        assert tab.locator("[data-only=older]").count() == 0
         tab.get_by_label("remoe").uncheck()
         assert tab.locator("[data-only=remoe]").is_hidden()
     assert wrong == []
-
-
-def test_a_drag_zooms_the_iterations_alone_and_one_tooltip_is_shown(page: Path, browser: Browser) -> None:
-    with browser.new_context(offline=True, viewport={"width": 1366, "height": 900}) as context:
-        tab = context.new_page()
-        tab.goto(page.as_uri())
-        tab.wait_for_function("Bokeh.documents.length && Bokeh.documents.every(document => document.is_idle)")
-        card = tab.locator(".card:has([data-root-id])").first
-        card.scroll_into_view_if_needed()
-        box = card.bounding_box()
-        assert box is not None
-        x, y = box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.5
-        tab.mouse.move(x, y)
-        tips = tab.locator(".bk-Tooltip:visible")
-        tips.first.wait_for()
-        assert tips.count() == 1
-        for text in ("iteration", "remoe", "older"):
-            tips.get_by_text(text).last.wait_for(timeout=5000)
-        ranges = "figures().slice(0, 2).map(f => [f.x_range, f.y_range].flatMap(range => [range.start, range.end]))"
-        before = tab.evaluate(ranges)
-        tab.mouse.down()
-        tab.mouse.move(x + 60, y + 40, steps=5)
-        tab.mouse.up()
-        tab.wait_for_function(f"figures()[0].x_range.start !== {before[0][0]}")
-        for was, now in zip(before, tab.evaluate(ranges), strict=True):
-            assert was[0] < now[0] < now[1] < was[1] and now[2:] == pytest.approx(was[2:])
 
 
 def test_watches_until_the_run_is_done(trained: Path, tmp_path: Path) -> None:
@@ -199,10 +138,10 @@ def test_watches_until_the_run_is_done(trained: Path, tmp_path: Path) -> None:
     while not page.exists() and process.poll() is None:
         time.sleep(0.2)
     first = page.read_text()
-    assert 'http-equiv="refresh" content="1"' in first and "<td>5 of 8</td>" in first and "time left" in first
+    assert 'http-equiv="refresh" content="1"' in first and "<td>5</td>" in first and "time left" in first
     metrics.write_text("".join(lines))
     finish(process, 0)
-    assert "http-equiv" not in page.read_text() and "<td>8 of 8</td>" in page.read_text()
+    assert "http-equiv" not in page.read_text() and "<td>last iteration</td><td>8</td>" in page.read_text()
     assert not list(tmp_path.glob("*.new*"))
 
 
@@ -224,10 +163,3 @@ def test_wrong_files_are_named(tmp_path: Path, trained: Path, capsys: pytest.Cap
     assert main([str(trained), "--output", str(tmp_path / "new" / "page.html")]) == 0
     with pytest.raises(SystemExit, match="2"):
         main([str(tmp_path), "--watch", "0"])
-
-
-def test_a_run_that_has_not_logged_yet(tmp_path: Path, trained: Path) -> None:
-    start = (trained / "checkpoints" / "metrics.jsonl").read_text().splitlines()[0]
-    (tmp_path / "metrics.jsonl").write_text(start + "\n")
-    assert main([str(tmp_path)]) == 0
-    assert "<td>0 of 8</td>" in (tmp_path / "report.html").read_text()

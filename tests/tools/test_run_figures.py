@@ -9,24 +9,13 @@ import pytest
 
 from tools.recipes.flops import Flops, training_flops
 from tools.recipes.flops import stages as stages_of
-from tools.report.command import main
 from tools.report.figures import panels
 from tools.report.page import page as page_of
-from tools.report.tables import differences, headline, summary
-from tools.runs.evaluations import read_run
+from tools.report.tables import differences, headline
 from tools.runs.figure_reader import read_figures
 from tools.runs.run_figures import Curve, Evaluation, RunFigures, smooth
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def logged(iteration: int, train_iters: int, more: str = "", batch: int = 4) -> str:
-    """Return the line that Megatron prints at a log interval."""
-    return (
-        f" [2026-01-01 00:00:00.000000] iteration {iteration:8d}/{train_iters:8d} | consumed samples: {4 * iteration} |"
-        f" elapsed time per iteration (ms): 100.0 | learning rate: 1.0E-04 | global batch size: {batch:5d} |"
-        f" lm loss: 5.5E+00 |{more} loss scale: 1.0 |\n"
-    )
 
 
 def write_metrics(folder: Path, args: dict[str, object], *records: dict[str, object] | str) -> Path:
@@ -36,25 +25,6 @@ def write_metrics(folder: Path, args: dict[str, object], *records: dict[str, obj
     lines = (record if isinstance(record, str) else json.dumps(record) for record in (start, *records))
     (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     return folder
-
-
-def test_reads_a_log_of_the_authors_fork(tmp_path: Path) -> None:
-    arguments = {"train_iters": 30, "seq_length": 64, "global_batch_size": 4, "num_experts": 4, "moe_router_topk": 1}
-    arguments |= {"moe_granularity": 2, "ffn_hidden_size": 64, "moe_ffn_hidden_size": None}
-    log = "".join(f"  {name} {'.' * 10} {value}\n" for name, value in arguments.items())
-    log += "Using fine-grained MoE with granularity: 2, increase num_moe_experts to 8, increase moe_router_topk to 2, "
-    log += "decrease moe_ffn_hidden_size to 32\n"
-    for place, s in enumerate((0.5, 0.7, 0.8745), start=1):
-        log += logged(10 * place, 30, f" moe relu sparsity: {s} | moe relu l1 reg coeff: 1.2000E-08 |")
-    log += "[default7]: validation loss at iteration 30 on validation set | lm loss value: 4.5E+00 | \n"
-    (tmp_path / "fork.log").write_text(log)
-    figures = read_figures(tmp_path / "fork.log")
-    assert (figures.num_experts, figures.topk, figures.target_sparsity, figures.settled) == (8, 2, 0.75, None)
-    assert figures.evaluations == {"": [(30, 4.5, True, 0)]}
-    assert figures.curve("sparsity").values.tolist() == [0.5, 0.7, 0.8745]
-    assert figures.curve("tokens_per_second").values.tolist() == [4 * 64 / 0.1] * 3
-    assert main([str(tmp_path / "fork.log")]) == 0
-    assert "FLOPs are not counted" in (tmp_path / "report.html").read_text()
 
 
 def test_stages_of_a_run_that_continues_another(tmp_path: Path) -> None:
@@ -72,8 +42,6 @@ def test_stages_of_a_run_that_continues_another(tmp_path: Path) -> None:
     [stage] = stages_of(figures, Flops(10.0, 1.0))
     assert (stage.first, stage.last, stage.experts, stage.flops) == (21, 40, 4.0, 20 * 2 * (10.0 + 3.0))
     assert training_flops(figures) is None and figures.computed_experts(0.5) == 4
-    (tmp_path / "fork.log").write_text(f" successfully loaded checkpoint from x at iteration 20\n{logged(30, 40)}")
-    assert read_figures(tmp_path / "fork.log").began == 20
 
 
 def test_a_run_is_done_after_its_last_evaluation(tmp_path: Path) -> None:
@@ -85,20 +53,13 @@ def test_a_run_is_done_after_its_last_evaluation(tmp_path: Path) -> None:
     assert read_figures(write_metrics(tmp_path / "run", args, *rows)).done
 
 
-def test_a_log_without_its_arguments_has_no_tokens(tmp_path: Path) -> None:
-    (tmp_path / "end.log").write_text(logged(10, 30, " moe relu sparsity: 0.5 | moe relu l1 reg coeff: 1.2000E-08 |"))
-    assert main([str(tmp_path / "end.log")]) == 0
-    page = (tmp_path / "report.html").read_text()
-    assert "<td>iteration</td><td>10 of 30</td>" in page and "<td>tokens</td>" not in page
-
-
 def test_experts_per_token_of_a_baseline(tmp_path: Path) -> None:
     args = {"global_batch_size": 4, "num_experts": 8, "moe_router_topk": 2, "moe_baseline_router": "top_p"}
     rows = [
         {"kind": "log", "iteration": at, "total_active_pairs": pairs, "total_layer_tokens": 10 * at}
         for at, pairs in ((10, 300), (20, 450))
     ]
-    run = read_run(write_metrics(tmp_path / "run", args, *rows), "run")
+    run = read_figures(write_metrics(tmp_path / "run", args, *rows), "run")
     assert [panel.title for panel in panels([run])["Routing"]] == ["Experts per token"]
     assert run.experts_per_token(run.curve("total_active_pairs").iterations).tolist() == [3.0, 1.5]
 
@@ -117,20 +78,6 @@ def test_a_batch_that_grows(target: float | None, tmp_path: Path) -> None:
     of_stages = stages_of(figures, Flops(100.0, 10.0))
     assert sum(stage.flops for stage in of_stages) == pytest.approx(100.0 * 10 * (4 + 8 + 16))
     assert sum(stage.hours for stage in of_stages) == pytest.approx(30 * 2.0 / 3600)
-    log = "".join(logged(at, 30, batch=batch) for at, batch in of_steps.items())
-    (tmp_path / "run.log").write_text("  seq_length ......... 10\n  global_batch_size ........ 16\n" + log)
-    assert read_figures(tmp_path / "run.log").curve("tokens_per_second").values.tolist() == [400.0, 800.0, 1600.0]
-
-
-def test_of_two_evaluations_at_an_iteration_the_curve_has_the_first(tmp_path: Path) -> None:
-    """The second evaluation is from the end of the training; the tables show it."""
-    held_out = [{"kind": "validation", "iteration": at, "lm_loss": loss} for at, loss in ((4, 3.0), (8, 2.5), (8, 2.0))]
-    run = read_run(write_metrics(tmp_path, {"train_iters": 8, "eval_interval": 4}, *held_out), "run")
-    (panel,) = panels([run])["Loss"]
-    curve = panel.plot.renderers[0].data_source.data
-    assert (curve["x"].tolist(), curve["y"].tolist()) == ([4, 8], [3.0, 2.5])
-    assert ["validation loss", "2.0000 at 8"] in summary([run]).rows
-    assert headline([run]) == "run 2.000 (validation loss)"
 
 
 def test_what_differs_are_flags_that_act(tmp_path: Path) -> None:
@@ -140,7 +87,9 @@ def test_what_differs_are_flags_that_act(tmp_path: Path) -> None:
         {"num_experts": 8, "moe_router_topk": 1, "moe_z_loss_coeff": False, "moe_relu_routing": True},
     ]
     runs = [
-        read_run(write_metrics(tmp_path / str(n), dict.fromkeys([*noted.split(), "lr", "_explicit"], n) | of), str(n))
+        read_figures(
+            write_metrics(tmp_path / str(n), dict.fromkeys([*noted.split(), "lr", "_explicit"], n) | of), str(n)
+        )
         for n, of in enumerate(more)
     ]
     assert differences(runs).rows == [["--lr", "0", "1"], ["--num-experts", "", "8"]]
@@ -182,16 +131,9 @@ ODD = {
 @pytest.mark.parametrize("name", ODD)
 def test_an_odd_line_is_left_out(name: str, tmp_path: Path) -> None:
     text, lines, unread = ODD[name]
-    run = read_run(write_metrics(tmp_path, {"train_iters": 20}, text), "run")
+    run = read_figures(write_metrics(tmp_path, {"train_iters": 20}, text), "run")
     assert run.curve("lm_loss").values.tolist() == [3.0] * lines and run.unread == unread
     assert "<html" in page_of([run], None)
-
-
-def test_names_are_escaped(tmp_path: Path) -> None:
-    name = "<script>alert(1)</script>@x{y}$z"
-    validation = [{"kind": "validation", "iteration": at, "lm_loss": 1.0, "set": name} for at in (1, 2)]
-    text = page_of([read_run(write_metrics(tmp_path, {"lr": "\ud800"}, *validation), "<b>run")], None)
-    assert "<script>alert" not in text and "<b>run" not in text
 
 
 def test_a_long_log_is_bounded(tmp_path: Path) -> None:
@@ -203,7 +145,7 @@ def test_a_long_log_is_bounded(tmp_path: Path) -> None:
         file.write(json.dumps(start) + "\n")
         file.writelines(line % (at, 99.0 if at == 123_456 else 2.0) for at in range(1, lines + 1))
     began = time.process_time()
-    run = read_run(tmp_path, "run")
+    run = read_figures(tmp_path, "run")
     text = page_of([run], None)
     assert time.process_time() - began < 20 and len(text) < 3e6
     assert run.last == lines and max(run.loads) == lines

@@ -63,7 +63,7 @@ def test_megatron_builds_it_without_network(no_network, tmp_path, monkeypatch) -
 def test_bytes_as_a_vocabulary(no_network, tmp_path) -> None:
     from transformers import AutoTokenizer
 
-    from tools.text.preprocessing.encoders import gpt2_encoder
+    from tools.text.preprocessing.encoding import gpt2_encoder
 
     files = byte_level_vocabulary(tmp_path / "bytes")
     tokenizer = AutoTokenizer.from_pretrained(gpt2_tokenizer_folder(*files, cache_dir=tmp_path))

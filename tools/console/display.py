@@ -51,3 +51,13 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], text: int)
     for row in rows:
         table.add_row(*row)
     Console(highlight=False).print(table)
+
+
+def duration(seconds: float) -> str:
+    """Format seconds as m:ss, h:mm:ss or 3 d 04:05 h."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, left = divmod(hours, 24)
+    if days:
+        return f"{days} d {left:02}:{minutes:02} h"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -24,20 +24,15 @@ def parse(words: Iterable[str]) -> Settings:
     return settings
 
 
-def whole(settings: Settings, flag: str, default: int = 0) -> int:
-    """Return the whole number after a flag, or `default`."""
+def whole(settings: Settings, flag: str) -> int:
+    """Return the whole number after a flag, or 0."""
     values = settings.get(flag, ())
-    return int(values[0]) if values and values[0].isdecimal() else default
+    return int(values[0]) if values and values[0].isdecimal() else 0
 
 
 def last_value(words: Sequence[str], flag: str) -> str | None:
     """Return the last value of a flag, given as `--flag value` or `--flag=value`; None if it is not given."""
     return next(iter(parse(words).get(flag, ())), None)
-
-
-def words_of(settings: Settings) -> list[str]:
-    """Return the words for `parse`, which is the inverse."""
-    return [word for flag, values in settings.items() for word in (flag, *values)]
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:

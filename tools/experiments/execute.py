@@ -13,11 +13,10 @@ from typing import IO
 
 from rich.console import Console
 
-from ..console.display import say
+from ..console.display import duration, say
 from ..console.errors import ToolError
 from ..console.flags import whole
 from ..console.places import LOG, ROOT
-from ..console.units import duration
 from ..runs.training_display import ShownTraining, TrainingDisplay
 from .jobs import SAVES, Grid, Job, check_conflicts, go_on_from_shorter, prepare
 from .run import Run

@@ -14,8 +14,8 @@ from pathlib import Path
 from megatron.remoe.files.files import write_text
 
 from ..console.flags import tool_parser, whole_number
-from ..runs.evaluations import names_of_models, read_run
-from ..runs.figure_reader import find_figures
+from ..runs.evaluations import names_of_models
+from ..runs.figure_reader import read_figures
 from ..runs.run_figures import RunFigures
 from ..runs.running import run_tool
 
@@ -24,7 +24,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Parse the flags."""
     parser = tool_parser("report", __doc__)
     add = parser.add_argument
-    add("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, its --save, or a log's file")
+    add("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder or its --save")
     add("--output", type=Path, metavar="FILE", help="default: report.html in the first run's folder")
     text = "write it again every so many seconds (default: 30) until the runs are done; the page loads itself again"
     add("--watch", type=whole_number(1), nargs="?", const=30, metavar="SECONDS", help=text)
@@ -41,13 +41,11 @@ def report(args: argparse.Namespace) -> None:
     from .page import page  # takes a moment to import
 
     places = list(dict.fromkeys(args.runs))
-    for place in places:
-        find_figures(place)
     output = args.output or (places[0] if places[0].is_dir() else places[0].parent) / "report.html"
     output.parent.mkdir(parents=True, exist_ok=True)
 
     def write(reload_after: int | None) -> list[RunFigures]:
-        runs = [read_run(place, name) for place, name in zip(places, names_of_models(places), strict=True)]
+        runs = [read_figures(place, name) for place, name in zip(places, names_of_models(places), strict=True)]
         write_text(output, page(runs, reload_after))
         return runs
 

@@ -1,18 +1,56 @@
-"""Draw the figures of the page: each shows all runs; a heat map shows one."""
+"""Draw the figures of the page: each shows all runs, and has one tooltip; a heat map shows one run."""
 
-from collections.abc import Iterator, Sequence
+import html
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
-from bokeh.models import ColorBar, CustomJSHover, FixedTicker, HoverTool, LinearColorMapper, Range1d
+from bokeh.models import (
+    BoxZoomTool,
+    ColorBar,
+    CustomJSHover,
+    FixedTicker,
+    HoverTool,
+    LinearColorMapper,
+    NumeralTickFormatter,
+    Range1d,
+    Span,
+)
 from bokeh.palettes import RdBu, interp_palette
+from bokeh.plotting import figure
+from numpy.typing import NDArray
 
-from ..runs.run_figures import TOTALS, Curve, RunFigures, smooth
-from .overlay import Drawn, Panel, new_figure, overlay
+from ..console.picture_style import looks
+from ..runs.run_figures import EMPTY, TOTALS, Curve, RunFigures, smooth
 
 COLUMNS = 240  # most columns of a heat map
 FIRST_SHARE = 0.05  # start of a training that does not set the range of the loss axis: its fall hides later differences
+POINTS, FEW = 1000, 300  # most points of a curve; of a layer's curve, and of the tooltip
+RIM = "#888888"  # visible on light and on dark
+Layers = Mapping[int, Curve]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A figure with its heading; `run` is set if it shows only that run."""
+
+    title: str
+    note: str
+    plot: figure
+    run: str = ""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A run in a figure: its curve, thin ones of its layers, a faint one, and single values as marks."""
+
+    curve: Curve = EMPTY
+    layers: Layers = field(default_factory=dict)
+    faint: Curve = EMPTY
+    marks: Curve = EMPTY
 
 
 def panels(runs: Sequence[RunFigures]) -> dict[str, list[Panel]]:
@@ -24,7 +62,7 @@ def panels(runs: Sequence[RunFigures]) -> dict[str, list[Panel]]:
         return draw(lambda run: Drawn(run.curve(name), run.layers.get(f"layer_{name}", {})), title, note, **settings)
 
     sets = (name for run in runs for name, losses in run.evaluations.items() if len(losses) > 1)
-    pairs = "share of token–expert pairs that are off; thin: layers, dashed: target, diamond: settled within 1 % of it"
+    pairs = "share of token–expert pairs that are off; thin: layers, dashed: target, mark: settled within 1 % of it"
     sections: dict[str, list[Panel]] = {
         "Loss": [
             *draw(
@@ -38,21 +76,18 @@ def panels(runs: Sequence[RunFigures]) -> dict[str, list[Panel]]:
             ),
         ],
         "Optimization": [
-            *logged("learning_rate", "Learning rate", axis="%.1e"),
+            *logged("learning_rate", "Learning rate"),
             *logged("grad_norm", "Gradient norm", "before it is clipped"),
-            *logged("tokens_per_second", "Throughput", "tokens per second, of all processes", axis="%.0f",
-                    form=",.0f"),
+            *logged("tokens_per_second", "Throughput", "tokens per second, of all processes", form=",.0f"),
         ],
         "Routing": [
-            *draw(_sparsity, "Sparsity S", pairs, "S", ".4f", marker="diamond",
+            *draw(_sparsity, "Sparsity S", pairs, "S", ".4f",
                   find_level=lambda run: run.target_sparsity),
             *draw(_experts, "Experts per token", "mean; thin: layers, dashed: k", form=".3f",
                   find_level=lambda run: run.topk),
             *logged("l1_coefficient", "λ", "coefficient of the L1 term", y_axis_type="log"),
             *logged("l1_loss", "L1 term", "before λ; thin: layers"),
             *logged("flip_rate", "Flips", "share of routing decisions that one update changes; thin: layers"),
-            *draw(_guarded, "Guarded layers", "that routed next to nothing and are pushed up", "layer",
-                  marker="square"),
         ],
         "Load of the experts": [panel for run in runs for panel in _load(run, x_range)],
     }  # fmt: skip
@@ -74,10 +109,8 @@ def _range_of_losses(runs: Sequence[RunFigures], first: float) -> dict[str, Rang
 
 
 def _validation(name: str, figures: RunFigures) -> Drawn:
-    # Of two at an iteration the first is of the curve, the second of the training's end.
-    losses = {each.iteration: each.loss for each in reversed(figures.evaluations.get(name, ()))}
-    at = np.array(sorted(losses), np.int64)
-    curve = Curve(at, np.array([losses[iteration] for iteration in at.tolist()]))
+    losses = {each.iteration: each.loss for each in figures.evaluations.get(name, ())}
+    curve = Curve(np.array([*losses], np.int64), np.array([*losses.values()]))
     return Drawn(curve, marks=curve)
 
 
@@ -97,12 +130,6 @@ def _experts(figures: RunFigures) -> Drawn:
         layer: Curve(curve.iterations, figures.computed_experts(curve.values)) for layer, curve in layers.items()
     }
     return Drawn(Curve(iterations, figures.experts_per_token(iterations)), by_layer)
-
-
-def _guarded(figures: RunFigures) -> Drawn:
-    pairs = [(at, layer) for at, layers in figures.guarded.items() for layer in layers]
-    at, layers = np.array(pairs, np.int64).reshape(-1, 2).T
-    return Drawn(marks=Curve(at, layers.astype(float)))
 
 
 def _load(run: RunFigures, x_range: Range1d) -> Iterator[Panel]:
@@ -135,3 +162,108 @@ def _load(run: RunFigures, x_range: Range1d) -> Iterator[Panel]:
     plot.add_layout(bar, "right")
     note = "tokens of each expert against the mean of its layer: 1 is even, red is more, blue is less"
     yield Panel(run.name, note, plot, run.name)
+
+
+def overlay(
+    runs: Sequence[RunFigures],
+    x_range: Range1d,
+    draw: Callable[[RunFigures], Drawn],
+    title: str,
+    note: str = "",
+    unit: str = "",
+    form: str = ".5g",
+    find_level: Callable[[RunFigures], float | None] = lambda _: None,
+    **settings: Any,
+) -> Iterator[Panel]:
+    """Yield one figure for all runs, if anything is drawn in it.
+
+    Args:
+        runs: one color and dash each.
+        x_range: iterations, shared by all figures.
+        draw: returns the curves of a run.
+        title, note: of the panel.
+        unit: of the values (default: the title).
+        form: format of the values in the tooltip.
+        find_level: returns a run's target, a dashed line.
+        settings: of Bokeh's figure.
+    """
+    plot = new_figure(x_range, unit or title, **settings)
+    hovered: list[tuple[str, str, Curve]] = []
+    for run, (color, dash) in zip(runs, looks(run.routing for run in runs), strict=True):
+        drawn, style = draw(run), {"color": color, "name": run.name}
+        if drawn.layers:
+            thinned = [thin(curve, FEW) for curve in drawn.layers.values()]
+            xs, ys = zip(*thinned, strict=True)
+            plot.multi_line(list(xs), list(ys), alpha=0.45, **style)
+        for curve, width in ((drawn.faint, {"alpha": 0.3}), (drawn.curve, {"width": 2})):
+            if len(curve.values):
+                plot.line(*thin(curve, POINTS), line_dash=dash, **style, **width)
+        if len(drawn.marks.values):
+            plot.scatter(*thin(drawn.marks, POINTS), size=11, line_color=RIM, line_width=2, **style)
+        if len(drawn.curve.values):
+            hovered.append((run.name, color, drawn.curve))
+    for level in {level for run in runs if (level := find_level(run))}:
+        plot.add_layout(Span(location=level, dimension="width", line_dash="dashed", line_color=RIM))
+    if hovered:
+        _add_tooltip(plot, unit or title, form, hovered)
+    if plot.renderers:
+        yield Panel(title, note, plot)
+
+
+def _add_tooltip(plot: figure, unit: str, form: str, hovered: Sequence[tuple[str, str, Curve]]) -> None:
+    """Add one tooltip for all runs, on an invisible line: several would cover each other."""
+    iterations = np.unique(np.concatenate([thin(curve, FEW).iterations for _, _, curve in hovered]))
+    if len(iterations) > FEW:
+        iterations = iterations[np.linspace(0, len(iterations) - 1, FEW).astype(int)]
+    values = np.array([_values_at(curve, iterations) for _, _, curve in hovered])
+    some = np.isfinite(values)
+    means = np.where(some, values / some.sum(axis=0).clip(min=1), 0.0).sum(axis=0)
+    source: dict[str, Any] = {"x": iterations, "y": means}
+    rows = [("", f"<div>iteration <b>@x{{0,0}}</b> · {_plain(unit)}</div>")]
+    for number, (name, color, _) in enumerate(hovered):
+        texts = ["" if math.isnan(value) else f"{value:{form}}" for value in values[number]]
+        source[f"run{number}"] = texts
+        square = f"<span style='color: {color}'>■</span>"
+        rows.append((name, f"<div>{square} {_plain(name)} <b>@run{number}</b></div>"))
+    line = plot.line("x", "y", source=source, alpha=0)
+    tips = "".join(row for _, row in rows)
+    hover = HoverTool(renderers=[line], tooltips=tips, mode="vline", point_policy="follow_mouse")
+    hover.tags = rows  # the page leaves out the runs that are hidden
+    plot.add_tools(hover)
+
+
+def thin(curve: Curve, most: int) -> Curve:
+    """Return at most `most` points: the lowest and highest of each stretch, so that no spike is lost."""
+    count = len(curve.values)
+    if count <= most:
+        return curve
+    kept: list[int] = []
+    edges = np.linspace(0, count, most // 2 + 1).astype(int)
+    for start, end in zip(edges[:-1], edges[1:], strict=True):
+        stretch = curve.values[start:end]
+        kept += sorted({start + int(stretch.argmin()), start + int(stretch.argmax())})
+    return Curve(curve.iterations[kept], curve.values[kept])
+
+
+def new_figure(x_range: Range1d, unit: str, **settings: Any) -> figure:
+    """Return an empty figure, in which a drag zooms the iterations."""
+    settings = {"height": 270, "tools": "pan,wheel_zoom,reset,save", "active_drag": None} | settings
+    plot = figure(x_range=x_range, sizing_mode="stretch_width", x_axis_label="iteration", y_axis_label=unit, **settings)
+    drag = BoxZoomTool(dimensions="width")
+    plot.add_tools(drag)
+    plot.toolbar.active_drag = drag
+    plot.toolbar.logo, plot.toolbar.autohide = None, True
+    plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
+    return plot
+
+
+def _plain(text: str) -> str:
+    """Escape a text for a tooltip, in which @, $ and braces have a meaning."""
+    return "".join(f"&#{ord(sign)};" if sign in "@${}" else sign for sign in html.escape(text))
+
+
+def _values_at(curve: Curve, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the newest value at each iteration; NaN before the first and after the last."""
+    place = np.searchsorted(curve.iterations, iterations, side="right") - 1
+    outside = (place < 0) | (iterations > curve.iterations[-1])
+    return np.where(outside, math.nan, curve.values[place])

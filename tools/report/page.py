@@ -14,8 +14,6 @@ from ..runs.run_figures import RunFigures
 from . import tables
 from .figures import panels
 
-UNKNOWN = Flops(float("nan"), float("nan"))
-
 
 def page(runs: Sequence[RunFigures], reload_after: int | None) -> str:
     """Return HTML that needs no network.
@@ -28,9 +26,8 @@ def page(runs: Sequence[RunFigures], reload_after: int | None) -> str:
     drawn = [panel.plot for section in sections.values() for panel in section]
     script, plots = components(drawn) if drawn else ("", [])
     loader = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
-    settings = [tables.differences(runs), *(table for run in runs for table in tables.evaluations(run))]
     colours = (colour for colour, _ in looks(run.routing for run in runs))
-    text = loader.get_template("page.html").render(
+    return loader.get_template("page.html").render(
         title=f"Training of {', '.join(run.name for run in runs)}",
         headline=tables.headline(runs),
         reload_after=reload_after,
@@ -41,16 +38,14 @@ def page(runs: Sequence[RunFigures], reload_after: int | None) -> str:
         stages=tables.stages({run.name: _stages(run) for run in runs}),
         sections=sections,
         next_plot=iter([Markup(plot) for plot in plots]).__next__,
-        tables=[table for table in settings if table.rows],
+        differences=tables.differences(runs),
         notes=[note for run in runs for note in run.notes],
     )
-    return text.encode("utf-8", "replace").decode("utf-8")  # names in damaged files might hold lone surrogates
 
 
 def _stages(run: RunFigures) -> list[Stage]:
-    flops = UNKNOWN
     try:
-        flops = Flops.of(run.args)
+        return stages(run, Flops.of(run.args))
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         run.notes.append(f"{run.name}: FLOPs are not counted, since its arguments are not all known ({error}).")
-    return stages(run, flops)
+        return []

@@ -1,16 +1,15 @@
 """Make the tables of the page, and its headline."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from time import localtime, strftime
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ..console.units import duration
+from ..console.display import duration
 from ..recipes.flops import Stage
-from ..runs import evaluations as measured
 from ..runs.run_figures import RunFigures
 
 RECENT = 20  # lines whose rate gives the time that is left
@@ -63,67 +62,37 @@ def _measured_iteration(figures: RunFigures, kind: str) -> int:
 
 def summary(runs: Sequence[RunFigures]) -> Table:
     """Return a row for each figure that any run has, and a column for each run."""
-    sets = dict.fromkeys(name for run in runs for name in run.evaluations)
-    cells: dict[str, Callable[[RunFigures], str | None]] = {
-        "iteration": lambda run: f"{run.last:,}" + (f" of {end:,}" if (end := run.whole("train_iters")) else ""),
-        "time left": _time_left,
-        "newest figures": lambda run: strftime("%d %b, %H:%M", localtime(run.written)),
-        "training loss, nats per token": _newest("lm_loss", ".4f"),
-        **{f"validation loss {name}".strip(): _validation(name) for name in sets},
-        "sparsity S": _newest("sparsity", ".4f"),
-        "target": lambda run: None if run.target_sparsity is None else f"{run.target_sparsity:.4f}",
-        "first within 1 % of the target, at iteration": lambda run: _iteration(run, run.first_near),
-        "within 1 % from then on, at iteration": lambda run: _iteration(run, run.settled),
-        "λ": _newest("l1_coefficient", ".3e"),
-        "experts per token": _experts_per_token,
-        "experts, k": lambda run: f"{run.num_experts}, {run.topk}" if run.topk else None,
-        "guarded layers": _guarded,
-        "parameters": lambda run: f"{run.parameters:,}" if run.parameters else None,
-        "tokens": _tokens,
-        "tokens per second": lambda run: None if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}",
+    cells: dict[str, tuple[Callable[[RunFigures], float | None], str]] = {
+        "last iteration": (lambda run: run.last, ","),
+        "iterations": (lambda run: run.whole("train_iters") or None, ","),
+        "training loss, nats per token": (lambda run: run.newest("lm_loss"), ".4f"),
+        **{
+            f"validation loss {name}".strip(): (partial(_validation, name), ".4f")
+            for name in dict.fromkeys(name for run in runs for name in run.evaluations)
+        },
+        "sparsity S": (lambda run: run.newest("sparsity"), ".4f"),
+        "target": (lambda run: run.target_sparsity, ".4f"),
+        "first within 1 % of the target, at iteration": (lambda run: run.first_near, ","),
+        "within 1 % from then on, at iteration": (lambda run: run.settled, ","),
+        "λ": (lambda run: run.newest("l1_coefficient"), ".3e"),
+        "parameters": (lambda run: run.parameters, ","),
+        "tokens": (lambda run: (run.newest("consumed_samples") or 0) * run.whole("seq_length") or None, ",.0f"),
+        "tokens per second": (lambda run: run.tokens_per_second, ",.0f"),
     }
-    rows = [[name, *(cell(run) or "" for run in runs)] for name, cell in cells.items()]
+    rows = [["time left", *map(_time_left, runs)]]
+    for title, (find, form) in cells.items():
+        rows.append([title, *("" if (value := find(run)) is None else format(value, form) for run in runs)])
     return Table("State", ["", *(run.name for run in runs)], [row for row in rows if any(row[1:])])
 
 
-def _newest(key: str, form: str) -> Callable[[RunFigures], str | None]:
-    return lambda run: None if (value := run.newest(key)) is None else f"{value:{form}}"
+def _validation(name: str, run: RunFigures) -> float | None:
+    return run.evaluations[name][-1].loss if name in run.evaluations else None
 
 
-def _validation(name: str) -> Callable[[RunFigures], str | None]:
-    def cell(figures: RunFigures) -> str | None:
-        losses = figures.evaluations.get(name)
-        return f"{losses[-1].loss:.4f} at {losses[-1].iteration:,}" if losses else None
-
-    return cell
-
-
-def _time_left(figures: RunFigures) -> str | None:
-    seconds = figures.curve("seconds_per_iteration").values[-RECENT:]
-    left = (figures.whole("train_iters") - figures.last) * float(np.median(seconds)) if len(seconds) else 0.0
-    return duration(left) if 0 < left < math.inf else None
-
-
-def _iteration(figures: RunFigures, at: int | None) -> str | None:
-    return None if figures.target_sparsity is None else "not yet" if at is None else f"{at:,}"
-
-
-def _experts_per_token(figures: RunFigures) -> str | None:
-    sparsity = None if figures.target_sparsity is None else figures.newest("sparsity")
-    return f"{figures.computed_experts(sparsity):.3f}" if figures.num_experts and sparsity is not None else None
-
-
-def _guarded(figures: RunFigures) -> str | None:
-    if figures.target_sparsity is None:
-        return None
-    if now := figures.guarded.get(figures.last):
-        return ", ".join(map(str, now))
-    return f"none, the last at {max(figures.guarded):,}" if figures.guarded else "none"
-
-
-def _tokens(figures: RunFigures) -> str | None:
-    samples, length = figures.newest("consumed_samples"), figures.whole("seq_length")
-    return f"{samples * length:,.0f}" if samples and length else None
+def _time_left(run: RunFigures) -> str:
+    seconds = run.curve("seconds_per_iteration").values[-RECENT:]
+    left = (run.whole("train_iters") - run.last) * float(np.median(seconds)) if len(seconds) else 0.0
+    return duration(left) if 0 < left < math.inf else ""
 
 
 def stages(by_run: Mapping[str, Sequence[Stage]]) -> Table:
@@ -132,7 +101,7 @@ def stages(by_run: Mapping[str, Sequence[Stage]]) -> Table:
         [
             *(run, {"way": "on the way"}.get(stage.name, stage.name), f"{stage.first:,}–{stage.last:,}"),
             *(f"{stage.experts:.2f}" if stage.experts else "", duration(3600 * stage.hours)),
-            "" if math.isnan(stage.flops) else f"{stage.flops:.3g}",
+            f"{stage.flops:.3g}",
         ]
         for run, parts in by_run.items()
         for stage in parts
@@ -159,13 +128,3 @@ def _flag(run: RunFigures, name: str) -> str | None:
     value: Any = run.args.get(name)
     text = "" if value is None or value is False else "yes" if value is True else str(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
-
-
-def evaluations(run: RunFigures) -> Iterator[Table]:
-    """Yield a table for each kind of measurement that remoe evaluate wrote into the run's folder."""
-    for file, content in run.measured.items():
-        try:
-            for results in measured.tables(content):
-                yield Table(f"{run.name}, {file}", *results)
-        except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError):
-            run.notes.append(f"{run.name}: {file} is not as remoe evaluate writes it and is left out.")

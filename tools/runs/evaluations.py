@@ -1,38 +1,15 @@
-"""Read and tabulate the results of remoe evaluate, with short names of models and data sets."""
+"""Tabulate the results of remoe evaluate, with short names of models and data sets."""
 
-import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..console.places import run_folder
-from .figure_reader import read_figures
-from .run_figures import RunFigures
 
 BY_LAYER = "by layer: mean, 99 %, largest"
 EXPLAINED = "Experts per token: the mean; the number that 99 % of the tokens do not exceed; the largest number."
 Results = tuple[tuple[str, ...], list[list[str]]]  # of one kind: titles of the columns, and rows of as many cells
-
-
-def read_run(place: Path, name: str) -> RunFigures:
-    """Read the figures of a run, and the results of remoe evaluate in its folder.
-
-    Raises:
-        ToolError: there are no figures, or the files are of something else.
-        OSError: they cannot be read.
-    """
-    run = read_figures(place)
-    run.name = name
-    if run.unread:
-        run.notes.append(f"{name}: {run.unread:,} lines of its log cannot be read and are left out.")
-    for path in sorted({*place.glob("*.json"), *run_folder(place).glob("*.json")}):
-        with suppress(ValueError, RecursionError):  # another program's file
-            content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-            if isinstance(content, dict) and content and content.keys() <= {"text", "speed", "tasks"}:
-                run.measured[path.name] = content
-    return run
 
 
 def tables(results: dict[str, Any]) -> Iterator[Results]:

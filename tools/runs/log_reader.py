@@ -1,30 +1,11 @@
-"""Read Megatron's printed output, for runs of the authors' fork and for the progress of a training."""
+"""Read the lines that Megatron prints at log intervals."""
 
-import ast
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
 
-_LINE = re.compile(r"\[[^][]+\] iteration +(\d{1,15})/ *(\d{1,15}) \|(.*)$", re.MULTILINE)
-# Fields of the authors' fork → names in metrics.jsonl. The fork prints λ after its update.
-_FORK_NAMES = {"moe relu sparsity": "sparsity", "moe relu l1 reg coeff": "l1_coefficient"}
+_LINE = re.compile(r"\[[^][]+\] iteration +(\d{1,15})/ *\d{1,15} \|(.*)$", re.MULTILINE)
 _FIELD = re.compile(r" ([a-z][a-z0-9_ ()/]*): +(\S+) \|")
 MILLISECONDS = "elapsed time per iteration (ms)"
-_ARGUMENT = re.compile(r"^(?:\[.*?\]: *)?  (\w+) \.{2,} (.*)$")
-_PADDED = re.compile(r"> padded vocab \(size: \d+\) .*\(new size: (\d+)\)")
-# Evaluations during training do not name their data.
-_EVALUATION = re.compile(
-    r"(?:\[.*?\]: *)? validation(?:-(\S+))? loss at iteration (\d{1,15})(?: on (validation|test) set)? "
-    r"\| lm loss value: (\S+)"
-)
-_PARAMETERS = re.compile(r"number of parameters on \([^)]*\) model parallel rank \([^)]*\): (\d{1,15})$")
 RESUMED = re.compile(r"successfully loaded checkpoint from .* at iteration (\d{1,15})")
-_FINER = re.compile(
-    r"increase num_moe_experts to (\d+), increase moe_router_topk to (\d+), decrease moe_ffn_hidden_size to (\d+)"
-)
-_SPLIT = ("num_experts", "moe_router_topk", "moe_ffn_hidden_size")
-_SPLITTING = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
 
 
 def read_log(text: str) -> dict[int, dict[str, str]]:
@@ -33,63 +14,4 @@ def read_log(text: str) -> dict[int, dict[str, str]]:
     Returns:
         iteration → printed name of the field ("lm loss", "sparsity", ...) → its printed value.
     """
-    return {int(iteration): dict(_FIELD.findall(line)) for iteration, _, line in _LINE.findall(text)}
-
-
-def read_printed(log: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a file with Megatron's output, in the format of metrics.jsonl."""
-    args: dict[str, Any] = {}
-    parameters: int | None = None
-    started, iteration = False, 0
-    with log.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if logged := _LINE.search(line):
-                fields = dict(_FIELD.findall(logged[3]))
-                if not started:
-                    args = {"train_iters": int(logged[2])} | args
-                    yield _start(args, parameters, iteration)
-                    started, iteration = True, 0
-                yield {"kind": "log", "iteration": int(logged[1])} | _figures(fields)
-            elif argument := _ARGUMENT.search(line) if ".." in line else None:
-                args, started = {} if started else args, False
-                args[argument[1]] = _literal(argument[2].strip())
-            elif evaluation := _EVALUATION.match(line):
-                yield _evaluation(*evaluation.groups())
-            elif resumed := RESUMED.search(line):
-                iteration = int(resumed[1])
-            elif finer := _FINER.search(line):  # the fork splits experts after it has printed its arguments
-                args |= dict(zip(_SPLIT, map(int, finer.groups()), strict=True))
-            elif padded := _PADDED.search(line) if "padded" in line else None:
-                args["padded_vocab_size"] = int(padded[1])
-            elif counted := _PARAMETERS.search(line) if "parameters on" in line else None:
-                parameters = int(counted[1])
-    if args and not started:
-        yield _start(args, parameters)
-
-
-def _start(args: dict[str, Any], parameters: int | None, iteration: int = 0) -> dict[str, Any]:
-    """Return a `start` record; without the printed number of parameters if it is of one rank among several."""
-    is_split = any(args.get(name) not in (None, 1) for name in _SPLITTING)
-    return {"kind": "start", "iteration": iteration, "args": args} | ({} if is_split else {"parameters": parameters})
-
-
-def _evaluation(name: str | None, iteration: str, on: str | None, loss: str) -> dict[str, Any]:
-    record = {"kind": "validation", "iteration": int(iteration), "lm_loss": _literal(loss), "final": bool(on)}
-    return record | ({"set": name or "test"} if name or on == "test" else {})
-
-
-def _figures(fields: Mapping[str, str]) -> dict[str, Any]:
-    """Return the fields under their names in metrics.jsonl."""
-    figures = {_FORK_NAMES.get(name, name.replace(" ", "_")): _literal(text) for name, text in fields.items()}
-    if milliseconds := fields.get(MILLISECONDS):
-        figures["seconds_per_iteration"] = _literal(f"{milliseconds}e-3")
-    if guarded := fields.get("guarded layers"):
-        figures["guarded_layers"] = [int(layer) for layer in guarded.split(",") if layer.isdecimal()]
-    return figures
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
+    return {int(iteration): dict(_FIELD.findall(line)) for iteration, line in _LINE.findall(text)}

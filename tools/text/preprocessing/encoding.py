@@ -8,18 +8,20 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import psutil
+
+from megatron.remoe.files.errors import DataError
+from megatron.remoe.files.gpt2_files import END_OF_TEXT, FOLDER_TOKENIZER, GPT2_TOKENIZER, read_gpt2_vocabulary
 
 if TYPE_CHECKING:
     import tokenizers
 
-CACHE_BYTES = 200 << 20  # gigatoken remembers every word that it meets; past this it is restarted
-CACHE_BYTES_PER_THREAD = 50 << 20
-CHARACTERS_BETWEEN_RESTARTS = 8 << 20
+TOKENIZER_TYPES = (GPT2_TOKENIZER, FOLDER_TOKENIZER)
+CHARACTERS_BETWEEN_RESTARTS = 512 << 20  # gigatoken remembers every word, so it is loaded again after so much text
 DOCUMENTS_ON_TRIAL, CHARACTERS_ON_TRIAL = 32, 1 << 10
 CODE_POINTS = 0x110000
 TRIAL_TEXTS = (
@@ -63,26 +65,13 @@ class TextEncoder:
         reference: the tokenizer that defines the ids.
         vocabulary_size: its number of tokens, as Megatron counts it.
         end_of_document: id of the token that ends a document, if there is one.
-        threads: how many threads will call `encode` at the same time.
-        split_special_tokens: encode special tokens inside a text as ordinary text.
     """
 
-    def __init__(
-        self,
-        reference: "tokenizers.Tokenizer",
-        vocabulary_size: int,
-        end_of_document: int | None,
-        threads: int = 1,
-        split_special_tokens: bool = False,
-    ) -> None:
-        self._specials = [token.content for token in reference.get_added_tokens_decoder().values()]
-        self.splits_special_tokens = reference.encode_special_tokens = split_special_tokens
+    def __init__(self, reference: "tokenizers.Tokenizer", vocabulary_size: int, end_of_document: int | None) -> None:
         self.vocabulary_size, self.end_of_document = vocabulary_size, end_of_document
-        self.end_text = None if end_of_document is None else reference.id_to_token(end_of_document)
         self._reference = reference
         self._prefix, self._suffix = _template(reference)
         self._lock = threading.Lock()
-        self._restart_above = _resident_bytes() + CACHE_BYTES + threads * CACHE_BYTES_PER_THREAD
         self._since_restart = 0
         self._same = np.zeros(CODE_POINTS, dtype=np.bool_)  # characters that both libraries are known to treat alike
         self._fast: Any = None
@@ -120,7 +109,7 @@ class TextEncoder:
         return self._reference.decode(ids.tolist(), skip_special_tokens=False)
 
     def _fast_for(self, texts: Sequence[str]) -> Any:
-        """Return gigatoken's tokenizer if it works, restarted when its memory has grown; else None."""
+        """Return gigatoken's tokenizer if it works, loaded again after much text; else None."""
         if not self._tried:
             self._tried = True
             try:
@@ -134,11 +123,7 @@ class TextEncoder:
                     flush=True,
                 )
         self._since_restart += sum(map(len, texts))
-        if (
-            self._fast is not None
-            and self._since_restart > CHARACTERS_BETWEEN_RESTARTS
-            and _resident_bytes() > self._restart_above
-        ):
+        if self._fast is not None and self._since_restart > CHARACTERS_BETWEEN_RESTARTS:
             self._fast = self._load_fast()
             self._since_restart = 0
         return self._fast
@@ -150,7 +135,7 @@ class TextEncoder:
             Exception: it cannot load the tokenizer, or gives other ids than the reference.
         """
         fast = self._load_fast()
-        specials = [] if self.splits_special_tokens else self._specials[:32]
+        specials = [token.content for token in self._reference.get_added_tokens_decoder().values()][:32]
         first = [text[:CHARACTERS_ON_TRIAL] for text in texts[:DOCUMENTS_ON_TRIAL]]
         trial = [*TRIAL_TEXTS, *(f"a{token} {token}{token}\n{token}b" for token in specials)]
         trial += [text for text in first if not self._is_doubtful(fast, text)]
@@ -176,8 +161,6 @@ class TextEncoder:
 
     def _is_doubtful(self, fast: Any, text: str) -> bool:
         """Return whether the text has a character that the two libraries treat differently."""
-        if self.splits_special_tokens and any(token in text for token in self._specials):
-            return True  # gigatoken has no such setting
         if text.isascii():
             return False
         code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
@@ -203,5 +186,45 @@ def _template(reference: "tokenizers.Tokenizer") -> tuple[list[int], list[int]]:
     return whole[:start], whole[start + len(text) :]
 
 
-def _resident_bytes() -> int:
-    return psutil.Process().memory_info().rss
+def load_encoder(
+    tokenizer_type: str,
+    vocab_file: str | None = None,
+    merge_file: str | None = None,
+    tokenizer_model: str | None = None,
+) -> TextEncoder:
+    """Return the encoder with the ids of Megatron's tokenizer of this type.
+
+    Raises:
+        DataError: a flag is missing or does not name a tokenizer.
+    """
+    if tokenizer_type == GPT2_TOKENIZER:
+        return gpt2_encoder(vocab_file, merge_file)
+    if not tokenizer_model or vocab_file or merge_file:
+        raise DataError(
+            f"--tokenizer-type {tokenizer_type}: needs --tokenizer-model, a folder with the tokenizer's files, and "
+            "neither --vocab-file nor --merge-file.",
+            "REMOE-E513",
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_model)
+        reference = tokenizer.backend_tokenizer
+    except Exception as error:  # transformers raises many types; tokenizers without a fast version have no backend
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"--tokenizer-model {tokenizer_model}: transformers cannot load a fast tokenizer from it ({reason}). "
+            "Give a folder with tokenizer.json, or with vocab.json, merges.txt and tokenizer_config.json.",
+            "REMOE-E513",
+        ) from error
+    reference.no_truncation()
+    reference.no_padding()
+    # Like Megatron: without an end-of-sequence token the separator ends documents.
+    end_of_document = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    return TextEncoder(reference, len(tokenizer), end_of_document)
+
+
+def gpt2_encoder(vocab_file: Path | str | None, merge_file: Path | str | None) -> TextEncoder:
+    """Return the encoder of a GPT-2 vocabulary."""
+    tokenizer = read_gpt2_vocabulary(vocab_file, merge_file)
+    return TextEncoder(tokenizer, tokenizer.get_vocab_size(), tokenizer.token_to_id(END_OF_TEXT))

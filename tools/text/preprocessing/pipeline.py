@@ -1,6 +1,7 @@
 """Turn .jsonl into Megatron's .bin/.idx: read blocks, encode them on threads, write them in order."""
 
-from collections import Counter, deque
+import os
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -8,14 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron.remoe.files.errors import DataError
-from megatron.remoe.files.indexed import IndexedReader, IndexedWriter, bin_path, idx_path, token_type
+from megatron.remoe.files.indexed import IndexedWriter, bin_path, idx_path, token_type
 
-from .documents import Problem, parse_documents
 from .encoding import Encoded, TextEncoder
-from .reading import Block, count_bytes, expand_inputs, read_blocks
+from .reading import Block, expand_inputs, parse_documents, read_blocks
 
 # More threads do not help: then parsing JSON, which Python does on one core at a time, is the limit.
 MOST_THREADS = 8
@@ -33,11 +32,6 @@ class Job:
     skip_bad: bool = False
     overwrite: bool = False
 
-    @property
-    def threads(self) -> int:
-        """Number of threads that encode."""
-        return min(self.workers, MOST_THREADS)
-
     def prefix(self, key: str) -> Path:
         """Return the prefix of the data set with this key's texts, named as in Megatron-LM's tool."""
         return Path(f"{self.output_prefix}_{key}_document")
@@ -47,35 +41,27 @@ class Job:
 class Progress:
     """How far a run is.
 
-    Total and done bytes are those of the inputs on disk; `problems` counts left-out lines by kind, `messages` has those
-    of the newest block.
+    Total and done bytes are those of the inputs on disk; `left_out` counts lines, `messages` has those of the newest
+    block.
     """
 
-    total_bytes: int | None
+    total_bytes: int
     done_bytes: int = 0
     text_bytes: int = 0
     documents: int = 0
     empty: int = 0
-    with_end: int = 0
     tokens: int = 0
-    problems: Counter[str] = field(default_factory=Counter)
+    left_out: int = 0
     messages: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _EncodedBlock:
-    """An encoded block: tokens by key, lines without a document, and texts that contain the end-of-document token."""
-
-    block: Block
-    encoded: dict[str, Encoded]
-    problems: list[Problem]
-    with_end: int
+EncodedBlock = tuple[Block, dict[str, Encoded], list[str]]  # tokens by key, and messages for lines without a document
 
 
 def preprocess(
     job: Job, encoder: TextEncoder, on_progress: Callable[[Progress], None] = lambda progress: None
 ) -> Progress:
-    """Run a job. The outputs appear only when all of them are complete and were read back.
+    """Run a job. The outputs appear only when all of them are complete.
 
     Args:
         job: inputs, outputs and settings.
@@ -87,27 +73,23 @@ def preprocess(
         OSError: the outputs could not be written; none was made or changed.
     """
     paths = expand_inputs(job.inputs)
-    check_outputs(job)
+    _check_outputs(job)
     if job.append_eod and encoder.end_of_document is None:
         raise DataError("--append-eod: the tokenizer has no token that ends a document. Leave the flag out.")
-    progress = Progress(count_bytes(paths))
-    last: dict[str, npt.NDArray[np.integer]] = {}  # ids of the last block that has any
+    progress = Progress(sum(map(os.path.getsize, paths)))
     Path(job.output_prefix).parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         dtype = token_type(encoder.vocabulary_size)
         writers = {key: stack.enter_context(IndexedWriter(job.prefix(key), dtype)) for key in job.json_keys}
-        for work in stack.enter_context(closing(_encoded_blocks(paths, job, encoder))):
-            for key, encoded in work.encoded.items():
+        for block, tokens, problems in stack.enter_context(closing(_encoded_blocks(paths, job, encoder))):
+            for key, encoded in tokens.items():
                 writers[key].add(encoded.ids, encoded.lengths)
                 if key == job.json_keys[0]:
                     progress.empty += int(np.count_nonzero(encoded.lengths == 0))
-                if len(encoded.ids):
-                    last[key] = encoded.ids
-            progress.problems.update(problem.kind for problem in work.problems)
-            progress.messages = [problem.message for problem in work.problems]
-            progress.with_end += work.with_end
-            progress.text_bytes += sum(map(len, work.block.lines))
-            progress.done_bytes = work.block.done_bytes
+            progress.messages = problems
+            progress.left_out += len(problems)
+            progress.text_bytes += sum(map(len, block.lines))
+            progress.done_bytes = block.done_bytes
             progress.documents = writers[job.json_keys[0]].documents
             progress.tokens = sum(writer.tokens for writer in writers.values())
             on_progress(progress)
@@ -115,23 +97,17 @@ def preprocess(
             if not writer.tokens:
                 raise DataError(f"--input: nothing to write: no text of key {key!r} has a token.")
             writer.finish()
-            data = IndexedReader(writer.aside)
-            is_same = np.array_equal(data.read(data.tokens - len(last[key]), len(last[key])), last[key])
-            if (data.documents, data.tokens, is_same) != (writer.documents, writer.tokens, True):
-                raise DataError(f"{writer.prefix}: the files read back differ from what was written. Check the disk.")
         for writer in writers.values():
             writer.publish()
     return progress
 
 
-def check_outputs(job: Job) -> None:
+def _check_outputs(job: Job) -> None:
     """Refuse to overwrite outputs without --overwrite.
 
     Raises:
         DataError: with the path and the remedy.
     """
-    if len(set(job.json_keys)) != len(job.json_keys):
-        raise DataError(f"--json-keys {' '.join(job.json_keys)}: a key is given twice.", "REMOE-E501")
     for key in job.json_keys:
         prefix = job.prefix(key)
         # A run that was killed while publishing leaves one without the other.
@@ -141,14 +117,15 @@ def check_outputs(job: Job) -> None:
             )
 
 
-def _encoded_blocks(paths: Sequence[str], job: Job, encoder: TextEncoder) -> Generator[_EncodedBlock, None, None]:
+def _encoded_blocks(paths: Sequence[str], job: Job, encoder: TextEncoder) -> Generator[EncodedBlock, None, None]:
     """Yield the blocks in order, encoded on threads; read ahead only as far as keeps the threads busy."""
-    pool = ThreadPoolExecutor(job.threads)
-    pending: deque[Future[_EncodedBlock]] = deque()
+    threads = min(job.workers, MOST_THREADS)
+    pool = ThreadPoolExecutor(threads)
+    pending: deque[Future[EncodedBlock]] = deque()
     try:
         for block in read_blocks(paths):
             pending.append(pool.submit(_encode_block, block, job, encoder))
-            if len(pending) > job.threads + 1:
+            if len(pending) > threads + 1:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -156,13 +133,12 @@ def _encoded_blocks(paths: Sequence[str], job: Job, encoder: TextEncoder) -> Gen
         pool.shutdown(cancel_futures=True)
 
 
-def _encode_block(block: Block, job: Job, encoder: TextEncoder) -> _EncodedBlock:
+def _encode_block(block: Block, job: Job, encoder: TextEncoder) -> EncodedBlock:
     documents, problems = parse_documents(block, job.json_keys, job.skip_bad)
-    encoded, end = {}, encoder.end_text
+    encoded = {}
     for key, texts in documents.items():
         result = encoder.encode(texts)
         if job.append_eod and encoder.end_of_document is not None:
             result = result.surrounded([], [encoder.end_of_document], result.lengths > 0)
         encoded[key] = Encoded(result.ids.astype(token_type(encoder.vocabulary_size)), result.lengths)
-    with_end = sum(end in text for texts in documents.values() for text in texts) if end else 0
-    return _EncodedBlock(block, encoded, problems, with_end)
+    return block, encoded, problems

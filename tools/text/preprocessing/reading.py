@@ -1,10 +1,10 @@
-"""Read lines of text from files, compressed or not, and from standard input, in blocks of bounded size."""
+"""Read lines from files, compressed or not, in blocks; extract their texts, and report lines that have none."""
 
 import glob
 import gzip
 import io
+import json
 import os
-import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,9 +17,8 @@ try:
 except ImportError:
     import backports.zstd as zstd
 
-STANDARD_INPUT = "-"
 BLOCK_BYTES = 2 << 20
-LONGEST_LINE = 128 << 20
+CHARACTERS_SHOWN = 80
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 ZSTD_SKIPPED_MAGIC = b"\x2a\x4d\x18"  # after a byte 0x50 to 0x5f; pzstd begins with such a frame
@@ -37,58 +36,41 @@ class Block:
 
 
 def expand_inputs(patterns: Sequence[str]) -> list[str]:
-    """Return the files that --input names, with patterns expanded and sorted; "-" is standard input.
+    """Return the files that --input names, with patterns expanded and sorted.
 
     Raises:
-        DataError: nothing matches, or a folder does.
+        DataError: nothing matches.
     """
     paths: list[str] = []
     for pattern in patterns:
-        matches = [pattern] if pattern == STANDARD_INPUT or os.path.exists(pattern) else sorted(glob.glob(pattern))
+        matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
         if not matches:
             raise DataError(f"--input {pattern}: there is no such file, and as a pattern it matches none.")
         paths += matches
-    for path in paths:
-        if os.path.isdir(path):
-            raise DataError(f"--input {path}: is a folder. Name its files, for example with '{path}/*.jsonl'.")
     return paths
 
 
-def count_bytes(paths: Sequence[str]) -> int | None:
-    """Return the bytes of all inputs on disk; None if one is not a file."""
-    is_known = all(path != STANDARD_INPUT and os.path.isfile(path) for path in paths)
-    return sum(os.path.getsize(path) for path in paths) if is_known else None
-
-
 def read_blocks(paths: Sequence[str]) -> Iterator[Block]:
-    """Yield the lines of all inputs in blocks; of a line above `LONGEST_LINE`, its first `LONGEST_LINE` + 1 bytes.
+    """Yield the lines of all inputs in blocks.
 
     Raises:
         DataError: an input cannot be read, or its compressed data is broken.
     """
     before = 0
     for path in paths:
-        source = "<standard input>" if path == STANDARD_INPUT else path
-        lines: list[bytes] = []
-        first, size = 1, 0
+        first = 1
         try:
-            with os.fdopen(os.dup(sys.stdin.fileno()), "rb") if source != path else Path(path).open("rb") as file:
+            with Path(path).open("rb") as file:
                 contents = _unpacked(file)
-                while line := contents.readline(LONGEST_LINE + 1):
-                    lines.append(line)
-                    while len(line) > LONGEST_LINE and not line.endswith(b"\n"):
-                        line = contents.readline(LONGEST_LINE + 1)
-                    size += len(lines[-1])
-                    if size >= BLOCK_BYTES:
-                        yield Block(source, first, lines, before + (file.tell() if file.seekable() else 0))
-                        first, lines, size = first + len(lines), [], 0
-                before += file.tell() if file.seekable() else 0
-                yield Block(source, first, lines, before)
+                while lines := contents.readlines(BLOCK_BYTES):
+                    yield Block(path, first, lines, before + file.tell())
+                    first += len(lines)
+                before += file.tell()
         except (EOFError, zlib.error, gzip.BadGzipFile, zstd.ZstdError) as error:
-            place = f"{source}, after line {first + len(lines) - 1}"
+            place = f"{path}, after line {first - 1}"
             raise DataError(f"{place}: compressed data broken ({error}). Copy the file again.") from error
         except OSError as error:
-            raise DataError(f"--input {source}: cannot be read ({error.strerror or error}).") from error
+            raise DataError(f"--input {path}: cannot be read ({error.strerror or error}).") from error
 
 
 def _unpacked(file: io.BufferedReader) -> io.BufferedIOBase:
@@ -99,3 +81,48 @@ def _unpacked(file: io.BufferedReader) -> io.BufferedIOBase:
     if start.startswith(ZSTD_MAGIC) or (start[1:4] == ZSTD_SKIPPED_MAGIC and start[0] >> 4 == 5):
         return zstd.open(file, options={zstd.DecompressionParameter.window_log_max: ZSTD_LARGEST_WINDOW_LOG})
     return file
+
+
+def parse_documents(block: Block, keys: Sequence[str], skip_bad: bool) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the texts of a block's good lines, by key, and a message for each of the others.
+
+    Args:
+        block: lines.
+        keys: names of the JSON fields that hold text; a line that lacks one gives no document for any.
+        skip_bad: collect the messages instead of raising the first.
+
+    Raises:
+        DataError: the first bad line, unless `skip_bad`.
+    """
+    documents: dict[str, list[str]] = {key: [] for key in keys}
+    problems = []
+    for number, line in enumerate(block.lines, start=block.first_line):
+        try:
+            texts = _read_texts(line, keys)
+        except (ValueError, RecursionError) as error:
+            start = line[:CHARACTERS_SHOWN].decode("utf-8", errors="backslashreplace").rstrip("\n")
+            message = f"{block.source}, line {number}: cannot be read ({str(error)[:200]}): {start!r}"
+            if not skip_bad:
+                remedy = "Correct it, or give --on-error skip to leave out lines that cannot be read."
+                raise DataError(f"{message}\n{remedy}") from None
+            problems.append(message)
+        else:
+            for key, text in zip(keys, texts, strict=True):
+                documents[key].append(text)
+    return documents, problems
+
+
+def _read_texts(line: bytes, keys: Sequence[str]) -> list[str]:
+    """Return the texts of a line.
+
+    Raises:
+        ValueError, RecursionError: the line is not UTF-8 or JSON, or a key has no text.
+    """
+    record = json.loads(line.decode("utf-8-sig"))
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    for key in keys:
+        if not isinstance(record.get(key), str):
+            raise ValueError(f"no text with the key {key!r} among {', '.join(map(repr, record)) or 'no keys'}")
+        record[key].encode()  # an escape can bring half a character, which no tokenizer accepts
+    return [record[key] for key in keys]
