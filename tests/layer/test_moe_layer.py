@@ -1,6 +1,5 @@
 """Test router, L1 term, dispatch and experts together against an oracle in float64."""
 
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -184,16 +183,6 @@ def test_the_dispatcher_is_chosen_when_the_layer_is_built() -> None:
         topk = make_topk_config()
         setattr(topk, name, value)  # set later: the constructor would ask for Transformer Engine
         assert not takes_plans(topk)
-
-
-def test_tensor_parallelism_wants_sequence_parallelism() -> None:
-    """The layer refuses to train without it, as Megatron's does."""
-    layer = make_layer(make_config())
-    layer.attn_tp_group = types.SimpleNamespace(size=lambda: 2)
-    tokens = torch.randn(7, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device)
-    with pytest.raises(ValueError, match="sequence parallelism"):
-        layer(tokens)
-    layer.eval()(tokens)
 
 
 def test_recompute_counts_once_and_keeps_gradients() -> None:
