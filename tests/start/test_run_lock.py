@@ -84,7 +84,7 @@ def test_one_that_was_taken_for_dead_ends(tmp_path: Path) -> None:
     with lock_save_folder(argparse.Namespace(rank=0, skip_train=False, save=str(tmp_path)), LEASE):
         holder.send_signal(signal.SIGCONT)
         output, _ = holder.communicate(timeout=20)
-        assert holder.returncode == 1 and "another training took it over, and this one ends" in output
+        assert holder.returncode == 1 and "another run took it over, and this one ends" in output
         assert f"pid={os.getpid()}\n" in (tmp_path / LOCK).read_text()
 
 
@@ -102,7 +102,7 @@ def test_two_trainings_in_one_folder(data: Path, tmp_path: Path) -> None:
     first.kill()
     first.communicate()
     message = refused[refused.rindex("pretrain_gpt.py: error: ") :]
-    assert f"--save {tmp_path}: another training writes there (pid={first.pid}, host=" in message
+    assert f"--save {tmp_path}: another run writes there (pid={first.pid}, host=" in message
     assert not records(refused) and "] iteration " not in refused
     output = run(second, processes=2)
     assert min(records(output)) > 2

@@ -1,4 +1,4 @@
-"""Allow one training at a time in a --save folder: refuse a second one, and take over the lock of a dead one."""
+"""Allow one training run at a time in a --save folder: refuse a second one, and take over the lock of a dead one."""
 
 import argparse
 import os
@@ -31,11 +31,11 @@ def lock_save_folder(args: argparse.Namespace, lease_seconds: float = LEASE_SECO
 
     Args:
         args: Megatron's parsed arguments.
-        lease_seconds: the same for all trainings that share a folder.
+        lease_seconds: the same for all runs that share a folder.
 
     Raises:
-        UsageError: after the heartbeat of another training, whose host and process it names; or after `lease_seconds`
-            if the lock is not from this program.
+        UsageError: after the heartbeat of another run, whose host and process it names; or after `lease_seconds` if
+            the lock is not from this program.
         DataError: the folder cannot be written.
     """
     if args.rank or args.skip_train or not args.save or "://" in args.save:
@@ -68,12 +68,12 @@ def _acquire(lease: SoftFileLease, lock: Path, lease_seconds: float) -> None:
             continue  # it has ended
         if before not in (0, beat) or waited > lease_seconds + SPARE_SECONDS:
             raise UsageError(
-                f"--save {lock.parent}: another training writes there ({holder}). Wait until it ends, stop it, or give "
-                f"another --save. If no training runs there, remove {lock}.",
+                f"--save {lock.parent}: another run writes there ({holder}). Wait until it ends, stop it, or give "
+                f"another --save. If there is none, remove {lock}.",
                 "REMOE-E103",
             )
         if not before:
-            locked = f"is locked by another training ({holder}). Waiting for a sign of life"
+            locked = f"is locked by another run ({holder}). Waiting for a sign of life"
             print(f"--save {lock.parent} {locked}, up to {lease_seconds:.0f} s.", file=sys.stderr, flush=True)
         time.sleep(min(HEARTBEAT_SECONDS, lease_seconds) / 10)
 
@@ -81,7 +81,7 @@ def _acquire(lease: SoftFileLease, lock: Path, lease_seconds: float) -> None:
 def _lost(compromise: LeaseCompromise) -> None:
     words = f"{compromise.lock_file} was lost ({compromise.reason})"
     if compromise.reason != "owner-changed":
-        print(f"{words}: another training could start in the same --save folder.", file=sys.stderr, flush=True)
+        print(f"{words}: another run could start in the same --save folder.", file=sys.stderr, flush=True)
         return
-    print(f"error: {words}: another training took it over, and this one ends.", file=sys.stderr, flush=True)
+    print(f"error: {words}: another run took it over, and this one ends.", file=sys.stderr, flush=True)
     os._exit(1)  # in a thread: the run must not save again
