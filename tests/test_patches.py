@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import importlib.util
-import inspect
 import logging
 from dataclasses import replace
 from functools import partial
@@ -22,7 +21,7 @@ from megatron.core.rerun_state_machine import RerunMode, RerunState, RerunStateM
 from megatron.core.tensor_parallel import ColumnParallelLinear, layers
 from megatron.core.utils import local_multi_tensor_l2_norm
 from megatron.remoe import patches
-from megatron.remoe.patches import fusions, log_lines, start, waits
+from megatron.remoe.patches import fusions, log_lines, waits
 from megatron.remoe.patches import optimizer as adam_patches
 from megatron.remoe.patches.patch import replace as replace_once
 from megatron.training import training
@@ -183,29 +182,6 @@ def test_without_reruns_a_step_that_is_not_finite_ends_before_the_update(machine
         machine.should_run_forward_backward(None)
 
 
-@pytest.mark.parametrize(
-    "name", ["reduce_max_stat_across_model_parallel_group", "logical_and_across_model_parallel_group"]
-)
-def test_megatron_still_asks_a_group_of_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    reduce = stock(monkeypatch, training, name)
-    asked: list[int] = []
-    monkeypatch.setattr(
-        torch.distributed, "all_reduce", lambda *_arguments, group, **_options: asked.append(group.size())
-    )
-    alone, two = SimpleNamespace(size=lambda: 1), SimpleNamespace(size=lambda: 2)
-    before = reduce(True, group=alone), reduce(1.5, group=alone) if "stat" in name else None
-    patches.waits.skip_single_rank_reductions()
-    patched = getattr(training, name)
-    assert (patched(True, group=alone), patched(1.5, group=alone) if "stat" in name else None) == before
-    if "stat" in name:  # with Transformer Engine the norm is a tensor, but a number is logged
-        assert (
-            type(patched(torch.tensor([1.5]), group=alone)) is type(reduce(torch.tensor([1.5]), group=alone)) is float
-        )
-        assert asked.pop() == 1
-    patched(True, group=two)
-    assert asked == [1] * (1 + ("stat" in name)) + [2], "Megatron's own does without"
-
-
 @pytest.mark.skipif(importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None, reason="apex is installed")
 def test_megatron_still_adds_no_weight_gradients_without_apex(
     process_groups: None, monkeypatch: pytest.MonkeyPatch
@@ -280,17 +256,3 @@ def test_megatron_still_tells_the_console_alone(
     expected = {"kind": "validation", "iteration": 7, "set": "test", "final": True, "lm_loss": 2.0, "tokens": 30}
     assert heard == [expected], "once, by the patch"
     assert capsys.readouterr().out.count("validation loss at iteration 7 on test set | lm loss value: 2.0") == 2
-
-
-def test_megatron_still_prints_no_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The patch adds the hours left once to lines at log intervals. Others, such as a start's first, do not change."""
-    printed: list[str] = []
-    monkeypatch.setattr(training, "print_rank_last", printed.append)
-    monkeypatch.setattr(start, "get_args", lambda: SimpleNamespace(log_interval=10))
-    assert "left" not in inspect.getsource(training.training_log)
-    patches.start.print_time_left()
-    patches.start.print_time_left()
-    line = " [a date] iteration {:8d}/     200 | elapsed time per iteration (ms): 3600.0 | lm loss: 2.0 |"
-    for words in (line.format(10), line.format(11), "validation loss"):
-        training.print_rank_last(words)
-    assert printed == [f"{line.format(10)} time left (h): 0.19 |", line.format(11), "validation loss"]

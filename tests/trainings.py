@@ -27,9 +27,8 @@ SMALL = [
     *"--global-batch-size 4 --make-vocab-size-divisible-by 8 --log-interval 1 --cpu".split(),
 ]
 
-# Timings, and fields that another rank prints into the line.
-TIMINGS = ("elapsed time per iteration (ms)", "time left (h)")
-VOLATILE = (*TIMINGS, "allocated", "max allocated", "reserved", "max reserved")
+# The timing, and fields that another rank prints into the line.
+VOLATILE = ("elapsed time per iteration (ms)", "allocated", "max allocated", "reserved", "max reserved")
 
 
 def start(arguments: list[str], processes: int = 1, script: Path = ENTRY, **environment: str) -> subprocess.Popen[str]:

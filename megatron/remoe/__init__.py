@@ -4,9 +4,6 @@ The public names for your own training script; each is imported on first use.
 """
 
 import importlib.metadata
-import importlib.util
-import runpy
-from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
@@ -39,18 +36,8 @@ __all__ = sorted(_ROOMS)
 
 
 def megatron_version() -> str:
-    """Return the version of megatron-core; of a checkout that is not installed, from its source.
-
-    Raises:
-        PackageNotFoundError: there is none.
-    """
-    try:
-        return importlib.metadata.version("megatron-core")
-    except importlib.metadata.PackageNotFoundError:
-        if (core := importlib.util.find_spec("megatron.core")) is None or core.origin is None:
-            raise
-        info = runpy.run_path(str(Path(core.origin).with_name("package_info.py")))  # imports nothing of Megatron
-        return str(info["__version__"].partition("+")[0])
+    """Return the version of megatron-core."""
+    return importlib.metadata.version("megatron-core")
 
 
 def __getattr__(name: str) -> Any:

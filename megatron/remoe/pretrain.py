@@ -124,8 +124,6 @@ def checked_arguments(on_cpu: bool, at_the_end: ExitStack) -> "argparse.Namespac
 
     args = parse_args(cpu.add_cpu_argument, {"tokenizer_type": "GPT2BPETokenizer"})
     if on_cpu:
-        if not args.cpu:
-            machine.check_node()
         cpu.adapt_arguments(args)
     machine.check_kernels(args.moe_kernels, on_cpu)
     at_the_end.enter_context(lock_save_folder(args))

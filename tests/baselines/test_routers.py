@@ -112,13 +112,9 @@ def test_the_embedding_hands_over_ids(process_groups: None) -> None:
     ("changes", "message"),
     [
         ({"moe_relu_routing": True}, "--moe-relu-routing cannot be used with --moe-baseline-router hash"),
-        ({"moe_warmup_topk": 3, "moe_warmup_steps": 1}, "--moe-warmup-topk cannot be used with --moe-baseline-router"),
-        ({"moe_aux_loss_coeff": 0.01}, "--moe-aux-loss-coeff 0.01 cannot be used with --moe-baseline-router hash"),
         ({"moe_router_score_function": "sigmoid"}, "--moe-router-score-function sigmoid cannot be used with"),
-        ({"moe_expert_capacity_factor": 1.0}, "--moe-expert-capacity-factor 1.0 cannot be used with"),
         ({"pipeline_model_parallel_size": 2}, "--pipeline-model-parallel-size 2 cannot be used with"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers 1 cannot be used with --moe-baseline-router hash"),
-        ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm (on) cannot be used with"),
     ],
 )  # fmt: skip
 def test_what_is_refused(changes: dict[str, Any], message: str) -> None:

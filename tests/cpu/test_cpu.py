@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import importlib.metadata
 import math
 import os
 import subprocess
@@ -22,10 +21,11 @@ from tests.trainings import in_another_process
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="an accelerator is in use: the CPU part is inactive")
 
 
-def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda _name: "0.20.0")
-    with pytest.raises(SystemExit, match=r"written for megatron-core 0.19.2, 0.20.0 is installed.*pip install"):
-        cpu.install()
+@pytest.mark.parametrize(("on_this_node", "is_wanted"), [("4", True), ("2", False)])
+def test_one_of_several_nodes_is_no_fallback(on_this_node: str, is_wanted: bool, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", on_this_node)
+    assert cpu.is_wanted([]) is is_wanted and cpu.is_wanted(["--cpu"])
 
 
 def test_torch_stays_what_it_is_outside_megatron() -> None:

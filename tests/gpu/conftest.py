@@ -22,7 +22,7 @@ def report(request: pytest.FixtureRequest, machine: Machine) -> Report:
     """Return the report for the test's figures; skip the test if it has them."""
     name = request.node.name.removeprefix("test_").replace("[", "-").rstrip("]")
     kept = Report(request.config.getoption("--gpu-report") or machine.folder, machine.card, name)
-    if kept.is_made():
+    if kept.path.exists():
         pytest.skip(f"its figures are in {kept.path}")
     return kept
 

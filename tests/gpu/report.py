@@ -1,18 +1,12 @@
 """Keep the figures of GPU tests in --gpu-report's folder for this card: a file per test, and a table, report.md."""
 
-import hashlib
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tools.console.files import write_json, write_text
 from tools.console.markdown import table
-from tools.console.places import ROOT
-
-SOURCES = ("megatron/remoe", "tools/recipes", "benchmarks", "tests/gpu")
-OF_TEST = {"environment": ("tests/gpu/environment.py", "benchmarks/timed_entry.py")}
 
 
 class Report:
@@ -21,22 +15,16 @@ class Report:
     Attributes:
         folder: the folder for this card.
         path: the test's file.
-        sources: digest of the source code that the test measures.
     """
 
     def __init__(self, folder: Path, card: str, test: str) -> None:
         self.folder = folder.resolve() / re.sub(r"\W+", "-", card.lower()).strip("-")
         self.path = self.folder / f"{test}.json"
-        self.sources = digest(OF_TEST.get(test, SOURCES))
         self.folder.mkdir(parents=True, exist_ok=True)
-
-    def is_made(self) -> bool:
-        """Return whether these sources have figures already."""
-        return self.path.exists() and json.loads(self.path.read_text(encoding="utf-8"))["sources"] == self.sources
 
     def __call__(self, figures: dict[str, Any]) -> None:
         """Write the test's figures, and the table: then both exist if a time limit ends the session."""
-        write_json(self.path, figures | {"sources": self.sources})
+        write_json(self.path, figures)
         files = sorted(self.folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
         write_text(self.folder / "report.md", "\n".join(table(["test", "figures"], map(row, files))) + "\n")
 
@@ -47,12 +35,3 @@ def row(path: Path) -> list[str]:
     single = {name: value for name, value in figures.items() if isinstance(value, int | float | str)}
     shown = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in single.items())
     return [path.stem, "; ".join(shown)]
-
-
-def digest(places: Sequence[str]) -> str:
-    """Return a digest of the Python files in these folders, or of these files."""
-    found = hashlib.sha256()
-    for place in places:
-        for path in sorted((ROOT / place).rglob("*.py")) if (ROOT / place).is_dir() else [ROOT / place]:
-            found.update(path.read_bytes())
-    return found.hexdigest()[:16]

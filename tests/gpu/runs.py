@@ -88,12 +88,6 @@ class Case:
         return environment, rehearsal_flags(flags, steps)
 
 
-def environment(machine: Machine) -> dict[str, Any]:
-    """Return card, driver, versions and rates."""
-    printed = machine.python(HERE / "environment.py")
-    return json.loads(next(line for line in reversed(printed.splitlines()) if line.startswith("{")))
-
-
 def train_launched(machine: Machine, case: Case, stage: str, steps: int, limit: float = 240) -> dict[str, Any]:
     """Train at the "dense" start or kept "steady" at the target; return medians after `WARM_UP`, memory and forecast.
 

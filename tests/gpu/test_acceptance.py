@@ -15,7 +15,7 @@ import torch
 from megatron.remoe.layer import counting
 from tests.golden_run import FLAGS, committed, differences
 from tests.gpu.report import Report
-from tests.gpu.runs import FUSED_FLAGS, Case, Machine, environment, profile, train_golden, train_launched
+from tests.gpu.runs import FUSED_FLAGS, Case, Machine, profile, train_golden, train_launched
 from tests.layers import make_config, make_layer
 from tools.console.flags import last_value
 from tools.plan.fake_ranks import Pairs
@@ -36,12 +36,6 @@ LAUNCHES = [
 ]
 FINER = [(Case(kernels=TRITON, flags=("--moe-granularity", number)), "steady") for number in ("8", "64")]
 GRAINS = {"(8, 1)": (8, 1), "(8, 8)": (64, 8), "(64, 1)": (64, 1)}  # (E, G): experts, and active ones per token
-
-
-def test_environment(machine: Machine, report: Report) -> None:
-    figures = environment(machine)
-    report(figures)
-    assert figures["bf16_tflops"] > 10 and figures["copy_tb_per_second"] > 0.1
 
 
 def launch(case: Case, stage: str, machine: Machine, report: Report) -> None:

@@ -23,10 +23,6 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
     return Machine(tmp_path_factory.mktemp("gpu"), "H100 (rehearsal)", h100())
 
 
-def test_environment(machine: Machine) -> None:
-    assert runs.environment(machine)["card"].endswith("(rehearsal)")
-
-
 @pytest.mark.parametrize(("kernels", "stage"), [("triton", "steady"), ("", "dense")])
 def test_launch(kernels: str, stage: str, machine: Machine, tmp_path: Path) -> None:
     settings = {"GPU": "h100"}
@@ -35,9 +31,7 @@ def test_launch(kernels: str, stage: str, machine: Machine, tmp_path: Path) -> N
     assert found["seconds"] > 0 and found["host_seconds"] > 0
     assert found["peak_allocated_gib"] == pytest.approx(found["forecast_gib"], rel=0.1) and found["flops"] > 1e12
     report = Report(tmp_path, "NVIDIA H100 80GB HBM3", "launch")
-    assert not report.is_made()
     report(found)
-    assert report.is_made() and not Report(tmp_path, "NVIDIA H200", "launch").is_made()
     kept = (tmp_path / "nvidia-h100-80gb-hbm3" / "report.md").read_text()
     assert "launch" in kept and "tokens_per_second" in kept
 

@@ -1,17 +1,12 @@
-"""Compile Triton kernels for any GPU without having one, in another process because this one interprets them."""
+"""Compile a Triton kernel for a GPU without having one."""
 
-import json
-import os
+import importlib
 import re
 import subprocess
-import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
-
-from tests.trainings import REPOSITORY
-
-CAPABILITIES = 80, 90, 100
 
 
 @dataclass(frozen=True)
@@ -34,35 +29,8 @@ class Kernel:
     num_warps: int = 4
 
 
-@dataclass(frozen=True)
-class Usage:
-    """The resources of a kernel's machine code: registers per thread, and bytes per thread spilled to memory."""
-
-    name: str
-    capability: int
-    registers: int
-    spilled: int
-
-
-def usages(kernels: Sequence[Kernel], capabilities: Sequence[int] = CAPABILITIES) -> list[Usage]:
-    """Compile each kernel for each compute capability (80 for 8.0), and print and return its usage."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    asked = json.dumps([[asdict(kernel) for kernel in kernels], list(capabilities)])
-    command = [sys.executable, "-m", "tests.kernels.compiled"]
-    done = subprocess.run(
-        command, input=asked, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = [Usage(**usage) for usage in json.loads(done.stdout)]
-    for usage in found:
-        print(f"{usage.name}, sm{usage.capability}: {usage.registers} registers, {usage.spilled} bytes spilled")
-    return found
-
-
-def _usage(kernel: Kernel, capability: int) -> Usage:
-    import importlib
-    import tempfile
-
+def spilled_bytes(kernel: Kernel, capability: int) -> int:
+    """Return the bytes per thread that the machine code spills to memory, for a compute capability (80 for 8.0)."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -82,11 +50,4 @@ def _usage(kernel: Kernel, capability: int) -> Usage:
         cubin.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
         listed = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True)
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", listed.stdout)}
-    return Usage(kernel.name, capability, numbers["REG"], numbers["STACK"] + numbers["LOCAL"])
-
-
-if __name__ == "__main__":
-    kernels, capabilities = json.load(sys.stdin)
-    found = [_usage(Kernel(**kernel), capability) for kernel in kernels for capability in capabilities]
-    json.dump([asdict(usage) for usage in found], sys.stdout)
+    return sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", listed.stdout)))

@@ -1,6 +1,5 @@
 """Test router, L1 term, dispatch and experts together against an oracle in float64."""
 
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +10,10 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
-from megatron.remoe.kernels.pytorch import TokenOrder
-from megatron.remoe.layer import dispatcher
 from megatron.remoe.layer.dispatcher import PlannedAlltoAllDispatcher
 from megatron.remoe.layer.layer import ReMoELayer, takes_plans
 from megatron.remoe.layer.ways import ByMegatron
-from tests.layers import HIDDEN, SumTypes, expert_weights, make_config, make_layer, make_topk_config, oracle
+from tests.layers import HIDDEN, expert_weights, make_config, make_layer, make_topk_config, oracle
 
 pytestmark = pytest.mark.usefixtures("process_groups")
 
@@ -131,19 +128,6 @@ def results(layer: ReMoELayer, tokens: torch.Tensor, output: torch.Tensor) -> li
     return [output, *torch.autograd.grad(output.sin().sum(), weights)]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_tokens_rows_are_added_up_in_fp32(dtype: torch.dtype) -> None:
-    """Outputs of the experts are added up in fp32 in the forward pass, and gradients in the backward pass."""
-    rows = torch.arange(5).repeat(4)
-    tokens = torch.randn(5, 16, dtype=dtype, requires_grad=True)
-    with SumTypes() as sums:
-        output = dispatcher._Sum.apply(dispatcher._Take.apply(tokens, TokenOrder(rows)), TokenOrder(rows), 5)
-        output.sum().backward()
-    assert sums.found == {torch.float32} and output.dtype == tokens.grad.dtype == dtype
-    torch.testing.assert_close(output, 4 * tokens)
-    torch.testing.assert_close(tokens.grad, torch.full_like(tokens, 4.0))
-
-
 @pytest.mark.parametrize("fused", [False, True], ids=["sequential", "grouped"])
 @pytest.mark.parametrize(
     ("make", "changes"),
@@ -201,47 +185,17 @@ def test_the_dispatcher_is_chosen_when_the_layer_is_built() -> None:
         assert not takes_plans(topk)
 
 
-def test_tensor_parallelism_wants_sequence_parallelism() -> None:
-    """The layer refuses to train without it, as Megatron's does."""
-    layer = make_layer(make_config())
-    layer.attn_tp_group = types.SimpleNamespace(size=lambda: 2)
-    tokens = torch.randn(7, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device)
-    with pytest.raises(ValueError, match="sequence parallelism"):
-        layer(tokens)
-    layer.eval()(tokens)
-
-
-def test_shared_expert_is_added() -> None:
-    torch.manual_seed(2)
-    layer = make_layer(make_config(moe_shared_expert_intermediate_size=8))
-    tokens = torch.randn(4, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device)
-    output, _ = layer(tokens)
-    flat = tokens.reshape(-1, HIDDEN)
-    routed, _, _ = oracle(flat, layer.router.weight, expert_weights(layer), 1)
-    torch.testing.assert_close(output, routed.view_as(tokens) + layer.shared_experts(tokens))
-
-
-@pytest.mark.parametrize("granularity", ["full", "selective"])
-def test_recompute_counts_once_and_keeps_gradients(granularity: str) -> None:
+def test_recompute_counts_once_and_keeps_gradients() -> None:
+    """tests/layer/test_bounded_memory.py has selective recomputation."""
     from megatron.core.tensor_parallel import checkpoint
 
-    found, weights = [], None
-    for recompute in (False, True):
-        torch.manual_seed(3)
-        selective = recompute and granularity == "selective"
-        config = make_config(
-            moe_relu_l1_reg_coeff_init=0.2,
-            **({"recompute_granularity": "selective", "recompute_modules": ["moe"]} if selective else {}),
-        )
-        layer = make_layer(config)
-        weights = weights or layer.state_dict()
-        layer.load_state_dict(weights)
-        tokens = torch.randn(5, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
-        if recompute and granularity == "full":
-            output = checkpoint(lambda hidden, layer=layer: layer(hidden)[0], False, tokens)
-        else:
-            output = layer(tokens)[0]
+    layer, found = make_layer(make_config(moe_relu_l1_reg_coeff_init=0.2)), []
+    tokens = torch.randn(5, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
+    for forward in (layer, lambda hidden: [checkpoint(lambda hidden: layer(hidden)[0], False, hidden)]):
+        layer.router.counts = None
+        output = forward(tokens)[0]
         output.pow(2).sum().backward()
         found.append((output.detach(), tokens.grad, layer.router.weight.grad, layer.router.counts.table))
+        tokens.grad = layer.router.weight.grad = None
     for plain, recomputed in zip(*found, strict=True):
         torch.testing.assert_close(plain, recomputed)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from megatron.remoe.routing.controller import SparsityController
-from megatron.remoe.routing.refusals import relu_routing_problems
 from tests.layers import HIDDEN, make_config, make_layer
 
 pytestmark = pytest.mark.usefixtures("process_groups")
@@ -55,17 +54,3 @@ def test_the_language_loss_reaches_computed_gates_alone(capped) -> None:
     probs, computed = capped.routing(logits)
     probs.sum().backward()
     torch.testing.assert_close(logits.grad.view(-1, 4), computed.to(logits.dtype))
-
-
-@pytest.mark.parametrize(
-    ("changes", "flag"),
-    [
-        ({"moe_relu_max_experts": 0}, "--moe-relu-max-experts 0"),
-        ({"moe_relu_max_experts": 5}, "--moe-relu-max-experts 5"),
-    ],
-)
-def test_values_out_of_range_are_refused(changes: dict[str, float], flag: str) -> None:
-    config = make_config()
-    for name, value in changes.items():
-        setattr(config, name, value)
-    assert [problem for problem in relu_routing_problems(config) if flag in problem and "[REMOE-E205]" in problem]

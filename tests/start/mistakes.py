@@ -1,7 +1,6 @@
 """Mistakes in the entry's flags and environment, and the messages that users must get."""
 
 import re
-import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,66 +67,49 @@ def resumed(flags: str = "", routing: list[str] = RELU, run: str = "remoe") -> A
 
 MAKE = "tools/preprocess_data.py"
 HYBRID = "--hybrid-layer-pattern *E*E"
-GPT2 = "--tokenizer-type GPT2BPETokenizer --vocab-file"
 ENTRY = {
     "a hybrid without experts": Case(on("text", "--hybrid-layer-pattern *-*-"), "E202|*-*-"),
     # data; tests/files has all kinds of damage
     "no data": Case(lacking("--data-path"), "E301|--data-path|--mock-data"),
     "missing data": Case(on("nowhere"), f"E301|--data-path|nowhere.idx|nowhere.bin|{MAKE}"),
-    "with suffix": Case(on("text.bin"), "E301|text.bin|suffix"),
     "truncated .bin": Case(on("short_bin"), f"E302|short_bin.bin|1,000 bytes|{MAKE}"),
-    "a flipped bit in a length": Case(on("flipped"), f"E302|flipped.idx|{MAKE}"),
     "less than a sequence": Case(on("few", "--split 100,0,0"), "E304|4 tokens|--seq-length 64"),
     "no document for validation": Case(on("one", "--eval-iters 1"), "E304|1 document(s)|validation|--split 90,10,0"),
-    "no documents": Case(on("nothing"), "E304|0 document(s)|training"),
     "nothing to train on": Case(on("text", "--split 0,100,0"), "E304|--split 0,100,0|training"),
-    "nothing to evaluate on": Case(on("text", "--split 100,0,0 --eval-iters 1"), "E304|--split 100,0,0|validation"),
-    "split of words": Case(on("text", "--split most,rest"), "E304|--split most,rest"),
-    "weight that is none": Case(on("text", "--data-path 0.5 {text} half {one}"), "E301|--data-path 0.5"),
-    "negative weight": Case(on("text", "--data-path 0.5 {text} -1 {one}"), "E303|--data-path|-1.0"),
-    "missing list of data sets": Case(lacking("--data-path", "--data-args-path {list}"), "E301|list|No such"),
+    "missing list of data sets": Case(lacking("--data-path", "--data-args-path {list}"), "E303|list|No such"),
     "a list of data sets that is no JSON": Case(
         lacking("--data-path --split", "--per-split-data-args-path {file}"), "E303|file|JSON"
     ),
     "vocabulary too small": Case(on("text", "--vocab-size 100 --make-vocab-size-divisible-by 8"), "E305|token 256"),
     "negative id": Case(on("negative", "--split 100,0,0"), "E305|token -7|384"),
-    "vocabulary that is no JSON": Case(plain(f"{GPT2} {{file}} --merge-file {{file}}"), "E307|--vocab-file|file"),
     # flags
     "several missing": Case(lacking("--lr --train-iters --seq-length"), "E201|--seq-length, --lr, --train-iters"),
-    "misspelled": Case(on("text", "--num-expert 8"), "--num-expert 8|Did you mean --num-experts"),
     "like no other flag": Case(on("text", "--learning-rate 1"), "--learning-rate 1. --help lists all flags"),
     "heads": Case(on("text", "--num-attention-heads 5"), "num_attention_heads|Megatron refuses these settings"),
     "whole validation": Case(on("text", "--full-validation"), "E203|--full-validation|--multiple-validation-sets"),
     "kernels without a GPU": Case(
         on("text", "--moe-kernels triton"), "E102|--moe-kernels triton|no GPU", unset=("TRITON_INTERPRET",)
     ),
+    "an optimizer of matrices": Case(on("text", "--optimizer muon"), "E209|--no-local-layer-fusion"),
     # checkpoints
     "no checkpoint": Case(on("text", "--load /nowhere --finetune"), "E404|--load /nowhere"),
     "none to read settings from": Case(
         on("text", "--load /nowhere --exit-on-missing-checkpoint --use-checkpoint-args"), "E404|--load"
     ),
     "other width": Case(resumed("--hidden-size 128"), "E413|--hidden-size 64 in the checkpoint, 128 here"),
-    "other vocabulary": Case(resumed("--vocab-size 900"), "E413|padded-vocab-size 384 in the checkpoint"),
     "other topk and rate, allowed": Case(
         resumed("--moe-router-topk 2 --lr 1e-3 --allow-changed-settings"),
         "E413|: --lr 0.004 in the checkpoint, 0.001 here. ",
     ),
     "top-k under ReLU": Case(resumed(run="topk"), "E413|--moe-relu-routing"),
     "a hybrid as GPT": Case(resumed(run="hybrid"), "E413|--hybrid-layer-pattern *E*E in the checkpoint"),
-    "other warm-up": Case(resumed("--lr-warmup-init 1e-5"), "E415|--lr-warmup-init 0.0 in the checkpoint, 1e-05 here"),
-    "longer training": Case(resumed("--train-iters 8"), "E415|decays over 16 samples|--override-opt_param-scheduler"),
+    "longer training": Case(resumed("--train-iters 8"), "do not match|--override-opt_param-scheduler", code=1),
     "dense as pretrained": Case(on("text", "--pretrained-checkpoint {dense}"), "remoe convert", code=1),
     "truncated checkpoint": Case(on("text", "--finetune --load {cut}"), "E401|--load|truncated"),
     "no such iteration": Case(resumed("--ckpt-step 7"), "E402|--ckpt-step 7|Iteration 2 "),
     "a new training over old": Case(on("text", "--save {remoe} --save-interval 2"), "E407|--save|iteration 2"),
     # places
     "--save below a file": Case(on("text", "--save {file}/x --save-interval 1"), "E105|--save|file/x|Not a directory"),
-    "no GPU on the second of two nodes": Case(
-        lambda user: [word for word in on("text")(user) if word != "--cpu"],
-        f"E107|rank 2 on {socket.gethostname()}|GPU|--cpu",
-        environment={"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}
-        | {"LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "-1"},
-    ),
     "MASTER_PORT in use": Case(
         on("text"), "DistNetworkError|EADDRINUSE|choose another MASTER_PORT", code=1, environment={"MASTER_PORT": ""}
     ),

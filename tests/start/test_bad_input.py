@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.remoe.files.indexed import HEADER, IndexedWriter, bin_path, idx_path
+from megatron.remoe.files.indexed import IndexedWriter, bin_path, idx_path
 from tests.data_sets import write_documents
 from tests.entry import LIMIT, Entry
-from tests.gpt2_reference import gpt2_files
 from tests.start.mistakes import ENTRY, HYBRID, User, on, plain, resumed
 from tests.tiny_model import RELU, TOPK
 
@@ -27,36 +26,18 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-def copied(user: User, name: str) -> tuple[Path, Path]:
-    """Copy the data set, to damage it; return the .bin and .idx of the copy."""
-    for path in (bin_path, idx_path):
-        shutil.copy(path(user.folder / "text"), path(user.folder / name))
-    return bin_path(user.folder / name), idx_path(user.folder / name)
-
-
-def write_ids(prefix: Path, ids: list[int], kind: type) -> None:
-    with IndexedWriter(prefix, np.dtype(kind)) as writer:
-        writer.add(np.array(ids, dtype=kind), np.array([len(ids)]))
-        writer.finish()
-        writer.publish()
-
-
 def make_data_sets(user: User, source: Path) -> None:
     for path in (bin_path, idx_path):
-        shutil.copy(path(source), path(user.folder / "text"))
-    os.truncate(copied(user, "short_bin")[0], 1000)
-    flipped = copied(user, "flipped")[1]
-    data = bytearray(flipped.read_bytes())
-    data[HEADER.size + 4] ^= 1
-    flipped.write_bytes(data)
+        for name in ("text", "short_bin"):
+            shutil.copy(path(source), path(user.folder / name))
+    os.truncate(user.folder / "short_bin.bin", 1000)
     write_documents(user.folder / "few", [b"abc"])
     write_documents(user.folder / "one", [b"abc" * 1000])
-    write_ids(user.folder / "negative", [5, -7, *[6] * 1000], np.int32)
-    write_ids(user.folder / "nothing", [], np.uint16)
+    with IndexedWriter(user.folder / "negative", np.dtype(np.int32)) as writer:
+        writer.add(np.array([5, -7, *[6] * 1000]), np.array([1002]))
+        writer.finish()
+        writer.publish()
     (user.folder / "file").write_text("a regular file\n")
-    (user.folder / "folder").mkdir()
-    for name, file in zip(("vocabulary", "merges"), gpt2_files(), strict=True):
-        shutil.copy(file, user.folder / name)
 
 
 @pytest.fixture(scope="module")

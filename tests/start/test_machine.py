@@ -2,21 +2,14 @@
 
 import os
 import re
-import socket
-import subprocess
-import sys
 import sysconfig
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron.remoe.files.errors import DataError, UsageError
+from megatron.remoe.files.errors import UsageError
 from megatron.remoe.start import machine
-from tests.trainings import REPOSITORY
-
-IMPORT_MEGATRON = "import megatron.core.tensor_parallel.layers as layers; print('have', layers.HAVE_TE)"
 
 
 @pytest.fixture
@@ -54,7 +47,6 @@ def test_what_compiling_needs(
         without.setenv(name, value)
     if "include" in variables:
         without.setattr(sysconfig, "get_path", lambda *_: variables["include"])
-    without.setattr(machine, "disable_broken_engine", lambda notify: None)
     machine.disable_unavailable(on_cpu=False)
     said = capsys.readouterr().err
     assert missing in said and bool(said) == bool(missing)
@@ -84,44 +76,3 @@ def test_triton_kernels_where_they_can_run(
     with pytest.raises(UsageError, match=re.escape(words)) as refused:
         machine.check_kernels("triton", on_cpu)
     assert refused.value.code == "REMOE-E102"
-
-
-def engine(folder: Path, start: str) -> None:
-    package = folder / "transformer_engine"
-    package.mkdir()
-    (package / "__init__.py").write_text(f"{start}\n__version__ = '2.20.2'\n")
-    (package / "pytorch.py").touch()
-
-
-def python(lines: str, path: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": f"{path}:{REPOSITORY}", "RANK": "0"}
-    return subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, env=environment)
-
-
-@pytest.mark.parametrize("on_cpu", [False, True])
-def test_a_broken_engine_counts_as_not_installed(on_cpu: bool, tmp_path: Path) -> None:
-    engine(tmp_path, "raise RuntimeError('curand shared object not found.\\nand more')")
-    assert "curand shared object not found" in python(IMPORT_MEGATRON, tmp_path).stderr, "Megatron bears it by now"
-    call = f"from megatron.remoe.start import machine; machine.disable_unavailable({on_cpu})\n"
-    result = python(2 * call + IMPORT_MEGATRON, tmp_path)
-    assert "have False" in result.stdout, result.stderr
-    expected = "Transformer Engine cannot be imported (RuntimeError: curand shared object not found.) and counts as"
-    assert result.stderr.count(expected) == (0 if on_cpu else 1)
-
-
-def test_an_engine_that_works_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    engine(tmp_path, "")
-    monkeypatch.syspath_prepend(tmp_path)
-    machine.disable_broken_engine(notify=True)
-    assert all(sys.modules.pop(name) for name in ("transformer_engine.pytorch", "transformer_engine"))
-    assert not capsys.readouterr().err
-
-
-@pytest.mark.parametrize("local", ["", "4", "2"])
-def test_only_node_may_have_no_gpu(local: str, without: pytest.MonkeyPatch) -> None:
-    without.setenv("WORLD_SIZE", "4")
-    without.setenv("LOCAL_WORLD_SIZE", local)
-    if not local:  # started without torchrun
-        without.delenv("LOCAL_WORLD_SIZE")
-    with pytest.raises(DataError, match=socket.gethostname()) if local == "2" else nullcontext():
-        machine.check_node()

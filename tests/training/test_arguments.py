@@ -1,14 +1,11 @@
 """Test the flags: granularity, values out of range, and every setting that ReLU routing refuses."""
 
 import argparse
-import importlib.metadata
 import sys
 from collections.abc import Callable
 
 import pytest
 
-import megatron.remoe
-from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.training import arguments
 from tests.tiny_model import EXPERTS, RELU, TOPK
 from tests.trainings import REPOSITORY, TINY
@@ -76,6 +73,7 @@ BAD_VALUES = [
     (TOPK, f"{WARMUP} --moe-expert-capacity-factor 1", "factor 1.0 cannot be used with --moe-warmup", "Leave it out"),
     (RELU, "--moe-relu-l1-reg-coeff-multiplier 1.0", "multiplier 1.0", "above 1"),
     (RELU, "--moe-relu-l1-reg-coeff-init nan", "init nan", "positive"),
+    (RELU, "--moe-relu-max-experts 9", "--moe-relu-max-experts 9", "8"),
     (RELU, "--moe-relu-layer-floor 1", "--moe-relu-layer-floor 1.0", "below 1"),
     (TOPK, "--moe-granularity 0", "--moe-granularity 0", "at least 1"),
     ("", "--moe-granularity 2", "--moe-granularity 2", "--num-experts"),
@@ -131,23 +129,6 @@ def test_flags_of_the_fork_are_taken_and_what_it_ignores_is_told_once(
         assert not args.moe_aux_loss_coeff and not args.moe_router_pre_softmax
         ignored.append([line for line in capsys.readouterr().err.splitlines() if "ignored" in line])
     assert ignored[1] == [] and len(ignored[0]) == 1 and all(words in ignored[0][0] for words in expected)
-
-
-def test_a_checkout_without_metadata_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = importlib.metadata.version("megatron-core")
-
-    def none(name: str) -> str:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", none)
-    assert megatron.remoe.megatron_version() == installed
-
-
-def test_refusals_hold_in_the_library_too() -> None:
-    shape = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "moe_relu_routing": True}
-    with pytest.raises(ValueError, match="--moe-expert-capacity-factor 1.0 cannot be used"):
-        ReMoEConfig(**shape, num_moe_experts=4, moe_router_topk=1, moe_expert_capacity_factor=1.0)
-    assert ReMoEConfig(**shape, num_moe_experts=4, moe_router_topk=1).target_sparsity == 0.75
 
 
 def test_a_page_lists_every_flag() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron.remoe.files.errors import DataError
-from megatron.remoe.files.gpt2_files import byte_level_vocabulary, read_gpt2_vocabulary
+from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder, use_local_gpt2_files
 from tests.gpt2_reference import gpt2_files, random_text
 
@@ -88,23 +88,12 @@ def test_cache_that_cannot_be_written(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     folder = gpt2_tokenizer_folder(*gpt2_files())
     assert folder.parent == tmp_path / f"megatron-remoe-{os.getuid()}" and (folder / "vocab.json").exists()
-    with pytest.raises(OSError):
-        gpt2_tokenizer_folder(*gpt2_files(), cache_dir=tmp_path / "file")
-
-    def nobodys(_: type[Path]) -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", classmethod(nobodys))
-    assert gpt2_tokenizer_folder(*gpt2_files()) == folder
 
 
 def broken(what: str, folder: Path) -> tuple[Path, Path]:
     vocab_file, merge_file = byte_level_vocabulary(folder)
     tokens = json.loads(vocab_file.read_text())
-    if what == "missing":
-        vocab_file.unlink()
-    elif what == "swapped":
+    if what == "swapped":
         vocab_file, merge_file = merge_file, vocab_file
     elif what == "no end of text":
         vocab_file.write_text(json.dumps({token: i for token, i in tokens.items() if token != "<|endoftext|>"}))
@@ -118,15 +107,13 @@ def broken(what: str, folder: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        *(("missing", "no such file"), ("swapped", "not a vocabulary"), ("gap", "ids"), ("no byte", "lacks 1 .*'a'")),
+        *(("swapped", "not a vocabulary"), ("gap", "ids"), ("no byte", "lacks 1 .*'a'")),
         ("no end of text", r"<\|endoftext\|>.*256\)"),
     ],
 )
 def test_files_that_are_wrong(what, message, tmp_path) -> None:
     files = broken(what, tmp_path)
     message = f"--vocab-file {files[0]}.*{message}"
-    with pytest.raises(DataError, match=message):
-        read_gpt2_vocabulary(*files)
     with pytest.raises(DataError, match=message):
         gpt2_tokenizer_folder(*files, cache_dir=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()

@@ -51,22 +51,6 @@ def logged(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [record for record in read_run_log(folder / "metrics.jsonl") if record["kind"] == kind]
 
 
-def assert_log_tells_what_is_printed(folder: Path, output: str) -> None:
-    printed, lines = records(output), logged(folder, "log")
-    assert [line["iteration"] for line in lines] == list(printed)
-    for line, fields in zip(lines, printed.values(), strict=True):
-        for name in {"load_balancing_loss", "flip rate"} & fields.keys() | {"lm loss", "learning rate", "grad norm"}:
-            printed_digits = 5e-4 if name == "grad norm" else 1e-6
-            assert line[name.replace(" ", "_")] == pytest.approx(float(fields[name]), rel=1e-6, abs=printed_digits)
-        assert ("sparsity" in line) == ("sparsity" in fields)
-        if "sparsity" in line:
-            load = [share for row in line["tokens_per_expert"].values() for share in row]
-            assert 1 - sum(load) / len(load) == pytest.approx(float(fields["sparsity"]), abs=1e-4)
-    flips = {record["iteration"]: record["rate"] for record in logged(folder, "flips")}
-    rates = {iteration: float(fields["flip rate"]) for iteration, fields in printed.items() if "flip rate" in fields}
-    assert flips == pytest.approx(rates, abs=1e-6)
-
-
 def summary(output: str) -> str:
     """Return the line before the first step; check its steps and tokens."""
     (line,) = (line for line in output.splitlines() if line.startswith("Training: "))
@@ -162,7 +146,6 @@ def test_resume_is_bit_for_bit(layout: str, processes: int, arguments: list[str]
     uninterrupted = without_flips(uninterrupted)
     for iteration, record in resumed.items():
         assert record == uninterrupted[iteration]
-    assert_log_tells_what_is_printed(tmp_path / "whole", whole)
     assert [record["iteration"] for record in logged(tmp_path / "parts", "log")] == list(range(1, 7))
     assert [record["iteration"] for record in logged(tmp_path / "parts", "start")] == [0, 3]
     expected, found = weights(tmp_path / "whole", 6), weights(tmp_path / "parts", 6)
@@ -171,19 +154,12 @@ def test_resume_is_bit_for_bit(layout: str, processes: int, arguments: list[str]
         assert torch.equal(expected[key], found[key]), key
 
 
-def test_local_layers_refuse_optimizers_of_matrices(data: Path) -> None:
-    """Adam instead of Muon would train stacked experts."""
-    output = train(data, *RELU, "--optimizer", "muon", expect=2)
-    assert "REMOE-E209" in output and "--no-local-layer-fusion" in output.splitlines()[-1]
-
-
 @pytest.mark.parametrize(("kind", "arguments"), [("dense model, 123,200", []), ("top-k MoE, 468,288", TOPK)])
 def test_without_relu_routing_it_is_megatrons_own_training(
     kind: str, arguments: list[str], data: Path, tmp_path: Path
 ) -> None:
     output = train(data, *arguments, "--save", str(tmp_path), "--save-interval", "8")
     assert f"{kind} parameters" in summary(output)
-    assert_log_tells_what_is_printed(tmp_path, output)
     record = records(output)[8]
     assert not set(ROUTING) & set(record)
     assert ("load balancing loss" in record or "load_balancing_loss" in output) == bool(arguments)
@@ -237,9 +213,6 @@ def test_tensorboard_and_wandb_get_the_same_figures(data: Path, tmp_path: Path) 
     assert list(values.values()) == pytest.approx([printed[step - 1] for step in values], abs=1e-6)
     for name in ("target_sparsity", "l1_coefficient", "l1_loss", "lowest_layer_sparsity", "highest_layer_sparsity"):
         assert len(events.Scalars(f"moe_relu/{name}")) == 4
-    against_samples = {event.step: event.value for event in events.Scalars("moe_relu/sparsity vs samples")}
-    consumed = series(output, "consumed samples")
-    assert against_samples == {consumed[step - 1]: value for step, value in values.items()}
     load = [events.Scalars(f"moe_relu/tokens_per_expert_layer_1_expert_{e}")[-1].value for e in range(8)]
     layer = events.Scalars("moe_relu/sparsity_layer_1")[-1].value
     assert 1 - sum(load) / 8 == pytest.approx(layer, abs=1e-6)

@@ -5,6 +5,7 @@ Megatron with its reason.
 """
 
 import argparse
+import os
 
 import torch
 
@@ -17,8 +18,10 @@ CPU_FLAG = "--cpu"
 
 
 def is_wanted(command_line: list[str]) -> bool:
-    """Return whether to train on the CPU: there is no accelerator, or the user asks for it."""
-    return CPU_FLAG in command_line or not torch.cuda.is_available()
+    """Return whether to train on the CPU: the user asks for it, or this is the only node and has no accelerator."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    is_only_node = os.environ.get("LOCAL_WORLD_SIZE", world) == world
+    return CPU_FLAG in command_line or (is_only_node and not torch.cuda.is_available())
 
 
 def add_cpu_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -9,32 +9,17 @@ from typing import Any
 import torch
 from torch.distributed import DeviceMesh
 
-import megatron.remoe
 from megatron.remoe.cpu import facade
 from megatron.remoe.cpu.collectives import with_padding
 from megatron.remoe.cpu.matmul import use_onednn
 from megatron.remoe.cpu.vector_norm import sum_in_chunks
 
-WRITTEN_FOR = ("0.19.2",)
 # Parameters of glibc's mallopt, from malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def install() -> None:
-    """Make Megatron run on the CPU in this process. Call it before anything else of Megatron is imported.
-
-    Raises:
-        SystemExit: the installed megatron-core is a version that this was not written for, and REMOE_TRY_MEGATRON is
-            not set.
-    """
-    version = megatron.remoe.megatron_version()
-    if version not in WRITTEN_FOR and not os.environ.get("REMOE_TRY_MEGATRON"):
-        raise SystemExit(
-            f"Training on the CPU was written for megatron-core {' or '.join(WRITTEN_FOR)}, {version} is installed. "
-            f"Install it with: pip install 'megatron-core[training]=={WRITTEN_FOR[-1]}'. "
-            "On a machine with an accelerator this version is fine. "
-            "REMOE_TRY_MEGATRON=1 in the environment tries it here."
-        )
+    """Make Megatron run on the CPU in this process. Call it before anything else of Megatron is imported."""
     # Megatron decorates small functions with torch.compile, which needs a C++ compiler and a minute on a CPU.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     # Megatron requires it for tensor parallelism. It orders CUDA kernels and has no effect here.

@@ -83,10 +83,10 @@ def forward_figures() -> None:
 
     @replace(training, "save_checkpoint")
     def save(stock: Any, iteration: int, *others: Any, **options: Any) -> Any:
-        totals: Callable[[], dict[str, int]]
-        totals = getattr(get_moe_metrics_tracker(), "totals", dict)  # Megatron's own tracker has none
-        if _is_wanted() and (found := totals()):
-            run_logger().info({"kind": "checkpoint", "iteration": iteration} | found)
+        # Megatron's own tracker has no totals.
+        totals: dict[str, int] = getattr(get_moe_metrics_tracker(), "totals", dict)() if _is_wanted() else {}
+        if totals:
+            run_logger().info({"kind": "checkpoint", "iteration": iteration} | totals)
         return stock(iteration, *others, **options)
 
 
@@ -106,9 +106,9 @@ def _figures(given: Mapping[str, Any], sums: Mapping[str, Any], seconds: float) 
     advanced, skipped, not_finite = (sums[name] for name in COUNTERS)
     seconds /= max(1, advanced + skipped)
     figures = {_key(name): float(total) / max(1, advanced) for name, total in sums.items() if name not in COUNTERS}
-    of_step = {name: given[name] for name in ("learning_rate", "loss_scale", "grad_norm", "params_norm")}
-    of_step["num_zeros"] = given["num_zeros_in_grad"]
-    figures |= {
+    last_step = {name: given[name] for name in ("learning_rate", "loss_scale", "grad_norm", "params_norm")}
+    last_step["num_zeros"] = given["num_zeros_in_grad"]
+    return figures | {
         "consumed_samples": args.consumed_train_samples,
         "global_batch_size": batch,
         "seconds_per_iteration": seconds,
@@ -117,17 +117,10 @@ def _figures(given: Mapping[str, Any], sums: Mapping[str, Any], seconds: float) 
         "number_of_nan_iterations": not_finite,
         **{
             name: value.item() if isinstance(value, torch.Tensor) else value
-            for name, value in of_step.items()
+            for name, value in last_step.items()
             if value is not None
         },
     }
-    if args.skipped_train_samples > 0:
-        figures["skipped_samples"] = args.skipped_train_samples
-    if args.log_throughput:
-        counted = {name: given[name] for name in ("seqlen_squared_sum_in_batch", "total_real_tokens_in_batch")}
-        operations = training.num_floating_point_operations(args, batch, **counted)
-        figures["throughput_per_gpu_tflop_s_gpu"] = operations / (max(seconds, 1e-4) * 1e12 * args.world_size)
-    return figures
 
 
 def _key(name: str) -> str:
@@ -142,8 +135,8 @@ def _forwarding(evaluate: Callable[..., Any], prefix: str, iteration: int) -> Ca
     sequences = iter(args.validation_samples if is_whole else ())
 
     def evaluate_and_forward(*arguments: Any, **options: Any) -> Any:
-        found = evaluate(*arguments, **options)
-        name, losses = next(names), found[0]
+        result = evaluate(*arguments, **options)
+        name, losses = next(names), result[0]
         if losses and _is_wanted():  # after the time limit there are no losses
             record: dict[str, Any] = {"kind": "validation", "iteration": iteration}
             record |= {"set": name} if name else {}
@@ -151,7 +144,7 @@ def _forwarding(evaluate: Callable[..., Any], prefix: str, iteration: int) -> Ca
             drawn = options.get("eval_iters", 0) * args.eval_global_batch_size
             record["tokens"] = args.seq_length * (next(sequences) if is_whole else drawn)
             run_logger().info(record | {_key(name): float(loss) for name, loss in losses.items()})
-        return found
+        return result
 
     return evaluate_and_forward
 

@@ -1,15 +1,10 @@
-"""Start without a Makefile, and print the time left."""
+"""Start without Megatron's Makefile."""
 
 import importlib
-import re
 from pathlib import Path
-from typing import Any
 
 from megatron.core.datasets import utils
-from megatron.remoe.patches.patch import patch, replace
-from megatron.training import get_args, training
-
-_LINE = re.compile(r" iteration +(\d+)/ *(\d+) \|.* elapsed time per iteration \(ms\): ([\d.]+) \|")
+from megatron.remoe.patches.patch import patch
 
 
 @patch(
@@ -22,23 +17,3 @@ def use_shipped_helpers() -> None:
     if not (Path(utils.__file__).parent / "Makefile").exists():
         importlib.import_module("megatron.core.datasets.helpers_cpp")
         utils.compile_helpers = lambda: None
-
-
-@patch(
-    changes="training/training.py: print_rank_last",
-    provides="the time left in each line of the log",
-    ends="Megatron prints it",
-)
-def print_time_left() -> None:
-    """Append the hours left to the line of each log interval, from the interval's time per step.
-
-    The first step of a session is slower; its line has no time left unless every step has a line.
-    """
-
-    @replace(training, "print_rank_last")
-    def printing(stock: Any, message: str) -> None:
-        found = _LINE.search(message)
-        if found and int(found[1]) % get_args().log_interval == 0:
-            hours = (int(found[2]) - int(found[1])) * float(found[3]) / 3.6e6
-            message += f" time left (h): {hours:.2f} |"
-        stock(message)

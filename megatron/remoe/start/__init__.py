@@ -1,1 +1,1 @@
-"""Checks before a training starts, and error messages for when it cannot start or fails."""
+"""Checks before a training run starts, and error messages for when it cannot start or fails."""

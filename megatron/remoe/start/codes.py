@@ -3,10 +3,8 @@
 # code | cause | remedy
 CODES = """
 REMOE-E102 | --moe-kernels cannot be used on this machine. | Install the named package, or leave the flag out.
-REMOE-E103 | Another training uses the --save folder. | Wait for it, stop it, or give another --save.
-REMOE-E104 | Another program or version wrote training.lock in --save. | Remove the file if no training runs there.
+REMOE-E103 | Another training run uses the --save folder. | Wait for it, stop it, or give another --save.
 REMOE-E105 | An output folder cannot be written, or is not shared. | Give another folder, or allow writing there.
-REMOE-E107 | A node among several has no GPU. | Repair the node, or give --cpu.
 REMOE-E201 | A required flag is missing. | Give it a value above 0.
 REMOE-E202 | A setting does not work with --hybrid-layer-pattern. | Change the pattern or leave the other flag out.
 REMOE-E203 | A setting would be ignored, or fail after the start. | Follow the message; see checkpoints.md.
@@ -25,11 +23,10 @@ REMOE-E305 | Token ids do not fit the vocabulary. | Give the tokenizer that the 
 REMOE-E307 | GPT-2's vocabulary files are missing or wrong. | Give --vocab-file and --merge-file.
 REMOE-E401 | A checkpoint is damaged or unfinished, and no other one is whole. | Restore it, or give another --load.
 REMOE-E402 | The iteration of --ckpt-step is damaged or missing. | Give the one in the message, or none.
-REMOE-E404 | There is no checkpoint in the given folder. | Give the --save folder of a training.
+REMOE-E404 | There is no checkpoint in the given folder. | Give the --save folder of a training run.
 REMOE-E405 | An object in a checkpoint could run code; it was not executed. | Give another checkpoint or --ckpt-step.
-REMOE-E407 | The training would overwrite newer checkpoints in --save. | Add --load with it, or give another --save.
+REMOE-E407 | The run would overwrite newer checkpoints in --save. | Add --load with it, or give another --save.
 REMOE-E413 | A setting that changes the result differs from the checkpoint's. | Follow the message; see checkpoints.md.
-REMOE-E415 | The learning rate's schedule differs from the checkpoint's. | Give the old values or a flag in the message.
 REMOE-E500 | A tool cannot continue. | Follow the message.
 REMOE-E501 | A tool's flag does not fit the model or another flag. | Give a value as the message says.
 REMOE-E502 | A run has no log, or the file is not a log. | Give a run's folder, its --save, or a log's file.

@@ -5,8 +5,6 @@ data. Data in other formats is left to Megatron.
 """
 
 import argparse
-import math
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     parse_and_normalize_split,
 )
 from megatron.remoe.files.errors import DataError
-from megatron.remoe.files.indexed import IndexedReader, idx_path
+from megatron.remoe.files.indexed import IndexedReader
 
 TOKENS_SAMPLED, PLACES_SAMPLED = 2_000_000, 8
 SPLITS = ("training", "validation", "test")
@@ -40,13 +38,8 @@ def check_data(args: argparse.Namespace, read_blends: BlendReader) -> None:
     if args.mock_data or args.perform_rl_step:
         return
     present = set()
-    for flag, (prefixes, weights), split in _blends(args, read_blends):
+    for flag, (prefixes, _), split in _blends(args, read_blends):
         present |= {number for number, share in enumerate(split) if share is not None}
-        if not all(0.0 < weight < math.inf for weight in weights or []):
-            raise DataError(
-                f"{flag}: has the weights {weights}. Give numbers above 0, and leave out unwanted data sets.",
-                "REMOE-E303",
-            )
         if any("://" in prefix for prefix in prefixes):
             continue
         data_sets = [_open(prefix, flag, thorough=args.rank == 0) for prefix in prefixes]
@@ -94,18 +87,10 @@ def check_vocabulary(args: argparse.Namespace, read_blends: BlendReader) -> None
 
 
 def _open(prefix: str, flag: str, thorough: bool = False) -> IndexedReader:
-    path = Path(prefix)
-    bare = path.with_suffix("")
-    if path.suffix in (".bin", ".idx") and not idx_path(path).is_file() and idx_path(bare).is_file():
-        raise DataError(f"{flag} {prefix}: give the prefix without suffix: {bare}", "REMOE-E301")
     try:
-        return IndexedReader(path, thorough)
+        return IndexedReader(Path(prefix), thorough)
     except DataError as error:
         raise DataError(f"{flag} {prefix}: {error}", error.code) from error
-    except OSError as error:
-        raise DataError(
-            f"{flag} {prefix}: {error.filename}: cannot be read ({error.strerror}).", "REMOE-E301"
-        ) from error
 
 
 def _check_split(
@@ -137,11 +122,7 @@ def _blends(
     """Yield flag, data sets and split matrix of each blend."""
     try:
         blend, per_split = read_blends(args)
-    except OSError as error:
-        raise DataError(
-            f"The list of data sets {error.filename} cannot be read ({error.strerror}).", "REMOE-E301"
-        ) from error
-    except (AssertionError, LookupError, TypeError, ValueError) as error:
+    except (AssertionError, LookupError, OSError, TypeError, ValueError) as error:
         given = args.data_args_path or args.per_split_data_args_path or "--data-path and the like"
         raise DataError(
             f"{given}: cannot be read ({error!r}). Give prefixes, all or none of them with a weight before it; in "
@@ -149,7 +130,8 @@ def _blends(
             "REMOE-E303",
         ) from error
     if blend is not None:
-        yield "--data-path" if args.data_path else "--data-args-path", blend, _split_matrix(args.split)
+        split = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
+        yield "--data-path" if args.data_path else "--data-args-path", blend, split
     elif per_split is not None and any(per_split):
         for number, (name, one) in enumerate(zip(("train", "valid", "test"), per_split, strict=True)):
             if one is not None:
@@ -161,12 +143,3 @@ def _blends(
             "makes one), or --mock-data to try things out.",
             "REMOE-E301",
         )
-
-
-def _split_matrix(split: str | None) -> list[tuple[float, float] | None]:
-    if not re.search("[1-9]", split or ""):  # Megatron takes words as NaN
-        raise DataError(
-            f"--split {split}: give up to three numbers, for training, validation and test, for instance 969,30,1.",
-            "REMOE-E304",
-        )
-    return convert_split_vector_to_split_matrix(parse_and_normalize_split(split))

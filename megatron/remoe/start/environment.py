@@ -7,7 +7,6 @@ A check raises a `UsageError`, which names the flag, its value and the remedy; w
 import argparse
 import os
 import tempfile
-from collections.abc import Mapping
 from typing import Any
 
 from megatron.remoe.files.errors import DataError, UsageError
@@ -48,65 +47,50 @@ def check_settings(args: argparse.Namespace) -> None:
         )
     sets = args.multiple_validation_sets
     ignored = args.fim_data or args.sft or args.dataloader_inter_document_masking or args.logits_load_dir
-    _refuse(
-        "REMOE-E203",
-        {
-            "--full-validation and --multiple-validation-sets: one does not work without the other. Give both.": (
-                args.full_validation != sets
-            ),
-            "--full-validation: Megatron mixes the sets up with virtual pipeline stages. Leave one of them out.": (
-                args.full_validation and args.virtual_pipeline_model_parallel_size
-            ),
-            # training/global_vars.py: set_global_variables passes only the other one on.
-            "--rampup-batch-size: Megatron ignores it. Use --step-batch-size-schedule.": args.rampup_batch_size,
-            # Megatron plans data and learning rates for --train-iters of --micro-batch-size.
-            f"--step-batch-size-schedule {shown(args.step_batch_size_schedule)} needs --train-samples. Give it instead "
-            "of --train-iters.": args.step_batch_size_schedule and not (args.train_samples or args.skip_train),
-            "--fim-data, --sft, --dataloader-inter-document-masking, --logits-load-dir: this program reads tokens from "
-            ".bin/.idx files, with its own loss. Leave them out.": ignored,
-            "--inprocess-restart: this program does not restart in its process. Leave it out.": args.inprocess_restart,
-        }
-        | (_fsdp_problems(args) if args.use_megatron_fsdp else {}),
-    )
+    problems: dict[str, Any] = {
+        "--full-validation and --multiple-validation-sets: one does not work without the other. Give both.": (
+            args.full_validation != sets
+        ),
+        "--full-validation: Megatron mixes the sets up with virtual pipeline stages. Leave one of them out.": (
+            args.full_validation and args.virtual_pipeline_model_parallel_size
+        ),
+        # training/global_vars.py: set_global_variables passes only the other one on.
+        "--rampup-batch-size: Megatron ignores it. Use --step-batch-size-schedule.": args.rampup_batch_size,
+        # Megatron plans data and learning rates for --train-iters of --micro-batch-size.
+        f"--step-batch-size-schedule {shown(args.step_batch_size_schedule)} needs --train-samples. Give it instead "
+        "of --train-iters.": args.step_batch_size_schedule and not (args.train_samples or args.skip_train),
+        "--fim-data, --sft, --dataloader-inter-document-masking, --logits-load-dir: this program reads tokens from "
+        ".bin/.idx files, with its own loss. Leave them out.": ignored,
+        "--inprocess-restart: this program does not restart in its process. Leave it out.": args.inprocess_restart,
+    } | (_fsdp_problems(args) if args.use_megatron_fsdp else {})
+    if messages := [message for message, holds in problems.items() if holds]:
+        raise UsageError("\n".join(messages), "REMOE-E203")
 
 
 def _fsdp_problems(args: argparse.Namespace) -> dict[str, Any]:
     """Return message → whether it holds, for settings with which Megatron-FSDP computes wrong gradients."""
-    experts, instances = args.expert_model_parallel_size, args.num_distributed_optimizer_instances
-    divided = max(args.tensor_model_parallel_size, experts * args.expert_tensor_parallel_size)
-    given = f"--num-distributed-optimizer-instances {instances}"
     return {
         # .../megatron_fsdp.py: all_gather_and_wait_parameters_ready lets it overwrite what micro-batches have added up.
         "--use-megatron-fsdp needs --no-gradient-accumulation-fusion. Add it.": args.gradient_accumulation_fusion,
         # core/distributed/fsdp/src/megatron_fsdp/param_and_grad_buffer.py: gradient_reduce_preprocessing
         "--ddp-average-in-collective: Megatron-FSDP does not divide experts' gradients with it. Leave it out.": (
-            args.ddp_average_in_collective and experts > 1
+            args.ddp_average_in_collective and args.expert_model_parallel_size > 1
         ),
-        f"{given}: Megatron-FSDP divides the gradients of layers that one rank of an instance has alone after each "
-        "micro-batch. Use fewer instances or expert parallel ranks.": (
-            instances > 1 and args.world_size // instances == divided
-        ),
-        # training/training.py: train tells Megatron-FSDP with this flag alone which micro-batch is the last.
-        f"{given}: with --use-megatron-fsdp they do not exchange gradients without --overlap-grad-reduce. Add it.": (
-            instances > 1 and not args.overlap_grad_reduce
-        ),
+        # The same file divides the gradients of one rank of an instance after each micro-batch, and
+        # training/training.py shows it the last micro-batch only with --overlap-grad-reduce.
+        "--num-distributed-optimizer-instances: Megatron-FSDP computes wrong gradients with it in some layouts. Leave "
+        "it out.": args.num_distributed_optimizer_instances > 1,
     }
 
 
 def check_flips(args: argparse.Namespace) -> None:
-    """Refuse settings that do not work with --moe-log-flips-interval."""
+    """Refuse settings that do not work with --moe-log-flips-interval; routers in a CUDA graph are not seen."""
     interval, graphs = args.moe_log_flips_interval, args.cuda_graph_impl
-    if interval is not None:
-        given = f"--moe-log-flips-interval {interval}"
-        _refuse(
+    if interval is not None and (interval < 1 or not args.num_experts or graphs != "none"):
+        raise UsageError(
+            f"--moe-log-flips-interval {interval}: must be at least 1, with --num-experts (here {args.num_experts}) "
+            f"and --cuda-graph-impl none (here {graphs}). Leave it out to measure no flips.",
             "REMOE-E208",
-            {
-                f"{given}: must be at least 1, with --num-experts. Leave it out to measure no flips.": (
-                    interval < 1 or not args.num_experts
-                ),
-                f"{given} cannot be used with --cuda-graph-impl {graphs}: decisions of routers in a graph are not "
-                "seen. Leave it out, or use --cuda-graph-impl none.": graphs != "none",
-            },
         )
 
 
@@ -126,19 +110,11 @@ def check_local_layers(args: argparse.Namespace, stacks_experts: bool) -> None:
         )
 
 
-def _refuse(code: str, problems: Mapping[str, Any]) -> None:
-    """Raise an error with the messages of all problems that hold."""
-    if messages := [message for message, holds in problems.items() if holds]:
-        raise UsageError("\n".join(messages), code)
-
-
 def make_output_folders(args: argparse.Namespace) -> None:
     """Make the folders that the run will write into."""
-    for name in ("save", "tensorboard_dir", "data_cache_path"):
+    for name in ("save", "tensorboard_dir"):
         folder = getattr(args, name)
-        # Megatron writes nothing into a cache that holds the index already.
-        may_be_read_only = name == "data_cache_path" and os.path.isdir(folder or "")
-        if folder and "://" not in folder and not may_be_read_only:
+        if folder and "://" not in folder:
             make_writable_folder(f"--{name.replace('_', '-')}", folder)
 
 

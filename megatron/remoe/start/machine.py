@@ -2,16 +2,12 @@
 
 import os
 import shutil
-import socket
 import sys
 import sysconfig
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatron.remoe.files.errors import DataError, UsageError
-
-ENGINE = "transformer_engine"
+from megatron.remoe.files.errors import UsageError
 
 
 def disable_unavailable(on_cpu: bool) -> None:
@@ -30,22 +26,8 @@ def disable_unavailable(on_cpu: bool) -> None:
             f"There is no {missing}, so torch.compile is off: SwiGLU, biases, dropout and residuals run as several "
             "kernels instead of one, which takes some time and memory."
         )
-    disable_broken_engine(notify=not on_cpu)
-
-
-def check_node() -> None:
-    """Check that this machine, which has no GPU, is the only node: others' ranks would wait for it on their GPUs.
-
-    Raises:
-        DataError: names the host. Each rank prints it, unlike a wrong flag.
-    """
-    world = os.environ.get("WORLD_SIZE", "1")
-    if int(os.environ.get("LOCAL_WORLD_SIZE", world)) < int(world):
-        raise DataError(
-            f"{socket.gethostname()} is one of several nodes and has no working GPU. Repair or replace it, or use all "
-            "nodes' CPUs with --cpu.",
-            "REMOE-E107",
-        )
+    if on_cpu:
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # Python's mark of a missing module
 
 
 def check_kernels(kernels: str, on_cpu: bool) -> None:
@@ -76,24 +58,6 @@ def missing_for_triton() -> str:
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
     header = Path(sysconfig.get_path("include", scheme), "Python.h")
     return "" if header.exists() else f"{header} (of python3-dev)"
-
-
-def disable_broken_engine(notify: bool) -> None:
-    """Treat a Transformer Engine that cannot be imported as not installed.
-
-    Megatron does this for an ImportError. A missing shared library raises another error, which would end every run.
-    """
-    if find_spec(ENGINE) is None:
-        return
-    try:
-        import_module(f"{ENGINE}.pytorch")
-    except Exception as error:
-        for name in [name for name in sys.modules if name.partition(".")[0] == ENGINE]:
-            del sys.modules[name]
-        sys.modules[ENGINE] = None  # type: ignore[assignment]  # Python's mark of a missing module
-        if notify:
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            _say(f"Transformer Engine cannot be imported ({reason}) and counts as not installed.")
 
 
 def _say(words: str) -> None:

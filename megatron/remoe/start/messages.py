@@ -1,7 +1,6 @@
 """Print why a run cannot start or has failed, and what to do."""
 
 import argparse
-import difflib
 import gc
 import os
 import re
@@ -39,12 +38,13 @@ REMEDIES = {
     "checkpoint is still there, and the same command resumes from it.",
     r"found (NaN|Inf) in|\bnan\b.*(loss|grad)|(loss|grad).*\bnan\b": "Lower --lr, or look at the data. To resume, go "
     "back to an earlier iteration with --ckpt-step and --no-load-optim.",
+    r"OptimizerParamScheduler: class input value": "Give the checkpoint's values, or --override-opt_param-scheduler to "
+    "follow the flags, or --use-checkpoint-opt_param-scheduler to follow the checkpoint.",
     r"Global shape mismatch|size mismatch|Missing key|not found in (the )?(checkpoint|sharded)|unexpected key|"
     r"from model not in state dict|from checkpoint .* is not equal to": "The checkpoint is of another model or layout: "
     "give its flags, another --load, or convert it (remoe convert).",
 }
 LENGTH = 400
-CLOSE = 0.75  # least similarity of a flag that "Did you mean" names
 # Errors that a single rank can have, because machines may see different files.
 OF_ONE_RANK = (DataError, BrokenCheckpointError, OSError)
 SECONDS_FOR_LOCAL_RANK_0, SECONDS_FOR_OTHERS = 2, 5
@@ -94,15 +94,10 @@ def explain_flag_errors(parser: argparse.ArgumentParser) -> None:
 
 
 def _flag_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """Report a wrong flag as `parser.error` does, on the first rank, and suggest the closest one."""
+    """Report a wrong flag as `parser.error` does, on the first rank."""
     if os.environ.get("RANK", "0") == "0":
         parser.print_usage(sys.stderr)
-        flags = [option for action in parser._actions for option in action.option_strings]
-        unknown = message.removeprefix("unrecognized arguments: ").split() if "unrecognized" in message else []
-        names = [word.split("=")[0] for word in unknown if word.startswith("--")]
-        close = {name: difflib.get_close_matches(name, flags, 1, CLOSE) for name in names}
-        hints = [f". Did you mean {match[0]} instead of {name}?" for name, match in close.items() if match]
-        _say(message + (hints[0] if hints else ". --help lists all flags."))
+        _say(f"{message}. --help lists all flags.")
     raise SystemExit(2)
 
 

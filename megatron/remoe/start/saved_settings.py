@@ -89,17 +89,8 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None = None) -> 
     if args.no_load_optim or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return False
     (here, decay_here), (there, decay_there) = _samples(args), _samples(resume.saved)
-    different = differences(args, resume.saved, schedule_settings())
-    if decay_here != decay_there:
-        decay = f"the learning rate decays over {decay_there} samples in the checkpoint, {decay_here} here"
-        different = "; ".join(filter(None, (decay, different)))
-    if different:
-        raise UsageError(
-            f"{given}: the learning rate would follow another schedule than before: {different}. Give its values, or "
-            "--override-opt_param-scheduler to follow the flags, or --use-checkpoint-opt_param-scheduler to follow "
-            "the checkpoint.",
-            "REMOE-E415",
-        )
+    if decay_here != decay_there or differences(args, resume.saved, schedule_settings()):
+        return False  # Megatron refuses a different schedule
     return here != there and args.weight_decay_incr_style == "constant"
 
 

@@ -11,7 +11,6 @@ import torch
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker, set_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
@@ -68,11 +67,11 @@ def install_routing(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
     prepare: Callable[[list[torch.nn.Module]], list[torch.nn.Module]]
     config = model_cfg.transformer
     if args.moe_relu_routing:
-        router, prepare = ReLURouter, partial(_install_controller, args, config)
+        router, prepare = ReLURouter, partial(_install_counter, args, partial(SparsityController, config=config))
     elif args.moe_warmup_topk is not None:
         router, prepare = WarmupTopKRouter, partial(_install_warmup, args)
     elif args.moe_baseline_router is not None:
-        router, prepare = ROUTERS[args.moe_baseline_router], partial(_install_baseline, args)
+        router, prepare = ROUTERS[args.moe_baseline_router], partial(_install_counter, args, PairCounter)
     else:
         return
     if not isinstance(config, ReMoEConfig):
@@ -85,68 +84,30 @@ def install_routing(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
     model_cfg.post_wrap_hooks.append(prepare)
 
 
-def _install_controller(
-    args: argparse.Namespace, config: ReMoEConfig, model_chunks: list[torch.nn.Module]
+def _install_counter(
+    args: argparse.Namespace,
+    make: Callable[[list[torch.nn.Module]], SparsityController | PairCounter],
+    model_chunks: list[torch.nn.Module],
 ) -> list[torch.nn.Module]:
-    controller = SparsityController(model_chunks, config)
-    _after_each_step(model_chunks, controller.update)
-    _restore_for_reruns(controller)
-    set_moe_metrics_tracker(ReMoEMetricsTracker(args, controller))
-    return model_chunks
-
-
-def _install_baseline(args: argparse.Namespace, model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    pairs = PairCounter(model_chunks)
-    _after_each_step(model_chunks, pairs.update)
-    _restore_for_reruns(pairs)
-    set_moe_metrics_tracker(ReMoEMetricsTracker(args, pairs))
-    return pass_token_ids(model_chunks)
-
-
-def _after_each_step(model_chunks: list[torch.nn.Module], update: Callable[[], None]) -> None:
-    chunks_config = get_model_config(model_chunks[0])
-    finalize = chunks_config.finalize_model_grads_func or finalize_model_grads  # Megatron's default, set later
+    """Update the counter of the routers' pairs after each step, and log its figures."""
+    counter, config = make(model_chunks), get_model_config(model_chunks[0])
+    finalize = config.finalize_model_grads_func or finalize_model_grads  # Megatron's default, set later
 
     def finalize_and_update(*hook_args: Any, **hook_kwargs: Any) -> None:
         # Schedules call this after the last backward pass of a training step, and never in evaluation.
         finalize(*hook_args, **hook_kwargs)
-        update()
+        counter.update()
 
-    chunks_config.finalize_model_grads_func = finalize_and_update
-
-
-def _restore_for_reruns(updated: SparsityController | PairCounter) -> None:
-    """Let Megatron undo an update before it runs a step again: the step sees the same λ, and moves it once."""
-    machine = get_rerun_state_machine()
-    save, restore = machine.state_save_func, machine.state_restore_func
-    if save is None or restore is None:
-        return
-    buffers = [buffer for router in updated.routers for buffer in router.buffers()]
-    state = [tensors for tensors in (buffers, [updated.running_sums]) if tensors]  # by type: one launch each
-    kept = [[tensor.clone() for tensor in tensors] for tensors in state]
-
-    def save_with_state() -> Any:
-        for to, tensors in zip(kept, state, strict=True):
-            torch._foreach_copy_(to, tensors)
-        return save()
-
-    def restore_with_state(saved: Any) -> None:
-        for tensors, of in zip(state, kept, strict=True):
-            torch._foreach_copy_(tensors, of)
-        restore(saved)
-
-    machine.state_save_func, machine.state_restore_func = save_with_state, restore_with_state
-
-
-def _steps_done(args: argparse.Namespace) -> int:
-    """Return the number of optimizer steps before this one."""
-    # Megatron's loop sets the first when it loads, the second at each step. An evaluation belongs to the step before.
-    return max(args.iteration, getattr(args, "curr_iteration", 0))
+    config.finalize_model_grads_func = finalize_and_update
+    set_moe_metrics_tracker(ReMoEMetricsTracker(args, counter))
+    return pass_token_ids(model_chunks)
 
 
 def _install_warmup(args: argparse.Namespace, model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
     def begin_step(router: WarmupTopKRouter, _inputs: Any) -> None:
-        router.begin_step(_steps_done(args))
+        # Megatron's loop sets the first when it loads, the second at each step. An evaluation belongs to the step
+        # before.
+        router.begin_step(max(args.iteration, getattr(args, "curr_iteration", 0)))
 
     for module in (module for chunk in model_chunks for module in chunk.modules()):
         if isinstance(module, WarmupTopKRouter):

@@ -13,7 +13,6 @@ from megatron.remoe.training.flips import FlipMeter
 # The figures of a `RoutingSummary` in Megatron's line, each with its format.
 PRINTED = {"sparsity": ".6f", "target_sparsity": ".6f", "l1_coefficient": ".6E", "l1_loss": ".6E"}
 PRINTED |= {"lowest_layer_sparsity": ".6f", "highest_layer_sparsity": ".6f"}
-AGAINST_SAMPLES = ("moe_relu/sparsity", "moe_relu/l1_coefficient")  # as Megatron does with the loss
 
 
 class ReMoEMetricsTracker(MoEMetricsTracker):
@@ -73,8 +72,6 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
         for name, value in scalars.items():
             if writer is not None:
                 writer.add_scalar(name, value, iteration)
-                if name in AGAINST_SAMPLES:
-                    writer.add_scalar(f"{name} vs samples", value, self._args.consumed_train_samples)
         if wandb_writer is not None:
             wandb_writer.log(scalars, iteration)
 

@@ -24,7 +24,7 @@ Record = dict[str, Any]
 
 @contextmanager
 def write_run_log(args: argparse.Namespace) -> Iterator[None]:
-    """Write the log of a training on the last rank, which has the loss. Do nothing if nothing is saved."""
+    """Write the log of a training run on the last rank, which has the loss. Do nothing if nothing is saved."""
     if args.skip_train or not args.save or "://" in args.save or args.rank != args.world_size - 1:
         yield
         return

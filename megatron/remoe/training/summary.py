@@ -29,7 +29,7 @@ def add_summary(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
             steps = args.train_iters or args.train_samples // args.global_batch_size
             print_rank_0(
                 f"Training: {_model(args)}, {short(parameters)} parameters, on {_devices(args)}. {steps:,} steps of "
-                f"{tokens:,} tokens, {short(steps * tokens)} tokens in all. Each line of the log has the time left."
+                f"{tokens:,} tokens, {short(steps * tokens)} tokens in all."
             )
         return model_chunks
 
