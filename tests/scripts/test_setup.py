@@ -135,25 +135,6 @@ def test_changed_requirements_update_the_environment(finished: Tree) -> None:
     finished.assert_complete()
 
 
-def test_a_moved_tree_and_a_different_python_are_out_of_date(finished: Tree, tmp_path: Path) -> None:
-    def is_ready(root: Path, python: str = "") -> bool:
-        code = f'set -euo pipefail; source "{root}/scripts/lib/environment.sh"; is_ready'
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHON"}
-        return subprocess.run(["bash", "-c", code], env=environment | {"PYTHON": python}).returncode == 0
-
-    assert is_ready(finished.root) and is_ready(finished.root, str(REAL))
-    other = tmp_path / "python"
-    other.write_text("#!/bin/sh\necho Python 3.12.99\n")
-    other.chmod(0o755)
-    assert not is_ready(finished.root, str(other))
-    moved = finished.root.with_name("moved")
-    finished.root.rename(moved)
-    try:
-        assert not is_ready(moved)
-    finally:
-        moved.rename(finished.root)
-
-
 @pytest.mark.skipif(shutil.which("flock") is None, reason="flock keeps two setups apart")
 def test_a_killed_setup_starts_over_and_a_second_one_waits(tree: Tree) -> None:
     process = tree.start()

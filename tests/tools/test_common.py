@@ -15,7 +15,6 @@ from tests.trainings import REPOSITORY
 from tools.console import places
 from tools.console.errors import ToolError
 from tools.console.files import lock, new_folder, write_json
-from tools.console.flags import number_of_cores
 from tools.start import COMMANDS, IMPORT_TORCH
 
 TOOLS = REPOSITORY / "tools"
@@ -25,11 +24,6 @@ def run(*words: str | Path, **settings: object) -> subprocess.CompletedProcess[s
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     settings = {"env": environment, "text": True, "timeout": 100, "capture_output": True} | settings
     return subprocess.run([sys.executable, *map(str, words)], **settings)
-
-
-def test_all_cores_where_a_process_is_not_bound_to_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
-    assert number_of_cores() == os.cpu_count()
 
 
 @pytest.mark.parametrize("folder", ["clone", "remoe"])
@@ -102,16 +96,6 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
         except OSError:
             assert text == "other"
     assert [file.read_text() for file in tmp_path.rglob("*") if file.is_file()] == ["whole"]
-
-
-@pytest.mark.parametrize("name", [".", "../link"])
-def test_a_folder_replaces_an_empty_one_under_any_name(name: str, tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "link").symlink_to("empty")
-    monkeypatch.chdir(tmp_path / "empty")
-    with new_folder(Path(name)) as aside:
-        (aside / "file").touch()
-    assert (tmp_path / "empty" / "file").exists() and (tmp_path / "link").is_symlink()
 
 
 def test_a_written_file_is_on_the_disk_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,14 +153,6 @@ def test_wrong_inputs_and_flags_are_named(words, named, tmp_path, capsys, flags)
     assert names(tmp_path) == ["empty.jsonl", "good.jsonl"]
 
 
-def test_a_byte_order_mark_and_empty_texts(tmp_path, capsys, flags) -> None:
-    """Windows programs begin a file with U+FEFF. A document counts once, however many keys are empty."""
-    lines = ['\ufeff{"text": "a", "title": ""}', '{"text": "", "title": ""}', '{"text": "", "title": "b"}']
-    source = write_lines(tmp_path / "a.jsonl", lines)
-    assert preprocess_data.main(flags(tmp_path / "out", source, extra="--json-keys text title")) == 0
-    assert "3 documents (2 empty)" in capsys.readouterr().out
-
-
 # ---------------------------------------------------------------- outputs
 
 

@@ -13,7 +13,7 @@ from tools.report.figures import panels
 from tools.report.page import page as page_of
 from tools.report.tables import differences, headline
 from tools.runs.figure_reader import read_figures
-from tools.runs.run_figures import Curve, Evaluation, RunFigures, smooth
+from tools.runs.run_figures import Curve, Evaluation, RunFigures
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -152,12 +152,6 @@ def test_a_long_log_is_bounded(tmp_path: Path) -> None:
     (training,) = panels([run])["Loss"]
     drawn = [renderer.data_source.data for renderer in training.plot.renderers]
     assert max(len(data["x"]) for data in drawn) <= 1000 and max(drawn[0]["y"]) == 99.0
-
-
-def test_a_smoothed_curve_is_the_centred_mean() -> None:
-    values = np.random.default_rng(0).normal(size=200)
-    expected = [values[max(0, place - 3) : place + 4].mean() for place in range(200)]
-    assert smooth(Curve(np.arange(200), values)).values == pytest.approx(expected)
 
 
 def test_the_sparsity_settles_once_it_stays_near_its_target() -> None:

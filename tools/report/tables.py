@@ -127,4 +127,4 @@ def _flag(run: RunFigures, name: str) -> str | None:
         return None
     value: Any = run.args.get(name)
     text = "" if value is None or value is False else "yes" if value is True else str(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+    return text[:SHOWN]

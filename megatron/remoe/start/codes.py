@@ -29,7 +29,7 @@ REMOE-E407 | The run would overwrite newer checkpoints in --save. | Add --load w
 REMOE-E413 | A setting that changes the result differs from the checkpoint's. | Follow the message; see checkpoints.md.
 REMOE-E500 | A tool cannot continue. | Follow the message.
 REMOE-E501 | A tool's flag does not fit the model or another flag. | Give a value as the message says.
-REMOE-E502 | A run has no log, or the file is not a log. | Give a run's folder, its --save, or a log's file.
+REMOE-E502 | A run has no log, or the file is not a log. | Give a run's folder or its --save.
 REMOE-E503 | Another process uses the tool's output folder. | Wait for it, or give another --output-dir.
 REMOE-E504 | A package or file that a tool needs is missing. | Install or get it as the message says.
 REMOE-E511 | A tool cannot read a checkpoint or an exported folder. | Give another --ckpt-step, or export or copy again.

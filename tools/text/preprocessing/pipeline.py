@@ -73,7 +73,12 @@ def preprocess(
         OSError: the outputs could not be written; none was made or changed.
     """
     paths = expand_inputs(job.inputs)
-    _check_outputs(job)
+    for prefix in map(job.prefix, job.json_keys):
+        # A run that was killed while publishing leaves one without the other.
+        if bin_path(prefix).exists() and idx_path(prefix).exists() and not job.overwrite:
+            raise DataError(
+                f"{bin_path(prefix)} exists already. Give --overwrite, or another --output-prefix.", "REMOE-E105"
+            )
     if job.append_eod and encoder.end_of_document is None:
         raise DataError("--append-eod: the tokenizer has no token that ends a document. Leave the flag out.")
     progress = Progress(sum(map(os.path.getsize, paths)))
@@ -100,21 +105,6 @@ def preprocess(
         for writer in writers.values():
             writer.publish()
     return progress
-
-
-def _check_outputs(job: Job) -> None:
-    """Refuse to overwrite outputs without --overwrite.
-
-    Raises:
-        DataError: with the path and the remedy.
-    """
-    for key in job.json_keys:
-        prefix = job.prefix(key)
-        # A run that was killed while publishing leaves one without the other.
-        if bin_path(prefix).exists() and idx_path(prefix).exists() and not job.overwrite:
-            raise DataError(
-                f"{bin_path(prefix)} exists already. Give --overwrite, or another --output-prefix.", "REMOE-E105"
-            )
 
 
 def _encoded_blocks(paths: Sequence[str], job: Job, encoder: TextEncoder) -> Generator[EncodedBlock, None, None]:
