@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import inspect
 import logging
 from dataclasses import replace
 from functools import partial
@@ -21,7 +22,7 @@ from megatron.core.rerun_state_machine import RerunMode, RerunState, RerunStateM
 from megatron.core.tensor_parallel import ColumnParallelLinear, layers
 from megatron.core.utils import local_multi_tensor_l2_norm
 from megatron.remoe import patches
-from megatron.remoe.patches import fusions, log_lines, waits
+from megatron.remoe.patches import fusions, log_lines, start, waits
 from megatron.remoe.patches import optimizer as adam_patches
 from megatron.remoe.patches.patch import replace as replace_once
 from megatron.training import training
@@ -256,3 +257,16 @@ def test_megatron_still_tells_the_console_alone(
     expected = {"kind": "validation", "iteration": 7, "set": "test", "final": True, "lm_loss": 2.0, "tokens": 30}
     assert heard == [expected], "once, by the patch"
     assert capsys.readouterr().out.count("validation loss at iteration 7 on test set | lm loss value: 2.0") == 2
+
+
+def test_megatron_still_prints_no_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The patch adds the hours left to lines at log intervals, and to no other."""
+    printed: list[str] = []
+    monkeypatch.setattr(training, "print_rank_last", printed.append)
+    monkeypatch.setattr(start, "get_args", lambda: SimpleNamespace(log_interval=10))
+    assert "left" not in inspect.getsource(training.training_log)
+    start.print_time_left()
+    line = " [a date] iteration {:8d}/     200 | elapsed time per iteration (ms): 3600.0 | lm loss: 2.0 |"
+    for words in (line.format(10), line.format(11), "validation loss"):
+        training.print_rank_last(words)
+    assert printed == [f"{line.format(10)} time left (h): 0.19 |", line.format(11), "validation loss"]

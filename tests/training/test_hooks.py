@@ -1,11 +1,16 @@
 """Test that hooks in Megatron's loop keep the functions that were there."""
 
 import argparse
+import operator
+from functools import partial
 
 import pytest
 import torch
 
+from megatron.core import rerun_state_machine
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.remoe.training import hooks
+from tests.baselines import layers as baseline_layers
 from tests.layers import HIDDEN, make_config, make_layer
 
 pytestmark = pytest.mark.usefixtures("process_groups")
@@ -33,6 +38,36 @@ def test_what_was_called_once_a_step_still_is() -> None:
     config.finalize_model_grads_func([layer], None, force_all_reduce=True)
     assert calls == [([layer], None, {"force_all_reduce": True})], "as it was called"
     assert int(layer.router.l1_exponent) == 1, "and λ moved"
+
+
+@pytest.mark.parametrize("name", [None, "top_p", "expert_threshold"])
+def test_a_step_that_runs_again_counts_once(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron rejects a result and runs the step again, from the same state and with the same outcome."""
+    machine = rerun_state_machine.RerunStateMachine(lambda: {"of": "Megatron"}, lambda saved: restored.append(saved))
+    machine.set_mode(rerun_state_machine.RerunMode.VALIDATE_RESULTS)
+    machine.first_iteration_complete = True
+    monkeypatch.setattr(rerun_state_machine, "_GLOBAL_RERUN_STATE_MACHINE", machine)
+    torch.manual_seed(3)
+    layer = baseline_layers.make_layer(name) if name else make_layer(make_config(moe_relu_layer_floor=0.1))
+    layer.config.finalize_model_grads_func = lambda *_arguments: None
+    install(layer)
+    router, restored, before, after = layer.router, [], [], []
+    tokens = torch.randn(8, 3, HIDDEN, dtype=torch.float64, device=router.weight.device)
+
+    def state() -> dict[str, list[int] | int]:
+        return {key: buffer.tolist() for key, buffer in router.named_buffers()} | get_moe_metrics_tracker().totals()
+
+    for rejected in (False, True):
+        while machine.should_run_forward_backward(None):
+            before.append(state())
+            layer(tokens)
+            layer.config.finalize_model_grads_func([layer])
+            after.append(state())
+            is_first = machine.state == rerun_state_machine.RerunState.INITIAL_RUN
+            rejects = partial(operator.lt, 0.0 if rejected and is_first else 9.0)
+            machine.validate_result(torch.tensor(9.0), rejects, "too large", fatal=False)
+    assert restored == [{"of": "Megatron"}]
+    assert before[1] == before[2] == after[0] != after[1] == after[2]
 
 
 def test_another_configuration_class_is_refused() -> None:

@@ -14,6 +14,7 @@ VERSIONS = ("0.19.0", "0.19.1", "0.19.2")  # of megatron-core; the patched code 
 
 PATCHES = (
     start.use_shipped_helpers,
+    start.print_time_left,
     optimizer.enable_torch_adam_resume,
     optimizer.use_fused_adam,
     waits.keep_norms_on_device,

@@ -11,6 +11,7 @@ import torch
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker, set_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
@@ -99,8 +100,31 @@ def _install_counter(
         counter.update()
 
     config.finalize_model_grads_func = finalize_and_update
+    _restore_for_reruns(counter)
     set_moe_metrics_tracker(ReMoEMetricsTracker(args, counter))
     return pass_token_ids(model_chunks)
+
+
+def _restore_for_reruns(counter: SparsityController | PairCounter) -> None:
+    """Let Megatron undo an update before it runs a step again: the step sees the same λ, and moves it once."""
+    machine = get_rerun_state_machine()
+    save, restore = machine.state_save_func, machine.state_restore_func
+    if save is None or restore is None:
+        return
+    state = [buffer for router in counter.routers for buffer in router.buffers()] + [counter.running_sums]
+    kept = [tensor.clone() for tensor in state]
+
+    def save_with_state() -> Any:
+        for copy, tensor in zip(kept, state, strict=True):
+            copy.copy_(tensor)
+        return save()
+
+    def restore_with_state(saved: Any) -> None:
+        for tensor, copy in zip(state, kept, strict=True):
+            tensor.copy_(copy)
+        restore(saved)
+
+    machine.state_save_func, machine.state_restore_func = save_with_state, restore_with_state
 
 
 def _install_warmup(args: argparse.Namespace, model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
