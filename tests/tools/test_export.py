@@ -121,7 +121,7 @@ def test_settings_of_a_gpu_and_noise() -> None:
         ("tokenizer_type", "SentencePieceTokenizer", "E513", "--tokenizer-type SentencePieceTokenizer"),
         ("tokenizer_type", "HuggingFaceTokenizer", "E513", "--tokenizer-model /nowhere"),
         ("tokenizer_type", "GPT2BPETokenizer", "E513", "--vocab-file"),
-        ("ffn_hidden_size", 44, "E511", "mlp.linear_fc2.weight"),
+        ("ffn_hidden_size", 44, "E511", "mlp.linear_fc1.weight"),
         ("num_layers", 3, "E511", "decoder.layers.2.self_attention.linear_qkv.layer_norm_weight"),
         (None, None, "E511", "decoder.final_layernorm.weight"),
     ],
