@@ -210,10 +210,10 @@ def test_a_small_comparison(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "run", [*(Run(arm, topk=1 + (arm == "moe-post")) for arm in ARMS),
-            *(Run(of.arms[0]).at(name, of.values[-1]) for name, of in SETTINGS.items())],
+    "run",
+    [*map(Run, ARMS), *(Run(setting.arms[0]).at(name, setting.values[-1]) for name, setting in SETTINGS.items())],
     ids=lambda run: run.name,
-)  # fmt: skip
+)
 def test_each_arm_and_each_setting_trains(run: Run, text: Path) -> None:
     known = Text.read(make_text(text, MIXED, print))
     few = "--exit-interval 2 --eval-iters 1 --seq-length 32 --max-position-embeddings 32 --log-interval 1".split()

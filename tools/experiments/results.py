@@ -1,7 +1,8 @@
 """Read what runs have reached, and keep it in one file."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from megatron.remoe.files.files import write_text
 
 from ..console.errors import ToolError
+from ..recipes.flops import flops_per_sequence
 from ..recipes.stages import training_flops
 from ..runs.figure_reader import read_figures
 from ..runs.run_figures import RunFigures
@@ -34,9 +36,10 @@ class Result:
         experts_per_token: computed, mean over layers and over the steps since the log's second last line.
         inactive: number of experts of each layer that are inactive at the end.
         total_parameters: of the whole model.
-        tokens_per_second: over all processes, median over the log's lines without the first, which has the warm-up.
+        tokens_per_second: over all processes, median over the log's lines without the first.
         training_seconds: of the iterations only, from the log's time per iteration.
-        flops: of the whole training, with the experts that were computed.
+        flops: of the whole run, with the experts that were computed.
+        step_flops: of a step, with `experts_per_token`.
     """
 
     iterations: int
@@ -53,6 +56,7 @@ class Result:
     tokens_per_second: float | None = None
     training_seconds: float | None = None
     flops: float | None = None
+    step_flops: float | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -60,7 +64,7 @@ class Result:
         return self.loss is not None
 
 
-Row = tuple[Run, Result | None]  # None: not started
+Row = tuple[Run, Result | None]  # None: no line of a log yet
 
 
 def read_result(folder: Path, per_byte: Mapping[str, float] | None = None) -> Result | None:
@@ -77,41 +81,41 @@ def read_result(folder: Path, per_byte: Mapping[str, float] | None = None) -> Re
     if not figures.args and not figures.last:
         return None
     train_iters = figures.whole("train_iters")
-    losses = figures.final_losses(train_iters)
-    names = figures.args.get("validation_set_names")
-    wanted = names if isinstance(names, list) and names and all(isinstance(name, str) for name in names) else [""]
-    unlogged = train_iters - figures.last if losses.keys() & {*wanted} else 0
-    rates, seconds = figures.curve("tokens_per_second").values, figures.seconds
-    rates = rates[1:] if len(rates) > 1 else rates
+    tokens_of_byte = per_byte or {}
+    losses = {name: loss * tokens_of_byte.get(name, 1.0) for name, loss in figures.final_losses(train_iters).items()}
+    loss = _mean_loss(figures, losses, tokens_of_byte)
     experts = figures.experts_per_token(figures.curve("lm_loss").iterations[-2:])[-1:]
+    experts_per_token = float(experts[0]) if len(experts) and np.isfinite(experts[0]) else figures.topk or None
+    flops, seconds = training_flops(figures), figures.seconds
+    sequence = 0.0 if flops is None else flops_per_sequence(Namespace(**figures.args), experts_per_token)
     return Result(
-        iterations=figures.last + unlogged,
+        iterations=figures.last if loss is None else train_iters,  # the last steps may have no line
         train_iters=train_iters,
-        loss=_mean_loss(figures, losses, wanted, per_byte or {}),
-        losses={name: loss * (per_byte or {}).get(name, 1.0) for name, loss in losses.items()},
+        loss=loss,
+        losses=losses,
         first_near=figures.first_near,
         settled=figures.settled,
         flip_rate=_late_median(figures, "flip_rate"),
         flip_count=_late_median(figures, "flip_count"),
-        experts_per_token=float(experts[0]) if len(experts) and np.isfinite(experts[0]) else figures.topk or None,
+        experts_per_token=experts_per_token,
         inactive=figures.inactive_experts,
         total_parameters=figures.parameters,
-        tokens_per_second=float(np.median(rates)) if len(rates) else None,
+        tokens_per_second=figures.tokens_per_second,
         training_seconds=float(seconds.sum()) if len(seconds) else None,
-        flops=training_flops(figures),
+        flops=flops,
+        step_flops=sequence * figures.whole("global_batch_size") or None,
     )
 
 
-def _mean_loss(
-    figures: RunFigures, losses: Mapping[str, float], wanted: Sequence[str], per_byte: Mapping[str, float]
-) -> float | None:
+def _mean_loss(figures: RunFigures, losses: Mapping[str, float], per_byte: Mapping[str, float]) -> float | None:
     """Return the loss over all sets, weighted by their text; None if one has none yet."""
+    wanted = figures.args.get("validation_set_names") or [""]
     if not losses.keys() >= {*wanted}:
         return None
     tokens = {name: figures.evaluations[name][-1].tokens for name in wanted}
-    weights = {name: tokens[name] if all(tokens.values()) else 1 for name in wanted}
-    sizes = sum(weight / per_byte.get(name, 1.0) for name, weight in weights.items())
-    return sum(losses[name] * weight for name, weight in weights.items()) / sizes
+    are_known = all(tokens.values())  # else all sets count the same
+    weights = {name: (tokens[name] if are_known else 1) / per_byte.get(name, 1.0) for name in wanted}
+    return sum(losses[name] * weight for name, weight in weights.items()) / sum(weights.values())
 
 
 def _late_median(figures: RunFigures, name: str) -> float | None:
@@ -119,13 +123,13 @@ def _late_median(figures: RunFigures, name: str) -> float | None:
     return float(np.median(values[len(values) // 2 :])) if len(values) else None
 
 
-def read_folder(output: Path, planned: Iterable[Run] = ()) -> list[Row]:
-    """Return the runs in a folder of runs and the planned runs that are missing there, in the order of their names."""
-    rows: dict[Run, Result | None] = dict.fromkeys(planned)
+def read_folder(output: Path) -> list[Row]:
+    """Return the runs in a folder of runs, in the order of their names."""
+    rows: list[Row] = []
     for path in output.glob(f"*/{STAMP}"):
         stamp = json.loads(path.read_text(encoding="utf-8"))
-        rows[run_from_fields(stamp["run"])] = read_result(path.parent, stamp.get("per_byte"))
-    return sorted(rows.items(), key=lambda row: row[0].name)
+        rows.append((run_from_fields(stamp["run"]), read_result(path.parent, stamp.get("per_byte"))))
+    return sorted(rows, key=lambda row: row[0].name)
 
 
 def write_results(path: Path, rows: Sequence[Row]) -> None:

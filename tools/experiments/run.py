@@ -193,10 +193,10 @@ class Run:
 
 
 RATES = ("--lr", "--min-lr")
+# Set by fields of a run, by its folder, and by Grid.
 CHOSEN = {
-    "--seed": "--seeds", "--train-iters": "--steps", "--num-experts": "--experts", "--moe-router-topk": "--topk",
-    "--moe-granularity": "--granularities", "--moe-relu-routing": "--arms", "--micro-batch-size": "--micro-batch-size",
-    **dict.fromkeys(("--save", "--load", "--tensorboard-dir"), "--output-dir"),
+    "--seed", "--train-iters", "--num-experts", "--moe-router-topk", "--moe-granularity", "--moe-relu-routing",
+    "--micro-batch-size", "--save", "--load", "--tensorboard-dir",
 }  # fmt: skip
 
 
@@ -204,15 +204,13 @@ def check_flags(given: Sequence[str], runs: Sequence[Run]) -> None:
     """Refuse Megatron flags behind -- that the runs set themselves.
 
     Raises:
-        RecipeError: names the flag and the remedy.
+        RecipeError: names the flag and the run.
     """
     for flag in parse(given):
-        if flag in CHOSEN:
-            raise RecipeError(f"{flag} behind --: each run sets it. Choose it with {CHOSEN[flag]} before --.")
         for run in runs:
             varied = RATES if run.rate != 1 else ()
-            if flag in parse(run.added_flags()) or flag in varied or (run.expansion > 1 and "ffn" in flag):
-                raise RecipeError(f"{flag} behind --: {run.name} sets it. Leave out the flag, or that run.")
+            if flag in (*CHOSEN, *varied, *parse(run.added_flags())) or (run.expansion > 1 and "ffn" in flag):
+                raise RecipeError(f"{flag} behind --: {run.name} sets it. Choose it with the options before --.")
 
 
 def rounded(steps: float) -> int:
@@ -221,9 +219,5 @@ def rounded(steps: float) -> int:
 
 
 def run_from_fields(fields: Mapping[str, Any]) -> Run:
-    """Return the run with these fields; unknown ones are ignored.
-
-    Raises:
-        TypeError: one is missing.
-    """
+    """Return the run with these fields; unknown ones are ignored."""
     return Run(**{name: value for name, value in fields.items() if name in Run.__dataclass_fields__})
