@@ -91,12 +91,10 @@ def test_flags_for_megatron_and_expert_parallelism() -> None:
         ("--figures lr --lrs 2 -- --lr 1e-3", "--lr _lr2"),
         ("--figures gate --routings remoe", "--figures gate --routings remoe"),
         ("--collect", "--output-dir"),
-        ("--results tests/golden/tiny_remoe.json", "tests/golden/tiny_remoe.json"),
     ],
 )
 def test_bad_values_are_named(words: str, facts: str, tmp_path: Path) -> None:
-    code = 1 if "--results" in words else 2
-    _, errors = sweep("--output-dir", str(tmp_path), *words.split(), code=code)
+    _, errors = sweep("--output-dir", str(tmp_path), *words.split(), code=2)
     assert all(fact in errors for fact in facts.split()), errors
 
 
@@ -181,13 +179,13 @@ def finish_run(grid: jobs.Grid, run: Run, loss: float = 2.0, **args: object) -> 
 
 def test_a_run_is_done_when_its_folder_has_its_settings_and_loss(tmp_path: Path) -> None:
     grid, run = jobs.Grid(tmp_path, text=TEXT), Run("moe", steps=20)
-    assert not jobs.make_job(run, grid).is_done
-    assert finish_run(grid, run).is_done
+    assert jobs.make_job(run, grid).loss is None
+    assert finish_run(grid, run).loss == 2.0
     moved = replace(TEXT, folder=Path("elsewhere"))
-    assert jobs.make_job(run, replace(grid, text=moved)).is_done, "the same text in a different place"
+    assert jobs.make_job(run, replace(grid, text=moved)).loss == 2.0, "the same text in a different place"
     for change in ({"text": replace(TEXT, inputs="later")}, {"flags": ("--lr", "1e-3")}):
         other = jobs.make_job(run, replace(grid, **change))
-        assert not other.is_done
+        assert other.loss is None
         with pytest.raises(RecipeError, match="text was text and is now later|--lr was 4e-3 and is now 1e-3"):
             jobs.check_conflicts([other])
 
@@ -306,7 +304,7 @@ def test_tables_and_panels_of_a_folder(tmp_path: Path) -> None:
     assert f"- {job.run.name}: not finished, at iteration 8 of 20" in page and page.count("| 182m") == 3
     assert "moe-hash" in output and imread(tmp_path / "results.png").size
     args = parse_arguments([*options, str(tmp_path)])
-    rows = dict(results.read_folder(tmp_path))
+    rows = results.finished(results.read_folder(tmp_path))
     panels = [make_panel(figure, planned, rows) for figure, planned in plan_runs(args).items()]
     assert [panel.title for panel in panels] == ["size", "routing", "l1-init"]
     assert panels[2].lines[("remoe", "")] == {1e-8: [1.51, 1.52], 1.0: [1.71, 1.72]}

@@ -112,7 +112,7 @@ def test_failing_run_shows_the_end_of_its_log(tmp_path: Path) -> None:
         assert execute(Console(file=output, width=200), Grid(tmp_path), [job], 1, held) == ["dense"]
     log = job.folder / "train.log"
     assert re.search("failed with exit code 2.*unrecognized arguments: --no-such-flag", output.getvalue(), re.DOTALL)
-    assert f"The whole log: {log}" in output.getvalue() and "--no-such-flag" in log.read_text() and not job.is_done
+    assert f"The whole log: {log}" in output.getvalue() and "--no-such-flag" in log.read_text() and job.loss is None
 
 
 # ---------------------------------------------------------------- end to end

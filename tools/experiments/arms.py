@@ -57,7 +57,6 @@ class Setting:
         values: to compare by default.
         arms: that have it.
         flag: Megatron's; the learning rate is part of the recipe and has none here.
-        is_log: whether its axis is logarithmic.
     """
 
     label: str
@@ -65,12 +64,11 @@ class Setting:
     values: tuple[float, ...]
     arms: tuple[str, ...]
     flag: str
-    is_log: bool = True
 
 
 SETTINGS: Mapping[str, Setting] = {
     "l1-init": Setting("λ₀", 1e-8, (1e-16, 1e-12, 1e-8, 1e-4, 1.0), L1, "--moe-relu-l1-reg-coeff-init"),
-    "l1-multiplier": Setting("α", 1.2, (1.05, 1.1, 1.2, 1.3, 1.5), L1, "--moe-relu-l1-reg-coeff-multiplier", False),
+    "l1-multiplier": Setting("α", 1.2, (1.05, 1.1, 1.2, 1.3, 1.5), L1, "--moe-relu-l1-reg-coeff-multiplier"),
     "warmup-length": Setting("near-dense steps", 100, (50, 100, 500, 1000), ("moe-warmup",), "--moe-warmup-steps"),
     "aux-coeff": Setting("coefficient of the auxiliary loss", 1e-2, (1e-4, 1e-3, 1e-2, 1e-1), AUXILIARY,
                          "--moe-aux-loss-coeff"),
@@ -78,8 +76,3 @@ SETTINGS: Mapping[str, Setting] = {
                     "--moe-router-topk-scaling-factor"),
     RATE: Setting("factor on the learning rate", 1, (0.5, 1, 2, 4), tuple(ARMS), ""),
 }  # fmt: skip
-
-
-def routing_of_arm(arm: str) -> str:
-    """Return dense, moe or remoe."""
-    return arm.partition("-")[0]

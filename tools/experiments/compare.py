@@ -17,9 +17,9 @@ from dataclasses import replace
 from ..console.flags import above_zero, whole_number
 from ..recipes import tiny
 from .arms import ARMS
-from .grids import Page, grid_parser, parse_words, run_grid
+from .grids import grid_parser, parse_words, run_grid, write_page
 from .pictures import Panel
-from .results import Result, Row, read_folder
+from .results import Results, Row, finished, read_folder
 from .run import STEP, Run, rounded
 from .significance import MARGIN
 from .tables import EQUAL_FLOPS, EQUAL_STEPS, Line, gaps, markdown
@@ -28,7 +28,6 @@ REFERENCE = "remoe"
 USUAL = ("dense", "moe", "moe-lossfree", "moe-hash", "moe-expert-threshold", "moe-topp", "remoe", "remoe-capped")
 TUNING_SEED = 1233
 LEAST = 20  # steps of a run
-Results = Mapping[Run, Result]  # of finished runs
 Choice = tuple[float, int]  # factor on the learning rate, and warm-up steps
 Tuned = Mapping[tuple[int, str], Choice]  # by experts and arm
 
@@ -70,11 +69,6 @@ def base_run(args: argparse.Namespace, experts: int) -> Run:
     """Return ReMoE's run with the fields that all runs with so many experts share."""
     return Run(REFERENCE, size=args.size, experts=experts, granularity=args.granularity, topk=args.topk,
                tokens=args.tokens, is_wsd=True)  # fmt: skip
-
-
-def finished(rows: Sequence[Row]) -> Results:
-    """Return the results of the finished runs."""
-    return {run: result for run, result in rows if result is not None and result.loss is not None}
 
 
 def tuning_runs(args: argparse.Namespace) -> list[Run]:
@@ -174,15 +168,15 @@ def make_panel(lines: Sequence[Line], experts: int) -> Panel:
     return Panel(f"E = {experts}, {kind}", "steps of ReMoE", drawn, ticks, is_log=True)
 
 
-def show(args: argparse.Namespace, rows: Sequence[Row]) -> Page:
-    """Return the tables and the picture of the finished runs."""
+def show(args: argparse.Namespace, rows: Sequence[Row]) -> None:
+    """Write the tables and the picture of the finished runs."""
     results, text, panels = finished(rows), list[str](), []
     for experts in args.experts:
         if lines := make_lines(args, results, experts):
             text += ["", f"E = {experts}, {args.size}, {args.corpus}:", "", *tuning_lines(args, results, experts), ""]
             text += markdown(["steps", "arm"], lines, MARGIN)
             panels.append(make_panel(lines, experts))
-    return Page(text, panels, f"loss minus that of {ARMS[args.reference].title}", MARGIN)
+    write_page(args.output_dir, rows, text, panels, f"loss minus that of {ARMS[args.reference].title}", MARGIN)
 
 
 def main(arguments: Sequence[str]) -> int:

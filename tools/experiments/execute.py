@@ -54,8 +54,8 @@ def execute(console: Console, grid: Grid, jobs: Sequence[Job], processes: int, h
         def train(chain: Sequence[Job]) -> None:
             for job in sorted(chain, key=lambda job: job.run.steps):
                 line = shown[job.folder]
-                if (result := job.result()) is not None and result.is_finished:
-                    display.finish(line, f"reused, validation loss {result.loss:.4f}")
+                if (loss := job.loss) is not None:
+                    display.finish(line, f"reused, validation loss {loss:.4f}")
                     continue
                 prepare(job, grid)
                 if not _train(job, line, display):
@@ -81,11 +81,11 @@ def _train(job: Job, line: ShownTraining, display: TrainingDisplay) -> bool:
             code, cause = display.run(line, job.words, environment, log)
     else:
         code, cause = display.run(line, job.words, environment)  # writes its log itself
-    result = job.result()
-    if code == 0 and result is not None and result.is_finished:
+    loss = job.loss
+    if code == 0 and loss is not None:
         if job.run.is_wsd:  # longer runs go on from the start of the decay
             shutil.rmtree(job.folder / SAVES / f"iter_{job.run.steps:07}", ignore_errors=True)
-        display.finish(line, f"validation loss {result.loss:.4f}, {duration(time.monotonic() - began)}")
+        display.finish(line, f"validation loss {loss:.4f}, {duration(time.monotonic() - began)}")
         return True
     reason = f"ended at iteration {line.done} of {line.iterations}, without its final evaluation"
     reason = f"failed with exit code {code}" if code else reason
@@ -97,11 +97,11 @@ def _train(job: Job, line: ShownTraining, display: TrainingDisplay) -> bool:
 
 def state(job: Job, queued: Mapping[str, str]) -> str:
     """Return the state of a run, given folder → number of the Slurm jobs that wait or run."""
-    result = job.result()
-    if result is not None and result.is_finished:
+    if job.loss is not None:
         return "finished"
     if number := queued.get(str(job.folder)):
         return f"queued or running as Slurm job {number}"
+    result = job.result()
     return "not started" if result is None else f"unfinished, at iteration {result.iterations} of {result.train_iters}"
 
 
@@ -116,7 +116,7 @@ def submit(console: Console, grid: Grid, jobs: Sequence[Job]) -> None:
     """
     queued = queued_jobs()  # before the results: a job may just have finished
     for job in jobs:
-        if job.is_done or str(job.folder) in queued:
+        if job.loss is not None or str(job.folder) in queued:
             say(console, f"  {job.folder.name}: {state(job, queued)}")
             continue
         prepare(job, grid)

@@ -4,7 +4,6 @@ import argparse
 import os
 import shlex
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -24,21 +23,6 @@ from .jobs import Grid, Job, check_conflicts, make_job
 from .pictures import Panel, draw
 from .results import Row, read_folder, read_results, write_results
 from .run import Run, Text, check_flags
-
-
-@dataclass
-class Page:
-    """The results of a grid.
-
-    Attributes:
-        lines: the tables, in Markdown.
-        panels: of the picture, with `label` and `margin` as in `draw`.
-    """
-
-    lines: Sequence[str]
-    panels: Sequence[Panel]
-    label: str = "validation loss (nats per token)"
-    margin: float = 0.0
 
 
 def grid_parser(name: str, description: str | None, seeds: Sequence[int]) -> argparse.ArgumentParser:
@@ -89,7 +73,7 @@ def run_grid(
     name: str,
     args: argparse.Namespace,
     rounds: Callable[[], Iterable[Sequence[Run]]],
-    show: Callable[[Sequence[Row]], Page],
+    show: Callable[[Sequence[Row]], None],
 ) -> int:
     """Do what the command line asks for; return the exit code. Show the results also after an interruption.
 
@@ -97,7 +81,7 @@ def run_grid(
         name: of the command.
         args: the command line.
         rounds: returns lists of runs; each is asked for when the runs before it are done.
-        show: returns the page of the runs that the output folder has.
+        show: writes the page of all runs.
     """
     console, folder = Console(), args.output_dir
 
@@ -106,7 +90,7 @@ def run_grid(
             rows = read_results(args.results) if args.results else read_folder(folder)
             if not rows:
                 raise RecipeError(f"--output-dir {folder}: no runs are there.")
-            write_page(console, folder, rows, show(rows))
+            show(rows)
             return 0
         text = prepare_text(args, console) if args.tiny else None
         grid = Grid(folder, args.flags, text, args.gpus_per_node, args.micro_batch_size, args.slurm)
@@ -124,14 +108,13 @@ def run_grid(
         with lock(folder, name) as held:
             try:
                 for jobs in map(make_jobs, rounds()):
-                    done = sum(job.is_done for job in jobs)
+                    done = sum(job.loss is not None for job in jobs)
                     doing = "train" if args.slurm is None else "submit or wait for"
                     say(console, f"{len(jobs)} runs in {folder}: {done} finished; {len(jobs) - done} to {doing}.")
                     if failed := execute(console, grid, jobs, args.processes, held):
                         break  # later runs depend on these
             finally:
-                rows = read_folder(folder)
-                write_page(console, folder, rows, show(rows))
+                show(read_folder(folder))
         if failed:
             message = f"{len(failed)} runs did not finish: {', '.join(failed)}."
             say(Console(stderr=True), f"{message}\nThe same command continues them.", "red")
@@ -151,21 +134,31 @@ def list_commands(jobs: Sequence[Job], grid: Grid) -> None:
     print(f"# to train: {sum(now != 'finished' for now in states)} runs")
 
 
-def write_page(console: Console, folder: Path, rows: Sequence[Row], page: Page) -> None:
-    """Write results.json, results.md and, if there are panels, results.png; print the tables and the paths."""
+def write_page(
+    folder: Path, rows: Sequence[Row], lines: Sequence[str], panels: Sequence[Panel], label: str, margin: float = 0.0
+) -> None:
+    """Write results.json, results.md and, if there are panels, results.png; print the tables and the paths.
+
+    Args:
+        folder: for the files.
+        rows: all runs.
+        lines: the tables, in Markdown.
+        panels: of the picture; `label` and `margin` as in `draw`.
+    """
+    console = Console()
     written = [folder / name for name in ("results.json", "results.md", "results.png")]
     write_results(written[0], rows)
     unfinished = [
         f"- {run.name}: not finished"
         + (f", at iteration {result.iterations} of {result.train_iters}" if result else "")
         for run, result in rows
-        if result is None or not result.is_finished
+        if result is None or result.loss is None
     ]
-    panels = [panel for panel in page.panels if panel.lines]
-    text = "\n".join([*page.lines, "", *unfinished])
+    panels = [panel for panel in panels if panel.lines]
+    text = "\n".join([*lines, "", *unfinished])
     write_text(written[1], f"# Results\n\n{text}\n" + ("\n![Losses](results.png)\n" if panels else ""))
     if panels:
-        draw(written[2], panels, page.label, page.margin)
+        draw(written[2], panels, label, margin)
     say(console, f"\n{text}\n")
     for path in written if panels else written[:2]:
         say(console, f"  {path}")

@@ -99,10 +99,10 @@ class Job:
         return read_result(self.folder, self.stamp["per_byte"]) if is_this else None
 
     @property
-    def is_done(self) -> bool:
-        """Return whether the folder holds this run with its final loss."""
+    def loss(self) -> float | None:
+        """Return the run's final loss; None until it is done."""
         result = self.result()
-        return result is not None and result.is_finished
+        return result.loss if result else None
 
 
 def _shown(values: Sequence[str | None] | None) -> str:
@@ -180,7 +180,7 @@ def _go_on_from_shorter(job: Job, grid: Grid) -> None:
         run = replace(job.run, steps=json.loads(path.read_text(encoding="utf-8"))["run"]["steps"])
         if run.name == path.parent.name and run.decay_start <= job.run.decay_start:
             checkpoint = path.parent / SAVES / f"iter_{run.decay_start:07}"
-            if checkpoint.exists() and make_job(run, grid).is_done:
+            if checkpoint.exists() and make_job(run, grid).loss is not None:
                 shorter[run.decay_start] = checkpoint
     if not shorter:
         return

@@ -34,8 +34,6 @@ def late_load(figures: RunFigures, last: int) -> dict[int, NDArray[np.float64]]:
 
 
 def _draw_loss(axes: Any, runs: Mapping[str, RunFigures], summary: Mapping[str, Any]) -> None:
-    from matplotlib.ticker import LogLocator, NullLocator
-
     first = SKIPPED_SHARE * summary["iterations"]
     for model, title in tiny.NAMES.items():
         color, final = routing_color(model), summary[model]["val_loss"]
@@ -46,12 +44,10 @@ def _draw_loss(axes: Any, runs: Mapping[str, RunFigures], summary: Mapping[str, 
             summary["iterations"], final, "o", color=color, markersize=9, markeredgecolor="white", zorder=3,
             clip_on=False, label=f"{title}: {final:.3f}",
         )  # fmt: skip
-    axes.set(title="Loss in training (smoothed), and on held-out text at the end", xlabel="iteration", xscale="log")
-    axes.set_ylabel("nats per byte")
+    axes.set(
+        title="Loss in training (smoothed), and on held-out text at the end", xlabel="iteration", ylabel="nats per byte"
+    )
     axes.set_xlim(first, summary["iterations"])
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))  # the default has few ticks over a single decade
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.legend(title="held-out text")
 
 

@@ -28,15 +28,14 @@ class Result:
     Attributes:
         iterations: number of logged iterations.
         train_iters: number of iterations that the run was started for.
-        loss: validation loss after the last iteration, in nats per token, or per byte of the text of a tiny run.
+        loss: validation loss after the last iteration, in nats per token, or per byte of the text of a tiny run; with
+            it the run is done.
         losses: the same by validation set.
         first_near: the first logged iteration with S within 1 % of its target.
         settled: the first logged iteration from which S stays there.
         flip_rate, flip_count: of the routing decisions, median over the log's second half.
         experts_per_token: computed, mean over layers and over the steps since the log's second last line.
         inactive: number of experts of each layer that are inactive at the end.
-        total_parameters: of the whole model.
-        tokens_per_second: over all processes, median over the log's lines without the first.
         training_seconds: of the iterations only, from the log's time per iteration.
         flops: of the whole run, with the experts that were computed.
         step_flops: of a step, with `experts_per_token`.
@@ -52,18 +51,12 @@ class Result:
     flip_count: float | None = None
     experts_per_token: float | None = None
     inactive: Sequence[int] = ()
-    total_parameters: int | None = None
-    tokens_per_second: float | None = None
     training_seconds: float | None = None
     flops: float | None = None
     step_flops: float | None = None
 
-    @property
-    def is_finished(self) -> bool:
-        """Return whether there is a validation loss after all iterations."""
-        return self.loss is not None
 
-
+Results = Mapping[Run, Result]  # of finished runs
 Row = tuple[Run, Result | None]  # None: no line of a log yet
 
 
@@ -99,8 +92,6 @@ def read_result(folder: Path, per_byte: Mapping[str, float] | None = None) -> Re
         flip_count=_late_median(figures, "flip_count"),
         experts_per_token=experts_per_token,
         inactive=figures.inactive_experts,
-        total_parameters=figures.parameters,
-        tokens_per_second=figures.tokens_per_second,
         training_seconds=float(seconds.sum()) if len(seconds) else None,
         flops=flops,
         step_flops=sequence * figures.whole("global_batch_size") or None,
@@ -132,6 +123,11 @@ def read_folder(output: Path) -> list[Row]:
     return sorted(rows, key=lambda row: row[0].name)
 
 
+def finished(rows: Sequence[Row]) -> Results:
+    """Return the results of the finished runs."""
+    return {run: result for run, result in rows if result is not None and result.loss is not None}
+
+
 def write_results(path: Path, rows: Sequence[Row]) -> None:
     """Write runs and their results, one a line."""
     lines = (json.dumps({"run": asdict(run), "result": asdict(result) if result else None}) for run, result in rows)
@@ -139,13 +135,6 @@ def write_results(path: Path, rows: Sequence[Row]) -> None:
 
 
 def read_results(path: Path) -> list[Row]:
-    """Read what `write_results` wrote.
-
-    Raises:
-        ToolError: the file is something else.
-    """
-    try:
-        entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-        return [(run_from_fields(each["run"]), each["result"] and Result(**each["result"])) for each in entries]
-    except (ValueError, LookupError, TypeError, OSError) as error:
-        raise ToolError(f"{path}: no results of runs: {type(error).__name__}: {error}.") from error
+    """Read what `write_results` wrote."""
+    entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return [(run_from_fields(each["run"]), each["result"] and Result(**each["result"])) for each in entries]

@@ -12,7 +12,7 @@ from ..recipes import tiny
 from ..recipes.layout import RecipeError
 from ..recipes.models import Routing, Training
 from ..text.corpora import dataset
-from .arms import ARMS, RATE, SETTINGS, routing_of_arm
+from .arms import ARMS, RATE, SETTINGS
 
 CAP = 4  # largest number of experts per token of remoe-capped, for k = 1
 DECAY = 0.2  # share of a WSD schedule's steps in which the learning rate falls
@@ -101,7 +101,7 @@ class Run:
     @property
     def routing(self) -> str:
         """Return dense, moe or remoe."""
-        return routing_of_arm(self.arm)
+        return self.arm.partition("-")[0]
 
     @property
     def name(self) -> str:

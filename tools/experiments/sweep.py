@@ -17,9 +17,9 @@ from ..recipes import tiny
 from ..recipes.layout import RecipeError
 from ..recipes.models import PAPER, Training
 from .arms import ARMS, SETTINGS
-from .grids import Page, grid_parser, parse_words, run_grid
+from .grids import grid_parser, parse_words, run_grid, write_page
 from .pictures import Panel
-from .results import Result, Row
+from .results import Results, Row, finished
 from .run import Run
 from .significance import MARGIN
 from .tables import Line, markdown
@@ -30,7 +30,6 @@ VALUES: Mapping[str, Sequence[Any]] = {
     "experts": (4, 8, 16, 32, 64, 128),
     "granularity": (1, 2, 4, 8, 16, 32, 64),
 }
-LABELS = {"size": "size of the launch script", "experts": "number of experts E", "granularity": "granularity G"}
 WIDE = 8  # the paper's Dense x 8, as wide as 8 experts
 COMPARED = ("dense", "moe", "remoe")
 VARYING = ("moe-topp", "moe-expert-threshold")  # not in the figure over routings: with k = 1 top-p always takes one
@@ -122,30 +121,26 @@ def _plan_figure(figure: str, args: argparse.Namespace, base: Run) -> Iterator[t
                     yield run.at(figure, value), float(value), f"{value:g}"
 
 
-def make_panel(figure: str, planned: Iterable[tuple[Run, float, str]], rows: Mapping[Run, Result | None]) -> Panel:
+def make_panel(figure: str, planned: Iterable[tuple[Run, float, str]], results: Results) -> Panel:
     """Return a figure's panel of the planned runs that have finished."""
     setting = SETTINGS.get(figure)
     lines: dict[tuple[str, str], dict[float, list[float]]] = {}
     ticks: dict[float, str] = {}
     for run, place, label in planned:
-        if (result := rows.get(run)) is not None and result.loss is not None:
+        if run in results:
             words = f"x {run.expansion}" if run.expansion > 1 else ""
             words += f"G = {run.granularity}" if setting and run.granularity > 1 else ""
-            lines.setdefault((run.arm, words), {}).setdefault(place, []).append(result.loss)
+            lines.setdefault((run.arm, words), {}).setdefault(place, []).append(results[run].loss or 0.0)
             ticks[place] = label
-    is_log = setting.is_log if setting else figure in ("experts", "granularity")
-    return Panel(figure, setting.label if setting else LABELS.get(figure, ""), lines, ticks, is_log)
+    return Panel(figure, setting.label if setting else "", lines, ticks, is_log=figure not in ("size", "routing"))
 
 
-def make_lines(rows: Sequence[Row]) -> list[Line]:
+def make_lines(results: Results) -> list[Line]:
     """Return a line of the table for the finished runs that differ in their seeds only; gaps are from ReMoE."""
     lines: dict[Run, Line] = {}
-    for run, result in rows:
-        if result is None or result.loss is None:
-            continue
-        like = Run("remoe", 0, run.steps, run.size, run.experts or BASE.experts, run.granularity, run.topk)
-        like = replace(like, is_tiny=run.is_tiny, tokens=run.tokens, is_wsd=run.is_wsd, warmup=run.warmup)
-        key = replace(run, seed=0)
+    for run, result in results.items():
+        key, experts = replace(run, seed=0), run.experts or BASE.experts
+        like = replace(key, arm="remoe", experts=experts, expansion=1, setting="", value=0.0, rate=1.0)
         titles, reference = ((each.name.replace("_seed0", ""),) for each in (key, like))
         line = lines.setdefault(key, Line(titles, {}, reference=reference if reference != titles else None))
         line.seeds[run.seed] = vars(result)
@@ -159,8 +154,10 @@ def main(arguments: Sequence[str]) -> int:
     def rounds() -> Iterator[list[Run]]:
         yield [*dict.fromkeys(run for planned in plan_runs(args).values() for run, *_ in planned)]
 
-    def show(rows: Sequence[Row]) -> Page:
-        panels = [make_panel(figure, planned, dict(rows)) for figure, planned in plan_runs(args).items()]
-        return Page([*markdown(["run"], make_lines(rows), MARGIN), NOTE], panels)
+    def show(rows: Sequence[Row]) -> None:
+        results = finished(rows)
+        panels = [make_panel(figure, planned, results) for figure, planned in plan_runs(args).items()]
+        lines = [*markdown(["run"], make_lines(results), MARGIN), NOTE]
+        write_page(args.output_dir, rows, lines, panels, "validation loss (nats per token)")
 
     return run_grid("sweep", args, rounds, show)
