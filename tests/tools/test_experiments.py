@@ -90,7 +90,6 @@ def test_flags_for_megatron_and_expert_parallelism() -> None:
         ("--figures gate -- --moe-router-topk-scaling-factor 2", "--moe-router-topk-scaling-factor _gate2"),
         ("--figures lr --lrs 2 -- --lr 1e-3", "--lr _lr2"),
         ("--figures gate --routings remoe", "--figures gate --routings remoe"),
-        ("--collect", "--output-dir"),
     ],
 )
 def test_bad_values_are_named(words: str, facts: str, tmp_path: Path) -> None:
@@ -98,19 +97,11 @@ def test_bad_values_are_named(words: str, facts: str, tmp_path: Path) -> None:
     assert all(fact in errors for fact in facts.split()), errors
 
 
-@pytest.mark.parametrize(
-    ("words", "fact"),
-    [
-        ("--steps 403", "--steps 403"),
-        ("--steps 370", "--steps 370"),
-        ("--tuning-steps 15", "--tuning-steps 15"),
-        ("--seeds 1233", "--seeds 1233"),
-    ],
-)
-def test_bad_values_of_a_comparison(words: str, fact: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("words", ["--steps 403", "--steps 370", "--tuning-steps 15"])
+def test_bad_lengths_of_a_comparison(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         compare.parse_arguments(words.split())
-    assert fact in capsys.readouterr().err
+    assert words in capsys.readouterr().err
 
 
 def test_errors_of_the_scripts_stop_it_before_the_first_run(tmp_path: Path) -> None:
@@ -212,7 +203,7 @@ def test_runs_of_equal_flops() -> None:
     """ReMoE used the FLOPs of 60 more steps of top-k; dense costs more already."""
     run, remoe, dense = (Run(arm, steps=100) for arm in ("moe", "remoe", "dense"))
     known = {
-        each: results.Result(100, 100, loss=2.0, flops=flops, step_flops=1e7)
+        each: results.Result(100, loss=2.0, flops=flops, step_flops=1e7)
         for each, flops in ((run, 1e9), (remoe, 1.6e9), (dense, 2e9))
     }
     assert compare.run_of_equal_flops(run, remoe, known) == replace(run, steps=160)
@@ -226,7 +217,7 @@ def tuned_rows(args: Any) -> list[results.Row]:
     rows: list[results.Row] = []
     for run in compare.tuning_runs(args):
         best = 1.0 if run.routing == "remoe" else 2.0
-        rows.append((run, results.Result(20, 20, loss=2.0 + abs(run.rate - best) + (run.warmup or 0) / 1000)))
+        rows.append((run, results.Result(20, loss=2.0 + abs(run.rate - best) + (run.warmup or 0) / 1000)))
     return rows
 
 
@@ -246,9 +237,9 @@ def test_each_arm_has_its_own_rate_and_warmup(capsys: pytest.CaptureFixture[str]
     for run in planned:
         loss = {"dense": 2.0, "moe": 1.6, "remoe": 1.5}[run.arm] + run.seed / 100
         flops = 1e9 if run.arm != "remoe" else 1.5e9
-        rows.append((run, results.Result(40, 40, loss=loss, flops=flops, step_flops=2.5e7)))
+        rows.append((run, results.Result(40, loss=loss, flops=flops, step_flops=2.5e7)))
         if run.arm != "remoe":
-            result = results.Result(60, 60, loss=loss - 0.05, flops=1.5e9)
+            result = results.Result(60, loss=loss - 0.05, flops=1.5e9)
             rows.append((replace(run, steps=60), result))
     results.write_results(tmp_path / "points.json", rows)
     kept = results.read_results(tmp_path / "points.json")

@@ -50,7 +50,7 @@ def test_figures_of_a_resumed_run(tmp_path: Path) -> None:
     last = line(20, 0.2, sparsity=0.74, target_sparsity=0.75)
     write_run(tmp_path / "run", 25, line(1, 0.9), line(10), line(20), *flips, last, final(25, 4.5))
     found = read(tmp_path / "run")
-    assert (found.iterations, found.train_iters, found.settled, found.first_near) == (25, 25, None, None)
+    assert (found.iterations, found.settled, found.first_near) == (25, None, None)
     assert (found.flip_rate, found.flip_count) == (0.1, 0.8), "late in the training"
     assert found.training_seconds == pytest.approx(10 * 0.1 + 10 * 0.2), "the first line's step is one of the first ten"
     assert read_result(tmp_path / "nothing") is None

@@ -60,8 +60,6 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
             if steps % STEP or steps < LEAST or Run(REFERENCE, steps=steps).decay_start < max(args.warmups):
                 remedy = f"Give a multiple of {STEP} of at least {LEAST}, with --warmups in the first four fifths."
                 parser.error(f"{flag} {steps}: {remedy}")
-    if TUNING_SEED in args.seeds:
-        parser.error(f"--seeds {TUNING_SEED}: reserved for tuning. Give a different one.")
     return args
 
 
@@ -142,9 +140,6 @@ def make_lines(args: argparse.Namespace, results: Results, experts: int) -> list
             matched = run_of_equal_flops(run, remoe, results)
             if matched is not None and matched in results:
                 line.matched[run.seed] = vars(results[matched])
-    if not any(line.matched for titles, line in lines.items() if titles[1] != REFERENCE):
-        for line in lines.values():
-            line.matched = {}
     return sorted(lines.values(), key=lambda line: (int(line.titles[0]), args.arms.index(line.titles[1])))
 
 

@@ -45,7 +45,12 @@ def execute(console: Console, grid: Grid, jobs: Sequence[Job], processes: int, h
         submit(console, grid, jobs)
         return []
     failed: list[str] = []
-    shown = {job.folder: ShownTraining(job.folder.name, job.run.steps, _step_tokens(job), job.run.cost) for job in jobs}
+    shown = {  # the cost of a step grows with the experts
+        job.folder: ShownTraining(
+            job.folder.name, job.run.steps, _step_tokens(job), job.run.steps * (1 + job.run.experts / 32)
+        )
+        for job in jobs
+    }
     chains: dict[Run, list[Job]] = {}
     for job in jobs:
         chains.setdefault(replace(job.run, steps=0) if job.run.is_wsd else job.run, []).append(job)
@@ -102,7 +107,7 @@ def state(job: Job, queued: Mapping[str, str]) -> str:
     if number := queued.get(str(job.folder)):
         return f"queued or running as Slurm job {number}"
     result = job.result()
-    return "not started" if result is None else f"unfinished, at iteration {result.iterations} of {result.train_iters}"
+    return "not started" if result is None else f"unfinished, at iteration {result.iterations} of {job.run.steps}"
 
 
 # ---------------------------------------------------------------- Slurm

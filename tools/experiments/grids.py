@@ -15,7 +15,6 @@ from ..console.files import lock
 from ..console.flags import number_of_cores, split, tool_parser, whole_number
 from ..console.places import home
 from ..recipes.data import is_set
-from ..recipes.layout import RecipeError
 from ..runs.running import run_tool
 from ..text.corpora import dataset
 from .execute import execute, queued_jobs, sbatch_command, state
@@ -87,10 +86,7 @@ def run_grid(
 
     def work() -> int:
         if args.collect or args.results:
-            rows = read_results(args.results) if args.results else read_folder(folder)
-            if not rows:
-                raise RecipeError(f"--output-dir {folder}: no runs are there.")
-            show(rows)
+            show(read_results(args.results) if args.results else read_folder(folder))
             return 0
         text = prepare_text(args, console) if args.tiny else None
         grid = Grid(folder, args.flags, text, args.gpus_per_node, args.micro_batch_size, args.slurm)
@@ -149,8 +145,7 @@ def write_page(
     written = [folder / name for name in ("results.json", "results.md", "results.png")]
     write_results(written[0], rows)
     unfinished = [
-        f"- {run.name}: not finished"
-        + (f", at iteration {result.iterations} of {result.train_iters}" if result else "")
+        f"- {run.name}: not finished" + (f", at iteration {result.iterations} of {run.steps}" if result else "")
         for run, result in rows
         if result is None or result.loss is None
     ]

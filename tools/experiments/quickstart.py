@@ -108,23 +108,21 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     """Print the comparison, a column for each model."""
     models = [summary[model] for model in tiny.NAMES]
 
-    def row(title: str, key: str, form: str) -> list[str]:
-        return [title, *(format(each[key], form) if key in each else "" for each in models)]
-
     dense = models[0]["val_loss"]
     rows = [
-        row("validation loss (nats/byte)", "val_loss", ".3f"),
+        ["validation loss (nats/byte)", *(f"{each['val_loss']:.3f}" for each in models)],
         ["  against dense", "", *(f"{each['val_loss'] - dense:+.3f}" for each in models[1:])],
     ]
     for domain in models[0]["val_loss_by_domain"]:
         rows.append([f"  on {domain}", *(f"{each['val_loss_by_domain'][domain]:.3f}" for each in models)])
-    rows += [
-        row("active parameters", "active_params", ","),
-        row("total parameters", "total_params", ","),
-        row("tokens per second", "tokens_per_second", ",.0f"),
-        row("sparsity, last quarter", "sparsity_last_quarter", ".3f"),
-        row("  target", "sparsity_target", ".3f"),
-    ]
+    for title, key, form in (
+        ("active parameters", "active_params", ","),
+        ("total parameters", "total_params", ","),
+        ("tokens per second", "tokens_per_second", ",.0f"),
+        ("sparsity, last quarter", "sparsity_last_quarter", ".3f"),
+        ("  target", "sparsity_target", ".3f"),
+    ):
+        rows.append([title, *(format(each[key], form) if key in each else "" for each in models)])
     print()
     print_table(["", *tiny.NAMES.values()], rows, text=1)
 

@@ -23,7 +23,6 @@ def draw(path: Path, runs: Mapping[str, RunFigures], summary: Mapping[str, Any])
         _draw_sparsity(sparsity, remoe, summary)
         coefficient.plot(*remoe.curve("l1_coefficient"), color=routing_color("remoe"), linewidth=1.5)
         coefficient.set(title="ReMoE: coefficient λ of the L1 term", xlabel="iteration", ylabel="λ", yscale="log")
-        coefficient.set_xlim(0, iterations)
         _draw_load(load, late_load(remoe, iterations))
 
 
@@ -40,14 +39,10 @@ def _draw_loss(axes: Any, runs: Mapping[str, RunFigures], summary: Mapping[str, 
         iterations, values = smooth(runs[model].curve("lm_loss"))
         shown = iterations >= first
         axes.plot(iterations[shown], values[shown], color=color, linewidth=1.8)
-        axes.plot(
-            summary["iterations"], final, "o", color=color, markersize=9, markeredgecolor="white", zorder=3,
-            clip_on=False, label=f"{title}: {final:.3f}",
-        )  # fmt: skip
+        axes.plot(summary["iterations"], final, "o", color=color, markersize=9, label=f"{title}: {final:.3f}")
     axes.set(
         title="Loss in training (smoothed), and on held-out text at the end", xlabel="iteration", ylabel="nats per byte"
     )
-    axes.set_xlim(first, summary["iterations"])
     axes.legend(title="held-out text")
 
 
@@ -60,7 +55,6 @@ def _draw_sparsity(axes: Any, remoe: RunFigures, summary: Mapping[str, Any]) -> 
     reached = summary["remoe"]["sparsity_last_quarter"]
     axes.set(title=f"ReMoE: sparsity of the routing (last quarter: {reached:.3f})", xlabel="iteration", ylim=(0, 1))
     axes.set_ylabel("share of token–expert pairs that are off")
-    axes.set_xlim(0, summary["iterations"])
     axes.legend(loc="lower right")
 
 
@@ -69,9 +63,8 @@ def _draw_load(axes: Any, load: Mapping[int, NDArray[np.float64]]) -> None:
     width, experts = 0.8 / len(load), np.arange(tiny.SIZE.experts)
     for place, (layer, shares) in enumerate(load.items()):
         left = experts - 0.4 + place * width
-        alpha = 1 - place / len(load)
-        label = f"layer {layer}"
-        axes.bar(left, shares, width, align="edge", color=routing_color("remoe"), alpha=alpha, label=label)
+        look = {"color": routing_color("remoe"), "alpha": 1 - place / len(load), "label": f"layer {layer}"}
+        axes.bar(left, shares, width, align="edge", **look)
     even = tiny.SIZE.topk / tiny.SIZE.experts
     axes.axhline(even, color=TARGET, linestyle="--", linewidth=1.5, label=f"even: {even:.1%}")
     axes.set(title="ReMoE: tokens that each expert gets, last quarter", xlabel="expert", xticks=experts)

@@ -27,7 +27,6 @@ class Result:
 
     Attributes:
         iterations: number of logged iterations.
-        train_iters: number of iterations that the run was started for.
         loss: validation loss after the last iteration, in nats per token, or per byte of the text of a tiny run; with
             it the run is done.
         losses: the same by validation set.
@@ -42,7 +41,6 @@ class Result:
     """
 
     iterations: int
-    train_iters: int
     loss: float | None = None
     losses: Mapping[str, float] | None = None
     first_near: int | None = None
@@ -83,7 +81,6 @@ def read_result(folder: Path, per_byte: Mapping[str, float] | None = None) -> Re
     sequence = 0.0 if flops is None else flops_per_sequence(Namespace(**figures.args), experts_per_token)
     return Result(
         iterations=figures.last if loss is None else train_iters,  # the last steps may have no line
-        train_iters=train_iters,
         loss=loss,
         losses=losses,
         first_near=figures.first_near,

@@ -39,15 +39,8 @@ class Text:
 
     @classmethod
     def read(cls, folder: Path) -> "Text":
-        """Read the manifest in a folder of data sets.
-
-        Raises:
-            RecipeError: there is none.
-        """
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise RecipeError(f"there is no text in {folder}. Leave out --dry-run, which makes none.") from error
+        """Read the manifest in a folder of data sets."""
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         tokens, sizes = manifest["tokens"], manifest["bytes"]
         share = {name: number / sizes["heldout"][name] for name, number in tokens["heldout"].items()}
         share[""] = sum(tokens["train"].values()) / sum(sizes["train"].values())
@@ -116,11 +109,6 @@ class Run:
             "wsd" if self.is_wsd else "", f"steps{self.steps}", f"seed{self.seed}", "tuning" if self.is_tuning else "",
         ]  # fmt: skip
         return "_".join(filter(None, parts))
-
-    @property
-    def cost(self) -> float:
-        """Return an estimate of the run's time in relation to other runs, for the time left."""
-        return self.steps * (1 + self.experts / 32)
 
     @property
     def decay_start(self) -> int:

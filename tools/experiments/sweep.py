@@ -34,9 +34,6 @@ WIDE = 8  # the paper's Dense x 8, as wide as 8 experts
 COMPARED = ("dense", "moe", "remoe")
 VARYING = ("moe-topp", "moe-expert-threshold")  # not in the figure over routings: with k = 1 top-p always takes one
 FIGURES = (*VALUES, "routing", *SETTINGS)
-NOTE = """
-Loss after the last iteration. The size in a name is that of the launch script; flags after -- may change it.
-"""
 
 
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
@@ -157,7 +154,7 @@ def main(arguments: Sequence[str]) -> int:
     def show(rows: Sequence[Row]) -> None:
         results = finished(rows)
         panels = [make_panel(figure, planned, results) for figure, planned in plan_runs(args).items()]
-        lines = [*markdown(["run"], make_lines(results), MARGIN), NOTE]
+        lines = [*markdown(["run"], make_lines(results), MARGIN)]
         write_page(args.output_dir, rows, lines, panels, "validation loss (nats per token)")
 
     return run_grid("sweep", args, rounds, show)
