@@ -35,13 +35,13 @@ def sweep(*arguments: str, code: int = 0, **environment: str) -> tuple[str, str]
             patch.dict(os.environ, given(environment), clear=True), contextlib.chdir("/"),
             contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors),
         ):  # fmt: skip
-            found = main(arguments)
+            status = main(arguments)
     except SystemExit as stop:
-        found = int(stop.code or 0)
+        status = int(stop.code or 0)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    assert found == code, output.getvalue() + errors.getvalue()
+    assert status == code, output.getvalue() + errors.getvalue()
     return output.getvalue(), errors.getvalue()
 
 

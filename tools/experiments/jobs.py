@@ -155,7 +155,7 @@ def check_conflicts(jobs: Sequence[Job]) -> None:
         RecipeError: names the first such folder, the differences, and the remedy.
     """
     for job in jobs:
-        if (job.has_checkpoint or read_result(job.folder) is not None) and job.differences:
+        if job.differences and (job.has_checkpoint or read_result(job.folder) is not None):
             raise RecipeError(
                 f"{job.folder} holds a run with other settings: {'; '.join(job.differences)}. Give the same settings, "
                 "another --output-dir, or remove the folder to train it again."
