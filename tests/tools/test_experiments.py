@@ -231,7 +231,7 @@ def test_each_arm_has_its_own_rate_and_warmup(capsys: pytest.CaptureFixture[str]
         flops = 1e9 if run.arm != "remoe" else 1.5e9
         rows.append((run, results.Result(40, loss=loss, flops=flops, step_flops=2.5e7)))
         if run.arm != "remoe":
-            result = results.Result(60, loss=loss - 0.05, flops=1.5e9)
+            result = results.Result(60, loss=loss - 0.05, flops=1.5e9, step_flops=2.5e7)
             rows.append((replace(run, steps=60), result))
     results.write_results(tmp_path / "points.json", rows)
     kept = results.read_results(tmp_path / "points.json")

@@ -139,7 +139,9 @@ def make_lines(args: argparse.Namespace, results: Results, experts: int) -> list
             line.seeds[run.seed] = vars(results[run])
             matched = run_of_equal_flops(run, remoe, results)
             if matched is not None and matched in results:
-                line.matched[run.seed] = vars(results[matched])
+                used, wanted = (results[each].flops or 0.0 for each in (matched, remoe))
+                if abs(used - wanted) <= STEP * (results[matched].step_flops or 0.0):
+                    line.matched[run.seed] = vars(results[matched])
     return sorted(lines.values(), key=lambda line: (int(line.titles[0]), args.arms.index(line.titles[1])))
 
 

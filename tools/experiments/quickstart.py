@@ -26,8 +26,6 @@ from .jobs import Grid, make_job
 from .quickstart_picture import draw
 from .run import Run, Text
 
-LEAST_ITERATIONS = 10
-
 
 def parse_arguments(arguments: Sequence[str]) -> Namespace:
     """Parse the command line; defaults come from the environment."""
@@ -39,7 +37,7 @@ def parse_arguments(arguments: Sequence[str]) -> Namespace:
     add("--output-dir", type=Path, metavar="FOLDER", help=text)
     text = f"optimizer steps of each run (default: QUICKSTART_ITERS, or {tiny.ITERATIONS})"
     iterations = os.environ.get("QUICKSTART_ITERS") or tiny.ITERATIONS
-    add("--iterations", type=whole_number(LEAST_ITERATIONS), default=iterations, metavar="N", help=text)
+    add("--iterations", type=whole_number(10), default=iterations, metavar="N", help=text)
     add("--seed", type=whole_number(1), default=tiny.SEED, metavar="N", help="of the runs (default: %(default)s)")
     args = parser.parse_args(arguments)
     args.output_dir = (args.output_dir or home() / dataset.FOLDERS[args.corpus]).expanduser().resolve()

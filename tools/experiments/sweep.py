@@ -154,7 +154,7 @@ def main(arguments: Sequence[str]) -> int:
     def show(rows: Sequence[Row]) -> None:
         results = finished(rows)
         panels = [make_panel(figure, planned, results) for figure, planned in plan_runs(args).items()]
-        lines = [*markdown(["run"], make_lines(results), MARGIN)]
-        write_page(args.output_dir, rows, lines, panels, "validation loss (nats per token)")
+        lines = markdown(["run"], make_lines(results), MARGIN)
+        write_page(args.output_dir, rows, [*lines], panels, "validation loss (nats per token)")
 
     return run_grid("sweep", args, rounds, show)
