@@ -35,26 +35,14 @@ def sweep(*arguments: str, code: int = 0, **environment: str) -> tuple[str, str]
             patch.dict(os.environ, given(environment), clear=True), contextlib.chdir("/"),
             contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors),
         ):  # fmt: skip
-            found = main(arguments)
+            status = main(arguments)
     except SystemExit as stop:
-        found = int(stop.code or 0)
+        status = int(stop.code or 0)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    assert found == code, output.getvalue() + errors.getvalue()
+    assert status == code, output.getvalue() + errors.getvalue()
     return output.getvalue(), errors.getvalue()
-
-
-def logged(iteration: int, train_iters: int, more: str = "", milliseconds: float = 100.0) -> str:
-    return (
-        f" [2026-01-01 00:00:00.000000] iteration {iteration:8d}/{train_iters:8d} | consumed samples: {4 * iteration} |"
-        f" elapsed time per iteration (ms): {milliseconds} | learning rate: 1.0E-04 | global batch size:     4 |"
-        f" lm loss: 5.5E+00 |{more} loss scale: 1.0 |\n"
-    )
-
-
-def evaluated(iteration: int, where: str, loss: float) -> str:
-    return f" validation loss at iteration {iteration}{where} | lm loss value: {loss:.6E} | lm loss PPL: 2.5E+02 | \n"
 
 
 def line(iteration: int, seconds: float = 0.1, **more: object) -> dict[str, object]:

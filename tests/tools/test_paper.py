@@ -1,19 +1,24 @@
-"""Test docs/paper.md (rows in order, valid commands), and that published tables are made from their data files."""
+"""Test docs/paper.md (rows in order, valid commands), and published tables against their data files."""
 
+import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.trainings import REPOSITORY
-from tools.experiments import compare, published
+from tools.experiments import compare
 from tools.experiments.quickstart import parse_arguments as quickstart
+from tools.experiments.significance import MARGIN
 from tools.experiments.sweep import parse_arguments as sweep
+from tools.experiments.tables import Line, interval, markdown
 from tools.models.arguments import parse_analyze as analyze
 from tools.models.arguments import parse_evaluate as evaluate
 from tools.report.command import parse_arguments as report
 
+DATA = REPOSITORY / "docs" / "compare"
 PAGE = (REPOSITORY / "docs" / "paper.md").read_text()
 PARSERS: dict[str, Callable[[list[str]], object]] = {
     "quickstart.sh": quickstart, "analyze": analyze, "evaluate": evaluate, "report": report, "sweep.sh": sweep,
@@ -25,8 +30,8 @@ def commands() -> Iterator[list[str]]:
     """Yield the page's commands as lists of words, with the page's shell variables expanded."""
     meant = {name: value for name, value in re.findall(r'^([A-Z])="([^"]+)"', PAGE, re.MULTILINE)} | {"N": "1"}
     for text in dict.fromkeys(re.findall(r"`([^`\n]+)`", PAGE)):
-        while found := re.search(r"\$([A-Z])\b", text):
-            text = text.replace(found[0], meant[found[1]])
+        while name := re.search(r"\$([A-Z])\b", text):
+            text = text.replace(name[0], meant[name[1]])
         words = [word for word in shlex.split(text) if word != "env" and not re.match(r"[A-Z_]+=", word)]
         program = next((place for place, word in enumerate(words) if word.startswith(("scripts/", "tools/"))), None)
         if program is not None and words[0] in ("bash", "python"):
@@ -50,10 +55,41 @@ def test_a_command_is_taken(words: list[str]) -> None:
         assert re.fullmatch(r"train_llama_\w+\.sh", program)
 
 
-def test_tables_are_made_of_what_is_kept() -> None:
-    """`python -m tools.experiments.published` renews the pages."""
-    for page, made in published.make_tables().items():
-        text = (REPOSITORY / "docs" / page).read_text()
-        for name, table in made.items():
-            parts = published.between_marks(text, name)
-            assert parts is not None and parts[1].strip() == table.strip(), name
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted(DATA.glob("*.json")) if not path.stem.startswith("gap")],
+    ids=lambda path: path.stem,
+)
+def test_a_table_is_made_of_its_data(path: Path) -> None:
+    lines = []
+    for row in json.loads(path.read_text()):
+        reference = (row["reference"],) if row["reference"] else None
+        lines.append(Line((row["title"],), {entry["seed"]: entry for entry in row["seeds"]}, reference=reference))
+    made = "\n".join(markdown([""], lines, MARGIN))
+    name = "compare " + " ".join(path.stem.rsplit("-", 1))
+    assert f"<!-- {name} -->\n\n{made}\n\n<!-- end of {name} -->" in (DATA / "tables.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("corpus", "experts", "factors", "shown"),
+    [
+        ("mixed", 32, {"moe": 1.0, "remoe-capped": 2.0}, "0.053 ± 0.009"),
+        ("technical", 32, {"moe": 1.0, "remoe-capped": 2.0}, "0.023 ± 0.013"),
+        ("mixed", 128, {"moe": 2.0, "remoe-capped": 1.0}, "0.079 ± 0.031"),
+    ],
+)
+def test_gaps_in_readme(corpus: str, experts: int, factors: dict[str, float], shown: str) -> None:
+    """Top-k minus ReMoE with the bound, at the FLOPs of ReMoE after 3,600 steps, each with its tuned rate."""
+    entries = json.loads((DATA / f"gap-{corpus}.json").read_text()).values()
+    topk, bounded = (
+        {
+            entry["seed"]: point["loss"]
+            for entry in entries
+            if (entry["experts"], entry["arm"], entry["factor"], entry["warmup"]) == (experts, arm, factor, 300)
+            for point in entry["points"]
+            if point["equal_to"] == 3600
+        }
+        for arm, factor in factors.items()
+    )
+    assert interval([topk[seed] - bounded[seed] for seed in topk if seed in bounded], digits=3) == shown
+    assert shown in " ".join((REPOSITORY / "README.md").read_text().split())

@@ -18,46 +18,46 @@ def test_holm_is_that_of_statsmodels() -> None:
 
 
 def test_a_row_is_a_paired_t_test() -> None:
-    found = compare({"one": ONE}, margin=0.2)["one"]
+    result = compare({"one": ONE}, margin=0.2)["one"]
     expected = stats.ttest_1samp(ONE, 0.0)
-    assert found.p_different == pytest.approx(expected.pvalue)
-    assert found.mean + found.half == pytest.approx(expected.confidence_interval().high)
-    assert found.p_equivalent == pytest.approx(stats.ttest_1samp(ONE, 0.2, alternative="less").pvalue)
+    assert result.p_different == pytest.approx(expected.pvalue)
+    assert result.mean + result.half == pytest.approx(expected.confidence_interval().high)
+    assert result.p_equivalent == pytest.approx(stats.ttest_1samp(ONE, 0.2, alternative="less").pvalue)
 
 
 def test_rows_are_corrected_together() -> None:
     far = [0.5, 1.5, 3.0]
-    found = compare({"one": [*ONE, *ONE], "other": [*OTHER, *OTHER], "far": far}, margin=0.05)
-    assert found["one"].p_different == pytest.approx(3 * stats.ttest_1samp([*ONE, *ONE], 0.0).pvalue), "the lowest"
-    assert found["far"].half == pytest.approx(compare({"far": far}, margin=1)["far"].half), "rows lend no spread"
-    verdicts = [found[row].verdict for row in ("one", "other", "far")]
+    result = compare({"one": [*ONE, *ONE], "other": [*OTHER, *OTHER], "far": far}, margin=0.05)
+    assert result["one"].p_different == pytest.approx(3 * stats.ttest_1samp([*ONE, *ONE], 0.0).pvalue), "the lowest"
+    assert result["far"].half == pytest.approx(compare({"far": far}, margin=1)["far"].half), "rows lend no spread"
+    verdicts = [result[row].verdict for row in ("one", "other", "far")]
     assert verdicts == ["higher", "equivalent within 0.05", "inconclusive"]
 
 
 def test_a_lower_loss_within_its_noise_is_no_worse() -> None:
     lower = [-0.09, 0.01, -0.11, -0.01]
-    found = compare({"lower": lower, "higher": [-value for value in lower]}, margin=0.05)
-    assert found["lower"].p_worse == pytest.approx(2 * stats.ttest_1samp(lower, 0.05, alternative="less").pvalue)
-    assert [each.verdict for each in found.values()] == ["no worse within 0.05", "inconclusive"]
+    result = compare({"lower": lower, "higher": [-value for value in lower]}, margin=0.05)
+    assert result["lower"].p_worse == pytest.approx(2 * stats.ttest_1samp(lower, 0.05, alternative="less").pvalue)
+    assert [each.verdict for each in result.values()] == ["no worse within 0.05", "inconclusive"]
 
 
 def test_one_value_shows_nothing() -> None:
-    found = compare({"a": [-1.0], "c": ONE, "d": OTHER}, margin=0.1)["a"]
-    assert found == Difference(-1.0, math.inf, 1.0, 1.0, 1.0, 0.1) and found.verdict == "one seed"
+    result = compare({"a": [-1.0], "c": ONE, "d": OTHER}, margin=0.1)["a"]
+    assert result == Difference(-1.0, math.inf, 1.0, 1.0, 1.0, 0.1) and result.verdict == "one seed"
 
 
 def test_seeds_for_equivalence_by_simulation() -> None:
     seeds = seeds_for_equivalence(0.03, 0.05)
     assert seeds is not None and seeds_for_equivalence(0.001, 0.06) is None and seeds_for_equivalence(0.01, 0.0) == 2
 
-    def found(seeds: int) -> float:
+    def power(seeds: int) -> float:
         rows = np.random.default_rng(0).normal(0, 0.05, (20000, seeds))
         error = rows.std(axis=1, ddof=1) / np.sqrt(seeds)
         return float((np.abs(rows.mean(axis=1)) + stats.t.ppf(0.95, seeds - 1) * error < 0.03).mean())
 
-    assert found(seeds - 2) < 0.8 < found(seeds + 1)
+    assert power(seeds - 2) < 0.8 < power(seeds + 1)
 
 
 def test_values_without_any_spread() -> None:
-    found = compare({"same": [0.0, 0.0], "other": [1.0, 1.0]}, margin=0.1)
-    assert (found["same"].verdict, found["other"].verdict) == ("equivalent within 0.1", "higher")
+    result = compare({"same": [0.0, 0.0], "other": [1.0, 1.0]}, margin=0.1)
+    assert (result["same"].verdict, result["other"].verdict) == ("equivalent within 0.1", "higher")

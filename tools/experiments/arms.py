@@ -23,7 +23,6 @@ class Arm:
 
 UNBALANCED = "--moe-router-load-balancing-type none --moe-aux-loss-coeff 0"
 BASELINE = f"{UNBALANCED} --moe-baseline-router"
-QUANTILE = "--moe-router-load-balancing-type quantile_balancing --moe-aux-loss-coeff 0"
 # Routing (dense, moe or remoe), or routing and a word → how it routes.
 ARMS: Mapping[str, Arm] = {
     "dense": Arm("dense", "D"),
@@ -33,19 +32,17 @@ ARMS: Mapping[str, Arm] = {
     "remoe-unbalanced": Arm("ReMoE, no load balancing", "d", "--no-moe-relu-l1-reg-load-balancing"),
     "moe-unbalanced": Arm("top-k, no load balancing", "X", UNBALANCED),
     "moe-warmup": Arm("top-k, near-dense warm-up", "^", "--moe-warmup-topk {near_dense} --moe-warmup-steps 100"),
-    "moe-post": Arm("top-k, softmax over the k", "P", "--no-moe-router-pre-softmax"),
     "moe-sigmoid": Arm("top-k, sigmoid", "<", "--moe-router-score-function sigmoid"),
     "moe-lossfree": Arm(
         "top-k, loss-free", ">", f"--moe-router-score-function sigmoid --moe-router-enable-expert-bias {UNBALANCED}"
     ),
-    "moe-quantile": Arm("top-k, quantile balancing", "$Q$", QUANTILE),
     "moe-hash": Arm("hash", "h", f"{BASELINE} hash", "hash"),
     "moe-random": Arm("random", "*", f"{BASELINE} random", "random"),
     "moe-expertchoice": Arm("expert choice, sees the future", "p", f"{BASELINE} expert_choice", "expert_choice"),
     "moe-expert-threshold": Arm("expert threshold", "8", f"{BASELINE} expert_threshold"),
     "moe-topp": Arm("top-p", "H", f"{BASELINE} top_p"),
 }
-AUXILIARY = ("moe", "moe-warmup", "moe-post", "moe-sigmoid")  # with an auxiliary loss
+AUXILIARY = ("moe", "moe-warmup", "moe-sigmoid")  # with an auxiliary loss
 L1 = ("remoe", "remoe-capped", "remoe-unbalanced")
 RATE = "lr"
 
@@ -55,39 +52,27 @@ class Setting:
     """A number that runs of some arms vary.
 
     Attributes:
-        title: of its panel in the picture.
         label: of the number.
         base: the value without any flag.
         values: to compare by default.
         arms: that have it.
         flag: Megatron's; the learning rate is part of the recipe and has none here.
-        is_log: whether its axis is logarithmic.
     """
 
-    title: str
     label: str
     base: float
     values: tuple[float, ...]
     arms: tuple[str, ...]
     flag: str
-    is_log: bool = True
 
 
 SETTINGS: Mapping[str, Setting] = {
-    "l1-init": Setting("L1 coefficient", "λ₀", 1e-8, (1e-16, 1e-12, 1e-8, 1e-4, 1.0), L1,
-                       "--moe-relu-l1-reg-coeff-init"),
-    "l1-multiplier": Setting("L1 multiplier", "α", 1.2, (1.05, 1.1, 1.2, 1.3, 1.5), L1,
-                             "--moe-relu-l1-reg-coeff-multiplier", is_log=False),
-    "warmup-length": Setting("Warm-up", "near-dense steps", 100, (50, 100, 500, 1000), ("moe-warmup",),
-                             "--moe-warmup-steps"),
-    "aux-coeff": Setting("Auxiliary loss", "coefficient", 1e-2, (1e-4, 1e-3, 1e-2, 1e-1), AUXILIARY,
+    "l1-init": Setting("λ₀", 1e-8, (1e-16, 1e-12, 1e-8, 1e-4, 1.0), L1, "--moe-relu-l1-reg-coeff-init"),
+    "l1-multiplier": Setting("α", 1.2, (1.05, 1.1, 1.2, 1.3, 1.5), L1, "--moe-relu-l1-reg-coeff-multiplier"),
+    "warmup-length": Setting("near-dense steps", 100, (50, 100, 500, 1000), ("moe-warmup",), "--moe-warmup-steps"),
+    "aux-coeff": Setting("coefficient of the auxiliary loss", 1e-2, (1e-4, 1e-3, 1e-2, 1e-1), AUXILIARY,
                          "--moe-aux-loss-coeff"),
-    "gate": Setting("First gate", "factor on the gates", 1, (1, 2, 4, 8), (*AUXILIARY, "moe-lossfree"),
+    "gate": Setting("factor on the gates", 1, (1, 2, 4, 8), (*AUXILIARY, "moe-lossfree"),
                     "--moe-router-topk-scaling-factor"),
-    RATE: Setting("Learning rate", "factor on the learning rate", 1, (0.5, 1, 2, 4), tuple(ARMS), ""),
+    RATE: Setting("factor on the learning rate", 1, (0.5, 1, 2, 4), tuple(ARMS), ""),
 }  # fmt: skip
-
-
-def routing_of_arm(arm: str) -> str:
-    """Return dense, moe or remoe."""
-    return arm.partition("-")[0]

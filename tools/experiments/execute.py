@@ -15,10 +15,9 @@ from rich.console import Console
 
 from ..console.display import duration, say
 from ..console.errors import ToolError
-from ..console.flags import whole
 from ..console.places import LOG, ROOT
 from ..runs.training_display import ShownTraining, TrainingDisplay
-from .jobs import SAVES, Grid, Job, check_conflicts, go_on_from_shorter, prepare
+from .jobs import SAVES, Grid, Job, check_conflicts, prepare
 from .run import Run
 
 
@@ -34,19 +33,23 @@ def execute(console: Console, grid: Grid, jobs: Sequence[Job], processes: int, h
         held: a file whose lock the runs hold too.
 
     Returns:
-        The titles of those that did not finish.
+        The names of those that did not finish.
 
     Raises:
         RecipeError: a folder holds another run.
         ToolError: Slurm is missing or refuses.
     """
-    if not grid.starts_over:
-        check_conflicts(jobs)
+    check_conflicts(jobs)
     if grid.sbatch_flags is not None:
         submit(console, grid, jobs)
         return []
     failed: list[str] = []
-    shown = {id(job): ShownTraining(job.title, job.run.steps, _tokens_per_iteration(job), job.run.cost) for job in jobs}
+    shown = {  # the cost of a step grows with the experts
+        job.folder: ShownTraining(
+            job.folder.name, job.run.steps, _step_tokens(job), job.run.steps * (1 + job.run.experts / 32)
+        )
+        for job in jobs
+    }
     chains: dict[Run, list[Job]] = {}
     for job in jobs:
         chains.setdefault(replace(job.run, steps=0) if job.run.is_wsd else job.run, []).append(job)
@@ -54,23 +57,22 @@ def execute(console: Console, grid: Grid, jobs: Sequence[Job], processes: int, h
 
         def train(chain: Sequence[Job]) -> None:
             for job in sorted(chain, key=lambda job: job.run.steps):
-                line = shown[id(job)]
-                if (result := job.result()) is not None and result.is_finished:
-                    display.finish(line, f"reused, validation loss {result.loss:.4f}")
+                line = shown[job.folder]
+                if (loss := job.loss) is not None:
+                    display.finish(line, f"reused, validation loss {loss:.4f}")
                     continue
-                prepare(job, display.say)
-                if job.run.is_wsd:
-                    go_on_from_shorter(job, grid)
+                prepare(job, grid)
                 if not _train(job, line, display):
-                    failed.append(job.title)
+                    failed.append(job.folder.name)
                     return
 
         display.run_all([partial(train, chain) for chain in chains.values()], processes)
     return failed
 
 
-def _tokens_per_iteration(job: Job) -> int:
-    return whole(job.settings, "--global-batch-size") * whole(job.settings, "--seq-length")
+def _step_tokens(job: Job) -> int:
+    batch, length = (int(job.stamp["settings"][flag][0]) for flag in ("--global-batch-size", "--seq-length"))
+    return batch * length
 
 
 def _train(job: Job, line: ShownTraining, display: TrainingDisplay) -> bool:
@@ -83,11 +85,11 @@ def _train(job: Job, line: ShownTraining, display: TrainingDisplay) -> bool:
             code, cause = display.run(line, job.words, environment, log)
     else:
         code, cause = display.run(line, job.words, environment)  # writes its log itself
-    result = job.result()
-    if code == 0 and result is not None and result.is_finished:
+    loss = job.loss
+    if code == 0 and loss is not None:
         if job.run.is_wsd:  # longer runs go on from the start of the decay
             shutil.rmtree(job.folder / SAVES / f"iter_{job.run.steps:07}", ignore_errors=True)
-        display.finish(line, f"validation loss {result.loss:.4f}, {duration(time.monotonic() - began)}")
+        display.finish(line, f"validation loss {loss:.4f}, {duration(time.monotonic() - began)}")
         return True
     reason = f"ended at iteration {line.done} of {line.iterations}, without its final evaluation"
     reason = f"failed with exit code {code}" if code else reason
@@ -99,12 +101,12 @@ def _train(job: Job, line: ShownTraining, display: TrainingDisplay) -> bool:
 
 def state(job: Job, queued: Mapping[str, str]) -> str:
     """Return the state of a run, given folder → number of the Slurm jobs that wait or run."""
-    result = job.result()
-    if result is not None and result.is_finished:
+    if job.loss is not None:
         return "finished"
     if number := queued.get(str(job.folder)):
         return f"queued or running as Slurm job {number}"
-    return "not started" if result is None else f"unfinished, at iteration {result.iterations} of {result.train_iters}"
+    result = job.result()
+    return "not started" if result is None else f"unfinished, at iteration {result.iterations} of {job.run.steps}"
 
 
 # ---------------------------------------------------------------- Slurm
@@ -118,13 +120,13 @@ def submit(console: Console, grid: Grid, jobs: Sequence[Job]) -> None:
     """
     queued = queued_jobs()  # before the results: a job may just have finished
     for job in jobs:
-        if job.is_done or str(job.folder) in queued:
-            say(console, f"  {job.title}: {state(job, queued)}")
+        if job.loss is not None or str(job.folder) in queued:
+            say(console, f"  {job.folder.name}: {state(job, queued)}")
             continue
-        prepare(job, partial(say, console))
+        prepare(job, grid)
         answer = _ask(sbatch_command(job, grid), {**os.environ, **job.environment})
         number = answer.strip().rpartition("\n")[2].partition(";")[0]
-        say(console, f"  {job.title}: Slurm job {number}")
+        say(console, f"  {job.folder.name}: Slurm job {number}")
 
 
 def sbatch_command(job: Job, grid: Grid) -> list[str]:

@@ -1,4 +1,4 @@
-"""Share what the commands over grids of runs do: options, the list of commands, training, and the results."""
+"""Run a command over a grid of runs: its options, the list of commands, training, and the results."""
 
 import argparse
 import os
@@ -12,23 +12,23 @@ from megatron.remoe.files.files import write_text
 
 from ..console.display import say
 from ..console.files import lock
-from ..console.flags import above_zero, number_of_cores, split, whole_number
+from ..console.flags import number_of_cores, split, tool_parser, whole_number
 from ..console.places import home
 from ..recipes.data import is_set
-from ..recipes.layout import RecipeError
+from ..runs.running import run_tool
 from ..text.corpora import dataset
 from .execute import execute, queued_jobs, sbatch_command, state
-from .jobs import Grid, Job, check_conflicts
+from .jobs import Grid, Job, check_conflicts, make_job
 from .pictures import Panel, draw
 from .results import Row, read_folder, read_results, write_results
-from .run import Text
-from .significance import MARGIN
-
-LABEL = "validation loss (nats per token)"
+from .run import Run, Text, check_flags
 
 
-def add_options(parser: argparse.ArgumentParser, name: str, seeds: Sequence[int]) -> None:
-    """Add the options of every grid; `name` is that of the default folder."""
+def grid_parser(name: str, description: str | None, seeds: Sequence[int]) -> argparse.ArgumentParser:
+    """Return a parser with the options of every grid; without others, it is one of tiny models."""
+    parser = tool_parser(name, description)
+    parser.set_defaults(tiny=True, gpus_per_node=8, micro_batch_size=None, slurm=None)
+    parser.usage = "%(prog)s [options] [-- Megatron flags]"
     add, default = parser.add_argument, "(default: %(default)s)"
     add("--seeds", nargs="+", type=whole_number(1), default=[*seeds], metavar="N", help=f"a run each {default}")
     add("--corpus", choices=dataset.CORPORA, default=dataset.MIXED, help=f"text of tiny models {default}")
@@ -41,13 +41,12 @@ def add_options(parser: argparse.ArgumentParser, name: str, seeds: Sequence[int]
     text = f"for the runs and the results (default: OUTPUT_DIR, or runs/{name})"
     output = Path(os.environ.get("OUTPUT_DIR") or home() / "runs" / name)
     add("--output-dir", type=Path, default=output, metavar="FOLDER", help=text)
-    text = "losses that differ by less count as equal"
-    add("--margin", type=above_zero, default=MARGIN, metavar="NATS", help=f"{text} {default}")
     add = parser.add_argument_group("instead of training").add_mutually_exclusive_group().add_argument
     add("--collect", action="store_true", help="only write the table of the output folder, and the picture")
     add("--results", type=Path, metavar="FILE.json", help="show the results.json of another folder")
     text = "list commands and state (also with DRY_RUN=1)"
     add("--dry-run", action="store_true", default=is_set(os.environ, "DRY_RUN"), help=text)
+    return parser
 
 
 def parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
@@ -69,58 +68,55 @@ def prepare_text(args: argparse.Namespace, console: Console) -> Text:
     return Text.read(place)
 
 
-def read_rows(args: argparse.Namespace, folder: Path) -> list[Row]:
-    """Return the runs in the output folder, or in the file of --results.
-
-    Raises:
-        RecipeError: there is none.
-    """
-    rows = read_results(args.results) if args.results else read_folder(folder)
-    if not rows:
-        raise RecipeError(f"--output-dir {folder}: no runs are there.")
-    return rows
-
-
-def train_rounds(
+def run_grid(
+    name: str,
     args: argparse.Namespace,
-    console: Console,
-    grid: Grid,
-    rounds: Iterable[Sequence[Job]],
-    tool: str,
-    show: Callable[[], None],
+    rounds: Callable[[], Iterable[Sequence[Run]]],
+    show: Callable[[Sequence[Row]], None],
 ) -> int:
-    """Train lists of runs one after another, and show the results, also after an interruption; return the exit code.
+    """Do what the command line asks for; return the exit code. Show the results also after an interruption.
 
     Args:
+        name: of the command.
         args: the command line.
-        console: to print to.
-        grid: of the runs.
-        rounds: each list is asked for when the runs before it are done.
-        tool: name of the command.
-        show: writes and prints the results.
+        rounds: returns lists of runs; each is asked for when the runs before it are done.
+        show: writes the page of all runs.
     """
-    if args.dry_run:
-        for jobs in rounds:
+    console, folder = Console(), args.output_dir
+
+    def work() -> int:
+        if args.collect or args.results:
+            show(read_results(args.results) if args.results else read_folder(folder))
+            return 0
+        text = prepare_text(args, console) if args.tiny else None
+        grid = Grid(folder, args.flags, text, args.gpus_per_node, args.micro_batch_size, args.slurm)
+
+        def make_jobs(runs: Sequence[Run]) -> list[Job]:
+            check_flags(args.flags, runs)
+            return [make_job(run, grid) for run in runs]
+
+        if args.dry_run:  # the other rounds depend on the results of the first
+            jobs = make_jobs(next(iter(rounds())))
             check_conflicts(jobs)
             list_commands(jobs, grid)
-            break  # the others depend on its results
-        return 0
-    failed: list[str] = []
-    with lock(grid.output, tool) as held:
-        try:
-            for jobs in rounds:
-                done = sum(job.is_done for job in jobs)
-                doing = "train" if grid.sbatch_flags is None else "submit or wait for"
-                say(console, f"{len(jobs)} runs in {grid.output}: {done} finished; {len(jobs) - done} to {doing}.")
-                failed = execute(console, grid, jobs, args.processes, held)
-                if failed:
-                    break  # later runs depend on these
-        finally:
-            show()
-    if failed:
-        text = f"{len(failed)} runs did not finish: {', '.join(failed)}."
-        say(Console(stderr=True), f"{text}\nThe same command continues them.", "red")
-    return 1 if failed else 0
+            return 0
+        failed: list[str] = []
+        with lock(folder, name) as held:
+            try:
+                for jobs in map(make_jobs, rounds()):
+                    done = sum(job.loss is not None for job in jobs)
+                    doing = "train" if args.slurm is None else "submit or wait for"
+                    say(console, f"{len(jobs)} runs in {folder}: {done} finished; {len(jobs) - done} to {doing}.")
+                    if failed := execute(console, grid, jobs, args.processes, held):
+                        break  # later runs depend on these
+            finally:
+                show(read_folder(folder))
+        if failed:
+            message = f"{len(failed)} runs did not finish: {', '.join(failed)}."
+            say(Console(stderr=True), f"{message}\nThe same command continues them.", "red")
+        return 1 if failed else 0
+
+    return run_tool(name, work, "stopped. The same command goes on from here")
 
 
 def list_commands(jobs: Sequence[Job], grid: Grid) -> None:
@@ -128,39 +124,30 @@ def list_commands(jobs: Sequence[Job], grid: Grid) -> None:
     queued = {} if grid.sbatch_flags is None else queued_jobs()
     states = [state(job, queued) for job in jobs]
     for job, now in zip(jobs, states, strict=True):
-        print(f"# {job.title}: {now}")
         words = job.words if grid.sbatch_flags is None else sbatch_command(job, grid)
-        print(
-            " ".join([*(f"{name}={shlex.quote(value)}" for name, value in job.environment.items()), shlex.join(words)])
-        )
+        variables = (f"{name}={shlex.quote(value)}" for name, value in job.environment.items())
+        print(f"# {job.folder.name}: {now}", " ".join([*variables, shlex.join(words)]), sep="\n")
     print(f"# to train: {sum(now != 'finished' for now in states)} runs")
 
 
 def write_page(
-    console: Console,
-    folder: Path,
-    rows: Sequence[Row],
-    lines: Sequence[str],
-    panels: Sequence[Panel],
-    label: str = LABEL,
-    margin: float = 0.0,
+    folder: Path, rows: Sequence[Row], lines: Sequence[str], panels: Sequence[Panel], label: str, margin: float = 0.0
 ) -> None:
     """Write results.json, results.md and, if there are panels, results.png; print the tables and the paths.
 
     Args:
-        console: to print to.
         folder: for the files.
         rows: all runs.
-        lines: of the tables.
+        lines: the tables, in Markdown.
         panels: of the picture; `label` and `margin` as in `draw`.
     """
+    console = Console()
     written = [folder / name for name in ("results.json", "results.md", "results.png")]
     write_results(written[0], rows)
     unfinished = [
-        f"- {run.name}: not finished"
-        + (f", at iteration {result.iterations} of {result.train_iters}" if result else "")
+        f"- {run.name}: not finished" + (f", at iteration {result.iterations} of {run.steps}" if result else "")
         for run, result in rows
-        if result is None or not result.is_finished
+        if result is None or result.loss is None
     ]
     panels = [panel for panel in panels if panel.lines]
     text = "\n".join([*lines, "", *unfinished])

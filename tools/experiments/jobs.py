@@ -1,20 +1,19 @@
 """Turn runs into commands, and keep each in a folder that says what its result depends on."""
 
-import itertools
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from megatron.remoe.files.files import write_text
 
-from ..console.files import fingerprint, make_empty, write_json
-from ..console.flags import Settings, parse
-from ..console.places import ROOT, entry, is_clone, short
+from ..console.files import write_json
+from ..console.flags import parse
+from ..console.places import ROOT, entry, is_clone
 from ..recipes.data import find_data
 from ..recipes.hardware import GPU_FLAGS, PLAIN_PYTORCH, TRITON
 from ..recipes.launch import plan
@@ -38,7 +37,6 @@ NOT_COMPARED = {
 }
 # A tiny run's text is compared by what it was made from, not by its place.
 PLACES = {"--data-path", "--train-data-path", "--valid-data-path", "--vocab-file", "--merge-file", "--data-cache-path"}
-SHOWN, NAMED = 4, 5  # differences and runs that a message names
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,6 @@ class Grid:
         output: folder of their folders.
         flags: Megatron's, after those of each run.
         text: of tiny runs.
-        code: fingerprint of code and versions, if a change of them makes other results.
-        starts_over: rename the folder of a run with other settings, instead of refusing it.
         gpus_per_node, micro_batch: of launch scripts.
         sbatch_flags: for Slurm; None to train on this machine.
     """
@@ -58,8 +54,6 @@ class Grid:
     output: Path
     flags: tuple[str, ...] = ()
     text: Text | None = None
-    code: str = ""
-    starts_over: bool = False
     gpus_per_node: int = 8
     micro_batch: int | None = None
     sbatch_flags: Sequence[str] | None = None
@@ -70,29 +64,30 @@ class Job:
     """A run in its folder.
 
     Attributes:
-        title: on the display.
-        stamp: content of `STAMP`: the run, what its result depends on, and the fingerprint of both.
+        stamp: content of `STAMP`: the run, and the text and the settings that its result depends on.
         words: that start it: a program and its arguments.
         environment: variables that it adds.
     """
 
     run: Run
     folder: Path
-    title: str
     stamp: Mapping[str, Any]
     words: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def settings(self) -> Settings:
-        """Return Megatron's flags without those that change no result."""
-        return {flag: tuple(values) for flag, values in self.stamp["settings"].items()}
-
-    @property
-    def stamped(self) -> dict[str, Any]:
-        """Return the stamp of the run that the folder holds; empty without one."""
+    def differences(self) -> list[str]:
+        """Return the differences of the run in the folder from this one; none if the folder holds no run."""
         path = self.folder / STAMP
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not path.exists():
+            return []
+        now, then = self.stamp, json.loads(path.read_text(encoding="utf-8"))
+        old, new = ({"text": [stamp.get("text")], **stamp["settings"]} for stamp in (then, now))
+        return [
+            f"{flag} was {_shown(old.get(flag))} and is now {_shown(new.get(flag))}"
+            for flag in sorted(old.keys() | new.keys())
+            if old.get(flag) != new.get(flag)
+        ]
 
     @property
     def has_checkpoint(self) -> bool:
@@ -101,134 +96,100 @@ class Job:
 
     def result(self) -> Result | None:
         """Return the run's result so far; None if it has not begun, or the folder holds another run."""
-        if self.stamped.get("fingerprint") != self.stamp["fingerprint"]:
-            return None
-        return read_result(self.folder, self.stamp["per_byte"])
+        is_this = (self.folder / STAMP).exists() and not self.differences
+        return read_result(self.folder, self.stamp["per_byte"]) if is_this else None
 
     @property
-    def is_done(self) -> bool:
-        """Return whether the folder's fingerprint matches and the final loss is there."""
+    def loss(self) -> float | None:
+        """Return the run's final loss; None until it is done."""
         result = self.result()
-        return result is not None and result.is_finished
+        return result.loss if result else None
 
 
-def make_job(run: Run, grid: Grid, folder: str = "", title: str = "") -> Job:
+def _shown(values: Sequence[str | None] | None) -> str:
+    return "not given" if values is None else " ".join(map(str, values)) or "given"
+
+
+def make_job(run: Run, grid: Grid, name: str = "") -> Job:
     """Return a run with its command.
 
     Args:
         run: to train.
         grid: of the list.
-        folder: name of the run's folder (default: the run's name).
-        title: on the display (default: the run's name).
+        name: of the run's folder (default: the run's name).
 
     Raises:
         RecipeError: an argument or environment variable of a launch script is wrong.
     """
-    place = grid.output / (folder or run.name)
-    per_byte = None
+    folder = grid.output / (name or run.name)
+    per_byte = text = None
     if run.is_tiny:
         assert grid.text is not None
         flags = run.tiny_flags(grid.text, grid.flags)
-        saves = [*("--save", str(place / SAVES), "--load", str(place / SAVES))]
-        saves += ["--tensorboard-dir", str(place / "tensorboard")]
+        saves = [*("--save", str(folder / SAVES), "--load", str(folder / SAVES))]
+        saves += ["--tensorboard-dir", str(folder / "tensorboard")]
         words, environment = [sys.executable, *entry(), *flags, *saves], {"OMP_NUM_THREADS": "1"}
-        depends: dict[str, Any] = {"text": grid.text.inputs, "code": grid.code}
-        per_byte = {name: share for name, share in grid.text.per_byte.items() if share != 1} or None
+        text, per_byte = grid.text.inputs, dict(grid.text.per_byte)
     elif not is_clone():
         raise RecipeError("launch scripts need a clone of the project. Run this there, or give --tiny.")
     else:
         arguments = run.script_words(grid.gpus_per_node, grid.micro_batch, grid.flags)
-        environment = {"OUTPUT_DIR": str(place)} | run.script_environment(os.environ)
+        environment = {"OUTPUT_DIR": str(folder)} | run.script_environment(os.environ)
         given = os.environ | environment | {"DRY_RUN": "command"}
         if grid.sbatch_flags is not None:  # the layout is checked where the job starts
-            given = {name: value for name, value in given.items() if name not in LAYOUT}
+            given = {variable: value for variable, value in given.items() if variable not in LAYOUT}
         try:
             find_data(given, planned=False)
             flags = plan(run.size, run.routing, arguments, given, ask_for_packages=False).flags
         except RecipeError as error:
             raise RecipeError(f"{run.name}: {error}") from error
         words = ["bash", str(ROOT / "scripts" / f"train_llama_{run.size}_{run.routing}.sh"), *arguments]
-        depends = {}
     left_out = NOT_COMPARED | (PLACES if run.is_tiny else set())
-    settings = {flag: values for flag, values in parse(flags).items() if flag not in left_out}
-    depends |= {"settings": settings}
-    stamp = {"run": asdict(run), "per_byte": per_byte, "fingerprint": fingerprint(depends), **depends}
-    return Job(run, place, title or run.name, stamp, words, environment)
+    settings = {flag: [*values] for flag, values in parse(flags).items() if flag not in left_out}
+    stamp = {"run": asdict(run), "per_byte": per_byte, "text": text, "settings": settings}
+    return Job(run, folder, stamp, words, environment)
 
 
 def check_conflicts(jobs: Sequence[Job]) -> None:
     """Refuse runs whose folder holds a result or a checkpoint with other settings.
 
     Raises:
-        RecipeError: names the runs, what differs, and the remedy.
+        RecipeError: names the first such folder, the differences, and the remedy.
     """
-    lines = []
     for job in jobs:
-        held = job.stamped
-        if held.get("fingerprint") == job.stamp["fingerprint"] or not (job.has_checkpoint or held):
-            continue
-        if job.has_checkpoint or read_result(job.folder) is not None:
-            lines.append(f"  {job.title}: {differences(held, job.stamp)}")
-    if lines:
-        more = [f"  and {len(lines) - NAMED} more"] if len(lines) > NAMED else []
-        head = f"{jobs[0].folder.parent} holds {len(lines)} of these runs with other settings:"
-        remedy = "Give the same settings as then or another --output-dir; or remove these folders to train them again."
-        raise RecipeError("\n".join([head, *lines[:NAMED], *more, remedy]))
+        if job.differences and (job.has_checkpoint or read_result(job.folder) is not None):
+            raise RecipeError(
+                f"{job.folder} holds a run with other settings: {'; '.join(job.differences)}. Give the same settings, "
+                "another --output-dir, or remove the folder to train it again."
+            )
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Return the differences between two stamps, in words."""
-    old, new = (
-        {**each.get("settings", {}), "text": each.get("text"), "code": each.get("code")} for each in (then, now)
-    )
-    changes = [
-        f"{flag} was {_shown(old.get(flag))} and is now {_shown(new.get(flag))}"
-        for flag in sorted(old.keys() | new.keys())
-        if json.dumps(old.get(flag)) != json.dumps(new.get(flag))
-    ]
-    return "; ".join(changes[:SHOWN]) + (f"; and {len(changes) - SHOWN} more" if len(changes) > SHOWN else "")
+def prepare(job: Job, grid: Grid) -> None:
+    """Stamp the run's folder. A run with a WSD schedule goes on from a shorter one, if there is one."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    write_json(job.folder / STAMP, job.stamp)
+    if job.run.is_wsd and not job.has_checkpoint:
+        _go_on_from_shorter(job, grid)
 
 
-def _shown(value: Any) -> str:
-    return "not given" if value is None else value if isinstance(value, str) else " ".join(value) or "given"
-
-
-def prepare(job: Job, tell: Callable[[str], None]) -> None:
-    """Stamp the run's folder. Keep the files of an earlier start; rename the folder of a run with other settings."""
-    if job.stamped.get("fingerprint") == job.stamp["fingerprint"]:
-        return
-    if job.folder.exists() and any(job.folder.iterdir()):
-        names = (job.folder.with_name(f"{job.folder.name}.old{number}") for number in itertools.count(1))
-        old = job.folder.rename(next(name for name in names if not name.exists()))
-        tell(
-            f"{job.title}: settings, code, text or versions have changed; it starts from iteration 0. "
-            f"Its earlier files are in {short(old)}."
-        )
-    write_json(make_empty(job.folder) / STAMP, job.stamp)
-
-
-def go_on_from_shorter(job: Job, grid: Grid) -> None:
+def _go_on_from_shorter(job: Job, grid: Grid) -> None:
     """Copy the checkpoint at the start of the decay of a run that differs in its steps only: both are equal until then.
 
     The run's log goes on, too, so that its running sums are those of all steps.
     """
-    saves = job.folder / SAVES
-    if job.has_checkpoint:
-        return
     shorter = {}
     for path in grid.output.glob(f"*/{STAMP}"):
-        run = json.loads(path.read_text(encoding="utf-8"))["run"]
-        if run == asdict(job.run) | {"steps": run["steps"]} and run["steps"] != job.run.steps:
-            start = replace(job.run, steps=run["steps"]).decay_start
-            checkpoint = path.parent / SAVES / f"iter_{start:07}"
-            other = make_job(replace(job.run, steps=run["steps"]), grid)
-            if start <= job.run.decay_start and checkpoint.exists() and other.is_done:
-                shorter[start] = checkpoint
+        run = replace(job.run, steps=json.loads(path.read_text(encoding="utf-8"))["run"]["steps"])
+        if run.name == path.parent.name and run.decay_start <= job.run.decay_start:
+            checkpoint = path.parent / SAVES / f"iter_{run.decay_start:07}"
+            if checkpoint.exists() and make_job(run, grid).loss is not None:
+                shorter[run.decay_start] = checkpoint
     if not shorter:
         return
     start = max(shorter)
     lines = (shorter[start].parent / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
-    saves.mkdir(parents=True)
+    saves = job.folder / SAVES
+    saves.mkdir(parents=True, exist_ok=True)
     kept = (line for line in lines if json.loads(line)["iteration"] <= start and '"validation"' not in line)
     write_text(saves / METRICS, "".join(kept))
     shutil.copytree(shorter[start], saves / shorter[start].name)

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 
 from ..console.picture_style import MUTED, looks, picture
-from .arms import ARMS, routing_of_arm
+from .arms import ARMS
 
 IN_A_ROW = 5
 
@@ -41,7 +41,7 @@ def draw(path: Path, panels: Sequence[Panel], label: str, margin: float = 0.0) -
     from matplotlib.ticker import NullLocator
 
     names = [*dict.fromkeys(name for panel in panels for name in panel.lines)]
-    routers = (ARMS[arm].router or routing_of_arm(arm) for arm, _ in names)
+    routers = (ARMS[arm].router or arm.partition("-")[0] for arm, _ in names)
     colors = {name: color for name, (color, _) in zip(names, looks(routers), strict=True)}
     columns, rows = min(IN_A_ROW, len(panels)), -(-len(panels) // IN_A_ROW)
     with picture(path, font_size=13, pad=(0.12, 0.1), figsize=(5 * max(2, columns), 4.8 * rows)) as figure:

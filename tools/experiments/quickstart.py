@@ -1,36 +1,35 @@
 """Train a dense, a top-k MoE and a ReMoE language model of equal active size on real text, and compare them."""
 
-import argparse
-import importlib.metadata
 import os
-from collections.abc import Sequence
+import shlex
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
-from megatron.remoe import megatron_version
-
-from ..console.display import say
+from ..console.display import print_table, say
 from ..console.errors import ToolError
-from ..console.files import fingerprint, fingerprint_of_files, lock, write_json
-from ..console.flags import number_of_cores, whole_number
-from ..console.places import PACKAGE, home, short
+from ..console.files import lock, write_json
+from ..console.flags import tool_parser, whole_number
+from ..console.places import LOG, home, interpreter, short, tool
 from ..recipes import tiny
 from ..runs.figure_reader import read_figures
+from ..runs.run_figures import TOTALS, RunFigures
 from ..runs.running import run_tool
-from ..text.corpora import corpus, dataset
-from . import quickstart_picture, quickstart_report
+from ..text.corpora import dataset
 from .execute import execute
 from .jobs import Grid, make_job
+from .quickstart_picture import draw
 from .run import Run, Text
 
-LEAST_ITERATIONS = 10
 
-
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str]) -> Namespace:
     """Parse the command line; defaults come from the environment."""
-    parser = argparse.ArgumentParser(prog="remoe quickstart", description=__doc__)
+    parser = tool_parser("quickstart", __doc__)
     add = parser.add_argument
     text = "mixed: code, documentation and drama, 15 MB; technical: descriptions of web services, 43 MB"
     add("--corpus", choices=dataset.CORPORA, default=dataset.MIXED, help=f"{text} (default: %(default)s)")
@@ -38,60 +37,110 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--output-dir", type=Path, metavar="FOLDER", help=text)
     text = f"optimizer steps of each run (default: QUICKSTART_ITERS, or {tiny.ITERATIONS})"
     iterations = os.environ.get("QUICKSTART_ITERS") or tiny.ITERATIONS
-    add("--iterations", type=whole_number(LEAST_ITERATIONS), default=iterations, metavar="N", help=text)
-    text = "of the runs (default: %(default)s)"
-    add("--seed", type=whole_number(1), default=tiny.SEED, metavar="N", help=text)
+    add("--iterations", type=whole_number(10), default=iterations, metavar="N", help=text)
+    add("--seed", type=whole_number(1), default=tiny.SEED, metavar="N", help="of the runs (default: %(default)s)")
     args = parser.parse_args(arguments)
-    args.output_dir = args.output_dir or home() / dataset.FOLDERS[args.corpus]
+    args.output_dir = (args.output_dir or home() / dataset.FOLDERS[args.corpus]).expanduser().resolve()
     return args
 
 
-def describe_corpus(manifest: dict[str, Any]) -> str:
-    """Return one line with the domains and their sizes."""
-    sizes = {name: part["train"]["bytes"] + part["heldout"]["bytes"] for name, part in manifest["domains"].items()}
-    held_out = sum(part["heldout"]["bytes"] for part in manifest["domains"].values()) / sum(sizes.values())
-    return ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items()) + f"; {held_out:.1%} held out"
-
-
-def fingerprint_of_code() -> str:
-    """Return a fingerprint of the project's code and of the packages that decide the last digit of a loss."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy")}
-    return fingerprint(fingerprint_of_files(PACKAGE.rglob("*.py")), versions | {"megatron-core": megatron_version()})
-
-
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     """Do all steps and return the exit code; each step reuses the results of an earlier call.
 
     Raises:
         ToolError: a run failed; the display has shown the end of its log.
     """
-    console = Console()
-    output: Path = args.output_dir.expanduser().resolve()
+    console, output = Console(), args.output_dir
     runs = output if args.iterations == tiny.ITERATIONS else output / f"iterations-{args.iterations}"
     with lock(output, "quickstart") as held:
         title = f"Dense, top-k MoE and ReMoE of equal active size: {args.iterations} iterations each, side by side"
         say(console, f"{title}, in {short(output)}")
-        sources = dataset.CORPORA[args.corpus]()
-        text = corpus.build(output / "corpus", lambda line: say(console, f"  {line}"), args.corpus, sources)
-        say(console, f"  corpus   {describe_corpus(text)}" + (" (reused)" if text["reused"] else ""))
-        for domain, reason in text["missing"].items() if text["reused"] else ():
-            say(console, f"  The corpus has no {domain}. To try again, remove {short(output / 'corpus')}. {reason}")
-        data = dataset.build(output / "data", output / "corpus", text, number_of_cores())
-        number = sum(data["tokens"]["train"].values())
-        say(console, f"  data set {number:,} training tokens" + (" (reused)" if data["reused"] else ""))
-        grid = Grid(runs, text=Text.read(output / "data"), code=fingerprint_of_code(), starts_over=True)
-        jobs = [
-            make_job(Run(model, args.seed, args.iterations), grid, folder=model, title=title)
-            for model, title in tiny.NAMES.items()
-        ]
+        text = Text.read(dataset.make_text(output, args.corpus, lambda line: say(console, f"  {line}")))
+        domains = ", ".join(f"{name} {number:,}" for name, number in text.train_tokens.items())
+        say(console, f"  training text in bytes: {domains}")
+        grid = Grid(runs, text=text)
+        jobs = [make_job(Run(model, args.seed, args.iterations), grid, model) for model in tiny.NAMES]
         if execute(console, grid, jobs, len(jobs), held):
             raise ToolError("A run failed; see above. Fix the cause and run the same command: it goes on.")
         figures = {job.run.arm: read_figures(job.folder) for job in jobs}
-        summary = quickstart_report.summarize(figures, args.iterations, args.seed, args.corpus)
+        summary = summarize(figures, args.iterations) | {"seed": args.seed, "corpus": args.corpus}
         write_json(runs / "summary.json", summary)
-        quickstart_picture.draw(runs / "report.png", figures, summary)
-    quickstart_report.show(console, summary, output, runs)
+        draw(runs / "report.png", figures, summary)
+    print_summary(summary)
+    print_next_steps(console, output, runs, [*text.train_tokens][-1])
     return 0
+
+
+def summarize(runs: Mapping[str, RunFigures], iterations: int) -> dict[str, Any]:
+    """Return the figures of the three models after so many iterations."""
+    summary: dict[str, Any] = {"iterations": iterations}
+    size = tiny.SIZE
+    for model, figures in runs.items():
+        total = figures.parameters or 0
+        unused = (size.experts - size.topk) * size.layers * 3 * size.hidden * size.ffn if figures.num_experts else 0
+        summary[model] = {
+            "val_loss": figures.validation_loss,
+            "val_loss_by_domain": {domain: each[-1].loss for domain, each in figures.evaluations.items()},
+            "tokens_per_second": figures.tokens_per_second,
+            "active_params": total - unused,
+            "total_params": total,
+        }
+    remoe = runs["remoe"]
+    summary["remoe"]["sparsity_target"] = remoe.target_sparsity
+    summary["remoe"]["sparsity_last_quarter"] = late_sparsity(remoe, iterations, size.experts)
+    return summary
+
+
+def late_sparsity(figures: RunFigures, last: int, experts: int) -> float:
+    """Return S over all steps of the last quarter of `last` iterations, from the running sums."""
+
+    def late(name: str) -> NDArray[np.float64]:
+        iterations, values = figures.curve(name)
+        return values[-1] - values[iterations <= 0.75 * last][-1:].sum()
+
+    pairs, tokens = (late(name) for name in TOTALS)
+    return float(1 - pairs / (tokens * experts))
+
+
+def print_summary(summary: Mapping[str, Any]) -> None:
+    """Print the comparison, a column for each model."""
+    models = [summary[model] for model in tiny.NAMES]
+
+    dense = models[0]["val_loss"]
+    rows = [
+        ["validation loss (nats/byte)", *(f"{each['val_loss']:.3f}" for each in models)],
+        ["  against dense", "", *(f"{each['val_loss'] - dense:+.3f}" for each in models[1:])],
+    ]
+    for domain in models[0]["val_loss_by_domain"]:
+        rows.append([f"  on {domain}", *(f"{each['val_loss_by_domain'][domain]:.3f}" for each in models)])
+    for title, key, form in (
+        ("active parameters", "active_params", ","),
+        ("total parameters", "total_params", ","),
+        ("tokens per second", "tokens_per_second", ",.0f"),
+        ("sparsity, last quarter", "sparsity_last_quarter", ".3f"),
+        ("  target", "sparsity_target", ".3f"),
+    ):
+        rows.append([title, *(format(each[key], form) if key in each else "" for each in models)])
+    print()
+    print_table(["", *tiny.NAMES.values()], rows, text=1)
+
+
+def print_next_steps(console: Console, output: Path, runs: Path, domain: str) -> None:
+    """Print the paths of all files (those of these runs are in `runs`), and commands to try next."""
+    tensorboard, output, runs = short(Path(interpreter()).with_name("tensorboard")), short(output), short(runs)
+    each = runs / f"{{{','.join(tiny.NAMES)}}}"
+    say(console, f"\n  picture     {runs / 'report.png'}\n  figures     {runs / 'summary.json'}")
+    say(console, f"  logs        {each / LOG}\n  checkpoints {each / 'checkpoints'}")
+    say(console, f"  TensorBoard {tensorboard} --logdir {runs}")
+    say(console, "\nTo try next, with the ReMoE (README.md, After training):")
+    checkpoints = ["--load", str(runs / "remoe" / "checkpoints")]
+    held_out = dataset.data_prefix(output / dataset.TOKENS[dataset.BYTES], "heldout", domain)
+    for words in (
+        [*tool("generate"), *checkpoints, "--prompt", "My lord, "],
+        [*tool("evaluate"), *checkpoints, "--data-path", held_out],
+        [*tool("export"), *checkpoints, "--save", str(runs / "remoe" / "hf")],
+    ):
+        say(console, f"  {shlex.join(words)}")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,7 +1,8 @@
 """Read what runs have reached, and keep it in one file."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from megatron.remoe.files.files import write_text
 
 from ..console.errors import ToolError
-from ..recipes.flops import training_flops
+from ..recipes.flops import flops_per_sequence, training_flops
 from ..runs.figure_reader import read_figures
 from ..runs.run_figures import RunFigures
 from .run import Run, run_from_fields
@@ -25,22 +26,20 @@ class Result:
 
     Attributes:
         iterations: number of logged iterations.
-        train_iters: number of iterations that the run was started for.
-        loss: validation loss after the last iteration, in nats per token, or per byte of the text of a tiny run.
+        loss: validation loss after the last iteration, in nats per token, or per byte of the text of a tiny run; with
+            it the run is done.
         losses: the same by validation set.
         first_near: the first logged iteration with S within 1 % of its target.
         settled: the first logged iteration from which S stays there.
         flip_rate, flip_count: of the routing decisions, median over the log's second half.
         experts_per_token: computed, mean over layers and over the steps since the log's second last line.
         inactive: number of experts of each layer that are inactive at the end.
-        total_parameters: of the whole model.
-        tokens_per_second: over all processes, median over the log's lines without the first, which has the warm-up.
         training_seconds: of the iterations only, from the log's time per iteration.
-        flops: of the whole training, with the experts that were computed.
+        flops: of the whole run, with the experts that were computed.
+        step_flops: of a step, with `experts_per_token`.
     """
 
     iterations: int
-    train_iters: int
     loss: float | None = None
     losses: Mapping[str, float] | None = None
     first_near: int | None = None
@@ -49,18 +48,13 @@ class Result:
     flip_count: float | None = None
     experts_per_token: float | None = None
     inactive: Sequence[int] = ()
-    total_parameters: int | None = None
-    tokens_per_second: float | None = None
     training_seconds: float | None = None
     flops: float | None = None
-
-    @property
-    def is_finished(self) -> bool:
-        """Return whether there is a validation loss after all iterations."""
-        return self.loss is not None
+    step_flops: float | None = None
 
 
-Row = tuple[Run, Result | None]  # None: not started
+Results = Mapping[Run, Result]  # of finished runs
+Row = tuple[Run, Result | None]  # None: no line of a log yet
 
 
 def read_result(folder: Path, per_byte: Mapping[str, float] | None = None) -> Result | None:
@@ -77,41 +71,38 @@ def read_result(folder: Path, per_byte: Mapping[str, float] | None = None) -> Re
     if not figures.args and not figures.last:
         return None
     train_iters = figures.whole("train_iters")
-    losses = figures.final_losses(train_iters)
-    names = figures.args.get("validation_set_names")
-    wanted = names if isinstance(names, list) and names and all(isinstance(name, str) for name in names) else [""]
-    unlogged = train_iters - figures.last if losses.keys() & {*wanted} else 0
-    rates, seconds = figures.curve("tokens_per_second").values, figures.seconds
-    rates = rates[1:] if len(rates) > 1 else rates
+    tokens_of_byte = per_byte or {}
+    losses = {name: loss * tokens_of_byte.get(name, 1.0) for name, loss in figures.final_losses(train_iters).items()}
+    loss = _mean_loss(figures, losses, tokens_of_byte)
     experts = figures.experts_per_token(figures.curve("lm_loss").iterations[-2:])[-1:]
+    experts_per_token = float(experts[0]) if len(experts) and np.isfinite(experts[0]) else figures.topk or None
+    flops, seconds = training_flops(figures), figures.seconds
+    sequence = 0.0 if flops is None else flops_per_sequence(Namespace(**figures.args), experts_per_token)
     return Result(
-        iterations=figures.last + unlogged,
-        train_iters=train_iters,
-        loss=_mean_loss(figures, losses, wanted, per_byte or {}),
-        losses={name: loss * (per_byte or {}).get(name, 1.0) for name, loss in losses.items()},
+        iterations=figures.last if loss is None else train_iters,  # the last steps may have no line
+        loss=loss,
+        losses=losses,
         first_near=figures.first_near,
         settled=figures.settled,
         flip_rate=_late_median(figures, "flip_rate"),
         flip_count=_late_median(figures, "flip_count"),
-        experts_per_token=float(experts[0]) if len(experts) and np.isfinite(experts[0]) else figures.topk or None,
+        experts_per_token=experts_per_token,
         inactive=figures.inactive_experts,
-        total_parameters=figures.parameters,
-        tokens_per_second=float(np.median(rates)) if len(rates) else None,
         training_seconds=float(seconds.sum()) if len(seconds) else None,
-        flops=training_flops(figures),
+        flops=flops,
+        step_flops=sequence * figures.whole("global_batch_size") or None,
     )
 
 
-def _mean_loss(
-    figures: RunFigures, losses: Mapping[str, float], wanted: Sequence[str], per_byte: Mapping[str, float]
-) -> float | None:
+def _mean_loss(figures: RunFigures, losses: Mapping[str, float], per_byte: Mapping[str, float]) -> float | None:
     """Return the loss over all sets, weighted by their text; None if one has none yet."""
+    wanted = figures.args.get("validation_set_names") or [""]
     if not losses.keys() >= {*wanted}:
         return None
     tokens = {name: figures.evaluations[name][-1].tokens for name in wanted}
-    weights = {name: tokens[name] if all(tokens.values()) else 1 for name in wanted}
-    sizes = sum(weight / per_byte.get(name, 1.0) for name, weight in weights.items())
-    return sum(losses[name] * weight for name, weight in weights.items()) / sizes
+    are_known = all(tokens.values())  # else all sets count the same
+    weights = {name: (tokens[name] if are_known else 1) / per_byte.get(name, 1.0) for name in wanted}
+    return sum(losses[name] * weight for name, weight in weights.items()) / sum(weights.values())
 
 
 def _late_median(figures: RunFigures, name: str) -> float | None:
@@ -119,13 +110,18 @@ def _late_median(figures: RunFigures, name: str) -> float | None:
     return float(np.median(values[len(values) // 2 :])) if len(values) else None
 
 
-def read_folder(output: Path, planned: Iterable[Run] = ()) -> list[Row]:
-    """Return the runs in a folder of runs and the planned runs that are missing there, in the order of their names."""
-    rows: dict[Run, Result | None] = dict.fromkeys(planned)
+def read_folder(output: Path) -> list[Row]:
+    """Return the runs in a folder of runs, in the order of their names."""
+    rows: list[Row] = []
     for path in output.glob(f"*/{STAMP}"):
         stamp = json.loads(path.read_text(encoding="utf-8"))
-        rows[run_from_fields(stamp["run"])] = read_result(path.parent, stamp.get("per_byte"))
-    return sorted(rows.items(), key=lambda row: row[0].name)
+        rows.append((run_from_fields(stamp["run"]), read_result(path.parent, stamp.get("per_byte"))))
+    return sorted(rows, key=lambda row: row[0].name)
+
+
+def finished(rows: Sequence[Row]) -> Results:
+    """Return the results of the finished runs."""
+    return {run: result for run, result in rows if result is not None and result.loss is not None}
 
 
 def write_results(path: Path, rows: Sequence[Row]) -> None:
@@ -135,13 +131,6 @@ def write_results(path: Path, rows: Sequence[Row]) -> None:
 
 
 def read_results(path: Path) -> list[Row]:
-    """Read what `write_results` wrote.
-
-    Raises:
-        ToolError: the file is something else.
-    """
-    try:
-        entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-        return [(run_from_fields(each["run"]), each["result"] and Result(**each["result"])) for each in entries]
-    except (ValueError, LookupError, TypeError, OSError) as error:
-        raise ToolError(f"{path}: no results of runs: {type(error).__name__}: {error}.") from error
+    """Read what `write_results` wrote."""
+    entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return [(run_from_fields(each["run"]), each["result"] and Result(**each["result"])) for each in entries]

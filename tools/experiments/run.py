@@ -12,7 +12,7 @@ from ..recipes import tiny
 from ..recipes.layout import RecipeError
 from ..recipes.models import Routing, Training
 from ..text.corpora import dataset
-from .arms import ARMS, RATE, SETTINGS, routing_of_arm
+from .arms import ARMS, RATE, SETTINGS
 
 CAP = 4  # largest number of experts per token of remoe-capped, for k = 1
 DECAY = 0.2  # share of a WSD schedule's steps in which the learning rate falls
@@ -39,15 +39,8 @@ class Text:
 
     @classmethod
     def read(cls, folder: Path) -> "Text":
-        """Read the manifest in a folder of data sets.
-
-        Raises:
-            RecipeError: there is none.
-        """
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise RecipeError(f"there is no text in {folder}. Leave out --dry-run, which makes none.") from error
+        """Read the manifest in a folder of data sets."""
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         tokens, sizes = manifest["tokens"], manifest["bytes"]
         share = {name: number / sizes["heldout"][name] for name, number in tokens["heldout"].items()}
         share[""] = sum(tokens["train"].values()) / sum(sizes["train"].values())
@@ -101,7 +94,7 @@ class Run:
     @property
     def routing(self) -> str:
         """Return dense, moe or remoe."""
-        return routing_of_arm(self.arm)
+        return self.arm.partition("-")[0]
 
     @property
     def name(self) -> str:
@@ -116,11 +109,6 @@ class Run:
             "wsd" if self.is_wsd else "", f"steps{self.steps}", f"seed{self.seed}", "tuning" if self.is_tuning else "",
         ]  # fmt: skip
         return "_".join(filter(None, parts))
-
-    @property
-    def cost(self) -> float:
-        """Return an estimate of the run's time in relation to other runs, for the time left."""
-        return self.steps * (1 + self.experts / 32)
 
     @property
     def decay_start(self) -> int:
@@ -193,10 +181,10 @@ class Run:
 
 
 RATES = ("--lr", "--min-lr")
+# Set by fields of a run, by its folder, and by Grid.
 CHOSEN = {
-    "--seed": "--seeds", "--train-iters": "--steps", "--num-experts": "--experts", "--moe-router-topk": "--topk",
-    "--moe-granularity": "--granularities", "--moe-relu-routing": "--arms", "--micro-batch-size": "--micro-batch-size",
-    **dict.fromkeys(("--save", "--load", "--tensorboard-dir"), "--output-dir"),
+    "--seed", "--train-iters", "--num-experts", "--moe-router-topk", "--moe-granularity", "--moe-relu-routing",
+    "--micro-batch-size", "--save", "--load", "--tensorboard-dir",
 }  # fmt: skip
 
 
@@ -204,15 +192,13 @@ def check_flags(given: Sequence[str], runs: Sequence[Run]) -> None:
     """Refuse Megatron flags behind -- that the runs set themselves.
 
     Raises:
-        RecipeError: names the flag and the remedy.
+        RecipeError: names the flag and the run.
     """
     for flag in parse(given):
-        if flag in CHOSEN:
-            raise RecipeError(f"{flag} behind --: each run sets it. Choose it with {CHOSEN[flag]} before --.")
         for run in runs:
             varied = RATES if run.rate != 1 else ()
-            if flag in parse(run.added_flags()) or flag in varied or (run.expansion > 1 and "ffn" in flag):
-                raise RecipeError(f"{flag} behind --: {run.name} sets it. Leave out the flag, or that run.")
+            if flag in (*CHOSEN, *varied, *parse(run.added_flags())) or (run.expansion > 1 and "ffn" in flag):
+                raise RecipeError(f"{flag} behind --: {run.name} sets it. Choose it with the options before --.")
 
 
 def rounded(steps: float) -> int:
@@ -221,9 +207,5 @@ def rounded(steps: float) -> int:
 
 
 def run_from_fields(fields: Mapping[str, Any]) -> Run:
-    """Return the run with these fields; unknown ones are ignored.
-
-    Raises:
-        TypeError: one is missing.
-    """
+    """Return the run with these fields; unknown ones are ignored."""
     return Run(**{name: value for name, value in fields.items() if name in Run.__dataclass_fields__})

@@ -104,7 +104,7 @@ def _cells(
         values = differences.get((line.titles, kind), ())
         verdict = verdicts[line.titles, kind].verdict if values else ""
         cells += [f"{interval(values, '+')} ({len(values)})" if values else "", verdict]
-    steps = sorted({each["train_iters"] for each in line.matched.values() if "train_iters" in each})
+    steps = sorted({each["iterations"] for each in line.matched.values() if "iterations" in each})
     cells.append(f"{steps[0]} to {steps[-1]}" if len(steps) > 1 else "".join(map(str, steps)))
     layers = zip(*filter(None, known("inactive")), strict=True)
     cells += [mean("flops", ".4g"), mean("experts_per_token", ".2f")]

@@ -232,7 +232,7 @@ def build(folder: Path, say: Callable[[str], None], name: str, sources: Sources)
                 parts = split(source())
             except ToolError as error:
                 manifest["missing"][domain] = str(error)
-                say(f"No {domain}: {error}")
+                say(f"No {domain}: {error} To try again, remove {folder}.")
                 continue
             manifest["domains"][domain] = {
                 part: _write(aside / part, domain, documents)
