@@ -8,7 +8,7 @@ import torch
 
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.remoe.baselines import ROUTERS
-from megatron.remoe.baselines.hash import pass_token_ids
+from megatron.remoe.baselines.unlearned import pass_token_ids
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.training.run_log import read_run_log
 from tests.baselines.layers import BATCH, DEVICE, SEQUENCE, make_layer, make_tokens

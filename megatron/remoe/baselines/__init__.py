@@ -13,9 +13,8 @@ Some versions of Megatron pass more arguments, which the routers ignore.
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.remoe.baselines.expert_choice import ExpertChoiceRouter
 from megatron.remoe.baselines.expert_threshold import ExpertThresholdRouter
-from megatron.remoe.baselines.hash import HashRouter
-from megatron.remoe.baselines.random import RandomRouter
 from megatron.remoe.baselines.top_p import TopPRouter
+from megatron.remoe.baselines.unlearned import HashRouter, RandomRouter
 
 # The key is the flag's value.
 ROUTERS: dict[str, type[TopKRouter]] = {

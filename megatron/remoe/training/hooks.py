@@ -20,8 +20,8 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.utils import get_model_config
 from megatron.remoe.baselines import ROUTERS
-from megatron.remoe.baselines.hash import pass_token_ids
 from megatron.remoe.baselines.pairs import PairCounter
+from megatron.remoe.baselines.unlearned import pass_token_ids
 from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.layer.experts import GroupedExperts, SplitExperts, takes_grouped_experts
 from megatron.remoe.layer.specs import (
@@ -115,13 +115,11 @@ def _restore_for_reruns(counter: SparsityController | PairCounter) -> None:
     kept = [tensor.clone() for tensor in state]
 
     def save_with_state() -> Any:
-        for copy, tensor in zip(kept, state, strict=True):
-            copy.copy_(tensor)
+        torch._foreach_copy_(kept, state)
         return save()
 
     def restore_with_state(saved: Any) -> None:
-        for tensor, copy in zip(state, kept, strict=True):
-            tensor.copy_(copy)
+        torch._foreach_copy_(state, kept)
         restore(saved)
 
     machine.state_save_func, machine.state_restore_func = save_with_state, restore_with_state
