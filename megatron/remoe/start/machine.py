@@ -22,10 +22,10 @@ def disable_unavailable(on_cpu: bool) -> None:
     switched_off = "1" in (os.environ.get("TORCHDYNAMO_DISABLE"), os.environ.get("TORCH_COMPILE_DISABLE"))
     if not (on_cpu or switched_off) and (missing := missing_for_triton()):
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
-        _say(
-            f"There is no {missing}, so torch.compile is off: SwiGLU, biases, dropout and residuals run as several "
-            "kernels instead of one, which takes some time and memory."
-        )
+        if os.environ.get("RANK", "0") == "0":
+            reason = f"There is no {missing}, so torch.compile is off"
+            effect = "SwiGLU, biases, dropout and residuals run as several kernels instead of one"
+            print(f"{reason}: {effect}, which takes some time and memory.", file=sys.stderr, flush=True)
     if on_cpu:
         sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # Python's mark of a missing module
 
@@ -58,8 +58,3 @@ def missing_for_triton() -> str:
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
     header = Path(sysconfig.get_path("include", scheme), "Python.h")
     return "" if header.exists() else f"{header} (of python3-dev)"
-
-
-def _say(words: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(words, file=sys.stderr, flush=True)

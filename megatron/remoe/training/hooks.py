@@ -108,8 +108,7 @@ def _install_counter(
 def _restore_for_reruns(counter: SparsityController | PairCounter) -> None:
     """Let Megatron undo an update before it runs a step again: the step sees the same λ, and moves it once."""
     machine = get_rerun_state_machine()
-    save, restore = machine.state_save_func, machine.state_restore_func
-    if save is None or restore is None:
+    if (save := machine.state_save_func) is None or (restore := machine.state_restore_func) is None:
         return
     state = [buffer for router in counter.routers for buffer in router.buffers()] + [counter.running_sums]
     kept = [tensor.clone() for tensor in state]

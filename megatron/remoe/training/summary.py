@@ -44,9 +44,7 @@ def _model(args: argparse.Namespace) -> str:
 
 def _devices(args: argparse.Namespace) -> str:
     name = torch.cuda.get_device_name()
-    if name == "cpu":
-        return "1 CPU process" if args.world_size == 1 else f"{args.world_size} CPU processes"
-    return f"{args.world_size} x {name}"
+    return f"{args.world_size} x {'CPU process' if name == 'cpu' else name}"
 
 
 def short(number: int) -> str:
