@@ -11,7 +11,14 @@ from pathlib import Path
 from unittest.mock import patch
 
 from tests.trainings import REPOSITORY
+from tools.experiments import jobs, results
+from tools.experiments.run import Run, Text
 from tools.experiments.sweep import main
+from tools.recipes.flops import model_arguments
+from tools.recipes.models import Routing
+from tools.recipes.tiny import SIZE
+
+TEXT = Text(Path("text"), {"code": 30, "docs": 10}, "text", {"code": 1.0, "docs": 1.0, "": 1.0})
 
 
 def given(environment: dict[str, str]) -> dict[str, str]:
@@ -61,3 +68,17 @@ def write_run(folder: Path, train_iters: int, *records: dict[str, object], **arg
     args = {"train_iters": train_iters, "seq_length": 64, "global_batch_size": 4} | args
     lines = [{"kind": "start", "iteration": 0, "args": args}, *records]
     (folder / "checkpoints" / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+
+
+def finish_run(grid: jobs.Grid, run: Run, loss: float = 2.0, **args: object) -> jobs.Job:
+    """Write a finished run as its job would."""
+    job = jobs.make_job(run, grid)
+    losses = [final(run.steps, loss, set=name, tokens=100) for name in TEXT.train_tokens]
+    steps = [
+        line(at, lm_loss=2.0, total_active_pairs=150 * at, total_layer_tokens=100 * at)
+        for at in range(5, run.steps + 1, 5)
+    ]
+    known = vars(model_arguments(SIZE, Routing(run.routing, run.experts), 257))
+    write_run(job.folder, run.steps, *steps, *losses, **known, validation_set_names=[*TEXT.train_tokens], **args)
+    jobs.write_json(job.folder / results.STAMP, job.stamp)
+    return job

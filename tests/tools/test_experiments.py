@@ -11,20 +11,14 @@ from typing import Any
 import pytest
 from matplotlib.image import imread
 
-from tests.tools.sweeping import final, line, sweep, write_run
+from tests.tools.sweeping import TEXT, final, finish_run, line, sweep, write_run
 from tests.trainings import REPOSITORY
 from tools.console.flags import parse
-from tools.experiments import compare, jobs, results, tables
+from tools.experiments import compare, jobs, results
 from tools.experiments.arms import ARMS, SETTINGS
-from tools.experiments.run import Run, Text, run_from_fields
-from tools.experiments.sweep import make_panel, parse_arguments, plan_runs
-from tools.recipes.flops import model_arguments
+from tools.experiments.run import Run, run_from_fields
 from tools.recipes.layout import RecipeError
-from tools.recipes.models import Routing
-from tools.recipes.tiny import SIZE
 from tools.text.corpora import dataset
-
-TEXT = Text(Path("text"), {"code": 30, "docs": 10}, "text", {"code": 1.0, "docs": 1.0, "": 1.0})
 
 
 def paper_runs(*words: str, **environment: str) -> dict[str, list[str]]:
@@ -146,20 +140,6 @@ def test_every_arm_and_setting_is_documented() -> None:
         assert [float(value.strip("*")) for value in row.split()] == [*setting.values] and float(base) == setting.base
 
 
-def finish_run(grid: jobs.Grid, run: Run, loss: float = 2.0, **args: object) -> jobs.Job:
-    """Write a finished run as its job would."""
-    job = jobs.make_job(run, grid)
-    losses = [final(run.steps, loss, set=name, tokens=100) for name in TEXT.train_tokens]
-    steps = [
-        line(at, lm_loss=2.0, total_active_pairs=150 * at, total_layer_tokens=100 * at)
-        for at in range(5, run.steps + 1, 5)
-    ]
-    known = vars(model_arguments(SIZE, Routing(run.routing, run.experts), 257))
-    write_run(job.folder, run.steps, *steps, *losses, **known, validation_set_names=[*TEXT.train_tokens], **args)
-    jobs.write_json(job.folder / results.STAMP, job.stamp)
-    return job
-
-
 def test_a_run_is_done_when_its_folder_has_its_settings_and_loss(tmp_path: Path) -> None:
     grid, run = jobs.Grid(tmp_path, text=TEXT), Run("moe", steps=20)
     assert jobs.make_job(run, grid).loss is None
@@ -249,48 +229,6 @@ def test_each_arm_has_its_own_rate_and_warmup(capsys: pytest.CaptureFixture[str]
         r"\| 40 \| moe \| 1\.6150 ± .* \| \+0\.1000 ± \S+ \(2\) \| higher \| \+0\.0500 ± \S+ \(2\) \|", printed
     )
     assert imread(folder / "results.png").std() > 0.05
-
-
-# ---------------------------------------------------------------- tables and pictures
-
-
-def test_gaps_by_hand() -> None:
-    def seeds(*losses: float) -> dict[int, dict[str, Any]]:
-        return {seed: {"loss": loss, "inactive": (0, seed)} for seed, loss in enumerate(losses, 1)}
-
-    lines = [
-        tables.Line(("ReMoE",), seeds(1.50, 1.52, 1.51)),
-        tables.Line(("top-k",), seeds(1.60, 1.62, 1.61, 9.99), seeds(1.51, 1.51, 1.52, 9.99), ("ReMoE",)),
-    ]
-    lines[0].matched = lines[0].seeds
-    made = [*tables.markdown(["run"], lines, margin=0.05)]
-    cells = [cell.strip() for cell in made[3].split("|")]
-    assert cells[3].startswith("+0.1000 ± ") and cells[3].endswith(" (3)") and cells[4] == "higher"
-    assert cells[5].startswith("+0.0033 ± ") and cells[6] == "equivalent within 0.05"
-    assert "0.0, 2.0" in made[2] and "2 comparisons" in made[5] and "Gaps differ by 0.0" in made[6]
-
-
-def test_tables_and_panels_of_a_folder(tmp_path: Path) -> None:
-    grid = jobs.Grid(tmp_path, text=TEXT)
-    base = Run("remoe", steps=20)
-    for seed in (1, 2):
-        for run, loss in ((base, 1.5), (replace(base, arm="moe"), 1.6), (base.at("l1-init", 1.0), 1.7)):
-            finish_run(grid, replace(run, seed=seed), loss + seed / 100)
-    job = jobs.make_job(replace(base, arm="moe-hash"), grid)
-    write_run(job.folder, 20, line(8))
-    jobs.write_json(job.folder / results.STAMP, job.stamp)
-    (tmp_path / "else").mkdir()
-    options = "--tiny --steps 20 --seeds 1 2 --figures size routing l1-init --collect --output-dir".split()
-    output, _ = sweep(*options, str(tmp_path))
-    page = (tmp_path / "results.md").read_text()
-    assert re.search(r"\| 182m_moe_e8g1k1_steps20 \| 1\.6150 ± \S+ \| \+0\.1000 ± 0\.0000 \(2\) \| higher", page)
-    assert f"- {job.run.name}: not finished, at iteration 8 of 20" in page and page.count("| 182m") == 3
-    assert "moe-hash" in output and imread(tmp_path / "results.png").size
-    args = parse_arguments([*options, str(tmp_path)])
-    rows = results.finished(results.read_folder(tmp_path))
-    panels = [make_panel(figure, planned, rows) for figure, planned in plan_runs(args).items()]
-    assert [panel.title for panel in panels] == ["size", "routing", "l1-init"]
-    assert panels[2].lines[("remoe", "")] == {1e-8: [1.51, 1.52], 1.0: [1.71, 1.72]}
 
 
 # ---------------------------------------------------------------- Slurm

@@ -1,12 +1,18 @@
-"""Test what experiments read from runs, and the stages of a run."""
+"""Test what experiments read from runs, the stages of a run, and tables by hand."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.image import imread
 
-from tests.tools.sweeping import final, line, write_run
+from tests.tools.sweeping import TEXT, final, finish_run, line, sweep, write_run
+from tools.experiments import jobs, results, tables
 from tools.experiments.results import Result, read_result
+from tools.experiments.run import Run
+from tools.experiments.sweep import make_panel, parse_arguments, plan_runs
 from tools.recipes import flops as stages
 from tools.runs.figure_reader import read_figures
 
@@ -103,3 +109,42 @@ def test_stages_count_the_running_sums_of_all_steps(tmp_path: Path) -> None:
     write_run(tmp_path, 20, *lines, num_experts=8, moe_router_topk=2, moe_baseline_router="top_p")
     [whole] = stages.stages(read_figures(tmp_path), stages.Flops(sequence=100.0, expert=10.0))
     assert whole.experts == 2.0 and whole.flops == 10 * 4 * (100 + 5) + 10 * 4 * (100 - 5)
+
+
+def test_gaps_by_hand() -> None:
+    def seeds(*losses: float) -> dict[int, dict[str, Any]]:
+        return {seed: {"loss": loss, "inactive": (0, seed)} for seed, loss in enumerate(losses, 1)}
+
+    lines = [
+        tables.Line(("ReMoE",), seeds(1.50, 1.52, 1.51)),
+        tables.Line(("top-k",), seeds(1.60, 1.62, 1.61, 9.99), seeds(1.51, 1.51, 1.52, 9.99), ("ReMoE",)),
+    ]
+    lines[0].matched = lines[0].seeds
+    made = [*tables.markdown(["run"], lines, margin=0.05)]
+    cells = [cell.strip() for cell in made[3].split("|")]
+    assert cells[3].startswith("+0.1000 ± ") and cells[3].endswith(" (3)") and cells[4] == "higher"
+    assert cells[5].startswith("+0.0033 ± ") and cells[6] == "equivalent within 0.05"
+    assert "0.0, 2.0" in made[2] and "2 comparisons" in made[5] and "Gaps differ by 0.0" in made[6]
+
+
+def test_tables_and_panels_of_a_folder(tmp_path: Path) -> None:
+    grid = jobs.Grid(tmp_path, text=TEXT)
+    base = Run("remoe", steps=20)
+    for seed in (1, 2):
+        for run, loss in ((base, 1.5), (replace(base, arm="moe"), 1.6), (base.at("l1-init", 1.0), 1.7)):
+            finish_run(grid, replace(run, seed=seed), loss + seed / 100)
+    job = jobs.make_job(replace(base, arm="moe-hash"), grid)
+    write_run(job.folder, 20, line(8))
+    jobs.write_json(job.folder / results.STAMP, job.stamp)
+    (tmp_path / "else").mkdir()
+    options = "--tiny --steps 20 --seeds 1 2 --figures size routing l1-init --collect --output-dir".split()
+    output, _ = sweep(*options, str(tmp_path))
+    page = (tmp_path / "results.md").read_text()
+    assert re.search(r"\| 182m_moe_e8g1k1_steps20 \| 1\.6150 ± \S+ \| \+0\.1000 ± 0\.0000 \(2\) \| higher", page)
+    assert f"- {job.run.name}: not finished, at iteration 8 of 20" in page and page.count("| 182m") == 3
+    assert "moe-hash" in output and imread(tmp_path / "results.png").size
+    args = parse_arguments([*options, str(tmp_path)])
+    rows = results.finished(results.read_folder(tmp_path))
+    panels = [make_panel(figure, planned, rows) for figure, planned in plan_runs(args).items()]
+    assert [panel.title for panel in panels] == ["size", "routing", "l1-init"]
+    assert panels[2].lines[("remoe", "")] == {1e-8: [1.51, 1.52], 1.0: [1.71, 1.72]}
