@@ -12,6 +12,17 @@ from megatron.remoe.files.indexed import IndexedWriter, token_type
 from tests.scripts.launching import ROUTINGS, SIZES, launch, main, planned, value
 
 
+def test_missing_and_double_shards_are_named(tmp_path: Path) -> None:
+    names = [f"pile_{number:02}_text_document" for number in (0, *range(5, 30))]
+    for name in names:
+        (tmp_path / f"{name}.bin").touch()
+    result = planned("182m_remoe", DATA_PATH="", DATA_DIR=str(tmp_path))
+    assert "missing: 01 02 03 04;" in result.stderr and f"1.0 {tmp_path}/{names[0]}" in result.stdout
+    (tmp_path / "07_text_document.bin").touch()
+    result = planned("182m_remoe", DATA_PATH="", DATA_DIR=str(tmp_path))
+    assert result.returncode == 2 and "shard 07 twice" in result.stderr
+
+
 @pytest.mark.parametrize(("documents", "split"), [(1000, "969,30,1"), (100, "98,1,1"), (5, "34,33,33")])
 def test_few_documents_have_a_split_that_leaves_no_part_empty(documents: int, split: str, tmp_path: Path) -> None:
     with IndexedWriter(tmp_path / "a_document", token_type(300)) as writer:

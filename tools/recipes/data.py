@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from .layout import RecipeError
 
 PLACEHOLDER = "PREFIX"  # the data of a plan that is given none
 SPLITS = ("969,30,1", "98,1,1", "90,5,5", "80,10,10", "34,33,33")  # the paper's, and for fewer and fewer documents
-_SHARD = re.compile(r"(?:pile_)?(?!00)[0-2]\d_text_document")
+_SHARD = re.compile(r"(?:pile_)?([0-2]\d)_text_document")
 
 
 def is_set(environment: Mapping[str, str], name: str) -> bool:
@@ -53,11 +54,20 @@ def find_data_sets(folder: str) -> list[str]:
     """Return the data sets of a folder, each with a weight of 1.0 if there are several.
 
     If the Pile's shards 01 to 29 are all there, the rest is left out, as in the authors' fork.
+
+    Raises:
+        RecipeError: there are none, or a shard is there under two names.
     """
     names = sorted(path.name.removesuffix(".bin") for path in Path(folder).glob("[!.]*_document.bin") if path.is_file())
     if not names:
         raise RecipeError(f"no *_document.bin in DATA_DIR={folder}: make them with tools/preprocess_data.py")
-    pile = [name for name in names if _SHARD.fullmatch(name)]
+    numbers = [match[1] for match in map(_SHARD.fullmatch, names) if match]
+    if twice := sorted({number for number in numbers if numbers.count(number) > 1}):
+        raise RecipeError(f"DATA_DIR={folder} has shard {twice[0]} twice, and both would be trained on: move one away")
+    pile = [name for name in names if (match := _SHARD.fullmatch(name)) and match[1] != "00"]
+    if 0 < len(pile) < 29:
+        missing = sorted({f"{number:02}" for number in range(1, 30)} - {*numbers})
+        print(f"Shards missing: {' '.join(missing)}; all data sets are used, shard 00 too.", file=sys.stderr)
     prefixes = [f"{folder}/{name}" for name in (pile if len(pile) == 29 else names)]
     return prefixes if len(prefixes) == 1 else [word for prefix in prefixes for word in ("1.0", prefix)]
 
