@@ -259,6 +259,29 @@ def test_megatron_still_tells_the_console_alone(
     assert capsys.readouterr().out.count("validation loss at iteration 7 on test set | lm loss value: 2.0") == 2
 
 
+@pytest.mark.parametrize(
+    "name", ["reduce_max_stat_across_model_parallel_group", "logical_and_across_model_parallel_group"]
+)
+def test_megatron_still_asks_a_group_of_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reduce = stock(monkeypatch, training, name)
+    asked: list[int] = []
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda *_arguments, group, **_options: asked.append(group.size())
+    )
+    alone, two = SimpleNamespace(size=lambda: 1), SimpleNamespace(size=lambda: 2)
+    before = reduce(True, group=alone), reduce(1.5, group=alone) if "stat" in name else None
+    patches.waits.skip_single_rank_reductions()
+    patched = getattr(training, name)
+    assert (patched(True, group=alone), patched(1.5, group=alone) if "stat" in name else None) == before
+    if "stat" in name:  # with Transformer Engine the norm is a tensor, but a number is logged
+        assert (
+            type(patched(torch.tensor([1.5]), group=alone)) is type(reduce(torch.tensor([1.5]), group=alone)) is float
+        )
+        assert asked.pop() == 1
+    patched(True, group=two)
+    assert asked == [1] * (1 + ("stat" in name)) + [2], "Megatron's own does without"
+
+
 def test_megatron_still_prints_no_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """The patch adds the hours left to lines at log intervals, and to no other."""
     printed: list[str] = []

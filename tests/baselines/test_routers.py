@@ -8,7 +8,7 @@ import torch
 
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.remoe.baselines import ROUTERS
-from megatron.remoe.baselines.unlearned import pass_token_ids
+from megatron.remoe.baselines.hash import pass_token_ids
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.training.run_log import read_run_log
 from tests.baselines.layers import BATCH, DEVICE, SEQUENCE, make_layer, make_tokens
@@ -61,25 +61,11 @@ def test_hash_goes_by_the_id_and_the_layer_alone(process_groups: None) -> None:
     assert float(both) == pytest.approx(2 / 8, abs=0.02)  # the experts of another layer are independent
 
 
-def test_random_is_drawn_anew_and_evenly(process_groups: None) -> None:
-    router, tokens = make_layer("random").router, torch.zeros(4096, BATCH, HIDDEN, device=DEVICE)
-    (_, first), (_, second) = router(tokens), router(tokens)
-    assert first.sum(dim=1).eq(2).all()
-    share = first.double().mean(dim=0)
-    torch.testing.assert_close(share, torch.full_like(share, 2 / 4), atol=0.02, rtol=0)
-    assert float((first & second).sum() / first.sum()) == pytest.approx(2 / 4, abs=0.02)
-
-
 @pytest.mark.parametrize("fused", [False, True], ids=["one by one", "grouped"])
 @pytest.mark.parametrize("name", ROUTERS)
-def test_layer_sums_what_the_map_says(
-    name: str, fused: bool, process_groups: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layer_sums_what_the_map_says(name: str, fused: bool, process_groups: None) -> None:
     layer, tokens = make_layer(name, fused), make_tokens()
     probs, routing_map = layer.router(tokens)
-    if name == "random":
-        again = probs, routing_map
-        monkeypatch.setattr(layer.router, "forward", lambda *_: again)
     flat = tokens.view(-1, HIDDEN)
     expected = torch.zeros_like(flat)
     for gates, (fc1, fc2) in zip((probs * routing_map).T, expert_weights(layer), strict=True):
@@ -90,7 +76,7 @@ def test_layer_sums_what_the_map_says(
     weights = [tokens, *layer.parameters()]
     given = torch.autograd.grad(output.square().sum(), weights)
     assert all(gradient.abs().sum() > 0 for gradient in given)
-    assert any(weight is layer.router.weight for weight in weights) == (name not in ("hash", "random"))
+    assert any(weight is layer.router.weight for weight in weights) == (name != "hash")
     for gradient, of in zip(given, torch.autograd.grad(expected.square().sum(), weights), strict=True):
         torch.testing.assert_close(gradient, of)
 

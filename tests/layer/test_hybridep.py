@@ -44,7 +44,7 @@ class NewerConfig(ReMoEConfig):
 
 @pytest.mark.parametrize(
     ("routing", "mode"),
-    [({"moe_relu_routing": True}, "bool"), ({"moe_baseline_router": "random"}, "bool"), ({}, "indices")],
+    [({"moe_relu_routing": True}, "bool"), ({"moe_baseline_router": "top_p"}, "bool"), ({}, "indices")],
 )
 def test_newer_versions_take_the_map(routing: dict[str, object], mode: str) -> None:
     sizes = {"num_layers": 1, "hidden_size": HIDDEN, "num_attention_heads": 1, "num_moe_experts": 4}

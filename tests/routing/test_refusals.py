@@ -65,8 +65,8 @@ REFUSED_TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
         "full_iteration with --cuda-graph-modules full",
     ),
     "a graph of the whole step, without ReLU": (
-        {"cuda_graph_impl": "full_iteration", "moe_relu_routing": False, "moe_baseline_router": "random"},
-        "full_iteration .* --moe-baseline-router random",
+        {"cuda_graph_impl": "full_iteration", "moe_relu_routing": False, "moe_baseline_router": "top_p"},
+        "full_iteration .* --moe-baseline-router top_p",
     ),
     "graphs of layers": ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local with --cuda-graph-modules full cannot"),
     "graphs of GPTModel's attention": (

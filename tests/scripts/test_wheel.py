@@ -40,7 +40,7 @@ def test_the_wheel_holds_the_package_and_leaves_the_namespace_open(wheel: Path) 
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "megatron").rglob("*.py")}
     tools = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tools").rglob("*.py")}
     sources |= {f"megatron/remoe/{path}" for path in tools}
-    assert {"megatron/remoe/__init__.py", "megatron/remoe/tools/models/hf/folder.py"} <= sources
+    assert {"megatron/remoe/__init__.py", "megatron/remoe/tools/models/hf/opening.py"} <= sources
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         assert any(name.endswith(".dist-info/licenses/LICENSE") for name in archive.namelist())

@@ -116,7 +116,7 @@ def test_settings_of_a_gpu_and_noise() -> None:
         ("moe_mlp_glu_interleave_size", 4, "E512", "--moe-mlp-glu-interleave-size 4"),
         ("rotary_scaling_factor", 40.0, "E512", "--rotary-scaling-factor 40.0"),
         ("moe_router_score_function", "sqrtsoftplus", "E512", "--moe-router-score-function sqrtsoftplus"),
-        ("moe_baseline_router", "random", "E512", "--moe-baseline-router random"),
+        ("moe_baseline_router", "top_p", "E512", "--moe-baseline-router top_p"),
         ("moe_router_load_balancing_type", "quantile_balancing", "E512", "--moe-router-load-balancing-type quantile"),
         ("tokenizer_type", "SentencePieceTokenizer", "E513", "--tokenizer-type SentencePieceTokenizer"),
         ("tokenizer_type", "HuggingFaceTokenizer", "E513", "--tokenizer-model /nowhere"),

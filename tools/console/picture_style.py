@@ -14,7 +14,6 @@ ROUTING_COLORS: dict[str, str] = {
     "topk": "#E69F00",
     "remoe": "#0072B2",
     "hash": "#009E73",
-    "random": "#CC79A7",
     "expert_choice": "#8A5A44",
 }
 OTHER = "#B39B00"

@@ -37,7 +37,6 @@ ARMS: Mapping[str, Arm] = {
         "top-k, loss-free", ">", f"--moe-router-score-function sigmoid --moe-router-enable-expert-bias {UNBALANCED}"
     ),
     "moe-hash": Arm("hash", "h", f"{BASELINE} hash", "hash"),
-    "moe-random": Arm("random", "*", f"{BASELINE} random", "random"),
     "moe-expertchoice": Arm("expert choice, sees the future", "p", f"{BASELINE} expert_choice", "expert_choice"),
     "moe-expert-threshold": Arm("expert threshold", "8", f"{BASELINE} expert_threshold"),
     "moe-topp": Arm("top-p", "H", f"{BASELINE} top_p"),

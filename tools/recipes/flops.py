@@ -21,7 +21,6 @@ CONVENTION = (
     "A product of m x k and k x n matrices counts 2mnk; backward counts twice forward; attention counts over the whole",
     "square of the sequence, causal or not; routers and the output layer are in; norms and lookups are not.",
 )
-UNLEARNED = ("hash", "random")  # --moe-baseline-router without weights
 
 
 def flops_per_sequence(args: argparse.Namespace, experts_per_token: float | None = None) -> float:
@@ -90,7 +89,7 @@ def _experts(args: _Defaulting, topk: float, products: int) -> float:
     """Multiply-adds of a token in a layer of experts, router included."""
     hidden, latent = args.hidden_size, args.moe_latent_size
     width = args.moe_ffn_hidden_size or args.ffn_hidden_size
-    router = 0 if args.moe_baseline_router in UNLEARNED else hidden * args.num_experts
+    router = 0 if args.moe_baseline_router == "hash" else hidden * args.num_experts  # which has no weights
     shared = hidden * (products * (args.moe_shared_expert_intermediate_size or 0) + bool(args.moe_shared_expert_gate))
     return router + shared + topk * products * (latent or hidden) * width + 2 * hidden * (latent or 0)
 

@@ -1,6 +1,6 @@
 """Routers to compare with ReLU routing that Megatron does not have, for `--moe-baseline-router`.
 
-All but hash and random, which take no logits and route padding too, have a method
+All but hash, which takes no logits and routes padding too, have a method
 `routing(logits, padding_mask)`, for T tokens (sequence x batch) and E experts:
 
     logits        `[sequence, batch, E]` unless stated otherwise, x W in the router's dtype
@@ -13,14 +13,13 @@ Some versions of Megatron pass more arguments, which the routers ignore.
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.remoe.baselines.expert_choice import ExpertChoiceRouter
 from megatron.remoe.baselines.expert_threshold import ExpertThresholdRouter
+from megatron.remoe.baselines.hash import HashRouter
 from megatron.remoe.baselines.top_p import TopPRouter
-from megatron.remoe.baselines.unlearned import HashRouter, RandomRouter
 
 # The key is the flag's value.
 ROUTERS: dict[str, type[TopKRouter]] = {
     "hash": HashRouter,
     "expert_choice": ExpertChoiceRouter,
-    "random": RandomRouter,
     "expert_threshold": ExpertThresholdRouter,
     "top_p": TopPRouter,
 }

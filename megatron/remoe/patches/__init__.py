@@ -19,6 +19,7 @@ PATCHES = (
     optimizer.use_fused_adam,
     waits.keep_norms_on_device,
     waits.validate_once_per_step,
+    waits.skip_single_rank_reductions,
     fusions.enable_torch_weight_gradient_fusion,
     fusions.use_fla_cross_entropy,
     fusions.use_rotary_kernel,

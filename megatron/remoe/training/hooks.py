@@ -20,8 +20,8 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.utils import get_model_config
 from megatron.remoe.baselines import ROUTERS
+from megatron.remoe.baselines.hash import pass_token_ids
 from megatron.remoe.baselines.pairs import PairCounter
-from megatron.remoe.baselines.unlearned import pass_token_ids
 from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.layer.experts import GroupedExperts, SplitExperts, takes_grouped_experts
 from megatron.remoe.layer.specs import (
