@@ -34,7 +34,7 @@ GPU_FLAGS = [*PLAIN_PYTORCH, *"--bf16 --no-gradient-accumulation-fusion --no-rop
 
 
 def on_gpu(words: Sequence[str] = ()) -> bool:
-    """Return whether a training with these flags runs on a GPU; the entry decides by the same rule."""
+    """Return whether a training run with these flags runs on a GPU; the entry decides by the same rule."""
     return torch.cuda.is_available() and "--cpu" not in words
 
 

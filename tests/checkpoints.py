@@ -8,7 +8,7 @@ import torch
 
 from megatron.remoe.start.checkpoint_index import INDEX
 from tests.tiny_model import RELU
-from tests.trainings import TINY, weights
+from tests.training_runs import TINY, weights
 
 
 def training(data: Path, folder: Path, *more: str) -> list[str]:

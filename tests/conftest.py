@@ -1,4 +1,4 @@
-"""Configure the tests. They run in one process, on the GPU if there is one; real trainings test the layouts."""
+"""Configure the tests. They run in one process, on the GPU if there is one; real training runs test the layouts."""
 
 import os
 import signal
@@ -43,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--gpu-report", type=Path, metavar="FOLDER", help=text)
 
 
-# Folders and files that take seconds; `scripts/test.sh --fast` runs only these. All others start trainings or tools.
+# Folders and files that take seconds; `scripts/test.sh --fast` runs only these. All others start runs or tools.
 FAST = """
 tools/test_common.py tools/test_corpus.py tools/test_encoding.py tools/test_run_figures.py
 files kernels/test_plan.py kernels/test_token_sums.py kernels/test_swiglu.py layer/test_grouped_swiglu.py
@@ -95,5 +95,5 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def entry() -> Entry:
-    """Return the training entry, for many short trainings."""
+    """Return the training entry, for many short training runs."""
     return shared_entry()

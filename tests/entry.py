@@ -1,4 +1,4 @@
-"""Run many short trainings, and import the training entry only once."""
+"""Train many short runs, and import the training entry only once."""
 
 import atexit
 import functools

@@ -18,7 +18,7 @@ from megatron.remoe import patches
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
 from megatron.training import checkpointing, training
 from tests.checkpoints import Malicious
-from tests.trainings import in_another_process
+from tests.training_runs import in_another_process
 
 
 def saved(value: object) -> io.BytesIO:

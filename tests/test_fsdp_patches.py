@@ -11,7 +11,7 @@ from megatron.training import checkpointing
 from tests.parity.layouts import FSDP
 from tests.test_patches import stock
 from tests.tiny_model import RELU
-from tests.trainings import TINY, run, series
+from tests.training_runs import TINY, run, series
 
 UNPATCHED = """
 from megatron.remoe import cpu, pretrain

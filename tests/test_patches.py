@@ -27,7 +27,7 @@ from megatron.remoe.patches import optimizer as adam_patches
 from megatron.remoe.patches.patch import replace as replace_once
 from megatron.training import training
 from tests.layers import make_topk_config
-from tests.trainings import in_another_process
+from tests.training_runs import in_another_process
 
 
 def stock(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Any:

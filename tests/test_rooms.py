@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainings import REPOSITORY
+from tests.training_runs import REPOSITORY
 
 PACKAGE = REPOSITORY / "megatron" / "remoe"
 # Room → the other rooms that it may import.

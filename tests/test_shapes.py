@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny_model import BYTES
 from tests.tools.test_cost_command import cost, figures
-from tests.trainings import REPOSITORY, run, series, weights
+from tests.training_runs import REPOSITORY, run, series, weights
 from tools.models import export as export_hf
 from tools.plan import rehearse
 
@@ -31,7 +31,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Run:
-    """A training of a shape: its flags, what it printed, and its checkpoints."""
+    """A training run of a shape: its flags, what it printed, and its checkpoints."""
 
     flags: list[str]
     printed: str

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainings import REPOSITORY
+from tests.training_runs import REPOSITORY
 
 PYTHON = Path(sys.executable)
 

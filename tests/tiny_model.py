@@ -17,7 +17,7 @@ MODEL = [
 EXPERTS = "--num-experts 8 --moe-router-topk 1 --moe-ffn-hidden-size 128 --moe-token-dispatcher-type alltoall".split()
 TOPK = [*EXPERTS, *"--moe-router-pre-softmax --moe-aux-loss-coeff 1e-2".split()]
 RELU = [*EXPERTS, "--moe-relu-routing"]
-# For short trainings without evaluation. Data loader processes would take a sixth of the time.
+# For short training runs without evaluation. Data loader processes would take a sixth of the time.
 TRAINING = [
     *MODEL,
     *"--global-batch-size 8 --clip-grad 1.0 --seed 1234 --eval-interval 1000 --eval-iters 0 --num-workers 0".split(),

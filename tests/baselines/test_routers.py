@@ -14,7 +14,7 @@ from megatron.remoe.training.run_log import read_run_log
 from tests.baselines.layers import BATCH, DEVICE, SEQUENCE, make_layer, make_tokens
 from tests.layers import HIDDEN, expert_weights, make_config
 from tests.tiny_model import TOPK
-from tests.trainings import REPOSITORY, TINY, run, series
+from tests.training_runs import REPOSITORY, TINY, run, series
 
 BASELINE = "--moe-router-load-balancing-type none --moe-aux-loss-coeff 0 --moe-baseline-router".split()
 

@@ -16,7 +16,7 @@ from megatron.remoe import cpu
 from megatron.remoe.cpu import matmul
 from megatron.remoe.cpu.collectives import with_padding
 from megatron.remoe.cpu.flags import CPU_VALUES, adapt_arguments
-from tests.trainings import in_another_process
+from tests.training_runs import in_another_process
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="an accelerator is in use: the CPU part is inactive")
 

@@ -5,7 +5,7 @@
     venv/bin/python tests/fork/oracle.py fork
 
 The fork runs on a CPU with stand-ins for CUDA and for Transformer Engine. Its saving code is unchanged, so names and
-format are those of a training on GPUs. It needs PyTorch 2.5: its writer does not run with the current one.
+format are those of a training run on GPUs. It needs PyTorch 2.5: its writer does not run with the current one.
 """
 
 import glob

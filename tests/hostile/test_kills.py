@@ -12,7 +12,7 @@ from megatron.remoe.start.checkpoint_files import newest_whole
 from megatron.remoe.start.run_lock import LOCK
 from tests.entry import shared_entry
 from tests.tiny_model import RELU
-from tests.trainings import TINY, figures, weights
+from tests.training_runs import TINY, figures, weights
 
 KILLS, FEW_KILLS = 30, 3  # per run; FEW_KILLS without bulk tests
 LIMIT = 300.0  # seconds; longer is a hang

@@ -18,7 +18,7 @@ import torch
 
 from megatron.remoe.start.checkpoint_index import INDEX, BrokenCheckpointError, check_object, read_index
 from tests.checkpoints import training
-from tests.trainings import run
+from tests.training_runs import run
 from tools.models.export import main as export
 
 NEWEST = "iter_0000002"

@@ -1,4 +1,4 @@
-"""Test that a training with the Triton kernels of router, dispatch and experts equals one without them."""
+"""Test that a training run with the Triton kernels of router, dispatch and experts equals one without them."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from tests.gpu.runs import FP32_GPU
 from tests.tiny_model import RELU
-from tests.trainings import TINY, run, series
+from tests.training_runs import TINY, run, series
 
 # In the interpreter each program of a kernel takes milliseconds.
 SHORT = "--seq-length 16 --max-position-embeddings 16 --global-batch-size 4 --train-iters 3".split()

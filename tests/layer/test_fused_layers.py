@@ -1,4 +1,4 @@
-"""Test attention and experts of PyTorch's fused kernels against Megatron's: values, gradients and trainings."""
+"""Test attention and experts of PyTorch's fused kernels against Megatron's: values, gradients and training runs."""
 
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from megatron.remoe.transformer.attention import FusedDotProductAttention
 from megatron.remoe.transformer.norm import SequenceParallelTorchNorm
 from tests.layers import HIDDEN, make_config, make_layer
 from tests.tiny_model import RELU, TOPK
-from tests.trainings import TINY, run, series
+from tests.training_runs import TINY, run, series
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_groups = pytest.mark.usefixtures("process_groups")

@@ -15,7 +15,7 @@ from tests.entry import entry_with
 from tests.layer.hybridep import deep_ep
 from tests.layers import HIDDEN, make_config, make_layer
 from tests.tiny_model import RELU
-from tests.trainings import TINY, run, series
+from tests.training_runs import TINY, run, series
 
 HYBRIDEP = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}
 PADDED = {

@@ -1,4 +1,4 @@
-"""Define the trainings to compare: a small model in two classes, its variants, and layouts of up to four processes."""
+"""Define the runs to compare: a small model in two classes, its variants, and layouts of up to four processes."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Train the parity model in one layout, and measure the differences of two trainings."""
+"""Train the parity model in one layout, and measure the differences of two training runs."""
 
 import json
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tests import trainings
+from tests import training_runs
 from tests.entry import shared_entry
 from tests.parity.layouts import LAYOUTS, MODEL, MODELS, ROUTINGS
 from tools.runs.log_reader import read_log
@@ -53,7 +53,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest differences of two trainings.
+    """The largest differences of two training runs.
 
     Attributes:
         loss, gradient: relative; the gradient's at step 0 and to its largest element.
@@ -69,7 +69,7 @@ class Difference:
     same_exponents: bool
 
     def is_tolerable(self, variant: str) -> bool:
-        """Return whether the trainings count as the same."""
+        """Return whether the training runs count as the same."""
         loss, gradient = TOLERANCE_BF16 if variant == "bf16" else TOLERANCE
         close = self.loss < loss and self.gradient < gradient
         return close and (variant == "bf16" or (self.same_counts and self.same_exponents and self.sparsity < 1e-3))
@@ -84,7 +84,7 @@ def train(folder: Path, data: Path, case: Case, *flags: str) -> Training:
         words = [*MODEL, *ROUTINGS[case.routing], *split, "--data-path", str(data), *flags]
         record = {"PARITY_RECORD": str(folder)}
         if torch.cuda.is_available():  # a fork cannot use a GPU
-            log.write_text(trainings.run(words, layout.processes, script=RECORD, **record))
+            log.write_text(training_runs.run(words, layout.processes, script=RECORD, **record))
         else:
             code, output = shared_entry().run(words, record, processes=layout.processes, script=RECORD, limit=TIMEOUT)
             log.write_text(output)

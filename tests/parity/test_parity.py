@@ -2,7 +2,7 @@
 
 The default run has a few layouts. All layouts in all variants, and the table of docs/parallelism.md:
 
-    pytest tests/parity --parity-tables runs/parity      finished trainings in that folder are not repeated
+    pytest tests/parity --parity-tables runs/parity      finished training runs in that folder are not repeated
 """
 
 import subprocess
@@ -57,7 +57,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 class Trainings:
-    """The trainings of this run; those of a routing and a variant start from one checkpoint."""
+    """The training runs of this run; those of a routing and a variant start from one checkpoint."""
 
     def __init__(self, data: Path, folder: Path, steps: int) -> None:
         self.data, self.folder, self.steps = data, folder, steps

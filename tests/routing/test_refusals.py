@@ -13,7 +13,7 @@ from megatron.remoe.layer.specs import with_relu_routing
 from megatron.remoe.routing.refusals import REFUSALS, flag
 from megatron.training.arguments import add_megatron_arguments
 from tests.layers import make_config
-from tests.trainings import REPOSITORY
+from tests.training_runs import REPOSITORY
 
 
 def test_flags_are_megatrons() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from tests.entry import shared_entry
-from tests.trainings import REPOSITORY
+from tests.training_runs import REPOSITORY
 from tools.recipes.command import main
 
 SCRIPTS = REPOSITORY / "scripts"

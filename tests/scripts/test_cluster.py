@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.trainings import REPOSITORY
+from tests.training_runs import REPOSITORY
 
 CLUSTER = REPOSITORY / "scripts" / "cluster"
 DOCKERFILE, MANIFEST = CLUSTER / "Dockerfile", CLUSTER / "trainjob.yaml"

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from tests.scripts.launching import command
-from tests.trainings import REPOSITORY
+from tests.training_runs import REPOSITORY
 from tools.console.flags import parse
 
 SIZES, ROUTINGS = ("182m", "469m", "978m"), ("dense", "moe", "remoe")

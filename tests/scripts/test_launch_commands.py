@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.scripts.launching import planned
-from tests.trainings import REPOSITORY
+from tests.training_runs import REPOSITORY
 
 TABLE = Path(__file__).with_name("launch_commands.json")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.scripts.launching import SCRIPTS, alone, launch
-from tests.trainings import REPOSITORY, SMALL, records
+from tests.training_runs import REPOSITORY, SMALL, records
 
 FLAGS = [*SMALL, *"--split 90,10,0 --eval-iters 0 --save-interval 2".split()]
 
@@ -22,7 +22,7 @@ def training_environment(data: Path, tmp_path: Path) -> dict[str, str]:
 
 
 def test_trains_and_resumes_on_the_cpu(data: Path, tmp_path: Path) -> None:
-    """A training resumes, on paths with blanks and non-ASCII letters."""
+    """A training run resumes, on paths with blanks and non-ASCII letters."""
     folder = tmp_path / "dätä of mine"
     folder.mkdir()
     for suffix in (".bin", ".idx"):
@@ -78,7 +78,7 @@ def test_ends_with_the_trainings_exit_code_its_whole_log_and_its_last_error(
 def test_a_signal_before_torchrun_has_children_is_not_lost(
     training: str, code: int, stopped: bool, tmp_path: Path
 ) -> None:
-    """The signal is sent once the training runs, without ps or pgrep. A training that cannot save has failed."""
+    """The signal is sent once it trains, without ps or pgrep. A training run that cannot save has failed."""
     (tmp_path / "tee").symlink_to(shutil.which("tee") or "")
     words = [sys.executable, "-c", RUN, str(tmp_path / "log"), sys.executable, "-c", LATE, training]
     process = subprocess.Popen(

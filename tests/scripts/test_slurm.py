@@ -1,4 +1,4 @@
-"""Test the Slurm job file with real trainings on one node; only Slurm's three commands are stubs.
+"""Test the Slurm job file with real training runs on one node; only Slurm's three commands are stubs.
 
 They behave as observed with Slurm 24.11: `scancel --signal` reaches all processes of a step, including data loaders,
 but not the job file's shell; srun, on SIGTERM, kills its tasks; `scontrol requeue` also requeues canceled jobs.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainings import REPOSITORY, SMALL, records
+from tests.training_runs import REPOSITORY, SMALL, records
 
 JOB_FILE = REPOSITORY / "scripts" / "slurm" / "train.sbatch"
 TRAINING_SCRIPT = REPOSITORY / "scripts" / "train_llama_182m_remoe.sh"
@@ -133,7 +133,7 @@ def test_time_limit_saves_queues_again_and_resumes(data: Path, tmp_path: Path) -
     status, output = job.run(*training, "--exit-interval", "1")
     assert status == 0, output[-6000:]
     assert list(records(output)) == [last + 1]
-    assert job.requeued == 1, "a training that has ended is queued again"
+    assert job.requeued == 1, "a training run that has ended is queued again"
 
 
 @pytest.mark.parametrize("image", ["", "registry.example.com#remoe:0.1.0"])

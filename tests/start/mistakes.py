@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.tiny_model import RELU
-from tests.trainings import TINY
+from tests.training_runs import TINY
 
 Arguments = Callable[["User"], list[str]]
 
@@ -37,7 +37,7 @@ class Case:
 
 
 def plain(flags: str = "", prefix: str = "text") -> Arguments:
-    """Return the arguments of a training on a data set; words in braces are files of the user."""
+    """Return the arguments of a training run on a data set; words in braces are files of the user."""
     return lambda user: [*TINY, "--data-path", user[prefix], *user.filled(flags.split())]
 
 

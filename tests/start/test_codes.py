@@ -3,7 +3,7 @@
 import re
 
 from megatron.remoe.start.codes import CODES, page
-from tests.trainings import REPOSITORY
+from tests.training_runs import REPOSITORY
 
 
 def test_the_page_is_the_registrys() -> None:

@@ -1,4 +1,4 @@
-"""Test two trainings in one folder, with real processes on one machine and as if on two."""
+"""Test two training runs in one folder, with real processes on one machine and as if on two."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ import pytest
 
 from megatron.remoe.files.errors import UsageError
 from megatron.remoe.start.run_lock import LOCK, lock_save_folder
-from tests.trainings import REPOSITORY, TINY, records, run, start
+from tests.training_runs import REPOSITORY, TINY, records, run, start
 
 LEASE = 4.0
 SHORT = 1.0  # for tests in which nobody holds the folder

@@ -8,7 +8,7 @@ import pytest
 from megatron.remoe.start.saved_settings import _removed_settings, differences, result_settings, schedule_settings
 from megatron.remoe.training import arguments
 from tests.tiny_model import RELU
-from tests.trainings import TINY
+from tests.training_runs import TINY
 
 COMPARED = {
     "--hidden-size 128": "--hidden-size 64 in the checkpoint, 128 here",

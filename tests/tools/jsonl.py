@@ -4,7 +4,7 @@ import gzip
 from pathlib import Path
 
 from tests.gpt2_reference import gpt2_files
-from tests.trainings import REPOSITORY
+from tests.training_runs import REPOSITORY
 from tools.text.preprocessing.reading import zstd
 
 TOOL = REPOSITORY / "tools" / "preprocess_data.py"

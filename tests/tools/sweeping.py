@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
-from tests.trainings import REPOSITORY
+from tests.training_runs import REPOSITORY
 from tools.experiments import jobs, results
 from tools.experiments.run import Run, Text
 from tools.experiments.sweep import main

@@ -13,7 +13,7 @@ from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests import without_megatron
 from tests.data_sets import write_documents
 from tests.tiny_model import RELU
-from tests.trainings import REPOSITORY, TINY, run, series
+from tests.training_runs import REPOSITORY, TINY, run, series
 from tools.models.export import main as export
 from tools.models.text import read_batches, read_sequences
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron.remoe.files.files import write_aside
-from tests.trainings import REPOSITORY
+from tests.training_runs import REPOSITORY
 from tools.console import places
 from tools.console.errors import ToolError
 from tools.console.files import lock, new_folder, write_json

@@ -10,7 +10,7 @@ import pytest
 
 from megatron.remoe.start.checkpoint_index import read_index
 from tests.tiny_model import RELU, TOPK
-from tests.trainings import REPOSITORY, TINY, run, series
+from tests.training_runs import REPOSITORY, TINY, run, series
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed"),

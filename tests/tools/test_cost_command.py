@@ -6,7 +6,7 @@ import pytest
 
 from tests.entry import shared_entry
 from tests.launches import PLAIN
-from tests.trainings import REPOSITORY
+from tests.training_runs import REPOSITORY
 
 MODEL = """
 --num-layers 12 --hidden-size 768 --num-attention-heads 12 --ffn-hidden-size 3072 --group-query-attention

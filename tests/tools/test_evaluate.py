@@ -16,7 +16,7 @@ from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.data_sets import write_documents
 from tests.hf.models import make
 from tests.tiny_model import RELU
-from tests.trainings import TINY, run
+from tests.training_runs import TINY, run
 from tools.models.arguments import TASKS
 from tools.models.evaluate.command import main
 

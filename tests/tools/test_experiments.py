@@ -12,7 +12,7 @@ import pytest
 from matplotlib.image import imread
 
 from tests.tools.sweeping import TEXT, final, finish_run, line, sweep, write_run
-from tests.trainings import REPOSITORY
+from tests.training_runs import REPOSITORY
 from tools.console.flags import parse
 from tools.experiments import compare, jobs, results
 from tools.experiments.arms import ARMS, SETTINGS

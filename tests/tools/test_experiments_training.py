@@ -20,7 +20,7 @@ from rich.console import Console
 from tests.data_sets import write_small_corpus
 from tests.entry import shared_entry
 from tests.tools.sweeping import start, sweep
-from tests.trainings import REPOSITORY, SMALL, finish, records
+from tests.training_runs import REPOSITORY, SMALL, finish, records
 from tools.experiments import compare
 from tools.experiments.arms import ARMS, SETTINGS
 from tools.experiments.results import read_folder
@@ -46,7 +46,7 @@ sys.exit(run_training(["bash", "-c", slow], Path(sys.argv[1])))
 
 
 def test_a_second_interrupt_ends_all_at_once(tmp_path: Path) -> None:
-    """Two of three trainings run at once, and each takes 90 seconds to save. The third does not start."""
+    """Two of three training runs run at once, and each takes 90 seconds to save. The third does not start."""
     shown = [ShownTraining(name, iterations=10, tokens_per_iteration=1, cost=1.0) for name in "abc"]
     output, interrupts = io.StringIO(), []
 

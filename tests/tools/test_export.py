@@ -15,7 +15,7 @@ from megatron.remoe.hf import RemoeForCausalLM
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder, use_local_gpt2_files
 from tests.hf.models import args_of, make, tokens
 from tests.tiny_model import RELU
-from tests.trainings import TINY, run
+from tests.training_runs import TINY, run
 from tools.console.errors import ConversionError
 from tools.models import checkpoints
 from tools.models import export as command
@@ -97,7 +97,7 @@ def test_other_models(name: str, tokenizer: Path, tmp_path: Path, capfd: pytest.
 
 
 def test_settings_of_a_gpu_and_noise() -> None:
-    """The model of a training on GPUs, with noise on the router's input, is built for the CPU and without noise."""
+    """The model of a training run on GPUs, with noise on the router's input, is built for the CPU and without noise."""
     model = make("relu")
     on_gpus = {"moe_kernels": "triton", "moe_permute_fusion": True, "fp8": "e4m3"}
     on_gpus |= {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.fork import oracle
-from tests.trainings import REPOSITORY, run, series
+from tests.training_runs import REPOSITORY, run, series
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed"),
@@ -87,7 +87,7 @@ def test_a_training_of_the_fork_continues(
 
 def test_the_optimizers_state_is_the_forks(saved: Path, tmp_path: Path) -> None:
     """Every number is equal. In bfloat16, losses would hardly show a wrong state."""
-    from tests.trainings import weights
+    from tests.training_runs import weights
 
     assert convert("--load", saved / "remoe", "--save", tmp_path / "here") == 0
     there, here = weights(saved / "remoe", oracle.SAVED), weights(tmp_path / "here", oracle.SAVED)
@@ -114,7 +114,7 @@ def test_state_of_several_optimizers_is_put_together(saved: Path, tmp_path: Path
     """With expert parallelism experts have a separate optimizer. The result is the same."""
     from megatron.remoe.start.checkpoint_files import common_state
     from megatron.remoe.start.checkpoint_index import read_index
-    from tests.trainings import weights
+    from tests.training_runs import weights
     from tools.models.convert.rewriting import read_content, write_content
 
     name = f"iter_{oracle.SAVED:07d}"

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, DeepseekV2Config, MixtralConfig, OlmoeConfig, PreTrainedModel
 from transformers import Qwen3MoeConfig as QwenConfig
 
-from tests.trainings import run, series
+from tests.training_runs import run, series
 from tools.models import checkpoints
 from tools.models.convert.command import main
 from tools.models.hf.opening import open_model

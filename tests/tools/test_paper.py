@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainings import REPOSITORY
+from tests.training_runs import REPOSITORY
 from tools.experiments import compare
 from tools.experiments.quickstart import parse_arguments as quickstart
 from tools.experiments.significance import MARGIN

@@ -16,7 +16,7 @@ import pytest
 from megatron.remoe.files.gpt2_files import byte_level_vocabulary, read_gpt2_vocabulary
 from tests.gpt2_reference import gpt2_files, same_files, write_reference
 from tests.tools.jsonl import GOOD, GPT2, TOOL, write_lines
-from tests.trainings import REPOSITORY
+from tests.training_runs import REPOSITORY
 from tools import preprocess_data
 
 

@@ -15,7 +15,7 @@ import pytest
 from matplotlib.image import imread
 
 from tests.data_sets import write_small_corpus
-from tests.trainings import finish
+from tests.training_runs import finish
 from tools.console.files import lock
 from tools.console.places import ROOT
 from tools.experiments import quickstart

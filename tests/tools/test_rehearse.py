@@ -12,7 +12,7 @@ import torch
 
 from tests.launches import PLAIN, Launch, planned
 from tests.tools.test_cost_command import cost, step_milliseconds
-from tests.trainings import REPOSITORY
+from tests.training_runs import REPOSITORY
 from tools.console.files import write_json
 from tools.plan import rehearse
 from tools.plan.gpus import rates

@@ -57,7 +57,7 @@ def test_wrong_flags(arguments: list[str], message: str, capsys: pytest.CaptureF
 def test_runs_that_cannot_be_rehearsed(
     flags: list[str], remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """If the rehearsal cannot simulate a training, it names a remedy and does not report that the training fails."""
+    """If the rehearsal cannot simulate a run, it names a remedy and does not report that the training fails."""
     monkeypatch.setattr(torch.version, "cuda", None)
     assert rehearse.main(["--", *flags]) == 1
     printed = capsys.readouterr()

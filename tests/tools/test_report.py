@@ -15,7 +15,7 @@ from bokeh.models import HoverTool
 from playwright.sync_api import Browser, ConsoleMessage, sync_playwright
 
 from tests.tiny_model import RELU
-from tests.trainings import REPOSITORY, TINY, finish, run
+from tests.training_runs import REPOSITORY, TINY, finish, run
 from tools.report.command import main
 from tools.report.figures import FEW, panels
 from tools.runs.figure_reader import read_figures

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import Saved, training
-from tests.trainings import run
+from tests.training_runs import run
 
 
 @pytest.fixture(scope="session")

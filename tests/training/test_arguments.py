@@ -8,7 +8,7 @@ import pytest
 
 from megatron.remoe.training import arguments
 from tests.tiny_model import EXPERTS, RELU, TOPK
-from tests.trainings import REPOSITORY, TINY
+from tests.training_runs import REPOSITORY, TINY
 
 Parse = Callable[..., argparse.Namespace]
 

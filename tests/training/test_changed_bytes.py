@@ -8,7 +8,7 @@ import pytest
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
 from megatron.remoe.start.checkpoint_files import TRACKER
 from tests.checkpoints import Saved, flip, tensors, training, truncate
-from tests.trainings import records, run
+from tests.training_runs import records, run
 
 VERIFIED = "--verify-integrity"
 

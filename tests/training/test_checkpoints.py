@@ -17,7 +17,7 @@ from megatron.remoe.start.checkpoint_index import INDEX, BrokenCheckpointError, 
 from tests.checkpoints import Saved, tensors, training, truncate
 from tests.entry import Entry
 from tests.tiny_model import RELU
-from tests.trainings import TINY, records, run
+from tests.training_runs import TINY, records, run
 
 
 def arguments(folder: Path, step: int | None = None, rank: int = 0) -> Namespace:

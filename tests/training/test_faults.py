@@ -12,7 +12,7 @@ import torch
 from megatron.remoe.start.checkpoint_files import check_is_whole, newest_iteration
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
 from tests.tiny_model import RELU
-from tests.trainings import TINY, records, run, series, start, weights
+from tests.training_runs import TINY, records, run, series, start, weights
 
 ENDS_WITHIN = 60.0  # seconds, as in docs/checkpoints.md: torchrun waits 30 for the other ranks, then kills them
 END = 8

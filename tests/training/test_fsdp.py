@@ -13,7 +13,7 @@ from megatron.remoe.start.environment import _fsdp_problems
 from tests.checkpoints import Saved, training
 from tests.parity.layouts import FSDP
 from tests.tiny_model import RELU
-from tests.trainings import REPOSITORY, TINY, figures, records, run, series, weights
+from tests.training_runs import REPOSITORY, TINY, figures, records, run, series, weights
 from tools.console.errors import ConversionError
 from tools.models.checkpoints import find, read_tensors
 
@@ -39,7 +39,7 @@ def words(data: Path, folder: Path, *more: str, split: str = EP2) -> list[str]:
 
 
 def goes_on_from_4(saved: Saved) -> Saved:
-    """Remove the checkpoint of iteration 6, so that a training resumes from 4."""
+    """Remove the checkpoint of iteration 6, so that a training run resumes from 4."""
     for path in saved[6].iterdir():
         path.unlink()
     saved[6].rmdir()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.golden_run import FLAGS, GOLDEN, ROUNDING, committed, differences, figures_of, write_data
-from tests.trainings import run
+from tests.training_runs import run
 from tools.console.files import write_json
 
 

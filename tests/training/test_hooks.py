@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("process_groups")
 
 
 def install(layer: torch.nn.Module) -> list[torch.nn.Module]:
-    """Install the routing of a layer's configuration, as a training does."""
+    """Install the routing of a layer's configuration, as a training run does."""
     model_cfg = argparse.Namespace(transformer=layer.config, transformer_layer_spec=None, post_wrap_hooks=[])
     args = argparse.Namespace(log_interval=1, tensorboard_log_interval=1, save=None, iteration=0)
     for name in ("moe_relu_routing", "moe_warmup_topk", "moe_baseline_router"):

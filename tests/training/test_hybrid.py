@@ -14,7 +14,7 @@ from megatron.remoe.routing.router import ReLURouter
 from megatron.remoe.training.run_log import read_run_log
 from tests.entry import Entry
 from tests.tiny_model import RELU, TOPK
-from tests.trainings import REPOSITORY, TINY, records, run
+from tests.training_runs import REPOSITORY, TINY, records, run
 from tools.console.display import Display
 from tools.console.errors import ConversionError
 from tools.models.analyze.command import layer_numbers

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_model import RELU
-from tests.trainings import ENTRY, REPOSITORY, TINY, run, series
+from tests.training_runs import ENTRY, REPOSITORY, TINY, run, series
 
 SCRIPT = REPOSITORY / "examples" / "own_training_script.py"
 DEFAULT_OF_PYTHON_3_14 = """

@@ -19,7 +19,7 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.models.hybrid import HybridModelConfig
 from tests.layers import make_config
 from tests.tiny_model import RELU
-from tests.trainings import TINY, records, run
+from tests.training_runs import TINY, records, run
 from tools.models.export import main as export
 
 ARGS = argparse.Namespace(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_model import RELU
-from tests.trainings import TINY, run, series
+from tests.training_runs import TINY, run, series
 
 RESHARDABLE = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
 TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]

@@ -1,4 +1,4 @@
-"""Test SAVE/metrics.jsonl: its lines, those that a resumed run removes, and that it never ends a training."""
+"""Test SAVE/metrics.jsonl: its lines, those that a resumed run removes, and that it never ends a training run."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ import pytest
 
 from megatron.remoe.training.run_log import RunLog, read_run_log
 from tests.tiny_model import RELU
-from tests.trainings import TINY, records, run
+from tests.training_runs import TINY, records, run
 
 FILE = "metrics.jsonl"
 

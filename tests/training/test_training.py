@@ -8,7 +8,7 @@ import torch
 
 from megatron.remoe.training.run_log import read_run_log
 from tests.tiny_model import RELU, TOPK
-from tests.trainings import REPOSITORY, TINY, records, run, series, weights
+from tests.training_runs import REPOSITORY, TINY, records, run, series, weights
 
 ROUTING = (
     "sparsity",

@@ -10,7 +10,7 @@ from megatron.remoe.layer.specs import with_fused_layers, with_router
 from megatron.remoe.routing.warmup import WarmupTopKRouter
 from tests.layers import HIDDEN, make_config, make_layer, make_topk_config
 from tests.tiny_model import TOPK
-from tests.trainings import TINY, run, series
+from tests.training_runs import TINY, run, series
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])

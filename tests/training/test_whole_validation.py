@@ -14,7 +14,7 @@ from megatron.training import training
 from megatron.training.datasets.data_samplers import MegatronFullValidationSampler
 from tests.data_sets import real_text, write_documents
 from tests.tiny_model import RELU
-from tests.trainings import TINY, run
+from tests.training_runs import TINY, run
 
 MODEL = [*TINY, *RELU, "--num-layers", "4"]
 LAYOUTS = {

@@ -26,7 +26,7 @@ def home() -> Path:
 
 
 def entry() -> list[str]:
-    """Return the words that start a training, after the interpreter."""
+    """Return the words that start a training run, after the interpreter."""
     return [str(ROOT / "pretrain_gpt.py")] if is_clone() else ["-m", "megatron.remoe.pretrain"]
 
 

@@ -1,4 +1,4 @@
-"""Build Megatron's model in one process from the arguments of a training, without a launcher.
+"""Build Megatron's model in one process from the arguments of a training run, without a launcher.
 
 Call `on_cpu.megatron_on_cpu` before importing this on a CPU.
 """

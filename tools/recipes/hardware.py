@@ -1,4 +1,4 @@
-"""Choose flags and environment variables for the GPUs of a training and the kernels that are installed."""
+"""Choose flags and environment variables for the GPUs of a training run and the kernels that are installed."""
 
 import importlib.util
 import re
@@ -46,7 +46,7 @@ def find_problem(interpreter: str) -> str | None:
 
 
 def gpu_flags(has_experts: bool, kernels: str, flags: Sequence[str], interpreter: str) -> tuple[list[str], str]:
-    """Return the flags for a training on GPUs, and which layers they choose and why.
+    """Return the flags for a training run on GPUs, and which layers they choose and why.
 
     Args:
         has_experts: whether the model has experts.
@@ -74,7 +74,7 @@ def gpu_flags(has_experts: bool, kernels: str, flags: Sequence[str], interpreter
 
 
 def gpu_settings(flags: Sequence[str], environment: Mapping[str, str], gpu: str | None) -> dict[str, str]:
-    """Return the environment variables of a training on GPUs; the user's own stay.
+    """Return the environment variables of a training run on GPUs; the user's own stay.
 
     `gpu` is the kind that a plan is for; None for those of this machine.
     """

@@ -16,7 +16,7 @@ PROJECT = "remoe"
 
 @dataclass(frozen=True)
 class Launch:
-    """A training as a launch script starts it.
+    """A training run as a launch script starts it.
 
     Attributes:
         launcher: torchrun's words in front of the program.

@@ -1,4 +1,4 @@
-"""Read and check the parallel layout of a training."""
+"""Read and check the parallel layout of a training run."""
 
 import re
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Run a training and keep its log; let it save a checkpoint at Ctrl-C and SIGTERM."""
+"""Train and keep the log; let it save a checkpoint at Ctrl-C and SIGTERM."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ import psutil
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LAST_BYTES = 2**16  # end of a log that is searched for the program's last message
-STOPPED = 143  # exit code of a training that saved at a signal
+STOPPED = 143  # exit code of a training run that saved at a signal
 
 
 def _signal_training(launcher: int, wanted: signal.Signals) -> None:
@@ -58,7 +58,7 @@ def _last_error(log: Path, start: int) -> str:
 
 
 def run_training(command: Sequence[str], log: Path) -> int:
-    """Run a training to its end.
+    """Train to the end.
 
     Args:
         command: its words.

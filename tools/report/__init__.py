@@ -1,1 +1,1 @@
-"""Write a page that shows trainings, while they run and after."""
+"""Write a page that shows training runs, while they run and after."""

@@ -27,7 +27,7 @@ from ..console.picture_style import looks
 from ..runs.run_figures import EMPTY, TOTALS, Curve, RunFigures, smooth
 
 COLUMNS = 240  # most columns of a heat map
-FIRST_SHARE = 0.05  # start of a training that does not set the range of the loss axis: its fall hides later differences
+FIRST_SHARE = 0.05  # start of a run that does not set the range of the loss axis: its fall hides later differences
 POINTS, FEW = 1000, 300  # most points of a curve; of a layer's curve, and of the tooltip
 RIM = "#888888"  # visible on light and on dark
 Layers = Mapping[int, Curve]

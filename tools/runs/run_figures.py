@@ -154,7 +154,7 @@ class RunFigures:
         return sum(losses) / sum(weights) if newest else None
 
     def final_losses(self, iteration: int) -> dict[str, float]:
-        """Return validation set → the newest loss after a training of so many iterations, of the sets that have one."""
+        """Return validation set → the newest loss after a run of so many iterations, for sets that have one."""
         return {
             name: each.loss
             for name, losses in self.evaluations.items()

@@ -95,7 +95,7 @@ class TrainingDisplay:
     def run(
         self, shown: ShownTraining, command: Sequence[str], environment: Mapping[str, str], log: IO[str] | None = None
     ) -> tuple[int, str]:
-        """Run a training to its end. Its output goes to `log` too.
+        """Run a training run to its end. Its output goes to `log` too.
 
         Returns:
             Its exit code, and the last lines of its output before torchrun's own.

@@ -11,7 +11,7 @@ SMALLEST = 1e-8  # lower bound of λ: the default of λ₀ in Megatron
 class SparsityCallback(TrainerCallback, ExportableState):
     """Moves λ after every optimizer step: λ ← λ · α^sign(target − S), with target = 1 − k/E (section 3.3).
 
-    λ does not fall below 1e-8. Long trainings may end with S above the target and a λ that has decayed to nothing, from
+    λ does not fall below 1e-8. Long runs may end with S above the target and a λ that has decayed to nothing, from
     which it would take hundreds of steps to return.
 
     S is counted over all layers, micro-batches and ranks of the step. λ is `config.router_aux_loss_coef`, so it is

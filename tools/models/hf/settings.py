@@ -230,7 +230,7 @@ def vocabulary_flags(config: RemoeConfig, tokenizer: PreTrainedTokenizerBase | N
 
 
 def parse_flags(flags: Sequence[str], config: RemoeConfig) -> argparse.Namespace:
-    """Return Megatron's arguments for the flags of a model with this configuration, as a training would save them."""
+    """Return Megatron's arguments for the flags of a model with this configuration, as a run would save them."""
     args = _parser().parse_args(flags)
     args.padded_vocab_size = config.vocab_size
     args.params_dtype = config.dtype or torch.float32

@@ -1,4 +1,4 @@
-"""Run real trainings of a tiny model with the project's entry, and read their logs."""
+"""Run real training runs of a tiny model with the project's entry, and read their logs."""
 
 import os
 import subprocess
