@@ -36,7 +36,7 @@ NOT_COMPARED = {
     """.split(),
 }
 # A tiny run's text is compared by what it was made from, not by its place.
-PLACES = {"--data-path", "--train-data-path", "--valid-data-path", "--vocab-file", "--merge-file", "--data-cache-path"}
+PLACES = {"--data-path", "--train-data-path", "--valid-data-path", "--vocab-file", "--merge-file"}
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ def make_job(run: Run, grid: Grid, name: str = "") -> Job:
         flags = run.tiny_flags(grid.text, grid.flags)
         saves = [*("--save", str(folder / SAVES), "--load", str(folder / SAVES))]
         saves += ["--tensorboard-dir", str(folder / "tensorboard")]
+        saves += ["--data-cache-path", str(folder / "cache")]  # runs side by side must not read a half-written one
         words, environment = [sys.executable, *entry(), *flags, *saves], {"OMP_NUM_THREADS": "1"}
         text, per_byte = grid.text.inputs, dict(grid.text.per_byte)
     elif not is_clone():

@@ -106,7 +106,7 @@ def data_prefix(data: Path, part: str, domain: str) -> str:
 def vocabulary_flags(data: Path) -> list[str]:
     """Return the flags for the tokenizer in a data sets' folder."""
     files = ["--vocab-file", str(data / "vocab.json"), "--merge-file", str(data / "merges.txt")]
-    return ["--tokenizer-type", "GPT2BPETokenizer", *files, "--data-cache-path", str(data / "cache")]
+    return ["--tokenizer-type", "GPT2BPETokenizer", *files]
 
 
 def weighted_training_sets(data: Path, train_tokens: Mapping[str, int]) -> list[str]:
