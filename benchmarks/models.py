@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tools.console.files import write_json  # noqa: E402
-from tools.console.flags import Settings, parse  # noqa: E402
 from tools.console.markdown import table  # noqa: E402
 from tools.recipes.hardware import PLAIN_PYTORCH  # noqa: E402
 from tools.recipes.models import Routing, Size  # noqa: E402
@@ -74,15 +73,11 @@ class Shape:
         )
 
     def flags(self, routing: str) -> list[str]:
-        """Return the training's flags, without data and number of steps."""
+        """Return the run's flags, without data and number of steps."""
         batch = f"--micro-batch-size {self.micro_batch} --global-batch-size {self.micro_batch}".split()
         batch += ["--vocab-size", str(self.vocabulary)]
         experts = Routing(routing, self.experts, self.granularity).flags(self.ffn)
         return [*self.size.layer_flags(routing), *self.size.flags(), *COMMON, *batch, *experts]
-
-    def settings(self, more: Sequence[str]) -> Settings:
-        """Return the flags of top-k, changed by `more`."""
-        return parse([*self.flags("moe"), *more])
 
 
 PACKAGES = ("torch", "megatron-core", "transformers", "numpy")

@@ -1,7 +1,7 @@
 """A training step of the whole model: ReMoE at its target sparsity, top-k, and top-k in Megatron's own local layers.
 
-With --variants, also of the dense start, where half of the experts are active: as it is, without a bound on memory, and
-with at most four experts per token.
+--variants adds the dense start, where half of the experts are active: unchanged, without a bound on memory, and with
+at most four experts per token.
 
 Each run is the training entry in a new process, in turns; each figure is the median over all steps of a variant. Also
 printed: FLOPs with the true number of active experts over the machine's measured matmul rate.
@@ -25,7 +25,6 @@ import numpy
 from models import FIT_STEPS, GPU_FLAGS, ROOT, Shape, note, on_gpu, save, show
 
 from megatron.remoe.files.indexed import IndexedWriter
-from tools.console.flags import whole
 from tools.recipes.flops import flops_per_sequence, model_arguments
 from tools.recipes.models import Routing
 
@@ -96,10 +95,10 @@ def measure(shape: Shape, variants: list[Variant], rounds: int, steps: int, more
             records[variant.name].append(run(shape, variant, WARM_UP + steps + 1, more))
             seconds = statistics.median(records[variant.name][-1]["steps"][WARM_UP:])
             note(f"{shape.name} round {number + 1}/{rounds} {variant.name}: {seconds:.4g} s a step")
-    figures, settings = {}, shape.settings(more)
+    figures, size = {}, records[variants[0].name][0]["size"]
     args = model_arguments(shape.size, Routing("moe", shape.experts, shape.granularity), shape.vocabulary + 1)
-    args.num_layers, args.seq_length = whole(settings, "--num-layers"), whole(settings, "--seq-length")
-    tokens = whole(settings, "--global-batch-size") * args.seq_length
+    args.num_layers, args.seq_length = size["num_layers"], size["seq_length"]
+    tokens = size["global_batch_size"] * args.seq_length
     peak = max(record["peak_flops"] for found in records.values() for record in found)
     for name, found in records.items():
         times = [seconds for record in found for seconds in record["steps"][WARM_UP:]]
@@ -112,6 +111,8 @@ def measure(shape: Shape, variants: list[Variant], rounds: int, steps: int, more
             "tokens_per_second": tokens / seconds,
             "active_experts_of_full_size": active,
             "utilization": flops * tokens / args.seq_length / seconds / peak,
+            "layers": args.num_layers,
+            "tokens": tokens,
         }
     return figures
 
@@ -160,9 +161,7 @@ def main() -> None:
             (name, one["seconds"], f"{one['tokens_per_second']:,.0f}", one["seconds"] / first, *map(one.get, names))
             for name, one in figures.items()
         ]
-        settings = shape.settings(options.more)
-        tokens = whole(settings, "--global-batch-size") * whole(settings, "--seq-length")
-        size = f"{whole(settings, '--num-layers')} layers, {tokens} tokens"
+        size = "{layers} layers, {tokens} tokens".format(**figures[variants[0].name])
         show(f"(E, G) = {shape.name}, {size}", columns, rows, options.output)
 
 

@@ -94,8 +94,9 @@ class Recorder:
         config = get_model_config(chunks[0])
         finalize = config.finalize_model_grads_func or finalize_model_grads
         modules = [module for chunk in chunks for module in chunk.modules()]
+        args = get_args()
+        self.record["size"] = {name: getattr(args, name) for name in ("num_layers", "seq_length", "global_batch_size")}
         if share := os.environ.get("BENCHMARK_SHARE"):
-            args = get_args()
             self.record["forecast"] = describe_model(chunks, args, {"now": float(share) * (args.num_experts or 0)})
         if os.environ.get("BENCHMARK_AT_TARGET"):
             give_tokens_a_mean(chunks)

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 
 from tests.tools.sweeping import TEXT, final, finish_run, line, sweep, write_run
 from tests.training_runs import REPOSITORY
-from tools.console.flags import parse
+from tools.console.flags import group_by_flag
 from tools.experiments import compare, jobs, results
 from tools.experiments.arms import ARMS, SETTINGS
 from tools.experiments.run import Run, run_from_fields
@@ -116,7 +116,7 @@ def test_runs_have_their_own_names_and_are_read_back() -> None:
 
 def test_flags_of_tiny_runs() -> None:
     def flags(arm: str, *given: str, **fields: Any) -> dict[str, tuple[str, ...]]:
-        return parse(Run(arm, **fields).tiny_flags(TEXT, given))
+        return group_by_flag(Run(arm, **fields).tiny_flags(TEXT, given))
 
     plain = flags("dense", "--moe-z-loss-coeff", "1")
     assert not any(flag.startswith("--moe") for flag in plain) and plain["--seed"] == ("1234",)

@@ -125,7 +125,7 @@ class Flops:
 
         Raises:
             ArithmeticError, AttributeError, LookupError, TypeError, ValueError: an argument that the count needs is
-                missing or has another type, or the model has layers that are not counted.
+                missing or has a different type, or the model has layers that are not counted.
         """
         named = argparse.Namespace(**args)
         sequence = flops_per_sequence(named)
@@ -148,7 +148,7 @@ class Stage:
 def stages(figures: RunFigures, flops: Flops) -> list[Stage]:
     """Return the dense stage, the way to the target and the steady stage, as far as the log has them.
 
-    Other models have one stage, "all". A line of the log stands for the iterations since the line before.
+    Other models have one stage, "all". A line of the log covers the iterations since the previous line.
     """
     iterations, seconds = figures.curve("seconds_per_iteration").iterations, figures.seconds
     batches, target = figures.batches(iterations), figures.target_sparsity

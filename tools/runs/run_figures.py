@@ -154,7 +154,7 @@ class RunFigures:
         return sum(losses) / sum(weights) if newest else None
 
     def final_losses(self, iteration: int) -> dict[str, float]:
-        """Return validation set → the newest loss after a run of so many iterations, for sets that have one."""
+        """Return validation set → the newest loss after a run of this length, for sets that have one."""
         return {
             name: each.loss
             for name, losses in self.evaluations.items()
@@ -183,7 +183,7 @@ class RunFigures:
 
     @property
     def began(self) -> int:
-        """Return the iteration before the log's first; above 0 if earlier steps are in another folder's log."""
+        """Return the iteration before the log's first; above 0 if earlier steps are in a different folder's log."""
         first = min(self.starts, default=0)
         return first if first < min((int(curve.iterations[0]) for curve in self.curves.values()), default=0) else 0
 

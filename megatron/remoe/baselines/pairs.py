@@ -22,7 +22,7 @@ class PairCounter:
         modules = [module for chunk in model_chunks for module in chunk.modules()]
         self.routers = [module for module in modules if isinstance(module, TopKRouter)]
         device = torch.device(torch.cuda.current_device())
-        # Both hold pairs, and tokens times layers: this rank's in the current step, and the sums over ranks and steps.
+        # Pairs, and tokens times layers: this rank's in the current step, and the sums over ranks and steps.
         self._step, self.running_sums = (torch.zeros(2, dtype=torch.float64, device=device) for _ in range(2))
         for router in self.routers:
             router.register_forward_hook(self._count, with_kwargs=True)

@@ -5,7 +5,7 @@ In torch 2.15.0 the norm of 50 million normal numbers is 0.4 % too small.
 
 import torch
 
-# Number of elements of which the squares are added in single precision.
+# Number of elements whose squares are summed in single precision.
 CHUNK = 1 << 18
 
 

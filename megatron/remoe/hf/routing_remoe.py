@@ -67,7 +67,7 @@ class RemoeRouter(nn.Module):
     def _hashed(self, token_ids: torch.Tensor | None) -> torch.Tensor:
         """Return numbers `[tokens, num_experts]` that depend on the id; the k largest are chosen."""
         if token_ids is None:
-            raise ValueError("With hash_routing experts follow from input_ids; inputs_embeds alone will not do.")
+            raise ValueError("hash_routing chooses experts by input_ids. Give input_ids, not only inputs_embeds.")
         experts = torch.arange(self.config.num_experts, device=token_ids.device)
         layer = self.config.num_experts * (self.layer_idx + 1)
         return _mixed(_mixed(token_ids.reshape(-1, 1)) + _mixed(experts + layer))

@@ -1,4 +1,4 @@
-"""HybridModel without Transformer Engine: Megatron has plain PyTorch layers only for GPTModel."""
+"""Specify plain PyTorch layers for HybridModel; Megatron has them only for GPTModel."""
 
 from functools import partial
 from typing import Any

@@ -1,4 +1,4 @@
-"""Convert a dense or top-k checkpoint to a ReMoE, or start another conversion."""
+"""Convert a dense or top-k checkpoint to a ReMoE, or start a different conversion."""
 
 import argparse
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from .model_class import convert_class
 from .models import fill, record_routers, target_args
 
 BOUNDS = {"dense": 0.01, "top-k": 0.05}
-# The way to the target is short, so λ should start higher and move less than in a training from scratch.
+# The way to the target is short, so λ should start higher and move less than in a run from scratch.
 GENTLE = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1.05"
 
 

@@ -67,8 +67,8 @@ def read_folder(folder: Path, families: Collection[str], dtype: torch.dtype | No
         dtype: of the weights (None: as stored).
 
     Raises:
-        ConversionError: a file is missing or damaged; it is another kind of model, or quantized; a tensor is missing,
-            unexpected, has another shape than config.json calls for, or holds NaN or infinity.
+        ConversionError: a file is missing or damaged; the model is unknown or quantized; a tensor is missing,
+            unexpected, has a different shape than config.json calls for, or holds NaN or infinity.
     """
     path = folder / "config.json"
     if not path.is_file():
