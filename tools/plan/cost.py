@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ..recipes.megatron_values import make_parser
+from ..recipes.megatron_values import read_values
 from .gpus import parse_plan, plan_parser, planned_flags
 
 
@@ -60,8 +60,7 @@ def main(arguments: Sequence[str]) -> int:
 
     planned: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()), usage_errors():
-        values, _ = make_parser().parse_known_args(flags)
-        sys.argv = ["pretrain_gpt.py", *planned_flags(flags, values)]
+        sys.argv = ["pretrain_gpt.py", *planned_flags(flags, read_values(flags))]
         args = parse_args(cpu.add_cpu_argument, {"tokenizer_type": "GPT2BPETokenizer"})
         args.tensorboard_dir, args.wandb_project = None, ""  # the globals below would create or contact them
         if not args.cpu:

@@ -12,23 +12,31 @@ from collections.abc import Sequence
 
 from ..console.places import ROOT, is_clone
 
+PARSER = "megatron.training.arguments"
+
 
 def make_parser() -> argparse.ArgumentParser:
     """Return Megatron's parser with ReMoE's flags. Call `megatron_on_cpu` before, unless Megatron is imported."""
+    from megatron.remoe.start.messages import explain_flag_errors
     from megatron.remoe.training.arguments import add_remoe_arguments
     from megatron.training.arguments import add_megatron_arguments
 
-    return add_remoe_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    parser = add_remoe_arguments(add_megatron_arguments(argparse.ArgumentParser("pretrain_gpt.py", allow_abbrev=False)))
+    explain_flag_errors(parser)
+    return parser
 
 
 def read_values(words: Sequence[str]) -> argparse.Namespace:
-    """Return the values of all of Megatron's flags, not validated.
+    """Return the values of all of Megatron's flags, not validated; unknown flags are left to the training run.
 
-    A process of its own imports Megatron for the CPU, which would change this one and the runs that it starts.
+    If this process has not imported Megatron, a new one does, because Megatron on the CPU would change this process
+    and the runs that it starts.
 
     Raises:
-        SystemExit: Megatron's parser refuses a value and has printed why. Unknown flags are left to the training run.
+        SystemExit: Megatron's parser refuses a value and has printed why.
     """
+    if PARSER in sys.modules:
+        return make_parser().parse_known_args(words)[0]
     command = [sys.executable, "-P", "-m", __name__, *words]
     result = subprocess.run(command, env=child_environment(), stdout=subprocess.PIPE, text=True)
     if result.returncode:
@@ -44,19 +52,9 @@ def child_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path}
 
 
-def main() -> None:
-    """Print the values of the flags on the command line as JSON."""
-    from megatron.remoe.start.messages import explain_flag_errors
-
+if __name__ == "__main__":
     from ..models.on_cpu import megatron_on_cpu
 
     megatron_on_cpu()
-    parser = make_parser()
-    parser.prog = sys.argv[0] = "pretrain_gpt.py"
-    explain_flag_errors(parser)
-    values, _ = parser.parse_known_args(sys.argv[1:])
-    print(json.dumps(vars(values), default=str))
-
-
-if __name__ == "__main__":
-    main()
+    sys.argv[0] = "pretrain_gpt.py"
+    print(json.dumps(vars(make_parser().parse_known_args(sys.argv[1:])[0]), default=str))
