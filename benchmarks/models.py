@@ -90,11 +90,11 @@ def machine() -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
     installed = {one.name: one.version for one in importlib.metadata.distributions() if one.name in PACKAGES}
-    found: dict[str, Any] = {"processor": model, "cores": os.cpu_count(), **installed}
+    facts: dict[str, Any] = {"processor": model, "cores": os.cpu_count(), **installed}
     if on_gpu():  # by nvidia-smi: PyTorch would hold the device in this process too
         command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        found["gpus"] = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-    return found
+        facts["gpus"] = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    return facts
 
 
 def note(line: str) -> None:

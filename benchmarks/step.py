@@ -99,10 +99,10 @@ def measure(shape: Shape, variants: list[Variant], rounds: int, steps: int, more
     args = model_arguments(shape.size, Routing("moe", shape.experts, shape.granularity), shape.vocabulary + 1)
     args.num_layers, args.seq_length = size["num_layers"], size["seq_length"]
     tokens = size["global_batch_size"] * args.seq_length
-    peak = max(record["peak_flops"] for found in records.values() for record in found)
-    for name, found in records.items():
-        times = [seconds for record in found for seconds in record["steps"][WARM_UP:]]
-        pairs = [active for record in found for active in record["active"][WARM_UP + 1 :]]
+    peak = max(record["peak_flops"] for runs in records.values() for record in runs)
+    for name, runs in records.items():
+        times = [seconds for record in runs for seconds in record["steps"][WARM_UP:]]
+        pairs = [active for record in runs for active in record["active"][WARM_UP + 1 :]]
         active = statistics.mean(pairs or [shape.granularity]) / shape.granularity
         seconds = statistics.median(times)
         flops = flops_per_sequence(args, active * shape.granularity)
@@ -122,13 +122,13 @@ def measure_memory(options: argparse.Namespace) -> None:
     results: dict[int, dict[str, Any]] = {}
     rows = []
     for experts in options.memory:
-        found = results[experts] = {}
+        stages = results[experts] = {}
         for stage in STAGES:
-            found[stage.name] = run(replace(SMALL, experts=experts), stage, FIT_STEPS + 2, options.more)
+            stages[stage.name] = run(replace(SMALL, experts=experts), stage, FIT_STEPS + 2, options.more)
             save(options.output, {"results": results})
-            note(f"{experts} experts, {stage.name}: {found[stage.name]['peak_bytes'] / 2**20:,.0f} MiB")
-        peaks = [record["peak_bytes"] for record in found.values()]
-        cells = (f"{one['peak_bytes'] / 2**20:,.0f} MiB ({one['active'][-1]:.1f})" for one in found.values())
+            note(f"{experts} experts, {stage.name}: {stages[stage.name]['peak_bytes'] / 2**20:,.0f} MiB")
+        peaks = [record["peak_bytes"] for record in stages.values()]
+        cells = (f"{one['peak_bytes'] / 2**20:,.0f} MiB ({one['active'][-1]:.1f})" for one in stages.values())
         rows.append((experts, *cells, peaks[1] / peaks[0], peaks[2] / peaks[0]))
     columns = ["E", *(f"{stage.name} (experts/token)" for stage in STAGES), "dense / target", "unbounded / target"]
     show(f"{SMALL.layers} layers, hidden {SMALL.hidden}, {SMALL.tokens} tokens", columns, rows, options.output)

@@ -171,7 +171,10 @@ def test_a_small_comparison(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "run",
-    [*map(Run, ARMS), *(Run(setting.arms[0]).at(name, setting.values[-1]) for name, setting in SETTINGS.items())],
+    [
+        *map(Run, ARMS),
+        *(Run(setting.arms[0]).vary(name, setting.values[-1]) for name, setting in SETTINGS.items()),
+    ],
     ids=lambda run: run.name,
 )
 def test_each_arm_and_each_setting_trains(run: Run, text: Path) -> None:

@@ -115,7 +115,7 @@ class Run:
         """Return the step at which the rate of a WSD schedule begins to fall."""
         return self.steps - rounded(DECAY * self.steps)
 
-    def at(self, setting: str, value: float) -> "Run":
+    def vary(self, setting: str, value: float) -> "Run":
         """Return the run at a different value of a setting."""
         if setting == RATE:
             return replace(self, rate=value)

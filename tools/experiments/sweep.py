@@ -115,7 +115,7 @@ def _plan_figure(figure: str, args: argparse.Namespace, base: Run) -> Iterator[t
                 yield run, float(place), ARMS[arm].title.replace(", ", "\n")
             else:
                 for value in values(figure, setting.values):
-                    yield run.at(figure, value), float(value), f"{value:g}"
+                    yield run.vary(figure, value), float(value), f"{value:g}"
 
 
 def make_panel(figure: str, planned: Iterable[tuple[Run, float, str]], results: Results) -> Panel:

@@ -30,7 +30,7 @@ from .measuring import (
     split_batches,
 )
 from .megatron_model import build, one_process
-from .text import blend_of, sample
+from .text import choose_blend, sample
 
 TOKENS = 2048
 SEED = 1234
@@ -80,7 +80,7 @@ def choose_text(args: argparse.Namespace, data_path: list[str] | None, config: R
     length = min(args.seq_length, TOKENS)
     held_out = None if data_path else getattr(args, "valid_data_path", None)
     try:
-        blend = blend_of(args, data_path or held_out)
+        blend = choose_blend(args, data_path or held_out)
         tokens = sample(blend, TOKENS // length, length, config.vocab_size, SEED)
         return tokens, "held-out tokens" if held_out else "tokens"
     except UsageError:

@@ -104,7 +104,7 @@ def check_vocabulary(prefix: str, largest: int, vocabulary: int) -> None:
         )
 
 
-def blend_of(args: argparse.Namespace, data_path: list[str] | None) -> tuple[list[str], list[float] | None]:
+def choose_blend(args: argparse.Namespace, data_path: list[str] | None) -> tuple[list[str], list[float] | None]:
     """Return the data sets of `data_path`, or those of the training, and their weights (None: by their size).
 
     Raises:

@@ -116,7 +116,7 @@ def _validation(name: str, figures: RunFigures) -> Drawn:
 
 def _sparsity(figures: RunFigures) -> Drawn:
     settled = np.array([figures.settled] if figures.settled else [], np.int64)
-    marks = Curve(settled, figures.at("sparsity", settled))
+    marks = Curve(settled, figures.values("sparsity", settled))
     return Drawn(figures.curve("sparsity"), figures.layers.get("layer_sparsity", {}), marks=marks)
 
 
@@ -215,7 +215,7 @@ def _add_tooltip(plot: figure, unit: str, form: str, hovered: Sequence[tuple[str
     iterations = np.unique(np.concatenate([thin(curve, FEW).iterations for _, _, curve in hovered]))
     if len(iterations) > FEW:
         iterations = iterations[np.linspace(0, len(iterations) - 1, FEW).astype(int)]
-    values = np.array([_values_at(curve, iterations) for _, _, curve in hovered])
+    values = np.array([_newest_values(curve, iterations) for _, _, curve in hovered])
     some = np.isfinite(values)
     means = np.where(some, values / some.sum(axis=0).clip(min=1), 0.0).sum(axis=0)
     source: dict[str, Any] = {"x": iterations, "y": means}
@@ -262,7 +262,7 @@ def _plain(text: str) -> str:
     return "".join(f"&#{ord(sign)};" if sign in "@${}" else sign for sign in html.escape(text))
 
 
-def _values_at(curve: Curve, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
+def _newest_values(curve: Curve, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return the newest value at each iteration; NaN before the first and after the last."""
     place = np.searchsorted(curve.iterations, iterations, side="right") - 1
     outside = (place < 0) | (iterations > curve.iterations[-1])

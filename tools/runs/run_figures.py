@@ -162,7 +162,7 @@ class RunFigures:
             if each.final and each.iteration == iteration
         }
 
-    def at(self, name: str, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
+    def values(self, name: str, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the values of a figure at iterations; NaN where it was not logged."""
         logged = self.curve(name)
         if not len(logged.values):
@@ -172,7 +172,7 @@ class RunFigures:
 
     def batches(self, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the sequences of a step at logged iterations; NaN if unknown."""
-        logged = self.at("global_batch_size", iterations)
+        logged = self.values("global_batch_size", iterations)
         return np.where(np.isnan(logged), self.whole("global_batch_size") or math.nan, logged)
 
     @property
@@ -214,6 +214,6 @@ class RunFigures:
 
         Without running sums, it comes from S, which holds only for the logged step.
         """
-        pairs, tokens = (np.diff(self.at(name, iterations), prepend=0) for name in TOTALS)
-        in_step = self.computed_experts(self.at("sparsity", iterations))
+        pairs, tokens = (np.diff(self.values(name, iterations), prepend=0) for name in TOTALS)
+        in_step = self.computed_experts(self.values("sparsity", iterations))
         return np.where(tokens > 0, pairs / np.where(tokens > 0, tokens, 1), in_step)
