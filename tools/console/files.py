@@ -1,7 +1,7 @@
 """Write folders under a temporary name and rename them when complete, lock them, and stamp them.
 
 A stamp is a file with a fingerprint of the inputs, written after the results that a later call can then reuse. For
-single files see `data/files.py`.
+single files see `megatron/remoe/files/files.py`.
 """
 
 import hashlib

@@ -15,7 +15,6 @@ TRITON = ["--moe-kernels", "triton", "--cross-entropy-loss-fusion", "--ddp-avera
 GPU_FLAGS = ["--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
 PLAIN_PYTORCH = ["--transformer-impl", "local", "--no-persist-layer-norm", "--no-masked-softmax-fusion"]
 _WITHOUT_CONNECTIONS = {"--use-torch-fsdp2", "--use-megatron-fsdp", "--overlap-moe-expert-parallel-comm"}
-_DECIDING = {"--transformer-impl", "--tensor-model-parallel-size", "--context-parallel-size", "--cuda-graph-impl"}
 _WITHOUT_SEGMENTS = {"--use-nccl-ub", "--use-persistent-ckpt-worker"}
 
 
@@ -48,11 +47,13 @@ def find_problem(interpreter: str) -> str | None:
     return (result.stderr.splitlines() or ["crashed"])[-1] if result.returncode else None
 
 
-def deciding_values(flags: Sequence[str]) -> dict[str, Any]:
-    """Return the values of the user's flags that decide on others; Megatron's parser is not asked if there are none."""
-    given = _DECIDING & group_by_flag(flags).keys()
+def deciding_values(layout: Layout, flags: Sequence[str]) -> dict[str, Any]:
+    """Return the values of flags that decide on others: the recipe's, or those of the user's `flags`."""
+    decided = {"--transformer-impl": None, "--cuda-graph-impl": "none"}
+    decided |= {"--tensor-model-parallel-size": layout.tp, "--context-parallel-size": layout.cp}
+    given = decided.keys() & group_by_flag(flags)
     values = vars(read_values(flags)) if given else {}
-    return {flag: values[flag.removeprefix("--").replace("-", "_")] for flag in given}
+    return decided | {flag: values[flag.removeprefix("--").replace("-", "_")] for flag in given}
 
 
 def gpu_flags(has_experts: bool, kernels: str, values: Mapping[str, Any], interpreter: str) -> tuple[list[str], str]:
@@ -65,7 +66,7 @@ def gpu_flags(has_experts: bool, kernels: str, values: Mapping[str, Any], interp
         interpreter: the one that trains, empty to ask for no packages and take plain PyTorch.
     """
     problem: str | None = "not asked for"
-    if interpreter and values.get("--transformer-impl") != "local":
+    if interpreter and values["--transformer-impl"] != "local":
         problem = find_problem(interpreter)
     if problem is None:
         engine, chosen = "Transformer Engine", ["--transformer-impl", "transformer_engine"]
@@ -84,16 +85,12 @@ def gpu_flags(has_experts: bool, kernels: str, values: Mapping[str, Any], interp
 
 
 def gpu_settings(
-    layout: Layout, flags: Sequence[str], values: Mapping[str, Any], environment: Mapping[str, str], gpu: str | None
+    flags: Sequence[str], values: Mapping[str, Any], environment: Mapping[str, str], gpu: str | None
 ) -> dict[str, str]:
     """Return the environment variables of a training run on GPUs; the user's own stay.
 
-    Args:
-        layout: of the recipe.
-        flags: Megatron's flags from the user.
-        values: see `deciding_values`; they override the layout.
-        environment: has the user's variables.
-        gpu: the kind that a plan is for; None for those of this machine.
+    `flags` are the user's, `values` those of `deciding_values`. `gpu` is the kind that a plan is for; None for those
+    of this machine.
     """
     chosen, question = {}, ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     if gpu is None:
@@ -101,15 +98,14 @@ def gpu_settings(
     precedes_blackwell = re.search(r"\bg?b\d", gpu.lower()) is None
     # Before Blackwell, Megatron refuses TP and CP without one connection. It refuses FSDP with it, and the overlap of
     # expert parallelism wants more.
-    tp = values.get("--tensor-model-parallel-size", layout.tp)
-    is_parallel = tp > 1 or values.get("--context-parallel-size", layout.cp) > 1
+    is_parallel = max(values["--tensor-model-parallel-size"], values["--context-parallel-size"]) > 1
     if is_parallel and not _WITHOUT_CONNECTIONS & set(flags) and precedes_blackwell:
         chosen["CUDA_DEVICE_MAX_CONNECTIONS"] = environment.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # The number of pairs changes every step, and segments of a fixed size would fragment. All versions of PyTorch read
     # this name. CUDA graphs, NCCL's buffers and checkpoint workers do not work with it without more settings.
     if (
         "PYTORCH_ALLOC_CONF" not in environment
-        and values.get("--cuda-graph-impl", "none") == "none"
+        and values["--cuda-graph-impl"] == "none"
         and not _WITHOUT_SEGMENTS & set(flags)
     ):
         chosen["PYTORCH_CUDA_ALLOC_CONF"] = environment.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

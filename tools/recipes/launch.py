@@ -97,10 +97,10 @@ def plan(
     if "--cpu" not in extra:
         if not planned:
             hardware.check_gpus(layout.gpus_per_node, interpreter)
-        values = hardware.deciding_values(extra)
+        values = hardware.deciding_values(layout, extra)
         suited, engine = hardware.gpu_flags(has_experts, kernels, values, interpreter if ask_for_packages else "")
         gpu = environment.get("GPU", "") if planned else None
-        settings = hardware.gpu_settings(layout, extra, values, environment, gpu)
+        settings = hardware.gpu_settings(extra, values, environment, gpu)
     flags = [
         *depth, *model.flags(), *Training(numbers["train_iters"], numbers["micro_batch_size"]).flags(),
         *tokenizer, "--data-path", *data_path, "--split", parts, *"--eval-interval 1000 --eval-iters 100".split(),
