@@ -73,7 +73,7 @@ def run(shape: Shape, variant: Variant, steps: int, more: list[str]) -> dict[str
     """Train for some steps and return the record of benchmarks/timed_entry.py.
 
     Raises:
-        SystemExit: the training failed; the message is the end of its output.
+        SystemExit: the run failed; the message is the end of its output.
     """
     with tempfile.TemporaryDirectory() as folder:
         prefix, record = Path(folder) / "tokens", Path(folder) / "record.json"

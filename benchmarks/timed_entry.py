@@ -66,7 +66,7 @@ def start_at_target(router: "TopKRouter", hidden: torch.Tensor) -> None:
 
 
 class Recorder:
-    """Measures from the end of one step's backward passes to that of the next.
+    """Measures the time between the ends of two steps' backward passes.
 
     Its methods import Megatron, which the entry has adapted to the machine by then.
     """
@@ -79,7 +79,7 @@ class Recorder:
         self.held = self.count = 0
 
     def observe(self, model_cfg: Any) -> None:
-        """Measure the training of the model with this configuration."""
+        """Measure the run of the model with this configuration."""
         model_cfg.post_wrap_hooks.append(self.install)
 
     def install(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
@@ -180,7 +180,7 @@ class Fit:
 
 
 def find_peak(profiler: torch.profiler.profile) -> int:
-    """Return the most bytes of host memory that PyTorch held, above what it held at the start."""
+    """Return the peak of PyTorch's host memory in bytes, above that at the start."""
     held = peak = 0
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     # `profiler.events()` adds what is allocated within an operation to the operation's sum.

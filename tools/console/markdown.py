@@ -8,7 +8,7 @@ def table(titles: Sequence[str], rows: Iterable[Iterable[str]], text: int | None
 
     Args:
         titles: of the columns.
-        rows: as many cells each.
+        rows: each has a cell per column.
         text: number of left-aligned columns; the others are right-aligned (default: all left).
     """
     left = len(titles) if text is None else text

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]  # root of a clone, or the installed megatron/remoe
-LOG = "train.log"  # in a run's folder: what the training printed
+LOG = "train.log"  # output of the run, in its folder
 # Only a clone has this file; an installed package has tools/ in megatron/remoe.
 PACKAGE = ROOT / "megatron" / "remoe" if (ROOT / "pretrain_gpt.py").exists() else ROOT
 
@@ -21,7 +21,7 @@ def is_clone() -> bool:
 
 
 def home() -> Path:
-    """Return the folder that holds runs/: that of the clone, or the current one."""
+    """Return the folder that holds runs/: the clone, or the current folder."""
     return ROOT if is_clone() else Path.cwd()
 
 

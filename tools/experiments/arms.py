@@ -12,7 +12,7 @@ class Arm:
         title: for pictures and tables.
         marker: Matplotlib's, for pictures.
         flags: for Megatron, after the recipe's; {most} is 4 experts per token for k = 1, {near_dense} 6 of 8 experts.
-        router: name of its color, if it is not that of its routing.
+        router: name of its color, if it differs from its routing's.
     """
 
     title: str

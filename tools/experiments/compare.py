@@ -118,7 +118,7 @@ def planned_runs(args: argparse.Namespace, tuned: Tuned, experts: int) -> Iterat
 def run_of_equal_flops(run: Run, reference: Run, results: Results) -> Run | None:
     """Return the run that has used the FLOPs of ReMoE's; None without both runs, or if it would be a shorter one.
 
-    The steps beyond the run's own compute as many experts per token as its last ones.
+    Steps beyond the end of the run are assumed to compute as many experts per token as its last ones.
     """
     if run == reference:
         return run

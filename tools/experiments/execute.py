@@ -27,13 +27,13 @@ def execute(console: Console, grid: Grid, jobs: Sequence[Job], processes: int, h
     Args:
         console: shows their progress.
         grid: of the jobs.
-        jobs: with a WSD schedule, those that differ only in their steps run one after another, shortest first: each
+        jobs: WSD runs that differ only in their steps run one after another, shortest first: each
             goes on from the one before.
         processes: number of runs at once.
         held: a file whose lock the runs hold too.
 
     Returns:
-        The names of those that did not finish.
+        The names of unfinished runs.
 
     Raises:
         RecipeError: a folder holds a different run.

@@ -74,7 +74,7 @@ def run_grid(
     rounds: Callable[[], Iterable[Sequence[Run]]],
     show: Callable[[Sequence[Row]], None],
 ) -> int:
-    """Do what the command line asks for; return the exit code. Show the results also after an interruption.
+    """Carry out the command line; return the exit code. Show the results also after an interruption.
 
     Args:
         name: of the command.

@@ -35,7 +35,7 @@ NOT_COMPARED = {
     --moe-grouped-gemm --no-gradient-accumulation-fusion --no-rope-fusion
     """.split(),
 }
-# A tiny run's text is compared by what it was made from, not by its place.
+# A tiny run's text is compared by the fingerprint of its sources, not by its place.
 PLACES = {"--data-path", "--train-data-path", "--valid-data-path", "--vocab-file", "--merge-file"}
 
 
@@ -45,7 +45,7 @@ class Grid:
 
     Attributes:
         output: folder of their folders.
-        flags: Megatron's, after those of each run.
+        flags: Megatron's, for all runs, after each run's own.
         text: of tiny runs.
         gpus_per_node, micro_batch: of launch scripts.
         sbatch_flags: for Slurm; None to train on this machine.
@@ -176,7 +176,7 @@ def prepare(job: Job, grid: Grid) -> None:
 def _go_on_from_shorter(job: Job, grid: Grid) -> None:
     """Copy the checkpoint at the start of the decay of a run that differs in its steps only: both are equal until then.
 
-    The run's log goes on, too, so that its running sums are those of all steps.
+    The run's log continues too, so that its running sums include all steps.
     """
     shorter = {}
     for path in grid.output.glob(f"*/{STAMP}"):

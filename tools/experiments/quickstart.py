@@ -126,7 +126,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
 
 
 def print_next_steps(console: Console, output: Path, runs: Path, domain: str) -> None:
-    """Print the paths of all files (those of these runs are in `runs`), and commands to try next."""
+    """Print the paths of all files, and commands to try next; `runs` is the folder of these runs."""
     tensorboard, output, runs = short(Path(interpreter()).with_name("tensorboard")), short(output), short(runs)
     each = runs / f"{{{','.join(tiny.NAMES)}}}"
     say(console, f"\n  picture     {runs / 'report.png'}\n  figures     {runs / 'summary.json'}")

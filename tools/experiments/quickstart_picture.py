@@ -11,7 +11,7 @@ from ..console.picture_style import TARGET, picture, routing_color
 from ..recipes import tiny
 from ..runs.run_figures import RunFigures, smooth
 
-SKIPPED_SHARE = 0.05  # of the loss curves at their steep start, which would hide the differences
+SKIPPED_SHARE = 0.05  # the steep start of the loss curves would hide the differences
 
 
 def draw(path: Path, runs: Mapping[str, RunFigures], summary: Mapping[str, Any]) -> None:

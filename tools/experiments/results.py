@@ -53,7 +53,7 @@ class Result:
     step_flops: float | None = None
 
 
-Results = Mapping[Run, Result]  # of finished runs
+Results = Mapping[Run, Result]  # keys that finished runs have
 Row = tuple[Run, Result | None]  # None: no line of a log yet
 
 

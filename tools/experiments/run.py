@@ -135,7 +135,7 @@ class Run:
         return f"{self.rate * float(base.lr):g}", f"{self.rate * float(base.min_lr):g}"
 
     def added_flags(self) -> list[str]:
-        """Return the flags that the run adds to its recipe's: those of its arm and its setting."""
+        """Return the flags that the run adds to its recipe's, for its arm and its setting."""
         numbers = {"most": CAP * self.topk * self.granularity, "near_dense": self.experts * 6 // 8}
         words = ARMS[self.arm].flags.format(**numbers).split()
         return [*words, SETTINGS[self.setting].flag, f"{self.value:g}"] if self.setting else words
@@ -169,7 +169,7 @@ class Run:
         return [*words, "--", *flags, "--seed", str(self.seed), *self.fitting(given)]
 
     def script_environment(self, given: Mapping[str, str]) -> dict[str, str]:
-        """Return what the run changes in the `given` environment: EP is lowered to divide its experts."""
+        """Return changed variables of the `given` environment: EP is lowered to divide the experts."""
         if not self.experts or not given.get("EP", "").isdecimal():
             return {}
         fitting = math.gcd(int(given["EP"]), self.experts * self.granularity)

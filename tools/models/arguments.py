@@ -18,7 +18,7 @@ type Words = Sequence[str] | None
 
 
 def _parser(parse: Callable[[Words], argparse.Namespace]) -> argparse.ArgumentParser:
-    """Return a parser whose name and description are those of the function."""
+    """Return a parser with the function's name and description."""
     return tool_parser(parse.__name__.removeprefix("parse_"), inspect.getdoc(parse))
 
 
@@ -50,7 +50,7 @@ def parse_generate(arguments: Words = None) -> argparse.Namespace:
     text.add_argument("--prompt", metavar="TEXT", help="text to continue")
     text.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with the text to continue")
     add("--max-new-tokens", **NUMBER, default=200, help="default: %(default)s")
-    add("--temperature", type=float, default=1.0, metavar="X", help="0: the likeliest token (default: %(default)s)")
+    add("--temperature", type=float, default=1.0, metavar="X", help="0: the most probable token (default: %(default)s)")
     add("--top-k", type=whole_number(0), default=0, metavar="K", help="sample from K tokens (default: all)")
     add("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling threshold")
     add("--seed", type=int, default=1234, help="default: %(default)s")
@@ -99,7 +99,7 @@ def parse_analyze(arguments: Words = None) -> argparse.Namespace:
     add = parser.add_argument
     _add_models(add)
     add("--data-path", nargs="+", required=True, metavar="PREFIX", help="data sets, one for each domain")
-    add("--output-dir", **FOLDER, help="default: analysis/ in that of --load")
+    add("--output-dir", **FOLDER, help="default: analysis/ in the folder of --load")
     _add_sequences(add)
     add("--seed", type=int, default=1234, help="order of the sequences (default: %(default)s)")
     args = parser.parse_args(arguments)

@@ -54,7 +54,7 @@ class Checkpoint:
     Attributes:
         folder: of this iteration.
         name: for messages.
-        args: Megatron's arguments of the training, with the rows of the embedding.
+        args: Megatron's arguments of the run, with the rows of the embedding.
         layout: Megatron's metadata about the format of the tensors.
         index: of all tensors and objects.
     """
@@ -98,7 +98,7 @@ def find(root: Path, step: int | None) -> Checkpoint:
         raise ConversionError(f"{folder}: holds no arguments of its training, so the model's shape is unknown.")
     embedding = index.state_dict_metadata.get(EMBEDDING)
     if not isinstance(embedding, TensorStorageMetadata):
-        raise ConversionError(f"{folder}: has no {EMBEDDING}; it is not that of a GPT model.")
+        raise ConversionError(f"{folder}: has no {EMBEDDING}; it is no GPT model's.")
     args.padded_vocab_size = embedding.size[0]
     return Checkpoint(
         folder=folder,

@@ -103,7 +103,7 @@ def export(options: argparse.Namespace, display: Display) -> None:
     args, config = run.args, run.config
     tokenizer = find_training_tokenizer(args, options.tokenizer_model, config)
     if tokenizer is None:
-        display.say("no tokenizer: the training had none (NullTokenizer). Give one with --tokenizer-model.")
+        display.say("no tokenizer: the run had none (NullTokenizer). Give one with --tokenizer-model.")
     text, name = choose_text(args, options.data_path, config)
     ids = text[:, :-1]
     with torch.no_grad():
@@ -135,7 +135,7 @@ def export(options: argparse.Namespace, display: Display) -> None:
 
 
 def write_card(folder: Path, args: argparse.Namespace, config: RemoeConfig, results: dict[str, str]) -> None:
-    """Write README.md about the training and the model; `results` are further rows of its table."""
+    """Write README.md about the run and the model; `results` are further rows of its table."""
     kind = "hash-routed MoE" if config.hash_routing else f"top-{config.num_experts_per_tok} MoE"
     kind = "dense" if not config.num_experts else "ReMoE" if config.moe_relu_routing else kind
     rows = {"kind": kind}

@@ -105,7 +105,7 @@ def check_vocabulary(prefix: str, largest: int, vocabulary: int) -> None:
 
 
 def choose_blend(args: argparse.Namespace, data_path: list[str] | None) -> tuple[list[str], list[float] | None]:
-    """Return the data sets of `data_path`, or those of the training, and their weights (None: by their size).
+    """Return the data sets of `data_path`, or the run's, and their weights (None: by their size).
 
     Raises:
         ToolError: there are none.

@@ -54,7 +54,7 @@ TRITON = Path(sysconfig.get_paths()["purelib"]) / "triton" / "backends" / "nvidi
 
 
 def build_libraries() -> list[Path]:
-    """Return the libraries to preload; build them if there are none of these sources and this torch.
+    """Return the libraries to preload; build them unless they exist for these sources and this torch.
 
     Raises:
         ToolError: torch is not built for CUDA, or headers or a compiler are missing; the message says what to install.
@@ -128,7 +128,7 @@ def _compiler() -> str:
 
 
 def _include_folders() -> list[Path]:
-    """Return the folders of CUDA's headers in PyPI's packages. No torch installs crt's, and not every torch CCCL's."""
+    """Return the folders of CUDA's headers in PyPI's packages. torch does not install crt, and not always CCCL."""
     nvidia = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
     folders = sorted({path.parent for path in nvidia.glob("*/include/*.h")})
     needed = {"crt/host_defines.h": "nvidia-cuda-crt", "nv/target": "nvidia-cuda-cccl"}

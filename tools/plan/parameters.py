@@ -60,7 +60,7 @@ def count_stages(args: argparse.Namespace) -> list[Stage]:
 
 
 def count_whole_model(args: argparse.Namespace) -> tuple[int, int]:
-    """Return the parameters of the whole model, and those of its routed experts."""
+    """Return the parameters of the whole model, and of its routed experts."""
     one: dict[str, Any] = dict.fromkeys([f"{kind}_parallel_size" for kind in LAYOUT], 1)
     one |= {"world_size": 1, "sequence_parallel": False, "virtual_pipeline_model_parallel_size": None}
     one |= dict.fromkeys(UNEVEN)

@@ -146,7 +146,7 @@ class Rehearsal:
         self.steps = 0
 
     def observe(self, model_cfg: Any) -> None:
-        """Hook into the training; the entry calls this with Megatron imported."""
+        """Hook into the training loop; the entry calls this with Megatron imported."""
         from megatron.training import get_args, training
 
         args = get_args()

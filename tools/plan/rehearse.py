@@ -3,7 +3,7 @@
 remoe rehearse --gpus 8 -- <Megatron flags>      or      REHEARSE=1 bash scripts/train_llama_978m_remoe.sh 8
 
 PyTorch, Megatron and this project run as on a node, over a no-op CUDA: no GPU is used, and nothing is trained or
-saved. The times are those of a model, by rates that --rate changes.
+saved. The times come from a model, whose rates --rate changes.
 """
 
 import argparse

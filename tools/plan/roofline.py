@@ -1,4 +1,4 @@
-"""Count the operations of a step by kind, with the bytes and FLOPs of each; their times are those of step_time.py.
+"""Count the operations of a step by kind, with the bytes and FLOPs of each; step_time.py has their times.
 
 Transformer Engine's calls are watched, and cuDNN's attention is simulated.
 """
@@ -171,7 +171,7 @@ class Calls:
 
 
 def _play_attention(functions: Any) -> None:
-    """Route every attention to cuDNN's functions, and replace these, which cannot be simulated below Python."""
+    """Route every attention to cuDNN's functions, and replace them: they cannot be simulated below Python."""
     chosen = functions.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
     functions.get_fused_attn_backend = lambda *_, **__: (chosen, "")
     functions.fused_attn_fwd, functions.fused_attn_bwd = _attend, _attend_backward

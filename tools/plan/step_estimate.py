@@ -14,7 +14,7 @@ from .memory import element_size, layer_activations, tokens_per_gpu
 from .parameters import Stage
 from .step_time import StepTime, attention_share, collective_seconds, grouped_share, host_seconds, waiting_seconds
 
-CAUSAL = 7 / 12  # of the FLOPs that recipes.flops counts for attention: half forward, 5/8 backward
+CAUSAL = 7 / 12  # share of the attention FLOPs of recipes.flops: half forward, 5/8 backward
 BUCKET = 40e6  # Megatron's smallest bucket of gradients, in elements; it grows by 1e6 for each data parallel rank
 
 

@@ -22,7 +22,7 @@ FULL_RATE_HEAD = 128
 STALLS = 0.11
 RINGS = {"all_reduce": 2.0}  # how often a ring sends (n - 1)/n of the bytes; others once
 POINT_TO_POINT = ("isend", "irecv")
-DENSE_SHARE = 0.5  # of the experts that are active before training
+DENSE_SHARE = 0.5  # share of the experts that is active before training
 BELOW_LIMIT = 0.9  # of the bound on activations: the most at which no layer of a rehearsal works in chunks
 TITLES = {"dense": "dense start", "way": "on the way", "steady": "at the target"}
 
@@ -51,7 +51,7 @@ class StepTime:
 
     Attributes:
         products: matrix products and attention.
-        traffic: operations that memory bounds.
+        traffic: memory-bound operations.
         waiting: for the host.
         links, network: collectives within a node, and between nodes.
         bubble: how many times as long the pipeline's idle time makes the GPU's work.
@@ -136,7 +136,7 @@ def attention_share(args: argparse.Namespace) -> float:
 
 
 def collective_seconds(call: dict[str, Any], rates: dict[str, float]) -> float:
-    """Return the seconds of collectives of one kind and group: those of their bytes and latencies.
+    """Return the seconds of collectives of one kind and group, from their bytes and latencies.
 
     Args:
         call: "kind", "ranks" of the group, whether it is "within_node", "times", and "bytes" of all times.

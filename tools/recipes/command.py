@@ -47,7 +47,7 @@ Environment variables; only the data are required:
 
 
 def usage(size: str = "SIZE", routing: str = "remoe") -> str:
-    """Return what a launch script prints for --help."""
+    """Return the text of a launch script's --help."""
     arguments = f"[gpus_per_node] [train_iters] [micro_batch_size] {ARGUMENTS[routing]} [project_name]"
     script = f"bash scripts/train_llama_{size}_{routing}.sh"
     usage = f"usage: remoe train {size} {routing} {arguments} [-- Megatron flags]"
@@ -55,7 +55,7 @@ def usage(size: str = "SIZE", routing: str = "remoe") -> str:
 
 
 def main(words: Sequence[str]) -> int:
-    """Do what a launch script does, given size, routing and the script's arguments; return the exit code."""
+    """Run a launch script, given size, routing and the script's arguments; return the exit code."""
     if len(words) < 2 or words[0] not in PAPER or words[1] not in ROUTINGS:
         print(usage(), end="")
         if {"-h", "--help"} & set(words):
@@ -99,7 +99,7 @@ def machine_flags(launch: Launch) -> list[str]:
 
 
 def rehearse(launch: Launch) -> int:
-    """Simulate the training."""
+    """Simulate the run."""
     os.environ.update(launch.settings)
     from ..plan.rehearse import main as rehearsal
 

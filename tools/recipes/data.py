@@ -76,7 +76,7 @@ def choose_split(data_path: Sequence[str]) -> str:
     """Return the paper's --split, or one that leaves no part empty if there are few documents.
 
     Args:
-        data_path: weights and prefixes. If one cannot be read, the training says why; nothing is chosen here.
+        data_path: weights and prefixes. If one cannot be read, the run says why; nothing is chosen here.
     """
     from megatron.remoe.files.errors import DataError
     from megatron.remoe.files.indexed import IndexedReader
@@ -102,7 +102,7 @@ def find_vocabulary(environment: Mapping[str, str], flags: Sequence[str], planne
     """Return the tokenizer's flags for GPT-2's two files; none if Megatron's `flags` choose a tokenizer.
 
     Raises:
-        RecipeError: a file is missing, and the training is not just planned.
+        RecipeError: a file is missing, and the run is not just planned.
     """
     if "--tokenizer-type" in group_by_flag(flags):
         return []

@@ -59,7 +59,7 @@ def flops_per_sequence(args: argparse.Namespace, experts_per_token: float | None
 
 
 class _Defaulting(argparse.Namespace):
-    """Arguments by name; None for those that a command or an older Megatron does not have."""
+    """Arguments by name; None if a command or an older Megatron does not have one."""
 
     def __getattr__(self, name: str) -> Any:
         return None

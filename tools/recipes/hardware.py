@@ -48,7 +48,7 @@ def find_problem(interpreter: str) -> str | None:
 
 
 def deciding_values(layout: Layout, flags: Sequence[str]) -> dict[str, Any]:
-    """Return the values of flags that decide on others: the recipe's, or those of the user's `flags`."""
+    """Return the values of flags that decide on others: the recipe's, or the user's."""
     decided = {"--transformer-impl": None, "--cuda-graph-impl": "none"}
     decided |= {"--tensor-model-parallel-size": layout.tp, "--context-parallel-size": layout.cp}
     given = decided.keys() & group_by_flag(flags)
@@ -63,7 +63,7 @@ def gpu_flags(has_experts: bool, kernels: str, values: Mapping[str, Any], interp
         has_experts: whether the model has experts.
         kernels: KERNELS of the environment.
         values: see `deciding_values`.
-        interpreter: the one that trains, empty to ask for no packages and take plain PyTorch.
+        interpreter: starts the run; empty to ask for no packages and choose plain PyTorch.
     """
     problem: str | None = "not asked for"
     if interpreter and values["--transformer-impl"] != "local":
@@ -89,8 +89,8 @@ def gpu_settings(
 ) -> dict[str, str]:
     """Return the environment variables of a training run on GPUs; the user's own stay.
 
-    `flags` are the user's, `values` those of `deciding_values`. `gpu` is the kind that a plan is for; None for those
-    of this machine.
+    `flags` are the user's, `values` come from `deciding_values`. `gpu` is the kind that a plan is for; None for this
+    machine's.
     """
     chosen, question = {}, ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     if gpu is None:

@@ -24,7 +24,7 @@ class Launch:
         settings: environment variables that it needs.
         output: folder of the run.
         layout: how its processes share the work.
-        notes: lines about what was chosen.
+        notes: lines about the choices.
     """
 
     launcher: list[str]
@@ -67,7 +67,7 @@ def read_arguments(routing: str, given: Sequence[str]) -> tuple[dict[str, int], 
 def plan(
     size: str, routing: str, arguments: Sequence[str], environment: Mapping[str, str], ask_for_packages: bool = True
 ) -> Launch:
-    """Return the training that a launch script would start, given its arguments (also those behind --) and environment.
+    """Return the run that a launch script would start, given its arguments, also behind --, and environment.
 
     `ask_for_packages` looks for Transformer Engine and apex, which takes seconds if they are installed.
 

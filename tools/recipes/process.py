@@ -80,7 +80,7 @@ def run_training(command: Sequence[str], log: Path) -> int:
     job.stdout.close()
 
     def stop(number: int, _: FrameType | None) -> None:
-        """Let the training save; a second Ctrl-C kills it. A second SIGTERM does not, as schedulers send several."""
+        """Let the run save; a second Ctrl-C kills it. A second SIGTERM does not, as schedulers send several."""
         nonlocal stopping
         if stopping and number != signal.SIGINT:
             return

@@ -71,7 +71,7 @@ def panels(runs: Sequence[RunFigures]) -> dict[str, list[Panel]]:
             ),
             *(
                 panel
-                for name in dict.fromkeys(sets)  # the table has those that were measured once
+                for name in dict.fromkeys(sets)  # a figure that was measured once is in the table
                 for panel in draw(partial(_validation, name), f"Validation {name}".strip(), unit="nats per token")
             ),
         ],

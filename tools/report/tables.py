@@ -30,7 +30,7 @@ SHOWN = 60  # characters of a flag's value
 
 @dataclass(frozen=True)
 class Table:
-    """A table with its heading: titles of the columns, and rows of as many cells."""
+    """A table with its heading: titles of the columns, and rows."""
 
     title: str
     columns: Sequence[str]

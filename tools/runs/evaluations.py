@@ -9,7 +9,7 @@ from ..console.places import run_folder
 
 BY_LAYER = "by layer: mean, 99 %, largest"
 EXPLAINED = "Experts per token: the mean; the number that 99 % of the tokens do not exceed; the largest number."
-Results = tuple[tuple[str, ...], list[list[str]]]  # of one kind: titles of the columns, and rows of as many cells
+Results = tuple[tuple[str, ...], list[list[str]]]  # titles of the columns, and rows, of one kind of result
 
 
 def tables(results: dict[str, Any]) -> Iterator[Results]:

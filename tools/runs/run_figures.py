@@ -35,7 +35,7 @@ def smooth(curve: Curve) -> Curve:
 
 
 class Evaluation(NamedTuple):
-    """A validation loss in nats per token; `final`: measured after the training; `tokens`: predicted, 0 if unknown."""
+    """A validation loss in nats per token; `final`: measured after the last step; `tokens`: predicted, 0 if unknown."""
 
     iteration: int
     loss: float
@@ -56,7 +56,7 @@ class RunFigures:
         last: the last logged iteration; 0 before the first.
         parameters: of the whole model; None if unknown.
         unread: number of lines without a record.
-        starts: iterations from which the training was started.
+        starts: iterations at which sessions started.
         name: in a comparison of runs.
         notes: messages about data that could not be read or counted.
     """

@@ -9,7 +9,7 @@ from megatron.remoe.files.errors import UsageError, with_code
 
 
 def run_tool(tool: str, work: Callable[[], int | None], stopped: str = "stopped") -> int:
-    """Run a tool and return the exit code: that of `work`, 1 or 2 after an error, 130 after Ctrl-C or a signal.
+    """Run a tool and return the exit code of `work`, 1 or 2 after an error, or 130 after Ctrl-C or a signal.
 
     Args:
         tool: its name, for messages.
@@ -24,7 +24,7 @@ def run_tool(tool: str, work: Callable[[], int | None], stopped: str = "stopped"
     except UsageError as error:
         print(f"{tool}: error: {with_code(error)}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
-    except BrokenPipeError:  # of `... | head`; leave nothing to flush at exit
+    except BrokenPipeError:  # a pipe such as `... | head` has closed; leave nothing to flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:

@@ -144,19 +144,19 @@ class TrainingDisplay:
 
     def _stop(self) -> None:
         """Let all runs save a checkpoint and end; Ctrl-C meanwhile ends them at once."""
-        for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT makes the launch script kill the training
+        for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT makes the launch script kill the run
             with suppress(KeyboardInterrupt):
                 with self._starting:
                     self._stopped = True
                 if number == signal.SIGTERM and any(process.poll() is None for process in self._started):
-                    self.say("Each training is saving a checkpoint; Ctrl-C now ends them at once, without one.")
+                    self.say("Each run is saving a checkpoint; Ctrl-C now ends them at once, without one.")
                 for process in self._started:
                     process.send_signal(number)
                 for process in self._started:
                     process.wait()
 
     def _show(self, shown: ShownTraining, line: str) -> None:
-        """Show what a line of Megatron's output says."""
+        """Show the figures of a line of Megatron's output."""
         if resumed := RESUMED.search(line):
             shown.done = int(resumed[1])
             self._plain(f"{shown.title}: goes on from iteration {shown.done}")

@@ -1,4 +1,4 @@
-"""Show what a Megatron data set (.bin and .idx) holds, and check that it is whole.
+"""Show the documents of a Megatron data set (.bin and .idx), and check that it is whole.
 
 Exits with 1 and the reason if the pair is truncated or corrupt.
 """
@@ -32,7 +32,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Print what a data set holds.
+    """Print the size and some documents of a data set.
 
     Raises:
         DataError: the data set is not whole, or does not fit the vocabulary.

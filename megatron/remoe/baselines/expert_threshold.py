@@ -22,7 +22,7 @@ class ExpertThresholdRouter(TopKRouter):
     Attributes:
         thresholds: int64 `[E]`, moving averages in units of 2^-32: half-precision wrappers cast floats.
         batches: int64 scalar, steps that they have seen.
-        exceeded: int64 `[E]`, sum of what they follow over this step's micro-batches so far.
+        exceeded: int64 `[E]`, sum over this step's micro-batches of the logits that thresholds follow.
         parts: int64 scalar, number of these.
     """
 

@@ -16,7 +16,7 @@ PROPORTIONAL, INTEGRAL, UNIT = 0.2, 0.1, 2.0**-32
 
 
 class TopPRouter(TopKRouter):
-    """Takes as many of a token's most probable experts as reach the probability p; k experts per token on average.
+    """Takes a token's most probable experts until their sum reaches p; k experts per token on average.
 
     Each layer has its own p, moved after each step in training. The paper shares one p among layers, whose logits it
     normalizes; that and its gains are not part of this.

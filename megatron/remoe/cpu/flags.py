@@ -27,7 +27,7 @@ CPU_VALUES = SILENT | {
 
 
 def adapt_arguments(args: argparse.Namespace, trains: bool = True) -> None:
-    """Set the flags for the CPU, and print those that the user had turned on.
+    """Set the flags for the CPU, and print which of the user's flags are turned off.
 
     Args:
         args: Megatron's arguments, not yet validated.

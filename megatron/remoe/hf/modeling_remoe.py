@@ -195,7 +195,7 @@ class RemoeForCausalLM(RemoePreTrainedModel, LlamaForCausalLM):
     """The language model.
 
     Attributes:
-        routing_counts: int64 `[2]`, active and all (token, expert) pairs of the training's forward passes; None unless
+        routing_counts: int64 `[2]`, active and all (token, expert) pairs of training's forward passes; None unless
             `SparsityCallback` counts them.
     """
 

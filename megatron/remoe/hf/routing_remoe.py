@@ -1,4 +1,4 @@
-"""The routers of a ReMoE and of the models it is compared with, and the term that routing adds to a loss."""
+"""Route by ReLU, top-k or hash, and compute the loss term of the routing."""
 
 from typing import Any
 

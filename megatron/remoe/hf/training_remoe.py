@@ -34,11 +34,11 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self.model: Any = None
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """Return what a checkpoint of the trainer keeps."""
+        """Return the state for the trainer's checkpoint."""
         return {"args": {"multiplier": self.multiplier}, "attributes": {"coefficient": self.coefficient}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Start counting, and read λ from the checkpoint that the training continues from.
+        """Start counting, and read λ from the checkpoint to resume from.
 
         Raises:
             ValueError: the model has no ReLU routing.
@@ -68,7 +68,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
             config.router_aux_loss_coef = self.coefficient = max(self.coefficient * factor, SMALLEST)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Add S and λ of the last step to the training's logs."""
+        """Add S and λ of the last step to the trainer's logs."""
         if logs is not None and "loss" in logs:
             logs.update(self.figures)
             state.log_history[-1].update(self.figures)

@@ -22,8 +22,8 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
     """Megatron's all-to-all dispatcher, with sizes that are known before and a permutation in place of its sort.
 
     Attributes:
-        counts: those of the next tokens, set by the layer. Without them, the dispatcher counts itself: schedules call a
-            layer's steps one by one.
+        counts: of the next tokens, set by the layer. Without them, the dispatcher counts itself: schedules call the
+            steps of a layer one by one.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:

@@ -10,7 +10,7 @@ import warnings
 import megatron.remoe
 from megatron.remoe.patches import checkpoints, fsdp, fusions, log_lines, optimizer, start, validation, waits
 
-VERSIONS = ("0.19.0", "0.19.1", "0.19.2")  # of megatron-core; the patched code is the same in all of them
+VERSIONS = ("0.19.0", "0.19.1", "0.19.2")  # versions of megatron-core with the same patched code
 
 PATCHES = (
     start.use_shipped_helpers,
@@ -37,12 +37,12 @@ PATCHES = (
 
 
 def apply_patches(saves: bool = True) -> None:
-    """Apply the patches. With an untested version of Megatron, apply none, and warn with a list of what is lost.
+    """Apply the patches. With an untested version of Megatron, apply none, and warn with a list of lost features.
 
     The environment variable REMOE_TRY_MEGATRON applies them to any version.
 
     Args:
-        saves: whether the training writes checkpoints.
+        saves: whether the run writes checkpoints.
     """
     patches = [patch for patch in PATCHES if saves or not patch.for_saving]
     version = megatron.remoe.megatron_version()

@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Patch:
-    """One change to Megatron; call it to apply it, any number of times.
+    """One change to Megatron. Calling it applies it; later calls do nothing.
 
     Attributes:
         apply: applies it.
         changes: file and function of Megatron.
-        provides: what a user loses without it.
+        provides: the feature that a user loses without it.
         ends: the change in Megatron that makes it unnecessary.
-        for_saving: needed only if the training saves checkpoints.
+        for_saving: needed only if the run saves checkpoints.
     """
 
     apply: Callable[[], None]

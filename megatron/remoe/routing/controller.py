@@ -105,7 +105,7 @@ class SparsityController:
     def totals(self) -> dict[str, int]:
         """Return computed pairs, and tokens times MoE layers, of all updates; waits for the device.
 
-        The computed pairs are the active ones, except those that `moe_relu_max_experts` leaves out.
+        The computed pairs are the active ones within `moe_relu_max_experts`.
         """
         active, tokens = map(int, self.running_sums.sum(dim=1).tolist())
         return {"total_active_pairs": active, "total_layer_tokens": tokens}

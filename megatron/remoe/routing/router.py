@@ -35,7 +35,7 @@ class ReLURouter(TopKRouter):
         l1_exponent: int64 scalar n of λ = init · multiplier^n, saved with the model. Half-precision wrappers cast
             floating-point buffers and leave integers, so λ stays exact.
         guarded: int64 scalar, 1 if the layer was almost off in the last optimizer step and is pushed up in this one.
-        counts: what the router saw since the last optimizer step, on the device. None before the first counted
+        counts: sums since the last optimizer step, on the device. None before the first counted
             forward pass.
         counts_EB: integers `[E, B]`, the pairs in the routing map that was returned last, for its layer; None if
             `moe_relu_max_experts` changed the map.
@@ -103,7 +103,7 @@ class ReLURouter(TopKRouter):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add a micro-batch to the counts, and return the gradients of its L1 term and of the guard.
 
-        No gradient flows through f_e, so that of λ · L_reg is λ · f_e / T for each gate of expert e. A guarded layer
+        No gradient flows through f_e, so each gate of expert e gets the gradient λ · f_e / T. A guarded layer
         has no L1, but the loss -0.1 · mean(logits) where its gates are off: a router that is off for every token has
         no other gradient, and would stay off.
 

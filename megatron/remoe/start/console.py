@@ -5,7 +5,7 @@ import re
 import warnings
 from functools import partial
 
-# These repeat at every start, on every rank. docs/design.md says what the optional packages add.
+# These repeat at every start, on every rank. docs/design.md lists the optional packages.
 UNHELPFUL_WARNINGS = (
     r"Transformer Engine and Apex are not installed",
     r"Apex is not installed",

@@ -30,7 +30,7 @@ def check_required_flags(args: argparse.Namespace) -> None:
 def check_settings(args: argparse.Namespace) -> None:
     """Refuse settings that Megatron would silently ignore, or that it would fail at late.
 
-    Some of them fail at the first evaluation or save, which can be after the training.
+    Some of them fail at the first evaluation or save, which can be after the last step.
     """
     pattern, experts = args.hybrid_layer_pattern, args.num_experts
     if pattern and bool(experts) != ("E" in pattern):

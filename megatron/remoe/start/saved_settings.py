@@ -95,7 +95,7 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None = None) -> 
 
 
 def result_settings() -> set[str]:
-    """Return the names of the settings that change a run's result, without those of the learning rate's schedule."""
+    """Return the names of the settings that change a run's result, except for the learning rate's schedule."""
     kinds = typing.get_type_hints(PretrainConfigContainer)
     models = {*_names(TransformerConfig), *_names(ReMoEConfig), *_names(*typing.get_args(kinds["model"]))}
     models -= {*_names(ModelParallelConfig)}
@@ -208,7 +208,7 @@ def _check_is_there(args: argparse.Namespace) -> None:
     first_start = flag == "--load" and args.save and Path(args.save).resolve() == Path(folder).resolve()
     if not first_start or args.finetune or args.exit_on_missing_checkpoint:
         raise BrokenCheckpointError(
-            f"{flag} {folder}: holds no checkpoint (there is no {TRACKER}). Give what a run had under --save, or leave "
+            f"{flag} {folder}: holds no checkpoint (there is no {TRACKER}). Give a run's --save, or leave "
             f"{flag} out to start from random weights.",
             "REMOE-E404",
         )

@@ -156,7 +156,7 @@ def load_saved_args(args: argparse.Namespace) -> None:
 
 
 def _check_model(args: argparse.Namespace) -> None:
-    """Check the routing's settings, set what they imply, and find the tokenizer's files."""
+    """Check the routing's settings, set implied ones, and find the tokenizer's files."""
     problems = [*relu_routing_problems(args)]
     if args.qk_layernorm_all_heads and (args.multi_latent_attention or not args.qk_layernorm):
         problems.append(

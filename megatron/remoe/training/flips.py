@@ -20,7 +20,7 @@ Maps = list[tuple[int, torch.Tensor]]  # layer number (from 1) and routing map, 
 
 
 class FlipMeter:
-    """Route a calibration set before and after an update, without changing the training by a bit.
+    """Route a calibration set before and after an update; the run's results stay bit for bit the same.
 
     The calibration set is one micro-batch on each data-parallel rank: the first sequences of the validation set, or of
     the training set if there is none. It is routed as in evaluation, with the same input jitter each time.

@@ -55,7 +55,7 @@ class RunLog(logging.Handler):
         self._totals_before: Record | None = None  # running sums at the start; None if they are unknown
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record. If that fails, warn and let the training continue."""
+        """Write a record. If that fails, warn and continue."""
         try:
             assert isinstance(record.msg, dict)
             self._take(record.msg)
@@ -130,7 +130,7 @@ def read_run_log(path: Path, unread: Callable[[str], object] = lambda line: None
 
     Args:
         path: `SAVE/metrics.jsonl`.
-        unread: called with each line that is not a record, except for a last one that was cut off.
+        unread: called with each line that is no record, except for a last line that was cut off.
     """
     if not path.exists():
         return

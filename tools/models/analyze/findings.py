@@ -112,7 +112,7 @@ def _by_frequency(counts: Counts) -> Numbers:
     result["tokens"] = [{"token": token} | values for token, values in tokens.items()]
     if len(frequency.unique()) > 1 and experts.min() < experts.max():  # top-k gives all tokens the same
         tenfold = frequency.log10() - frequency.log10().mean()
-        slopes = experts @ tenfold / tenfold.square().sum()  # of lines fitted by least squares
+        slopes = experts @ tenfold / tenfold.square().sum()  # slopes of lines fitted by least squares
         result["slopes"] = by_layer([*counts.layers, "mean"], slope=slopes)
     return result
 

@@ -39,7 +39,7 @@ def convert(options: argparse.Namespace, display: Display) -> None:
     """
     checkpoint = find(options.load, options.ckpt_step)
     if getattr(checkpoint.args, "hybrid_layer_pattern", None):
-        raise ConversionError(f"{checkpoint.folder}: is that of a HybridModel. Convert it with --model gpt first.")
+        raise ConversionError(f"{checkpoint.folder}: is a HybridModel's. Convert it with --model gpt first.")
     args = complete(checkpoint.args)
     new_args = target_args(args, options)
     kind = "dense" if args.num_experts is None else "top-k"
@@ -107,7 +107,7 @@ def _fitted(
 
 
 def training_flags(args: argparse.Namespace, output: Path) -> str:
-    """Return the flags to train the ReMoE with, in addition to those of its source."""
+    """Return the flags to train the ReMoE with, in addition to its source's."""
     granularity = args.moe_granularity
     flags = f"--pretrained-checkpoint {output} --moe-relu-routing --num-experts {args.num_experts // granularity}"
     flags += f" --moe-router-topk {args.moe_router_topk // granularity}"

@@ -61,7 +61,7 @@ def fit_router(
 
     Returns:
         Weights `[num_experts, hidden]` in the dtype of `inputs`; the root mean square of the difference between the
-        gates and their targets, relative to that of the targets; the share of inactive (token, expert) pairs.
+        gates and their targets, relative to the targets'; the share of inactive (token, expert) pairs.
     """
     generator = torch.Generator().manual_seed(seed)
     functions = targets.shape[1]
@@ -92,7 +92,7 @@ def fit_router(
 
 
 def keep_largest(gates: torch.Tensor, topk: int) -> torch.Tensor:
-    """Return the `topk` largest gates of each token, scaled so that their sum is that of all its gates.
+    """Return the `topk` largest gates of each token, scaled so that their sum equals the sum of all its gates.
 
     Args:
         gates: `[tokens, num_experts]`, 0 where an expert is not used.

@@ -62,7 +62,7 @@ def convert_fork(options: argparse.Namespace, display: Display) -> None:
     if args.moe_layer_freq == 1:
         content = stack_layers(content, args.num_layers)
     write_content(content, _common(state, args), options.save, folder.name)
-    display.say(f"wrote {options.save}, {folder.name}; continue the training with its flags and --load {options.save}")
+    display.say(f"wrote {options.save}, {folder.name}; continue the run with its flags and --load {options.save}")
 
 
 def _arguments(saved: argparse.Namespace) -> argparse.Namespace:

@@ -37,7 +37,7 @@ def convert_class(options: argparse.Namespace, display: Display) -> None:
     flags = pattern if options.model == "hybrid" else f"--num-layers {args.num_layers}"
     if options.model == "gpt" and isinstance(args.moe_layer_freq, list):
         flags += f" --moe-layer-freq '{str(args.moe_layer_freq).replace(' ', '')}'"
-    display.say(f"wrote {options.save}, {folder.name}; continue the training with --load {options.save} {flags}")
+    display.say(f"wrote {options.save}, {folder.name}; continue the run with --load {options.save} {flags}")
 
 
 def _convert_to_hybrid(content: Content) -> Content:
@@ -62,7 +62,7 @@ def _rename(key: str, source: str, target: str) -> str:
 def _check(checkpoint: Checkpoint, model: str) -> None:
     args, folder = checkpoint.args, checkpoint.folder
     if (model == "hybrid") == bool(getattr(args, "hybrid_layer_pattern", None)):
-        raise ConversionError(f"{folder}: is that of a {model} model already (--model {model}).")
+        raise ConversionError(f"{folder}: is a {model} model already (--model {model}).")
     if getattr(args, "mtp_num_layers", None):
         raise ConversionError(f"{folder}: layers of multi-token prediction are not converted.")
     kind = checkpoint.layout.get("distrib_optim_sharding_type")

@@ -44,7 +44,7 @@ ROUTER = re.compile(r".*\.layers\.(?P<layer>\d+)\.mlp\.router\.(?P<name>\w+)")
 
 
 def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argparse.Namespace:
-    """Return the arguments of the ReMoE, from those of its source and the tool's flags, which are None if not given.
+    """Return the arguments of the ReMoE, from its source's and the tool's flags (None if not given).
 
     Raises:
         ConversionError: they do not fit the source, it is a ReMoE already, or ReLU routing does not work with its other

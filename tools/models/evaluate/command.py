@@ -23,7 +23,7 @@ def show(results: dict[str, Any]) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Measure, show and write the results; after an error or a stop, those that were finished.
+    """Measure, show and write the results; after an error or a stop, the finished ones.
 
     Raises:
         ToolError: something is wrong with the flags, a model or the data.

@@ -28,7 +28,7 @@ class LoadedRun(NamedTuple):
         model: a GPTModel or HybridModel in float32, without optimizer.
         saved: Megatron's arguments as saved.
         args: complete arguments of the GPTModel that computes the same.
-        config: for transformers; λ is that of the checkpoint.
+        config: for transformers; λ is the checkpoint's.
         name: for messages.
     """
 

@@ -160,7 +160,7 @@ def make_flags(config: RemoeConfig, seq_length: int) -> list[str]:
     if config.kv_lora_rank is None:
         values |= {"group_query_attention": True, "qk_layernorm": config.qk_norm is not None}
         values["qk_layernorm_all_heads"] = config.qk_norm == "all_heads"
-    else:  # the size of a head is not used, but compared
+    else:  # the size of a head is not used, but a start compares it
         values |= {"multi_latent_attention": True, "qk_layernorm": True}
         values["kv_channels"] = config.hidden_size // config.num_attention_heads
     return _words(values | (_expert_arguments(config) if config.num_experts else {}))

@@ -41,7 +41,7 @@ def read_tokenizer(folder: Path, name: str, config: RemoeConfig, **options: Any)
         raise ConversionError(f"{name}: its tokenizer cannot be read ({reason}). {REMEDY}", CODE) from error
     if size > config.vocab_size:
         raise ConversionError(
-            f"{name}: its tokenizer has {size} tokens, and the model {config.vocab_size}. Give that of the training.",
+            f"{name}: its tokenizer has {size} tokens, and the model {config.vocab_size}. Give the run's tokenizer.",
             CODE,
         )
     if tokenizer.pad_token is None:

@@ -17,7 +17,7 @@ CORPORA: Mapping[str, Callable[[], corpus.Sources]] = {
 }
 BYTES, SUBWORDS = "bytes", "subwords"
 TOKENS = {BYTES: "data", SUBWORDS: "data-subwords"}  # kind of tokens → folder of the data sets next to the corpus
-SUBWORD_ENTRIES = 4096  # of a byte-level BPE that is trained on the training text
+SUBWORD_ENTRIES = 4096  # size of a byte-level BPE that is trained on the training text
 FOLDERS = {MIXED: Path("runs", "quickstart"), TECHNICAL: Path("runs", "quickstart-technical")}
 
 

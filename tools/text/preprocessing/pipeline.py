@@ -41,7 +41,7 @@ class Job:
 class Progress:
     """How far a run is.
 
-    Total and done bytes are those of the inputs on disk; `left_out` counts lines, `messages` has those of the newest
+    Total and done bytes count the inputs on disk; `left_out` counts lines, `messages` has those of the newest
     block.
     """
 
