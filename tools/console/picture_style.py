@@ -20,7 +20,7 @@ OTHER = "#B39B00"
 TARGET, MUTED = "#D55E00", "#555555"  # for lines at a target, and for notes
 # For further runs of a routing in one picture, in turn with its own color.
 SHADES = {"dense": ("#A5A5A5", "#8A7968"), "topk": ("#D55E00", "#A07000"), "remoe": ("#56B4E9", "#7A6FD0")}
-DASHES = ("solid", "dashed", "dotted", "dotdash")  # names of Bokeh; Matplotlib's pictures use markers
+DASHES = ("solid", "dashed", "dotted", "dotdash")  # Bokeh's names; Matplotlib's pictures use markers instead
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,

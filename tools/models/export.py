@@ -34,7 +34,7 @@ from .text import choose_blend, sample
 
 TOKENS = 2048
 SEED = 1234
-SEQUENCE = 4096  # for training, if a public model has that many positions
+SEQUENCE = 4096  # sequence length for training, if a public model has more positions
 RANDOM_TOKENS = 512
 # Batch size, steps and learning rate are for the user to choose.
 PROGRAM = "python pretrain_gpt.py --micro-batch-size 1 --global-batch-size 8 --train-iters 100 --lr 1e-4"

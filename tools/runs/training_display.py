@@ -95,7 +95,7 @@ class TrainingDisplay:
     def run(
         self, shown: ShownTraining, command: Sequence[str], environment: Mapping[str, str], log: IO[str] | None = None
     ) -> tuple[int, str]:
-        """Run a training run to its end. Its output goes to `log` too.
+        """Train a run to its end. Its output also goes to `log`.
 
         Returns:
             Its exit code, and the last lines of its output before torchrun's own.

@@ -128,7 +128,7 @@ def share_of_items(labels: torch.Tensor, num_items_in_batch: Any = None, **kwarg
     Args:
         labels: int64 `[batch, sequence]`, -100 where there is none.
         num_items_in_batch: labels of the step: all micro-batches and, by the trainer's default, all ranks.
-        kwargs: `shift_labels` and `ignore_index`, as of transformers' loss functions.
+        kwargs: `shift_labels` and `ignore_index`, as in transformers' loss functions.
     """
     if num_items_in_batch is None:
         return 1.0

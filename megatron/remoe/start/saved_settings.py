@@ -181,7 +181,7 @@ def _short(value: Any) -> str:
 
 
 def _check_keeps_saved(args: argparse.Namespace, start: int) -> None:
-    """Refuse to overwrite whole checkpoints in --save that are newer than the start, or say so if --load is --save."""
+    """Refuse to overwrite newer whole checkpoints in --save; if --load is --save, only print a warning."""
     newest = newest_whole(Path(args.save), above=start)
     if newest is None:
         return

@@ -135,7 +135,7 @@ def load_saved_args(args: argparse.Namespace) -> None:
     """With --use-checkpoint-args, read the model's shape from the checkpoint before validation, and check it then.
 
     Raises:
-        ValueError, DataError: as `parse_args`.
+        ValueError, DataError: as `parse_args` does.
     """
     if not args.use_checkpoint_args:
         return

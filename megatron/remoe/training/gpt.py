@@ -138,7 +138,7 @@ def train_valid_test_datasets_provider(num_samples: list[int], vp_stage: int | N
     """
     args = get_args()
     if not args.full_validation:
-        # Earlier evaluations with other settings must leave enough sequences for those to come.
+        # Earlier evaluations with other settings must leave enough sequences for later ones.
         evaluations = args.iteration // args.eval_interval - (args.start_eval_at_iter or 0) // args.eval_interval
         evaluations = 0 if args.skip_train else max(evaluations, 0)
         most = evaluations * args.eval_iters * args.eval_global_batch_size

@@ -68,7 +68,7 @@ def convert_model(model: GPTModel, config: RemoeConfig) -> RemoeForCausalLM:
 def match_parts(
     megatron: Mapping[str, object], other: Tensors, config: RemoeConfig
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield each weight as two views of the same shape: one of Megatron's tensor, one of that in transformers.
+    """Yield each weight as two views of the same shape: one of Megatron's tensor, one of transformers'.
 
     Args:
         megatron: state of a GPTModel, or of a HybridModel whose layers alternate attention and MLP.
