@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDataset
 
 SEED = 1234  # Megatron's default
-PROMPTS, ROUNDS, NEW_TOKENS = 8, 5, 32  # tokens for the measurement of speed
+PROMPTS, ROUNDS, NEW_TOKENS = 8, 5, 32  # for the measurement of speed
 MASKS = ("eod_mask_loss", "reset_attention_mask", "reset_position_ids")  # applied only in a run's validation
 
 
