@@ -18,8 +18,8 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.remoe.baselines import ROUTERS  # noqa: E402
-from megatron.remoe.baselines.pairs import PairCounter  # noqa: E402
 from megatron.remoe.routing.controller import SparsityController  # noqa: E402
+from megatron.remoe.training.pairs import PairCounter  # noqa: E402
 from tests.layers import HIDDEN, make_config, make_layer  # noqa: E402
 
 
@@ -106,6 +106,7 @@ def check_baseline(name: str) -> None:
     for part, whole in zip(parts, wholes, strict=True):
         torch.testing.assert_close(part, whole[rank * 10 : rank * 10 + 10])
     assert counter.totals() == {"total_active_pairs": int(wholes[1].sum()), "total_layer_tokens": 20}
+    assert counter.loads() == {1: [round(share, 5) for share in wholes[1].double().mean(dim=0).tolist()]}
 
 
 if __name__ == "__main__":
