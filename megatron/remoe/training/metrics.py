@@ -63,7 +63,7 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
             if summary.guarded_layers:
                 text += f" guarded layers: {','.join(map(str, summary.guarded_layers))} |"
             line |= figures
-        elif self._counter is not None and controller is None and is_printed:
+        elif isinstance(self._counter, PairCounter) and is_printed:
             line["tokens_per_expert"] = self._counter.loads()
         if is_printed and (line := line | self.totals()):
             run_logger().info(line)
