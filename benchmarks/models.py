@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tools.console.files import write_json  # noqa: E402
-from tools.console.flags import Settings, parse  # noqa: E402
 from tools.console.markdown import table  # noqa: E402
 from tools.recipes.hardware import PLAIN_PYTORCH  # noqa: E402
 from tools.recipes.models import Routing, Size  # noqa: E402
@@ -74,15 +73,11 @@ class Shape:
         )
 
     def flags(self, routing: str) -> list[str]:
-        """Return the training's flags, without data and number of steps."""
+        """Return the run's flags, without data and number of steps."""
         batch = f"--micro-batch-size {self.micro_batch} --global-batch-size {self.micro_batch}".split()
         batch += ["--vocab-size", str(self.vocabulary)]
         experts = Routing(routing, self.experts, self.granularity).flags(self.ffn)
         return [*self.size.layer_flags(routing), *self.size.flags(), *COMMON, *batch, *experts]
-
-    def settings(self, more: Sequence[str]) -> Settings:
-        """Return the flags of top-k, changed by `more`."""
-        return parse([*self.flags("moe"), *more])
 
 
 PACKAGES = ("torch", "megatron-core", "transformers", "numpy")
@@ -95,11 +90,11 @@ def machine() -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
     installed = {one.name: one.version for one in importlib.metadata.distributions() if one.name in PACKAGES}
-    found: dict[str, Any] = {"processor": model, "cores": os.cpu_count(), **installed}
+    facts: dict[str, Any] = {"processor": model, "cores": os.cpu_count(), **installed}
     if on_gpu():  # by nvidia-smi: PyTorch would hold the device in this process too
         command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        found["gpus"] = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-    return found
+        facts["gpus"] = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    return facts
 
 
 def note(line: str) -> None:

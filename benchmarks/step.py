@@ -1,7 +1,7 @@
 """A training step of the whole model: ReMoE at its target sparsity, top-k, and top-k in Megatron's own local layers.
 
-With --variants, also of the dense start, where half of the experts are active: as it is, without a bound on memory, and
-with at most four experts per token.
+--variants adds the dense start, where half of the experts are active: unchanged, without a bound on memory, and with
+at most four experts per token.
 
 Each run is the training entry in a new process, in turns; each figure is the median over all steps of a variant. Also
 printed: FLOPs with the true number of active experts over the machine's measured matmul rate.
@@ -25,7 +25,6 @@ import numpy
 from models import FIT_STEPS, GPU_FLAGS, ROOT, Shape, note, on_gpu, save, show
 
 from megatron.remoe.files.indexed import IndexedWriter
-from tools.console.flags import whole
 from tools.recipes.flops import flops_per_sequence, model_arguments
 from tools.recipes.models import Routing
 
@@ -96,14 +95,14 @@ def measure(shape: Shape, variants: list[Variant], rounds: int, steps: int, more
             records[variant.name].append(run(shape, variant, WARM_UP + steps + 1, more))
             seconds = statistics.median(records[variant.name][-1]["steps"][WARM_UP:])
             note(f"{shape.name} round {number + 1}/{rounds} {variant.name}: {seconds:.4g} s a step")
-    figures, settings = {}, shape.settings(more)
+    figures, size = {}, records[variants[0].name][0]["size"]
     args = model_arguments(shape.size, Routing("moe", shape.experts, shape.granularity), shape.vocabulary + 1)
-    args.num_layers, args.seq_length = whole(settings, "--num-layers"), whole(settings, "--seq-length")
-    tokens = whole(settings, "--global-batch-size") * args.seq_length
-    peak = max(record["peak_flops"] for found in records.values() for record in found)
-    for name, found in records.items():
-        times = [seconds for record in found for seconds in record["steps"][WARM_UP:]]
-        pairs = [active for record in found for active in record["active"][WARM_UP + 1 :]]
+    args.num_layers, args.seq_length = size["num_layers"], size["seq_length"]
+    tokens = size["global_batch_size"] * args.seq_length
+    peak = max(record["peak_flops"] for runs in records.values() for record in runs)
+    for name, runs in records.items():
+        times = [seconds for record in runs for seconds in record["steps"][WARM_UP:]]
+        pairs = [active for record in runs for active in record["active"][WARM_UP + 1 :]]
         active = statistics.mean(pairs or [shape.granularity]) / shape.granularity
         seconds = statistics.median(times)
         flops = flops_per_sequence(args, active * shape.granularity)
@@ -112,6 +111,8 @@ def measure(shape: Shape, variants: list[Variant], rounds: int, steps: int, more
             "tokens_per_second": tokens / seconds,
             "active_experts_of_full_size": active,
             "utilization": flops * tokens / args.seq_length / seconds / peak,
+            "layers": args.num_layers,
+            "tokens": tokens,
         }
     return figures
 
@@ -121,13 +122,13 @@ def measure_memory(options: argparse.Namespace) -> None:
     results: dict[int, dict[str, Any]] = {}
     rows = []
     for experts in options.memory:
-        found = results[experts] = {}
+        stages = results[experts] = {}
         for stage in STAGES:
-            found[stage.name] = run(replace(SMALL, experts=experts), stage, FIT_STEPS + 2, options.more)
+            stages[stage.name] = run(replace(SMALL, experts=experts), stage, FIT_STEPS + 2, options.more)
             save(options.output, {"results": results})
-            note(f"{experts} experts, {stage.name}: {found[stage.name]['peak_bytes'] / 2**20:,.0f} MiB")
-        peaks = [record["peak_bytes"] for record in found.values()]
-        cells = (f"{one['peak_bytes'] / 2**20:,.0f} MiB ({one['active'][-1]:.1f})" for one in found.values())
+            note(f"{experts} experts, {stage.name}: {stages[stage.name]['peak_bytes'] / 2**20:,.0f} MiB")
+        peaks = [record["peak_bytes"] for record in stages.values()]
+        cells = (f"{one['peak_bytes'] / 2**20:,.0f} MiB ({one['active'][-1]:.1f})" for one in stages.values())
         rows.append((experts, *cells, peaks[1] / peaks[0], peaks[2] / peaks[0]))
     columns = ["E", *(f"{stage.name} (experts/token)" for stage in STAGES), "dense / target", "unbounded / target"]
     show(f"{SMALL.layers} layers, hidden {SMALL.hidden}, {SMALL.tokens} tokens", columns, rows, options.output)
@@ -160,9 +161,7 @@ def main() -> None:
             (name, one["seconds"], f"{one['tokens_per_second']:,.0f}", one["seconds"] / first, *map(one.get, names))
             for name, one in figures.items()
         ]
-        settings = shape.settings(options.more)
-        tokens = whole(settings, "--global-batch-size") * whole(settings, "--seq-length")
-        size = f"{whole(settings, '--num-layers')} layers, {tokens} tokens"
+        size = "{layers} layers, {tokens} tokens".format(**figures[variants[0].name])
         show(f"(E, G) = {shape.name}, {size}", columns, rows, options.output)
 
 

@@ -37,12 +37,12 @@ def matmul_peak(dtype: torch.dtype, device: str) -> float:
     for rows, inner, columns in PEAK_SIZES[device]:
         left = torch.randn(rows, inner, device=device, dtype=dtype)
         right = torch.randn(inner, columns, device=device, dtype=dtype)
-        seconds = min(seconds_of(partial(torch.mm, left, right), device) for _ in range(5))
+        seconds = min(time_call(partial(torch.mm, left, right), device) for _ in range(5))
         best = max(best, 2.0 * rows * inner * columns / seconds)
     return best
 
 
-def seconds_of(operation: Callable[[], object], device: str) -> float:
+def time_call(operation: Callable[[], object], device: str) -> float:
     """Return the seconds of one call, warm; on a GPU the mean over 20 calls."""
     timer = Timer("operation()", globals={"operation": operation}, num_threads=torch.get_num_threads())
     return timer.timeit(20 if device == "cuda" else 1).mean
@@ -94,8 +94,9 @@ class Recorder:
         config = get_model_config(chunks[0])
         finalize = config.finalize_model_grads_func or finalize_model_grads
         modules = [module for chunk in chunks for module in chunk.modules()]
+        args = get_args()
+        self.record["size"] = {name: getattr(args, name) for name in ("num_layers", "seq_length", "global_batch_size")}
         if share := os.environ.get("BENCHMARK_SHARE"):
-            args = get_args()
             self.record["forecast"] = describe_model(chunks, args, {"now": float(share) * (args.num_experts or 0)})
         if os.environ.get("BENCHMARK_AT_TARGET"):
             give_tokens_a_mean(chunks)
@@ -146,7 +147,7 @@ class Recorder:
                 self.profiler.__enter__()
             elif self.count == PROFILED_STEP + 1 and self.profiler is not None:
                 self.profiler.__exit__(None, None, None)
-                self.record["peak_bytes"] = peak_of(self.profiler)
+                self.record["peak_bytes"] = find_peak(self.profiler)
 
 
 @torch.no_grad()
@@ -178,7 +179,7 @@ class Fit:
             self.tokens.clear()  # they would count as memory of later steps
 
 
-def peak_of(profiler: torch.profiler.profile) -> int:
+def find_peak(profiler: torch.profiler.profile) -> int:
     """Return the most bytes of host memory that PyTorch held, above what it held at the start."""
     held = peak = 0
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None

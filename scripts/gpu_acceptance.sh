@@ -2,7 +2,7 @@
 # Run everything that only a GPU can show, the most valuable first, on one GPU and without network: pytest -m gpu.
 # Figures go to OUT; a second call continues with the tests that have none. Arguments go to pytest.
 #   PYTHON=/path/to/python      the interpreter (default: .venv's, else python3)
-#   CARRIED=folder              wheels (docs/gpu.md); they are installed beside the interpreter's packages
+#   CARRIED=folder              wheels (docs/gpu.md); they are installed next to the interpreter's packages
 #   OUT=folder                  default: runs/gpu
 #   REHEARSE=1                  without a GPU: do the tests start and end?
 set -euo pipefail

@@ -35,8 +35,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="FILE", help="files or patterns")
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="text fields, a data set each (default: text)")
-    add("--on-error", choices=("stop", "skip"), default="stop", help="what to do at an unreadable line (default: stop)")
-    add("--tokenizer-type", choices=TOKENIZER_TYPES, required=True, help="as the training's")
+    add("--on-error", choices=("stop", "skip"), default="stop", help="at an unreadable line (default: stop)")
+    add("--tokenizer-type", choices=TOKENIZER_TYPES, required=True, help="the run's --tokenizer-type")
     add("--vocab-file", metavar="FILE", help="GPT2BPETokenizer: encoder.json or vocab.json")
     add("--merge-file", metavar="FILE", help="GPT2BPETokenizer: vocab.bpe or merges.txt")
     add("--tokenizer-model", metavar="FOLDER", help="HuggingFaceTokenizer: folder of the tokenizer")
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         raise DataError(
             f"--output-prefix {args.output_prefix}: cannot be written ({error.strerror or error}). "
-            "Nothing was left behind. Free some space, or give another place.",
+            "Nothing was left behind. Free some space, or give a different place.",
             "REMOE-E105",
         ) from error
     seconds = time.monotonic() - start

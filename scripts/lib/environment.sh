@@ -30,7 +30,7 @@ run_step() { # LABEL COMMAND...: the output goes to the log
   printf '%4d s\n' $((SECONDS - start))
 }
 
-describe_environment() { # what .venv depends on: a version of Python, its place, and two files
+describe_environment() { # prints Python's version and place, and hashes of two files: .venv depends on them
   "${PYTHON:-$VENV/bin/python}" -V 2>&1
   echo "$VENV" "$(cat "$ROOT/pyproject.toml" "$ROOT/requirements.txt" | cksum)"
 }

@@ -15,6 +15,7 @@ from tests.golden_run import FLAGS, Figures, figures_of, write_data
 from tests.launches import Launch, planned
 from tools.console.places import ROOT
 from tools.plan.rehearse import rehearsal_flags
+from tools.recipes.megatron_values import read_values
 from tools.runs.log_reader import read_log
 
 HERE = Path(__file__).parent
@@ -85,7 +86,7 @@ class Case:
         batch = ["--global-batch-size", str(SEQUENCES), "--micro-batch-size", str(self.micro_batch)]
         settings = {"KERNELS": self.kernels, **self.settings}
         environment, flags = planned(Launch(self.routing, (*batch, *self.flags), settings, self.size, gpus=1))
-        return environment, rehearsal_flags(flags, steps)
+        return environment, rehearsal_flags(flags, read_values(flags), steps)
 
 
 def train_launched(machine: Machine, case: Case, stage: str, steps: int, limit: float = 240) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
 from megatron.remoe.layer.dispatcher import PlannedAlltoAllDispatcher
-from megatron.remoe.layer.layer import ReMoELayer, takes_plans
-from megatron.remoe.layer.ways import ByMegatron
+from megatron.remoe.layer.layer import ByMegatron, ReMoELayer, takes_plans
 from tests.layers import HIDDEN, expert_weights, make_config, make_layer, make_topk_config, oracle
 
 pytestmark = pytest.mark.usefixtures("process_groups")

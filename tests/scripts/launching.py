@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
+import megatron.training.arguments  # noqa: F401  # plans then read flags in this process
 from tests.entry import shared_entry
 from tests.training_runs import REPOSITORY
 from tools.recipes.command import main

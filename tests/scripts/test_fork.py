@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.scripts.launching import command
 from tests.training_runs import REPOSITORY
-from tools.console.flags import parse
+from tools.console.flags import group_by_flag
 
 SIZES, ROUTINGS = ("182m", "469m", "978m"), ("dense", "moe", "remoe")
 Flags = dict[str, dict[str, str]]  # script → flag → the words after it
@@ -18,7 +18,7 @@ def of_the_fork() -> Flags:
 
 
 def by_flag(words: list[str]) -> dict[str, str]:
-    return {flag: " ".join(values) for flag, values in parse(words).items() if flag != "--data-path"}
+    return {flag: " ".join(values) for flag, values in group_by_flag(words).items() if flag != "--data-path"}
 
 
 def of_our_scripts() -> Flags:

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 
 from tests.tools.sweeping import TEXT, final, finish_run, line, sweep, write_run
 from tests.training_runs import REPOSITORY
-from tools.console.flags import parse
+from tools.console.flags import group_by_flag
 from tools.experiments import compare, jobs, results
 from tools.experiments.arms import ARMS, SETTINGS
 from tools.experiments.run import Run, run_from_fields
@@ -106,17 +106,21 @@ def test_runs_have_their_own_names_and_are_read_back() -> None:
         "arm": "moe", "seed": 1, "steps": 400, "size": "469m", "experts": 32, "granularity": 2, "topk": 2,
         "rate": 0.5, "warmup": 12, "is_wsd": True, "is_tuning": True, "is_tiny": False, "tokens": dataset.SUBWORDS,
     }  # fmt: skip
-    runs = [base, base.at("l1-init", 1e-4), *(replace(base, **{name: value}) for name, value in changed.items())]
+    runs = [
+        base,
+        base.vary("l1-init", 1e-4),
+        *(replace(base, **{name: value}) for name, value in changed.items()),
+    ]
     runs += [Run("dense"), Run("dense", expansion=8)]
     assert len({run.name for run in runs}) == len(runs)
-    assert base.at("l1-init", 1e-8) == base and Run("dense", experts=32) == Run("dense")
+    assert base.vary("l1-init", 1e-8) == base and Run("dense", experts=32) == Run("dense")
     for run in runs:
         assert run_from_fields(json.loads(json.dumps(vars(run))) | {"later": 1}) == run
 
 
 def test_flags_of_tiny_runs() -> None:
     def flags(arm: str, *given: str, **fields: Any) -> dict[str, tuple[str, ...]]:
-        return parse(Run(arm, **fields).tiny_flags(TEXT, given))
+        return group_by_flag(Run(arm, **fields).tiny_flags(TEXT, given))
 
     plain = flags("dense", "--moe-z-loss-coeff", "1")
     assert not any(flag.startswith("--moe") for flag in plain) and plain["--seed"] == ("1234",)

@@ -112,7 +112,7 @@ def test_trains_goes_on_and_notices_other_settings(data: Path, tmp_path: Path) -
     assert "1 finished; 0 to train" in output
     assert {path: path.stat().st_mtime_ns for path in log.parent.rglob("*")} == before
     _, errors = sweep(*options, "1", "--", *FLAGS, "--lr", "1e-3", code=2, **environment)
-    assert "--lr was 5e-4 and is now 1e-3" in errors and "another --output-dir" in errors
+    assert "--lr was 5e-4 and is now 1e-3" in errors and "a different --output-dir" in errors
 
 
 # ---------------------------------------------------------------- tiny models
@@ -171,7 +171,10 @@ def test_a_small_comparison(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "run",
-    [*map(Run, ARMS), *(Run(setting.arms[0]).at(name, setting.values[-1]) for name, setting in SETTINGS.items())],
+    [
+        *map(Run, ARMS),
+        *(Run(setting.arms[0]).vary(name, setting.values[-1]) for name, setting in SETTINGS.items()),
+    ],
     ids=lambda run: run.name,
 )
 def test_each_arm_and_each_setting_trains(run: Run, text: Path) -> None:

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from tests.launches import PLAIN
-from tools.console.flags import last_value
 from tools.plan import rehearsal_report, rehearse
 from tools.plan.gpus import rates
 from tools.plan.rank_entry import plan_steps
+from tools.recipes.megatron_values import make_parser
 
 REMOE = "--num-experts 8 --moe-router-topk 1 --moe-relu-routing".split()
 
@@ -18,18 +18,19 @@ def test_flags_of_a_rehearsal() -> None:
     """Nothing is saved, and the rest stays. A vocabulary whose files are missing is made up."""
     given = "--save runs/x --load runs/x --data-path 1.0 a 2.0 b --lr 1e-4 --train-iters 60000 --cpu --bf16".split()
     given += "--tokenizer-type GPT2BPETokenizer --vocab-file no/encoder.json --merge-file no/vocab.bpe".split()
-    kept = rehearse.rehearsal_flags(given, steps=6)
+    parse = make_parser().parse_args
+    kept = rehearse.rehearsal_flags(given, parse([word for word in given if word != "--cpu"]), steps=6)
     assert not {"--save", "--load", "--data-path", "--cpu", "a", "2.0", "runs/x", "60000"} & set(kept)
-    values = {"--lr": "1e-4", "--train-iters": "6", "--tokenizer-type": "NullTokenizer"}
-    assert {"--bf16", "--mock-data"} <= set(kept) and {flag: last_value(kept, flag) for flag in values} == values
+    values = parse(kept)
+    assert values.bf16 and values.mock_data and (values.lr, values.train_iters) == (1e-4, 6)
+    assert values.tokenizer_type == "NullTokenizer"
 
 
 def test_steps_and_ranks() -> None:
     steps = plan_steps({"dense": 4.0, "way": 1.8, "steady": 1.0})
     assert [phase for phase, purpose in steps if purpose == "memory"] == ["dense", "way", "steady"]
     assert len(steps) == rehearse.MOST_STEPS and steps[-1] == ("steady", "roofline")
-    pipeline = ["--pipeline-model-parallel-size", "4"]
-    assert [*rehearse.choose_ranks(pipeline, 16)] == [0, 8, 12] and [*rehearse.choose_ranks([], 16)] == [0]
+    assert [*rehearse.choose_ranks(4, 16)] == [0, 8, 12] and [*rehearse.choose_ranks(1, 16)] == [0]
 
 
 @pytest.mark.parametrize(

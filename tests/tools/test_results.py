@@ -131,7 +131,7 @@ def test_tables_and_panels_of_a_folder(tmp_path: Path) -> None:
     grid = jobs.Grid(tmp_path, text=TEXT)
     base = Run("remoe", steps=20)
     for seed in (1, 2):
-        for run, loss in ((base, 1.5), (replace(base, arm="moe"), 1.6), (base.at("l1-init", 1.0), 1.7)):
+        for run, loss in ((base, 1.5), (replace(base, arm="moe"), 1.6), (base.vary("l1-init", 1.0), 1.7)):
             finish_run(grid, replace(run, seed=seed), loss + seed / 100)
     job = jobs.make_job(replace(base, arm="moe-hash"), grid)
     write_run(job.folder, 20, line(8))

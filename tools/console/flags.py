@@ -1,19 +1,20 @@
-"""Parse and change lists of command-line flags."""
+"""Define types of our own flags, and split lists of Megatron's flags by name.
+
+Values of Megatron's flags are read by its parser: recipes/megatron_values.py.
+"""
 
 import argparse
 import os
 from collections.abc import Callable, Iterable, Sequence
 
-SCHEDULE = "--step-batch-size-schedule"
-GPT2_WORDS = 50257  # size of its vocabulary
-OF_GPT2S_SIZE = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(GPT2_WORDS)]  # needs no files
 
-Settings = dict[str, tuple[str, ...]]  # flag → its values
+def group_by_flag(words: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Return each flag and the words after it; later ones replace earlier ones.
 
-
-def parse(words: Iterable[str]) -> Settings:
-    """Return flags and their values; later ones replace earlier ones."""
-    settings: Settings = {}
+    For names of flags, and for fingerprints of runs. Lists of runs use it without Megatron's parser, which would add
+    seconds to every command and change the fingerprints of finished runs.
+    """
+    settings: dict[str, tuple[str, ...]] = {}
     flag = ""
     for word in words:
         if word.startswith("--"):
@@ -22,17 +23,6 @@ def parse(words: Iterable[str]) -> Settings:
         elif flag:
             settings[flag] += (word,)
     return settings
-
-
-def whole(settings: Settings, flag: str) -> int:
-    """Return the whole number after a flag, or 0."""
-    values = settings.get(flag, ())
-    return int(values[0]) if values and values[0].isdecimal() else 0
-
-
-def last_value(words: Sequence[str], flag: str) -> str | None:
-    """Return the last value of a flag, given as `--flag value` or `--flag=value`; None if it is not given."""
-    return next(iter(parse(words).get(flag, ())), None)
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -50,19 +40,6 @@ def without(words: Iterable[str], left_out: Callable[[str], bool]) -> list[str]:
         if not dropping:
             kept.append(word)
     return kept
-
-
-def for_a_plan(words: Sequence[str]) -> list[str]:
-    """Return the words with the last batch size of --step-batch-size-schedule for all steps.
-
-    If GPT-2's files are not given or not there yet, the words have a vocabulary of the same size.
-    """
-    if (schedule := last_value(words, SCHEDULE)) is not None:
-        words = [*without(words, SCHEDULE.__eq__), "--global-batch-size", schedule.rpartition(":")[2]]
-    files = [last_value(words, flag) for flag in ("--vocab-file", "--merge-file")]
-    is_there = all(file is not None and os.path.isfile(file) for file in files)
-    needs_files = last_value(words, "--tokenizer-type") in (None, "GPT2BPETokenizer")
-    return [*words, *OF_GPT2S_SIZE] if needs_files and not is_there else [*words]
 
 
 def number_of_cores() -> int:

@@ -34,7 +34,7 @@ STYLE: dict[Any, Any] = {
 
 
 def routing_color(name: str) -> str:
-    """Return the color of a routing; "moe" is another name of "topk", and routings without a color share one."""
+    """Return the color of a routing; "moe" is a synonym of "topk", and routings without a color share one."""
     return ROUTING_COLORS.get("topk" if name == "moe" else name, OTHER)
 
 

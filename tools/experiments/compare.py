@@ -6,8 +6,8 @@ remoe compare --collect                                              # tables an
 
 The learning rate is constant and falls in the last fifth of each run. A longer run goes on from a shorter one, from the
 step at which its rate began to fall. Every other arm has one more run for each length, which has used the FLOPs of
-one arm at that length. First, the rate and the warm-up of each arm are tuned for each number of experts, on another
-part of the text and with another seed, in as many runs each. The same command continues after a stop.
+one arm at that length. First, the rate and the warm-up of each arm are tuned for each number of experts, on a different
+part of the text and with a different seed, in equally many runs. The same command continues after a stop.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
 
 
 def base_run(args: argparse.Namespace, experts: int) -> Run:
-    """Return a run with the fields that all runs with so many experts share."""
+    """Return a run with the fields that all runs with this number of experts share."""
     return Run(REFERENCE, size=args.size, experts=experts, granularity=args.granularity, topk=args.topk,
                tokens=args.tokens, is_wsd=True)  # fmt: skip
 
@@ -101,7 +101,7 @@ def choose_rates(args: argparse.Namespace, results: Results) -> dict[tuple[int, 
 
 
 def planned_runs(args: argparse.Namespace, tuned: Tuned, experts: int) -> Iterator[tuple[Run, Run]]:
-    """Yield the tuned runs with so many experts, each with the one of the same seed and length that sets its FLOPs.
+    """Yield the tuned runs with `experts` experts, each with the one of the same seed and length that sets its FLOPs.
 
     That arm's come first; with `--equal-flops none` each sets its own.
     """

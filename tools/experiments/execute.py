@@ -36,7 +36,7 @@ def execute(console: Console, grid: Grid, jobs: Sequence[Job], processes: int, h
         The names of those that did not finish.
 
     Raises:
-        RecipeError: a folder holds another run.
+        RecipeError: a folder holds a different run.
         ToolError: Slurm is missing or refuses.
     """
     check_conflicts(jobs)

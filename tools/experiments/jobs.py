@@ -12,7 +12,7 @@ from typing import Any
 from megatron.remoe.files.files import write_text
 
 from ..console.files import write_json
-from ..console.flags import parse
+from ..console.flags import group_by_flag
 from ..console.places import ROOT, entry, is_clone
 from ..recipes.data import find_data
 from ..recipes.hardware import GPU_FLAGS, PLAIN_PYTORCH, TRITON
@@ -26,7 +26,7 @@ SAVES, TRACKER = "checkpoints", "latest_checkpointed_iteration.txt"
 LAYOUT = (*NAMES, "NNODES")
 # Places, intervals, layout and hardware, which do not change the result.
 NOT_COMPARED = {
-    *parse([*GPU_FLAGS, *PLAIN_PYTORCH, *TRITON]),
+    *group_by_flag([*GPU_FLAGS, *PLAIN_PYTORCH, *TRITON]),
     *"""
     --save --load --save-interval --save-retain-interval --tensorboard-dir --wandb-project --wandb-exp-name
     --wandb-save-dir --log-interval --exit-interval --exit-duration-in-mins
@@ -41,7 +41,7 @@ PLACES = {"--data-path", "--train-data-path", "--valid-data-path", "--vocab-file
 
 @dataclass(frozen=True)
 class Grid:
-    """What the runs of a list have in common.
+    """Settings that all runs of a list share.
 
     Attributes:
         output: folder of their folders.
@@ -95,7 +95,7 @@ class Job:
         return (self.folder / SAVES / TRACKER).exists()
 
     def result(self) -> Result | None:
-        """Return the run's result so far; None if it has not begun, or the folder holds another run."""
+        """Return the run's result so far; None if it has not begun, or the folder holds a different run."""
         is_this = (self.folder / STAMP).exists() and not self.differences
         return read_result(self.folder, self.stamp["per_byte"]) if is_this else None
 
@@ -146,7 +146,7 @@ def make_job(run: Run, grid: Grid, name: str = "") -> Job:
             raise RecipeError(f"{run.name}: {error}") from error
         words = ["bash", str(ROOT / "scripts" / f"train_llama_{run.size}_{run.routing}.sh"), *arguments]
     left_out = NOT_COMPARED | (PLACES if run.is_tiny else set())
-    settings = {flag: [*values] for flag, values in parse(flags).items() if flag not in left_out}
+    settings = {flag: [*values] for flag, values in group_by_flag(flags).items() if flag not in left_out}
     stamp = {"run": asdict(run), "per_byte": per_byte, "text": text, "settings": settings}
     return Job(run, folder, stamp, words, environment)
 
@@ -161,7 +161,7 @@ def check_conflicts(jobs: Sequence[Job]) -> None:
         if job.differences and (job.has_checkpoint or read_result(job.folder) is not None):
             raise RecipeError(
                 f"{job.folder} holds a run with other settings: {'; '.join(job.differences)}. Give the same settings, "
-                "another --output-dir, or remove the folder to train it again."
+                "a different --output-dir, or remove the folder to train it again."
             )
 
 

@@ -72,7 +72,7 @@ def run(args: Namespace) -> int:
 
 
 def summarize(runs: Mapping[str, RunFigures], iterations: int) -> dict[str, Any]:
-    """Return the figures of the three models after so many iterations."""
+    """Return the figures of the three models after `iterations` steps."""
     summary: dict[str, Any] = {"iterations": iterations}
     size = tiny.SIZE
     for model, figures in runs.items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..console.flags import parse, without
+from ..console.flags import group_by_flag, without
 from ..recipes import tiny
 from ..recipes.layout import RecipeError
 from ..recipes.models import Routing, Training
@@ -115,8 +115,8 @@ class Run:
         """Return the step at which the rate of a WSD schedule begins to fall."""
         return self.steps - rounded(DECAY * self.steps)
 
-    def at(self, setting: str, value: float) -> "Run":
-        """Return the run at another value of a setting."""
+    def vary(self, setting: str, value: float) -> "Run":
+        """Return the run at a different value of a setting."""
         if setting == RATE:
             return replace(self, rate=value)
         return self if value == SETTINGS[setting].base else replace(self, setting=setting, value=value)
@@ -194,10 +194,10 @@ def check_flags(given: Sequence[str], runs: Sequence[Run]) -> None:
     Raises:
         RecipeError: names the flag and the run.
     """
-    for flag in parse(given):
+    for flag in group_by_flag(given):
         for run in runs:
             varied = RATES if run.rate != 1 else ()
-            if flag in (*CHOSEN, *varied, *parse(run.added_flags())) or (run.expansion > 1 and "ffn" in flag):
+            if flag in (*CHOSEN, *varied, *group_by_flag(run.added_flags())) or (run.expansion > 1 and "ffn" in flag):
                 raise RecipeError(f"{flag} behind --: {run.name} sets it. Choose it with the options before --.")
 
 

@@ -99,7 +99,7 @@ def seeds_for_equivalence(margin: float, deviation: float, comparisons: int = 1)
         return 2
     for seeds in range(2, MOST_SEEDS + 1):
         shift, freedom = margin * math.sqrt(seeds) / deviation, seeds - 1
-        # Both one-sided tests have to reject; neither is likelier to fail than the other.
+        # Two one-sided tests have to reject, and they fail with equal probability.
         if 1 - 2 * stats.nct.cdf(stats.t.ppf(1 - LEVEL / comparisons, freedom), freedom, shift) >= POWER:
             return seeds
     return None

@@ -40,7 +40,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; words after -- become `flags`."""
     parser = grid_parser("sweep", __doc__, [tiny.SEED])
     base = f"{BASE.size}, E = {BASE.experts}, G = {BASE.granularity}"
-    add = parser.add_argument_group("what to train", f"Each figure varies one thing; the rest is {base}.").add_argument
+    add = parser.add_argument_group("runs", f"Each figure varies one thing; the rest is {base}.").add_argument
     text = f"of {', '.join(FIGURES)} (default: the first three)"
     add("--figures", nargs="+", choices=FIGURES, default=[*VALUES], metavar="FIGURE", help=text)
     add("--sizes", nargs="+", choices=VALUES["size"], dest="size", help="for the figure size")
@@ -115,7 +115,7 @@ def _plan_figure(figure: str, args: argparse.Namespace, base: Run) -> Iterator[t
                 yield run, float(place), ARMS[arm].title.replace(", ", "\n")
             else:
                 for value in values(figure, setting.values):
-                    yield run.at(figure, value), float(value), f"{value:g}"
+                    yield run.vary(figure, value), float(value), f"{value:g}"
 
 
 def make_panel(figure: str, planned: Iterable[tuple[Run, float, str]], results: Results) -> Panel:

@@ -27,7 +27,7 @@ def _add_models(add: Callable[..., Any], **number: Any) -> None:
     text = "runs (on the CPU; export for a GPU) or exported folders"
     add("--load", **FOLDER, **number, required=True, help=text)
     add("--ckpt-step", type=int, metavar="N", help="iteration of a run (default: the newest)")
-    add("--tokenizer-model", **FOLDER, help="use another tokenizer than the model's")
+    add("--tokenizer-model", **FOLDER, help="use a different tokenizer than the model's")
 
 
 def _add_sequences(add: Callable[..., Any]) -> None:
@@ -74,7 +74,7 @@ def parse_evaluate(arguments: Words = None) -> argparse.Namespace:
     add = parser.add_argument_group("text").add_argument
     add("--data-path", nargs="+", default=[], metavar="PREFIX", help="data sets")
     _add_sequences(add)
-    add("--seed", type=int, metavar="N", help="order of the text (default: the training's)")
+    add("--seed", type=int, metavar="N", help="order of the text (default: the run's)")
     text = "also with only the K largest gates"
     add("--max-experts-per-token", type=int, nargs="+", default=[], metavar="K", help=text)
     add("--speed", action="store_true", help="also measure tokens per second, on the beginning of the first data set")
@@ -122,7 +122,7 @@ def parse_convert(arguments: Words = None) -> argparse.Namespace:
     --pretrained-checkpoint OUT.
 
     From Hugging Face: OLMoE, Qwen3-MoE, Mixtral or DeepSeek-V2, as a top-k MoE with the same logits. From the fork,
-    or with another class, the same training, of any routing, continues with --load OUT, optimizer state included; the
+    or with a different class, the same run, of any routing, continues with --load OUT, optimizer state included; the
     whole checkpoint must fit into memory. From Megatron-FSDP, only weights are converted, to the format all tools read.
     """
     parser = _parser(parse_convert)
@@ -145,7 +145,7 @@ def parse_convert(arguments: Words = None) -> argparse.Namespace:
     add("--moe-granularity", **NUMBER, help="cut every expert into G (default: 1)")
     add("--moe-layer-freq", metavar="PATTERN", help="layers with experts (default: 1, all of them)")
     add = parser.add_argument_group("fit").add_argument
-    add("--data-path", nargs="+", metavar="WORD", help="text, as in Megatron (default: the training's)")
+    add("--data-path", nargs="+", metavar="WORD", help="text, as in Megatron (default: the run's)")
     text = "tokens to fit the routers to, and as many again to measure the loss (default: %(default)s)"
     add("--tokens", **NUMBER, default=32768, help=text)
     text = "largest relative growth of the loss (default: 0.01 from dense, 0.05 from top-k)"
@@ -167,7 +167,7 @@ def parse_export(arguments: Words = None) -> argparse.Namespace:
     remoe export --reverse --load FOLDER --save OUT     # a folder, trained on or not → a checkpoint
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) loads it, with torch and transformers only.
-    Both ways compare the logits of both models. If they differ, nothing is written.
+    Either way compares the logits of the two models. If they differ, nothing is written.
     """
     parser = _parser(parse_export)
     add = parser.add_argument
@@ -175,8 +175,8 @@ def parse_export(arguments: Words = None) -> argparse.Namespace:
     add("--save", **FOLDER, required=True, help="folder to write")
     add("--reverse", action="store_true", help="--load is an exported folder, --save a checkpoint")
     add("--ckpt-step", type=int, metavar="N", help="iteration to export (default: the newest)")
-    add("--tokenizer-model", **FOLDER, help="a Hugging Face tokenizer (default: the training's own)")
-    text = "text to compare the models on, as in Megatron (default: the training's, held-out if it names some)"
+    add("--tokenizer-model", **FOLDER, help="a Hugging Face tokenizer (default: the run's)")
+    text = "text to compare the models on, as in Megatron (default: the run's, held-out if it names some)"
     add("--data-path", nargs="+", metavar="WORD", help=text)
     args = parser.parse_args(arguments)
     if args.reverse and (args.data_path or args.ckpt_step is not None):

@@ -74,7 +74,7 @@ def find(root: Path, step: int | None) -> Checkpoint:
         step: the iteration (None: the newest).
 
     Raises:
-        ConversionError: there is no checkpoint, it cannot be read, or it has another format.
+        ConversionError: there is no checkpoint, it cannot be read, or it has a different format.
     """
     folder = find_folder(root, step)
     root = folder.parent
@@ -113,7 +113,7 @@ def load(checkpoint: Checkpoint, model: GPTModel) -> None:
     """Load the checkpoint's weights into `model` with Megatron.
 
     Raises:
-        ConversionError: a tensor is missing, has another shape, cannot be read, or holds NaN or infinity.
+        ConversionError: a tensor is missing, has a different shape, cannot be read, or holds NaN or infinity.
     """
     # Leave out objects: they are Transformer Engine's state for FP8.
     _, wanted = extract_matching_values(_sharded(model, checkpoint.layout), lambda one: isinstance(one, ShardedObject))
@@ -192,7 +192,7 @@ def reading(folder: Path) -> Iterator[None]:
         raise
     except FAILURES as error:
         raise ConversionError(
-            f"{folder}: cannot be read ({_reason(error)}). If it is damaged, choose another iteration with --ckpt-step."
+            f"{folder}: cannot be read ({_reason(error)}). If it is damaged, choose an older one with --ckpt-step."
         ) from error
 
 
@@ -217,7 +217,7 @@ def new_folder(output: Path, size: int) -> Iterator[Path]:
         raise
     except FAILURES as error:
         raise ConversionError(
-            f"--save {output}: cannot be written ({_reason(error)}). Free some space, or give another folder.",
+            f"--save {output}: cannot be written ({_reason(error)}). Free some space, or give a different folder.",
             "REMOE-E105",
         ) from error
 
@@ -226,7 +226,7 @@ def check_output(output: Path) -> None:
     """Raise ConversionError for a folder that is not empty, or something else than a folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConversionError(
-            f"--save {output}: exists and is not an empty folder. Give another one, or remove it.", "REMOE-E105"
+            f"--save {output}: exists and is not an empty folder. Give a different one, or remove it.", "REMOE-E105"
         )
 
 

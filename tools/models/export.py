@@ -30,7 +30,7 @@ from .measuring import (
     split_batches,
 )
 from .megatron_model import build, one_process
-from .text import blend_of, sample
+from .text import choose_blend, sample
 
 TOKENS = 2048
 SEED = 1234
@@ -63,13 +63,13 @@ inputs = tokenizer("Once", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
-The code beside the weights needs torch and transformers 5.16 or newer.
+The code next to the weights needs torch and transformers 5.16 or newer.
 """
 PAPER = "ReLU routing: [arXiv 2412.14711](https://arxiv.org/abs/2412.14711). "
 
 
 def choose_text(args: argparse.Namespace, data_path: list[str] | None, config: RemoeConfig) -> tuple[torch.Tensor, str]:
-    """Return the text given, else the training's (held-out, if it names some), else random tokens.
+    """Return the text given, else the run's (held-out, if it names some), else random tokens.
 
     Returns:
         int64 `[sequences, length + 1]`, and a name for them.
@@ -80,7 +80,7 @@ def choose_text(args: argparse.Namespace, data_path: list[str] | None, config: R
     length = min(args.seq_length, TOKENS)
     held_out = None if data_path else getattr(args, "valid_data_path", None)
     try:
-        blend = blend_of(args, data_path or held_out)
+        blend = choose_blend(args, data_path or held_out)
         tokens = sample(blend, TOKENS // length, length, config.vocab_size, SEED)
         return tokens, "held-out tokens" if held_out else "tokens"
     except UsageError:

@@ -13,7 +13,7 @@ def moe_layer_pattern(args: argparse.Namespace) -> list[int]:
     """Return --moe-layer-freq of a GPTModel as Megatron reads it: a 1 for each layer with experts, 0 for others.
 
     Args:
-        args: Megatron's, or those saved in a checkpoint; older ones lack the flag.
+        args: Megatron's, or those saved in a checkpoint; older ones do not have the flag.
     """
     frequency: int | list[int] = getattr(args, "moe_layer_freq", 1)
     if isinstance(frequency, int):

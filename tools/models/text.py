@@ -91,7 +91,7 @@ def open_data_set(prefix: str, least: int) -> IndexedReader:
 
 
 def check_vocabulary(prefix: str, largest: int, vocabulary: int) -> None:
-    """Refuse text that was tokenized for another model.
+    """Refuse text that was tokenized for a different model.
 
     Raises:
         ToolError: the largest token is not in the vocabulary.
@@ -104,7 +104,7 @@ def check_vocabulary(prefix: str, largest: int, vocabulary: int) -> None:
         )
 
 
-def blend_of(args: argparse.Namespace, data_path: list[str] | None) -> tuple[list[str], list[float] | None]:
+def choose_blend(args: argparse.Namespace, data_path: list[str] | None) -> tuple[list[str], list[float] | None]:
     """Return the data sets of `data_path`, or those of the training, and their weights (None: by their size).
 
     Raises:
@@ -131,7 +131,7 @@ def sample(
     """Return random sequences of text, int64 `[sequences, length + 1]`; two of them share at most the last token.
 
     Raises:
-        UsageError: a data set is missing, corrupt or too small, or was made with another vocabulary.
+        UsageError: a data set is missing, corrupt or too small, or was made with a different vocabulary.
     """
     prefixes, weights = blend
     readers = [open_data_set(prefix, 1) for prefix in prefixes]

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ..console.flags import for_a_plan
-from .gpus import parse_plan, plan_parser
+from ..recipes.megatron_values import read_values
+from .gpus import parse_plan, plan_parser, planned_flags
 
 
 def check_sizes(args: argparse.Namespace, layers: str) -> None:
@@ -44,7 +44,7 @@ def check_sizes(args: argparse.Namespace, layers: str) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Print the estimate; return the exit code."""
     options, flags = parse_plan(plan_parser("cost", __doc__), arguments)
-    # This process stands for the first of all.
+    # This process is the first rank.
     os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(options.gpus)})
     logging.disable(logging.INFO)
     from ..models.on_cpu import megatron_on_cpu
@@ -58,9 +58,9 @@ def main(arguments: Sequence[str]) -> int:
 
     from . import estimate, parameters
 
-    sys.argv = ["pretrain_gpt.py", *for_a_plan(flags)]
     planned: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()), usage_errors():
+        sys.argv = ["pretrain_gpt.py", *planned_flags(flags, read_values(flags))]
         args = parse_args(cpu.add_cpu_argument, {"tokenizer_type": "GPT2BPETokenizer"})
         args.tensorboard_dir, args.wandb_project = None, ""  # the globals below would create or contact them
         if not args.cpu:

@@ -1,10 +1,11 @@
 """Define kinds of GPUs by their data sheets, the rates of the time model, and the flags for both."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..console.flags import above_zero, split, tool_parser, whole_number
+from ..console.flags import above_zero, split, tool_parser, whole_number, without
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ LATENCY, NETWORK_LATENCY = 5.0, 10.0
 # 5.2 (vllm-project/vllm#34838). DRIVER, the launch itself, is assumed.
 FRAME, LAUNCH, HOST, DRIVER = 0.8, 9.0, 1.3, 2.0
 
+SCHEDULE = "--step-batch-size-schedule"
+WITHOUT_FILES = "--tokenizer-type NullTokenizer --vocab-size 50257".split()  # GPT-2's number of words
+
 
 def rates(name: str) -> dict[str, float]:
     """Return the rates of the time model for a kind of GPU.
@@ -100,3 +104,21 @@ def parse_plan(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tup
         parser.error("give Megatron's flags after --")
     options.rates = rates(options.gpu) | dict(options.rate)
     return options, flags
+
+
+def planned_flags(flags: Sequence[str], values: argparse.Namespace) -> list[str]:
+    """Return the flags with the last batch size of --step-batch-size-schedule for all steps.
+
+    If GPT-2's files are not given or not there yet, the flags have a vocabulary of the same size.
+
+    Args:
+        flags: Megatron's.
+        values: theirs, by `read_values`.
+    """
+    planned = [*flags]
+    if values.step_batch_size_schedule is not None:
+        last = values.step_batch_size_schedule.rpartition(":")[2]
+        planned = [*without(flags, SCHEDULE.__eq__), "--global-batch-size", last]
+    are_there = all(file and os.path.isfile(file) for file in (values.vocab_file, values.merge_file))
+    needs_files = values.tokenizer_type in (None, "GPT2BPETokenizer")
+    return [*planned, *WITHOUT_FILES] if needs_files and not are_there else planned

@@ -186,7 +186,7 @@ def stage_memory(args: argparse.Namespace, stages: list[Stage], index: int, expe
 
 
 def checkpoint_bytes(args: argparse.Namespace, parameters: int) -> float:
-    """Return the bytes of one checkpoint on disk: weights and optimizer state of a model of so many parameters."""
+    """Return the bytes of one checkpoint on disk: weights and optimizer state of all parameters."""
     optimizer = 0 if args.no_save_optim else _optimizer_bytes(args)
     return (element_size(args) + optimizer) * parameters
 

@@ -62,7 +62,7 @@ def build_libraries() -> list[Path]:
     if torch.version.cuda is None:
         raise ToolError(
             "A rehearsal needs PyTorch built for CUDA, as PyPI has it for Linux, and here is "
-            f"{torch.__version__}, for CPUs only. Install it in another environment (pip install torch), and set "
+            f"{torch.__version__}, for CPUs only. Install it in a different environment (pip install torch), and set "
             "PYTHON=/path/to/python."
         )
     sources = [*sorted(FOLDER.iterdir()), Path(__file__), *[TRITON] * TRITON.exists()]

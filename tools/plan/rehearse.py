@@ -2,13 +2,12 @@
 
 remoe rehearse --gpus 8 -- <Megatron flags>      or      REHEARSE=1 bash scripts/train_llama_978m_remoe.sh 8
 
-PyTorch, Megatron and this project run as they would on a node, over a no-op CUDA: no GPU is used, nothing
-is trained or saved. The times are those of a model, by rates that --rate changes.
+PyTorch, Megatron and this project run as on a node, over a no-op CUDA: no GPU is used, and nothing is trained or
+saved. The times are those of a model, by rates that --rate changes.
 """
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,11 +17,11 @@ from typing import Any
 
 from ..console.errors import ToolError
 from ..console.files import write_json
-from ..console.flags import for_a_plan, last_value, parse, whole, without
-from ..console.places import ROOT, is_clone
+from ..console.flags import without
+from ..recipes.megatron_values import child_environment, read_values
 from ..runs.running import run_tool
 from . import no_op_cuda, rehearsal_report
-from .gpus import parse_plan, plan_parser
+from .gpus import parse_plan, plan_parser, planned_flags
 from .step_time import TITLES
 
 PROGRESS = "rehearsal:"
@@ -38,32 +37,29 @@ LEFT_OUT = set(
 )
 
 
-def rehearsal_flags(flags: Sequence[str], steps: int) -> list[str]:
-    """Return a run's flags with made-up tokens, so many steps, and nothing saved."""
-    kept = for_a_plan(without(flags, LEFT_OUT.__contains__))
+def rehearsal_flags(flags: Sequence[str], values: argparse.Namespace, steps: int) -> list[str]:
+    """Return a run's flags, whose `values` are known, with made-up tokens, `steps` steps, and nothing saved."""
+    kept = planned_flags(without(flags, LEFT_OUT.__contains__), values)
     run = f"--mock-data --train-iters {steps} --log-interval 1 --eval-interval 1000000 --eval-iters 0 --num-workers 0"
     return [*kept, *run.split()]
 
 
-def choose_ranks(flags: Sequence[str], world: int) -> dict[int, str]:
+def choose_ranks(stages: int, world: int) -> dict[int, str]:
     """Return the ranks to simulate, the first of the first, a middle and the last pipeline stage, and their kinds."""
-    stages = max(1, whole(parse(flags), "--pipeline-model-parallel-size"))
     chosen = sorted({0, stages // 2, stages - 1})
     return {stage * world // stages: f"pipeline stage {stage + 1} of {stages}" for stage in chosen}
 
 
 def simulate(rank: int, options: argparse.Namespace, flags: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Simulate one rank; return its record, with "rank", "starts" and "error"."""
+    """Simulate one rank with its `flags`; return its record, with "rank", "starts" and "error"."""
     record, lines = folder / f"rank{rank}.json", list[str]()
     request = {"rank": rank, "world": options.gpus, "gpus_per_node": options.gpus_per_node, "record": str(record)}
     request |= {"stage": options.stage, "rates": options.rates}
-    environment = os.environ | no_op_cuda.environment(options.gpu, options.gpus_per_node)
+    environment = child_environment() | no_op_cuda.environment(options.gpu, options.gpus_per_node)
     environment.pop("CUDA_VISIBLE_DEVICES", None)
-    if is_clone():
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
     command = [sys.executable, "-P", "-m", f"{__package__}.rank_entry", json.dumps(request)]
     process = subprocess.Popen(
-        [*command, *rehearsal_flags(flags, MOST_STEPS)], env=environment, stdin=subprocess.DEVNULL,
+        [*command, *flags], env=environment, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
     )  # fmt: skip
     assert process.stdout is not None
@@ -87,17 +83,19 @@ def _last_error(lines: list[str], code: int) -> str:
 
 def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
     """Simulate the ranks one after another and print the figures; return 1 if the run does not start."""
-    dispatcher = last_value(flags, "--moe-token-dispatcher-type") or "allgather"
-    if last_value(flags, "--num-experts") and dispatcher == "allgather":
+    values = read_values(flags)
+    options.iterations = values.train_iters or 0
+    if values.num_experts and values.moe_token_dispatcher_type == "allgather":
         raise ToolError(
             "--moe-token-dispatcher-type allgather, Megatron's default, cannot be rehearsed: its sizes come from the "
             "GPU. Give --moe-token-dispatcher-type alltoall."
         )
+    simulated = rehearsal_flags(flags, values, MOST_STEPS)
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for rank, kind in choose_ranks(flags, options.gpus).items():
+        for rank, kind in choose_ranks(values.pipeline_model_parallel_size, options.gpus).items():
             print(f"{PROGRESS} {options.gpus} x {options.gpu}, {kind}: starting", file=sys.stderr, flush=True)
-            records.append({"kind": kind} | simulate(rank, options, flags, Path(folder)))
+            records.append({"kind": kind} | simulate(rank, options, simulated, Path(folder)))
             if not records[-1]["starts"]:
                 break
     figures = rehearsal_report.summarize(records, options)
@@ -115,5 +113,4 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--stage", choices=TITLES, help=text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     options, flags = parse_plan(parser, arguments)
-    options.iterations = whole(parse(flags), "--train-iters")
     return run_tool("rehearse", lambda: rehearse(options, flags))

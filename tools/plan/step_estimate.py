@@ -20,7 +20,7 @@ BUCKET = 40e6  # Megatron's smallest bucket of gradients, in elements; it grows 
 
 @dataclass(frozen=True)
 class Overhead:
-    """Work besides products, fitted to rehearsals of the paper's models.
+    """Work other than products, fitted to rehearsals of the paper's models.
 
     Attributes:
         passes: bytes that a step moves, relative to the activations that layers keep.

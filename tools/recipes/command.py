@@ -13,7 +13,7 @@ from megatron.remoe.files.errors import with_code
 from megatron.remoe.files.files import write_text
 
 from ..console.errors import ToolError
-from ..console.flags import last_value, split
+from ..console.flags import split
 from ..console.places import LOG
 from .data import is_set
 from .launch import Launch, plan
@@ -112,7 +112,7 @@ def train(launch: Launch) -> int:
     output = Path(launch.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if not int(last_value(launch.launcher, "--node-rank") or 0):
+        if launch.layout.node_rank(os.environ) == 0:
             write_text(output / "command.sh", launch.text())
         (output / LOG).open("a").close()
     except OSError as error:

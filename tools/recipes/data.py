@@ -1,4 +1,4 @@
-"""Find the data sets and the vocabulary of a training from the environment."""
+"""Find the data sets and the vocabulary of a training run from environment variables."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron.remoe.files.gpt2_files import GPT2_FILES
 
-from ..console.flags import last_value
+from ..console.flags import group_by_flag
 from .layout import RecipeError
 
 PLACEHOLDER = "PREFIX"  # the data of a plan that is given none
@@ -104,7 +104,7 @@ def find_vocabulary(environment: Mapping[str, str], flags: Sequence[str], planne
     Raises:
         RecipeError: a file is missing, and the training is not just planned.
     """
-    if last_value(flags, "--tokenizer-type") is not None:
+    if "--tokenizer-type" in group_by_flag(flags):
         return []
     folder = environment.get("DATA_DIR") or "."
     words = ["--tokenizer-type", "GPT2BPETokenizer"]

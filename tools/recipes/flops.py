@@ -120,12 +120,12 @@ class Flops:
     expert: float
 
     @classmethod
-    def of(cls, args: Mapping[str, Any]) -> "Flops":
+    def count(cls, args: Mapping[str, Any]) -> "Flops":
         """Count the FLOPs of a model with these arguments of Megatron.
 
         Raises:
             ArithmeticError, AttributeError, LookupError, TypeError, ValueError: an argument that the count needs is
-                missing or has another type, or the model has layers that are not counted.
+                missing or has a different type, or the model has layers that are not counted.
         """
         named = argparse.Namespace(**args)
         sequence = flops_per_sequence(named)
@@ -134,7 +134,7 @@ class Flops:
 
 
 @dataclass(frozen=True)
-class Stage:
+class TrainingStage:
     """Iterations `first` to `last`: their time without evaluations and saves, FLOPs, and mean experts per token."""
 
     name: str
@@ -145,10 +145,10 @@ class Stage:
     experts: float
 
 
-def stages(figures: RunFigures, flops: Flops) -> list[Stage]:
+def stages(figures: RunFigures, flops: Flops) -> list[TrainingStage]:
     """Return the dense stage, the way to the target and the steady stage, as far as the log has them.
 
-    Other models have one stage, "all". A line of the log stands for the iterations since the line before.
+    Other models have one stage, "all". A line of the log covers the iterations since the previous line.
     """
     iterations, seconds = figures.curve("seconds_per_iteration").iterations, figures.seconds
     batches, target = figures.batches(iterations), figures.target_sparsity
@@ -166,7 +166,7 @@ def stages(figures: RunFigures, flops: Flops) -> list[Stage]:
     steps, last = steps[known], int(iterations[-1])
     ends = [("all", last)]
     if target is not None:
-        sparsity = figures.at("sparsity", iterations)
+        sparsity = figures.values("sparsity", iterations)
         risen = sparsity - sparsity[0] > RISING * (target - sparsity[0])
         dense = int(iterations[risen.argmax() - 1]) if risen.any() else last  # the first line has not risen
         dense = 0 if sparsity[0] >= target else dense
@@ -176,8 +176,8 @@ def stages(figures: RunFigures, flops: Flops) -> list[Stage]:
     for name, end in ends:
         lines = (before < iterations) & (iterations <= end)
         if lines.any():
-            hours, mean = seconds[lines].sum() / 3600, (steps * experts)[lines].sum() / (end - before)
-            stages_found.append(Stage(name, before + 1, end, float(hours), float(cost[lines].sum()), float(mean)))
+            hours, mean = float(seconds[lines].sum()) / 3600, float((steps * experts)[lines].sum()) / (end - before)
+            stages_found.append(TrainingStage(name, before + 1, end, hours, float(cost[lines].sum()), mean))
             before = end
     return stages_found
 
@@ -188,7 +188,7 @@ def training_flops(figures: RunFigures) -> float | None:
     Exact where the log has the running sums of computed pairs, as each line since version 0.1 does.
     """
     try:
-        flops = Flops.of(figures.args)
+        flops = Flops.count(figures.args)
     except (ValueError, TypeError, AttributeError, ArithmeticError):  # uncounted layers, or a log without arguments
         return None
     stages_found = stages(figures, flops)

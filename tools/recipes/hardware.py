@@ -5,19 +5,22 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from ..console.flags import last_value
-from .layout import RecipeError
+from ..console.flags import group_by_flag
+from .layout import Layout, RecipeError
+from .megatron_values import read_values
 
 TRITON = ["--moe-kernels", "triton", "--cross-entropy-loss-fusion", "--ddp-average-in-collective"]
 GPU_FLAGS = ["--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
 PLAIN_PYTORCH = ["--transformer-impl", "local", "--no-persist-layer-norm", "--no-masked-softmax-fusion"]
 _WITHOUT_CONNECTIONS = {"--use-torch-fsdp2", "--use-megatron-fsdp", "--overlap-moe-expert-parallel-comm"}
+_DECIDING = {"--transformer-impl", "--tensor-model-parallel-size", "--context-parallel-size", "--cuda-graph-impl"}
 _WITHOUT_SEGMENTS = {"--use-nccl-ub", "--use-persistent-ckpt-worker"}
 
 
 def kernel_flags(kernels: str) -> list[str]:
-    """Return the flags that KERNELS stands for; raise RecipeError if it is neither empty nor triton."""
+    """Return the flags of KERNELS; raise RecipeError if it is neither empty nor triton."""
     if kernels not in ("", "triton"):
         raise RecipeError(f"KERNELS={kernels}: choose triton, or leave it unset")
     return TRITON if kernels else []
@@ -45,17 +48,24 @@ def find_problem(interpreter: str) -> str | None:
     return (result.stderr.splitlines() or ["crashed"])[-1] if result.returncode else None
 
 
-def gpu_flags(has_experts: bool, kernels: str, flags: Sequence[str], interpreter: str) -> tuple[list[str], str]:
+def deciding_values(flags: Sequence[str]) -> dict[str, Any]:
+    """Return the values of the user's flags that decide on others; Megatron's parser is not asked if there are none."""
+    given = _DECIDING & group_by_flag(flags).keys()
+    values = vars(read_values(flags)) if given else {}
+    return {flag: values[flag.removeprefix("--").replace("-", "_")] for flag in given}
+
+
+def gpu_flags(has_experts: bool, kernels: str, values: Mapping[str, Any], interpreter: str) -> tuple[list[str], str]:
     """Return the flags for a training run on GPUs, and which layers they choose and why.
 
     Args:
         has_experts: whether the model has experts.
         kernels: KERNELS of the environment.
-        flags: Megatron's flags from the user.
+        values: see `deciding_values`.
         interpreter: the one that trains, empty to ask for no packages and take plain PyTorch.
     """
     problem: str | None = "not asked for"
-    if interpreter and last_value(flags, "--transformer-impl") != "local":
+    if interpreter and values.get("--transformer-impl") != "local":
         problem = find_problem(interpreter)
     if problem is None:
         engine, chosen = "Transformer Engine", ["--transformer-impl", "transformer_engine"]
@@ -73,10 +83,17 @@ def gpu_flags(has_experts: bool, kernels: str, flags: Sequence[str], interpreter
     return [*GPU_FLAGS, *chosen], engine
 
 
-def gpu_settings(flags: Sequence[str], environment: Mapping[str, str], gpu: str | None) -> dict[str, str]:
+def gpu_settings(
+    layout: Layout, flags: Sequence[str], values: Mapping[str, Any], environment: Mapping[str, str], gpu: str | None
+) -> dict[str, str]:
     """Return the environment variables of a training run on GPUs; the user's own stay.
 
-    `gpu` is the kind that a plan is for; None for those of this machine.
+    Args:
+        layout: of the recipe.
+        flags: Megatron's flags from the user.
+        values: see `deciding_values`; they override the layout.
+        environment: has the user's variables.
+        gpu: the kind that a plan is for; None for those of this machine.
     """
     chosen, question = {}, ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     if gpu is None:
@@ -84,14 +101,15 @@ def gpu_settings(flags: Sequence[str], environment: Mapping[str, str], gpu: str 
     precedes_blackwell = re.search(r"\bg?b\d", gpu.lower()) is None
     # Before Blackwell, Megatron refuses TP and CP without one connection. It refuses FSDP with it, and the overlap of
     # expert parallelism wants more.
-    parallel = [last_value(flags, f"--{kind}-parallel-size") for kind in ("tensor-model", "context")]
-    if parallel != ["1", "1"] and not _WITHOUT_CONNECTIONS & set(flags) and precedes_blackwell:
+    tp = values.get("--tensor-model-parallel-size", layout.tp)
+    is_parallel = tp > 1 or values.get("--context-parallel-size", layout.cp) > 1
+    if is_parallel and not _WITHOUT_CONNECTIONS & set(flags) and precedes_blackwell:
         chosen["CUDA_DEVICE_MAX_CONNECTIONS"] = environment.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # The number of pairs changes every step, and segments of a fixed size would fragment. All versions of PyTorch read
     # this name. CUDA graphs, NCCL's buffers and checkpoint workers do not work with it without more settings.
     if (
         "PYTORCH_ALLOC_CONF" not in environment
-        and (last_value(flags, "--cuda-graph-impl") or "none") == "none"
+        and values.get("--cuda-graph-impl", "none") == "none"
         and not _WITHOUT_SEGMENTS & set(flags)
     ):
         chosen["PYTORCH_CUDA_ALLOC_CONF"] = environment.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..console.flags import last_value, parse, split
+from ..console.flags import group_by_flag, split
 from ..console.places import entry, home
 from ..console.places import interpreter as default_interpreter
 from . import data, hardware
@@ -85,7 +85,7 @@ def plan(
     output = environment.get("OUTPUT_DIR") or str(home() / "runs" / name)
 
     data_path = data.find_data(environment, planned)
-    parts = data.choose_split([] if "--split" in parse(extra) else data_path)
+    parts = data.choose_split([] if "--split" in group_by_flag(extra) else data_path)
     tokenizer = data.find_vocabulary(environment, extra, planned)
     interpreter, kernels = environment.get("PYTHON") or default_interpreter(), environment.get("KERNELS", "")
     fast = hardware.kernel_flags(kernels)
@@ -93,11 +93,14 @@ def plan(
 
     depth = _depth_flags(model, routing, layout, environment.get("MODEL") or "gpt", extra)
     launcher = layout.launcher(interpreter, environment, planned)
-    suited, engine = list[str](), ""
+    suited, engine, settings = list[str](), "", dict[str, str]()
     if "--cpu" not in extra:
         if not planned:
             hardware.check_gpus(layout.gpus_per_node, interpreter)
-        suited, engine = hardware.gpu_flags(has_experts, kernels, extra, interpreter if ask_for_packages else "")
+        values = hardware.deciding_values(extra)
+        suited, engine = hardware.gpu_flags(has_experts, kernels, values, interpreter if ask_for_packages else "")
+        gpu = environment.get("GPU", "") if planned else None
+        settings = hardware.gpu_settings(layout, extra, values, environment, gpu)
     flags = [
         *depth, *model.flags(), *Training(numbers["train_iters"], numbers["micro_batch_size"]).flags(),
         *tokenizer, "--data-path", *data_path, "--split", parts, *"--eval-interval 1000 --eval-iters 100".split(),
@@ -109,8 +112,6 @@ def plan(
     if environment.get("WANDB_API_KEY"):
         flags += ["--wandb-project", project, "--wandb-exp-name", name, "--wandb-save-dir", output]
     flags += extra
-    gpu = environment.get("GPU", "") if planned else None
-    settings = hardware.gpu_settings(flags, environment, gpu) if engine else {}
     notes = []
     if parts != data.SPLITS[0]:
         notes.append(f"Split: {parts}, because the paper's {data.SPLITS[0]} leaves a part without documents")
@@ -126,7 +127,7 @@ def _depth_flags(size: Size, routing: str, layout: Layout, model_class: str, ext
     if model_class not in ("gpt", "hybrid"):
         raise RecipeError(f"MODEL={model_class}: choose gpt or hybrid")
     if model_class == "hybrid":
-        if last_value(extra, "--num-layers") is not None:
+        if "--num-layers" in group_by_flag(extra):
             raise RecipeError(
                 "MODEL=hybrid takes no --num-layers: give --hybrid-layer-pattern, such as '*E*E' for two layers with "
                 "experts, or '*-*-' without"

@@ -16,7 +16,7 @@ class RecipeError(ToolError):
 
 
 def whole_number(name: str, text: str) -> int:
-    """Return the number that a text stands for; raise RecipeError if it is no whole number of at least 1."""
+    """Convert a text to a number; raise RecipeError if it is no whole number of at least 1."""
     if not re.fullmatch("[1-9][0-9]*", text):
         raise RecipeError(f"{name} is '{text}': give a whole number of at least 1")
     return int(text)
@@ -61,7 +61,7 @@ class Layout:
         return words
 
     def launcher(self, interpreter: str, environment: Mapping[str, str], planned: bool) -> list[str]:
-        """Return torchrun's words in front of the program; a plan without a node's rank is the first node's.
+        """Return torchrun's words in front of the program.
 
         Raises:
             RecipeError: there are several nodes, and the first one's name or this one's rank is missing.
@@ -72,6 +72,17 @@ class Layout:
             return [*words, "--standalone"]
         if not environment.get("MASTER_ADDR"):
             raise RecipeError(f"NNODES={self.nodes} needs MASTER_ADDR, the first node's name")
+        rank, port = str(self.node_rank(environment, planned)), environment.get("MASTER_PORT") or "29500"
+        return [*words, "--node-rank", rank, "--master-addr", environment["MASTER_ADDR"], "--master-port", port]
+
+    def node_rank(self, environment: Mapping[str, str], planned: bool = False) -> int:
+        """Return this node's rank; in a plan, a node without a rank is the first.
+
+        Raises:
+            RecipeError: there are several nodes, and this one's rank is missing.
+        """
+        if self.nodes == 1:
+            return 0
         ranks = (environment.get(name) for name in ("NODE_RANK", "RANK", "SLURM_NODEID"))
         rank = next(filter(None, ranks), "0" if planned else "")
         if not re.fullmatch("[0-9]{1,9}", rank) or int(rank) >= self.nodes:
@@ -79,5 +90,4 @@ class Layout:
                 f"the node's rank (NODE_RANK, RANK or SLURM_NODEID) is '{rank}': give a number below "
                 f"NNODES={self.nodes}"
             )
-        port = environment.get("MASTER_PORT") or "29500"
-        return [*words, "--node-rank", rank, "--master-addr", environment["MASTER_ADDR"], "--master-port", port]
+        return int(rank)

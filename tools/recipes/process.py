@@ -62,14 +62,14 @@ def run_training(command: Sequence[str], log: Path) -> int:
 
     Args:
         command: its words.
-        log: the training's output is appended to this file and printed; its last error is printed again at the end.
+        log: the run's output is appended to this file and printed; its last error is printed again at the end.
 
     Returns:
         Its exit code; `STOPPED` if Ctrl-C or SIGTERM ended it without an error.
     """
     start, stopping = log.stat().st_size if log.exists() else 0, False
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until there is something to stop
-    # Both get their own process group, so that a terminal's Ctrl-C reaches only this process. They ignore signals:
+    # The run and tee get a process group each: a terminal's Ctrl-C reaches only this process. They ignore signals:
     # tee has to write the last line, and torchrun would limit the time for saving.
     job = subprocess.Popen(
         command, env=os.environ | {"PET_SIGNALS_TO_HANDLE": "SIGHUP"}, stdin=subprocess.DEVNULL,

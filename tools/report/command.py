@@ -26,7 +26,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add = parser.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder or its --save")
     add("--output", type=Path, metavar="FILE", help="default: report.html in the first run's folder")
-    text = "write it again every so many seconds (default: 30) until the runs are done; the page loads itself again"
+    text = "rewrite the page every N seconds (default: 30) until the runs are done; it reloads itself"
     add("--watch", type=whole_number(1), nargs="?", const=30, metavar="SECONDS", help=text)
     return parser.parse_args(arguments)
 

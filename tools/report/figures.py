@@ -28,7 +28,7 @@ from ..runs.run_figures import EMPTY, TOTALS, Curve, RunFigures, smooth
 
 COLUMNS = 240  # most columns of a heat map
 FIRST_SHARE = 0.05  # start of a run that does not set the range of the loss axis: its fall hides later differences
-POINTS, FEW = 1000, 300  # most points of a curve; of a layer's curve, and of the tooltip
+POINTS, FEW = 1000, 300  # maximum number of points of a curve, and of a layer's curve and the tooltip
 RIM = "#888888"  # visible on light and on dark
 Layers = Mapping[int, Curve]
 
@@ -116,12 +116,12 @@ def _validation(name: str, figures: RunFigures) -> Drawn:
 
 def _sparsity(figures: RunFigures) -> Drawn:
     settled = np.array([figures.settled] if figures.settled else [], np.int64)
-    marks = Curve(settled, figures.at("sparsity", settled))
+    marks = Curve(settled, figures.values("sparsity", settled))
     return Drawn(figures.curve("sparsity"), figures.layers.get("layer_sparsity", {}), marks=marks)
 
 
 def _experts(figures: RunFigures) -> Drawn:
-    # A baseline's router logs running sums alone, the authors' fork S alone.
+    # A baseline's router logs only running sums; the authors' fork logs only S.
     experts, iterations = figures.num_experts, figures.curves.get(TOTALS[0], figures.curve("sparsity")).iterations
     if not experts or not len(iterations):
         return Drawn()
@@ -140,7 +140,7 @@ def _load(run: RunFigures, x_range: Range1d) -> Iterator[Panel]:
     experts = len(loads[iterations[-1]][layers[0]])
     rows = len(layers) * (experts + 1) - 1  # an empty one between two layers
     edges = np.linspace(0, iterations[-1], 1 + min(COLUMNS, len(iterations)))
-    chosen = np.searchsorted(iterations, (edges[1:] + edges[:-1]) / 2)  # a line stands for the iterations before it
+    chosen = np.searchsorted(iterations, (edges[1:] + edges[:-1]) / 2)  # a line covers the iterations before it
     blocks = []
     for layer in layers:
         load = np.stack([loads[iterations[place]][layer] for place in chosen], axis=1)  # [experts, columns]
@@ -215,7 +215,7 @@ def _add_tooltip(plot: figure, unit: str, form: str, hovered: Sequence[tuple[str
     iterations = np.unique(np.concatenate([thin(curve, FEW).iterations for _, _, curve in hovered]))
     if len(iterations) > FEW:
         iterations = iterations[np.linspace(0, len(iterations) - 1, FEW).astype(int)]
-    values = np.array([_values_at(curve, iterations) for _, _, curve in hovered])
+    values = np.array([_newest_values(curve, iterations) for _, _, curve in hovered])
     some = np.isfinite(values)
     means = np.where(some, values / some.sum(axis=0).clip(min=1), 0.0).sum(axis=0)
     source: dict[str, Any] = {"x": iterations, "y": means}
@@ -262,7 +262,7 @@ def _plain(text: str) -> str:
     return "".join(f"&#{ord(sign)};" if sign in "@${}" else sign for sign in html.escape(text))
 
 
-def _values_at(curve: Curve, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
+def _newest_values(curve: Curve, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return the newest value at each iteration; NaN before the first and after the last."""
     place = np.searchsorted(curve.iterations, iterations, side="right") - 1
     outside = (place < 0) | (iterations > curve.iterations[-1])

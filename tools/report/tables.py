@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..console.display import duration
-from ..recipes.flops import Stage
+from ..recipes.flops import TrainingStage
 from ..runs.run_figures import RunFigures
 
 RECENT = 20  # lines whose rate gives the time that is left
@@ -95,7 +95,7 @@ def _time_left(run: RunFigures) -> str:
     return duration(left) if 0 < left < math.inf else ""
 
 
-def stages(by_run: Mapping[str, Sequence[Stage]]) -> Table:
+def stages(by_run: Mapping[str, Sequence[TrainingStage]]) -> Table:
     """Return the paper's table 6 for runs by name."""
     rows = [
         [

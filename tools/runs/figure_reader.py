@@ -59,7 +59,7 @@ def _add(figures: RunFigures, curves: Points, record: Mapping[str, Any]) -> None
     """Add a record.
 
     Raises:
-        ArithmeticError, AttributeError, LookupError, TypeError, ValueError: a value has another type or is missing.
+        ArithmeticError, AttributeError, LookupError, TypeError, ValueError: a value has a different type or is missing.
     """
     iteration = record["iteration"]
     figures.parameters = record.get("parameters") or figures.parameters

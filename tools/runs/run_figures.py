@@ -154,7 +154,7 @@ class RunFigures:
         return sum(losses) / sum(weights) if newest else None
 
     def final_losses(self, iteration: int) -> dict[str, float]:
-        """Return validation set → the newest loss after a run of so many iterations, for sets that have one."""
+        """Return validation set → the newest loss after a run of this length, for sets that have one."""
         return {
             name: each.loss
             for name, losses in self.evaluations.items()
@@ -162,7 +162,7 @@ class RunFigures:
             if each.final and each.iteration == iteration
         }
 
-    def at(self, name: str, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
+    def values(self, name: str, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the values of a figure at iterations; NaN where it was not logged."""
         logged = self.curve(name)
         if not len(logged.values):
@@ -172,7 +172,7 @@ class RunFigures:
 
     def batches(self, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the sequences of a step at logged iterations; NaN if unknown."""
-        logged = self.at("global_batch_size", iterations)
+        logged = self.values("global_batch_size", iterations)
         return np.where(np.isnan(logged), self.whole("global_batch_size") or math.nan, logged)
 
     @property
@@ -183,7 +183,7 @@ class RunFigures:
 
     @property
     def began(self) -> int:
-        """Return the iteration before the log's first; above 0 if earlier steps are in another folder's log."""
+        """Return the iteration before the log's first; above 0 if earlier steps are in a different folder's log."""
         first = min(self.starts, default=0)
         return first if first < min((int(curve.iterations[0]) for curve in self.curves.values()), default=0) else 0
 
@@ -214,6 +214,6 @@ class RunFigures:
 
         Without running sums, it comes from S, which holds only for the logged step.
         """
-        pairs, tokens = (np.diff(self.at(name, iterations), prepend=0) for name in TOTALS)
-        in_step = self.computed_experts(self.at("sparsity", iterations))
+        pairs, tokens = (np.diff(self.values(name, iterations), prepend=0) for name in TOTALS)
+        in_step = self.computed_experts(self.values("sparsity", iterations))
         return np.where(tokens > 0, pairs / np.where(tokens > 0, tokens, 1), in_step)

@@ -29,7 +29,7 @@ def run_tool(tool: str, work: Callable[[], int | None], stopped: str = "stopped"
         return 1
     except OSError as error:
         place = error.filename2 or error.filename
-        reason = f"{place}: {error.strerror}. Give another file or folder" if place else str(error)
+        reason = f"{place}: {error.strerror}. Give a different file or folder" if place else str(error)
         print(f"{tool}: error: {reason}. [REMOE-E300]", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

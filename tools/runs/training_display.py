@@ -79,7 +79,7 @@ class TrainingDisplay:
         self.say(f"{shown.title}: {result}")
 
     def run_all(self, jobs: Iterable[Callable[[], None]], at_once: int) -> None:
-        """Call the jobs, so many at once; each calls `run`.
+        """Call the jobs, several at once; each calls `run`.
 
         KeyboardInterrupt, or an exception of a job, stops the runs of the others after a last checkpoint.
         """

@@ -61,7 +61,7 @@ class TopPRouter(TopKRouter):
             torch.distributed.all_reduce(seen, group=self.tp_dp_cp_group)
         error = (self.topk - seen[0] / seen[1].clamp(min=1.0)) / self.num_experts * (seen[1] > 0)
         start = self.topk / self.num_experts
-        # The sum stops where p alone would leave 0 to 1.
+        # The sum stops where p without the proportional part would leave 0 to 1.
         total = (self.errors * UNIT + error).clamp(-start / INTEGRAL, (1.0 - start) / INTEGRAL)
         threshold = (start + PROPORTIONAL * error + INTEGRAL * total).clamp(UNIT, 1.0)
         self.errors.copy_((total / UNIT).round().to(torch.int64))

@@ -111,7 +111,7 @@ def _open_alone(path: Path, prefix: Path) -> BinaryIO:
     # Another run may have published the file between opening and locking.
     if not (take_lock(file) and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
         file.close()
-        raise DataError(f"Another run is writing {prefix}.bin. Wait for it, or give another --output-prefix.")
+        raise DataError(f"Another run is writing {prefix}.bin. Wait for it, or give a different --output-prefix.")
     file.truncate(0)
     return file
 

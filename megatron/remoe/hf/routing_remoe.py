@@ -56,7 +56,7 @@ class RemoeRouter(nn.Module):
             if self.config.max_experts_per_token is not None:
                 return logits, *gates.topk(self.config.max_experts_per_token)
             return logits, gates, torch.arange(self.config.num_experts, device=gates.device).expand_as(gates)
-        scores = scores_of(self.config, logits)
+        scores = score_experts(self.config, logits)
         biased = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
         experts = biased.topk(k).indices
         top = scores.gather(-1, experts)
@@ -67,13 +67,13 @@ class RemoeRouter(nn.Module):
     def _hashed(self, token_ids: torch.Tensor | None) -> torch.Tensor:
         """Return numbers `[tokens, num_experts]` that depend on the id; the k largest are chosen."""
         if token_ids is None:
-            raise ValueError("With hash_routing experts follow from input_ids; inputs_embeds alone will not do.")
+            raise ValueError("hash_routing chooses experts by input_ids. Give input_ids, not only inputs_embeds.")
         experts = torch.arange(self.config.num_experts, device=token_ids.device)
         layer = self.config.num_experts * (self.layer_idx + 1)
         return _mixed(_mixed(token_ids.reshape(-1, 1)) + _mixed(experts + layer))
 
 
-def scores_of(config: RemoeConfig, logits: torch.Tensor) -> torch.Tensor:
+def score_experts(config: RemoeConfig, logits: torch.Tensor) -> torch.Tensor:
     """Return the scores of top-k routing, of the logits' shape, at least in float32."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
@@ -107,7 +107,7 @@ def routing_loss(
     for logits in router_logits:
         if token_mask is not None:
             logits = logits[token_mask.reshape(-1).to(logits.device)]
-        scores = torch.relu(logits).float() if config.moe_relu_routing else scores_of(config, logits)
+        scores = torch.relu(logits).float() if config.moe_relu_routing else score_experts(config, logits)
         active = scores > 0
         if not config.moe_relu_routing:
             active = torch.zeros_like(active).scatter(-1, scores.topk(k).indices, True)

@@ -44,8 +44,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
             ValueError: the model has no ReLU routing.
         """
         # Look at classes: PEFT's wrapper also has the attributes of its model, but setting them there has no effect.
-        found = (part for part in model.modules() if hasattr(type(part), "routing_counts"))
-        self.model = next(found, None)
+        routers = (part for part in model.modules() if hasattr(type(part), "routing_counts"))
+        self.model = next(routers, None)
         if self.model is None or not (self.model.config.moe_relu_routing and self.model.config.num_experts):
             raise ValueError("SparsityCallback needs a model with ReLU routing. Leave it out for other models.")
         config = self.model.config

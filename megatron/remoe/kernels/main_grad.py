@@ -3,7 +3,7 @@
 import torch
 
 
-def main_grad_of(weight: torch.Tensor) -> torch.Tensor | None:
+def find_main_grad(weight: torch.Tensor) -> torch.Tensor | None:
     """Return Megatron's gradient buffer of `weight`; None if `add_outer` cannot add to it."""
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None or not hasattr(weight, "grad_added_to_main_grad"):

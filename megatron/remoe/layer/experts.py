@@ -76,7 +76,7 @@ class GroupedExperts(MegatronModule):
         fc1 = parameter(2 * ffn, hidden, parallel_dim=1, stride=2)
         fc2 = parameter(hidden, ffn, parallel_dim=2, stride=1)
         if config.perform_initialization:
-            # One expert after another, as a `SequentialMLP` draws them.
+            # Draw expert by expert, as `SequentialMLP` does, so that the weights are equal.
             with torch.no_grad(), get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
                 for of_fc1, of_fc2 in zip(fc1, fc2, strict=True):
                     config.init_method(of_fc1)

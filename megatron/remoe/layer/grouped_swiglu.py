@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from megatron.remoe.kernels.interface import Backend, Order
-from megatron.remoe.kernels.main_grad import add_outer, main_grad_of, mark_as_added
+from megatron.remoe.kernels.main_grad import add_outer, find_main_grad, mark_as_added
 
 KERNEL_EXPERTS, KERNEL_MULTIPLE = 1023, 8  # maximum number of experts; a row of bf16 is a multiple of 16 bytes
 SM90, SM100 = 9, 10
@@ -156,7 +156,7 @@ def _weight_gradient(
     weight: torch.Tensor, products: OneByOne | OneKernel, left: torch.Tensor, right: torch.Tensor
 ) -> torch.Tensor:
     """Return each expert's `left.T @ right`, or an empty tensor if it was added to Megatron's buffer."""
-    main_grad = main_grad_of(weight)
+    main_grad = find_main_grad(weight)
     if main_grad is None:
         return products.outers(left, right)
     products.add_outers(main_grad, left, right)

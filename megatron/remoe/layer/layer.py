@@ -2,13 +2,17 @@
 
 T tokens (sequence x batch), E experts, P pairs (a token and an expert that is active for it), H hidden size.
 
-    forward → _forward: route → count → for each chunk of tokens: run the experts (ways.py)
+    forward → _forward: route → count → for each chunk of tokens: run the experts in one of three ways
+
+    InPlace     one rank has all experts      plan → experts(tokens, order): take → SwiGLU → sum
+    ByExchange  all-to-all                    plan, take → dispatch → experts → combine → sum
+    ByMegatron  allgather, HybridEP           preprocess → dispatch → experts → combine → postprocess
 
 At the target sparsity there is one chunk.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -25,7 +29,6 @@ from megatron.remoe.kernels.backend import choose_backend
 from megatron.remoe.layer.counting import Counts, count_pairs
 from megatron.remoe.layer.dispatcher import PlannedAlltoAllDispatcher
 from megatron.remoe.layer.experts import GroupedExperts
-from megatron.remoe.layer.ways import ByExchange, ByMegatron, InPlace, Way
 
 
 class ReMoELayer(MoELayer):
@@ -57,7 +60,7 @@ class ReMoELayer(MoELayer):
         self._frees_activations = getattr(self.experts, "activation_recompute", False) and not is_fused
         _prepare_experts(self.experts)
 
-    def _choose_way(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> Way:
+    def _choose_way(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> "Way":
         if not takes_plans(config):
             return ByMegatron(self)
         self.token_dispatcher = PlannedAlltoAllDispatcher(
@@ -148,11 +151,70 @@ class ReMoELayer(MoELayer):
             self.experts.activation_recompute = frees
 
 
+class Way(Protocol):
+    """A way to run the experts."""
+
+    def run(
+        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
+    ) -> torch.Tensor:
+        """Return the sum of each token's experts.
+
+        Args:
+            hidden_states: `[sequence, batch, H]`.
+            probs_TE: `[T, E]`, the gates.
+            map_TE: bool `[T, E]`.
+            counts: of this map; Megatron's dispatchers make their own.
+
+        Returns:
+            `[sequence, batch, H]`.
+        """
+
+
+class InPlace:
+    """The experts take the tokens and sum the pairs themselves; nothing is sent."""
+
+    def __init__(self, layer: MoELayer) -> None:
+        self.layer = layer
+
+    def run(
+        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
+    ) -> torch.Tensor:
+        order, gates_P = self.layer.backend.plan(probs_TE, map_TE, counts.counts_EB, counts.num_pairs)
+        tokens_TH = hidden_states.view(-1, hidden_states.shape[-1])
+        output, _ = self.layer.experts(tokens_TH, counts.tokens_per_expert, gates_P, order)
+        return output.view_as(hidden_states)
+
+
+class ByMegatron:
+    """Megatron's dispatcher counts, permutes and sends the pairs."""
+
+    def __init__(self, layer: MoELayer) -> None:
+        self.layer = layer
+
+    def run(
+        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
+    ) -> torch.Tensor:
+        layer = self.layer
+        pairs_PH, gates_P = layer.preprocess(hidden_states, probs_TE, map_TE)
+        output, _ = layer.routed_experts_compute(*layer.dispatch(pairs_PH, gates_P))
+        return layer.postprocess(layer.combine(output), None)
+
+
+class ByExchange(ByMegatron):
+    """A `PlannedAlltoAllDispatcher` takes Megatron's steps with the counts of the layer."""
+
+    def run(
+        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
+    ) -> torch.Tensor:
+        self.layer.token_dispatcher.counts = counts
+        return super().run(hidden_states, probs_TE, map_TE, counts)
+
+
 def _prepare_experts(experts: torch.nn.Module) -> None:
     """Make experts load and train the same way in every layout."""
     for parameter in experts.parameters():
-        # Megatron gives experts their own optimizer only with expert parallelism. A checkpoint's optimizer state would
-        # then not load with another expert parallel size.
+        # Megatron gives experts their own optimizer only with expert parallelism. The optimizer
+        # state would then fail to load under a different expert parallel size.
         parameter.allreduce = False  # type: ignore[attr-defined]
     if isinstance(experts, SequentialMLP):
         for expert in experts.local_experts:

@@ -41,7 +41,7 @@ def with_router(spec: LayerSpec, router: type[TopKRouter]) -> LayerSpec:
         router: the class of the router.
 
     Raises:
-        TypeError: a layer's experts and router belong to another class than Megatron's `MoELayer`.
+        TypeError: a layer's experts and router belong to a different class than Megatron's `MoELayer`.
     """
     return _replaced(spec, {MoELayer: ReMoELayer}, router)
 

@@ -35,7 +35,7 @@ def load_objects_unexecuted() -> None:
 
     PyTorch unpickles them without restriction, although Megatron has a list of the types that they consist of.
     """
-    torch.serialization.add_safe_globals([Call, Caller])  # the list lacks these, which checkpoints after a NaN hold
+    torch.serialization.add_safe_globals([Call, Caller])  # checkpoints after a NaN hold these
 
     @replace(DefaultLoadPlanner, "load_bytes")
     def load_bytes(stock: Any, self: DefaultLoadPlanner, read_item: Any, value: io.BytesIO) -> None:

@@ -62,8 +62,8 @@ class ReMoEConfig(TransformerConfig):
     """Optimizer steps of the near-dense warm-up (e.g. 100)."""
 
     moe_baseline_router: Literal["hash", "expert_choice", "expert_threshold", "top_p"] | None = None
-    """Replace top-k by another router: by the token's id (hash), experts that choose tokens and see the future of their
-    sequence (expert_choice), or with a number of experts that varies around topk: by a threshold of each
+    """Replace top-k by a different router: by the token's id (hash), experts that choose tokens and see the future of
+    their sequence (expert_choice), or with a number of experts that varies around topk: by a threshold of each
     expert (expert_threshold, arXiv 2603.11535), or by a probability to reach (top_p, arXiv 2512.13996)."""
 
     def __post_init__(self) -> None:

@@ -114,8 +114,8 @@ class SparsityController:
         """Return the last step's figures, or None before the first update; waits for the device."""
         if self._last is None:
             return None
-        sums = StepSums.of(self._last.buffer.cpu(), self._num_layers)
-        return RoutingSummary.of(sums, self.config)
+        sums = StepSums.view(self._last.buffer.cpu(), self._num_layers)
+        return RoutingSummary.compute(sums, self.config)
 
 
 def _reduced_gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:

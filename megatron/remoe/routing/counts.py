@@ -77,10 +77,10 @@ class StepSums:
     def zeros(cls, num_layers: int, num_experts: int, device: torch.device) -> "StepSums":
         """Return empty sums."""
         width = num_experts + len(COLUMNS)
-        return cls.of(torch.zeros(num_layers * (width + 1) + 3, dtype=torch.float64, device=device), num_layers)
+        return cls.view(torch.zeros(num_layers * (width + 1) + 3, dtype=torch.float64, device=device), num_layers)
 
     @classmethod
-    def of(cls, buffer: torch.Tensor, num_layers: int) -> "StepSums":
+    def view(cls, buffer: torch.Tensor, num_layers: int) -> "StepSums":
         """Return the views of a buffer."""
         table, guarded, scalars = buffer.split([len(buffer) - num_layers - 3, num_layers, 3])
         return cls(buffer, RoutingCounts(table.view(num_layers, -1)), guarded, *scalars.unbind())
@@ -116,7 +116,7 @@ class RoutingSummary:
     tokens_per_expert: dict[int, list[float]]
 
     @classmethod
-    def of(cls, sums: StepSums, config: ReMoEConfig) -> "RoutingSummary":
+    def compute(cls, sums: StepSums, config: ReMoEConfig) -> "RoutingSummary":
         """Return the figures of a step's sums, which are on the host."""
         numbered = {number: RoutingCounts(row) for number, row in enumerate(sums.counts.table, start=1)}
         layers = {number: row for number, row in numbered.items() if row["tokens"] > 0}

@@ -166,7 +166,7 @@ def _refused(settings: Settings, given: str) -> Iterator[str]:
 
 
 def _combinations(settings: Settings, given: str) -> Iterator[str]:
-    """Yield settings of which only some values are refused in combination."""
+    """Yield refused combinations of certain values."""
     backend = getattr(settings, "moe_flex_dispatcher_backend", None)
     if getattr(settings, "moe_token_dispatcher_type", None) == "flex" and backend != "hybridep":
         yield (  # token_dispatcher.py: _DeepepManager and _NCCLEPManager.setup_metadata

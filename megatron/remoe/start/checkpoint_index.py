@@ -15,7 +15,7 @@ from megatron.remoe.files.errors import UsageError
 INDEX = ".metadata"
 _MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
 _NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout")}
-# PyTorch stores the path that it wrote to. Python 3.13 has another name for the module.
+# PyTorch stores the path that it wrote to. Python 3.13 has a different name for the module.
 _PATHS = {(module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")}
 
 
@@ -77,4 +77,4 @@ def check_object(name: str, content: io.BytesIO) -> None:
         raise BrokenCheckpointError(f"{name} in the checkpoint is damaged") from error
     if unknown:
         problem = f"{name} in the checkpoint refers to {', '.join(unknown)}, which could run code"
-        raise BrokenCheckpointError(f"{problem}; nothing was executed. Give another checkpoint.", "REMOE-E405")
+        raise BrokenCheckpointError(f"{problem}; nothing was executed. Give a different checkpoint.", "REMOE-E405")

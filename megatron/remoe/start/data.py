@@ -51,7 +51,8 @@ def check_data(args: argparse.Namespace, read_blends: BlendReader) -> None:
             flag = ("--train-data-path", "--valid-data-path")[number]
             given = f"--split {args.split}" if args.split else f"{flag} is missing"
             raise DataError(
-                f"{given}: there is no {SPLITS[number]} data. Give {flag}, or another --split{remedy}.", "REMOE-E304"
+                f"{given}: there is no {SPLITS[number]} data. Give {flag}, or a different --split{remedy}.",
+                "REMOE-E304",
             )
 
 
@@ -104,7 +105,7 @@ def _check_split(
         split = f"--split {args.split}" if flag in ("--data-path", "--data-args-path") else flag
         raise DataError(
             f"{flag} {empty.prefix}: of its {len(empty.lengths):,} document(s) the {SPLITS[number]} split gets nothing "
-            f"({split}). Give more documents, or another --split; 0 turns a split off (training only: 100,0,0 with "
+            f"({split}). Give more documents, or a different --split; 0 turns a split off (training only: 100,0,0 with "
             "--eval-iters 0).",
             "REMOE-E304",
         )

@@ -95,7 +95,7 @@ def check_flips(args: argparse.Namespace) -> None:
 
 
 def check_local_layers(args: argparse.Namespace, stacks_experts: bool) -> None:
-    """Refuse optimizers that would train the experts of --transformer-impl local in another way.
+    """Refuse optimizers that would train the experts of --transformer-impl local in a different way.
 
     Args:
         args: see above.

@@ -24,7 +24,7 @@ LOST_WORKER = r"DataLoader worker .*(exited unexpectedly|is killed by signal)"
 REMEDIES = {
     LOST_WORKER: "A signal, or a lack of memory, ended a process that reads data. The last whole checkpoint is still "
     "there, and the same command resumes from it.",
-    r"EADDRINUSE|address already in use": "Another program listens there: choose another MASTER_PORT, or unset RANK.",
+    r"EADDRINUSE|address already in use": "The port is in use: choose a different MASTER_PORT, or unset RANK.",
     r"Connection (reset by peer|closed by peer|was likely closed)|remote process exited|"
     r"NCCL.*(abort|remote|unhandled system)": "Another rank has ended: its last words, or its exit code in torchrun's "
     "report, say why.",
@@ -41,8 +41,8 @@ REMEDIES = {
     r"OptimizerParamScheduler: class input value": "Give the checkpoint's values, or --override-opt_param-scheduler to "
     "follow the flags, or --use-checkpoint-opt_param-scheduler to follow the checkpoint.",
     r"Global shape mismatch|size mismatch|Missing key|not found in (the )?(checkpoint|sharded)|unexpected key|"
-    r"from model not in state dict|from checkpoint .* is not equal to": "The checkpoint is of another model or layout: "
-    "give its flags, another --load, or convert it (remoe convert).",
+    r"from model not in state dict|from checkpoint .* is not equal to": "The checkpoint has another model or layout: "
+    "give its flags, a different --load, or convert it (remoe convert).",
 }
 LENGTH = 400
 # Errors that a single rank can have, because machines may see different files.

@@ -81,9 +81,9 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None = None) -> 
     names = RATES if args.allow_changed_settings else result_settings()
     if different := differences(args, resume.saved, names - RATES if args.no_load_optim else names):
         raise UsageError(
-            f"{given}: resuming with other settings than it was saved with: {different}. Give its values, or another "
-            "--save and --load, or --allow-changed-settings where this is meant, or --finetune with another --save to "
-            "start a new run from its weights.",
+            f"{given}: resuming with other settings than it was saved with: {different}. Give its values, or a "
+            "different --save and --load, or --allow-changed-settings if you mean it, or --finetune with a different "
+            "--save to start a new run from its weights.",
             "REMOE-E413",
         )
     if args.no_load_optim or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
@@ -192,7 +192,7 @@ def _check_keeps_saved(args: argparse.Namespace, start: int) -> None:
         return
     raise UsageError(
         f"{given} Continue from it with --load {args.save} and without --finetune (--pretrained-checkpoint starts from "
-        "other weights and resumes), or choose another folder.",
+        "other weights and resumes), or choose a different folder.",
         "REMOE-E407",
     )
 

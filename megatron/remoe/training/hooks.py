@@ -62,7 +62,7 @@ def install_routing(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
         model_cfg: built with `transformer_config_from_args`; its layer specification may be the caller's own.
 
     Raises:
-        TypeError: `model_cfg` has another configuration class, or its layers do not support the router.
+        TypeError: `model_cfg` has a different configuration class, or its layers do not support the router.
     """
     router: type[TopKRouter]
     prepare: Callable[[list[torch.nn.Module]], list[torch.nn.Module]]

@@ -1,4 +1,4 @@
-"""HybridModel without Transformer Engine: Megatron has plain PyTorch layers only for GPTModel."""
+"""Specify plain PyTorch layers for HybridModel; Megatron has them only for GPTModel."""
 
 from functools import partial
 from typing import Any
@@ -75,7 +75,7 @@ def local_hybrid_stack_spec(config: TransformerConfig, pattern: str) -> ModuleSp
         input_layernorm=dense.input_layernorm, self_attention=dense.self_attention, self_attn_bda=dense.self_attn_bda
     )
     mlp, experts = (
-        layer(pre_mlp_layernorm=of.pre_mlp_layernorm, mlp=of.mlp, mlp_bda=of.mlp_bda) for of in (dense, moe)
+        layer(pre_mlp_layernorm=kind.pre_mlp_layernorm, mlp=kind.mlp, mlp_bda=kind.mlp_bda) for kind in (dense, moe)
     )
     # The block lists no layer: each depth is a stack of the layers above, by the pattern.
     prediction = MultiTokenPredictionBlockSubmodules([get_mtp_layer_spec(None, use_transformer_engine=False)])

@@ -51,7 +51,7 @@ class LatentAttention(MLASelfAttention):
     def sharded_state_dict(self, prefix: str = "", *arguments: Any, **options: Any) -> ShardedStateDict:
         """Return the weights under the names of Transformer Engine's layers."""
         state = super().sharded_state_dict(prefix, *arguments, **options)
-        names = {f"{prefix}{of}_layernorm.": f"{prefix}linear_{of}_up_proj.layer_norm_" for of in ("q", "kv")}
+        names = {f"{prefix}{kind}_layernorm.": f"{prefix}linear_{kind}_up_proj.layer_norm_" for kind in ("q", "kv")}
         apply_prefix_mapping(state, names)
         return state
 

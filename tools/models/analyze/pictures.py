@@ -64,7 +64,7 @@ def _load(figure: Any, numbers: Numbers) -> None:
     experts.set(title="Experts per token, by domain", xlabel="experts, mean of tokens")
     if special:
         _dots(others[0], special, [("bits", MEASURED, "")])
-        others[0].set(title="What an expert tells of the domain", xlabel="mutual information, bits")
+        others[0].set(title="Information of an expert on the domain", xlabel="mutual information, bits")
         others[0].set_xlim(left=0)
 
 

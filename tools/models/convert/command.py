@@ -1,4 +1,4 @@
-"""Convert a dense or top-k checkpoint to a ReMoE, or start another conversion."""
+"""Convert a dense or top-k checkpoint to a ReMoE, or start a different conversion."""
 
 import argparse
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from ..hf.public import FAMILIES
 from ..hf.settings import complete
 from ..measuring import count_experts, mean_experts, measure_loss, split_batches
 from ..megatron_model import build, one_process
-from ..text import blend_of, sample
+from ..text import choose_blend, sample
 from .fitting import fit_router, keep_largest
 from .from_fork import convert_fork
 from .from_fsdp import convert_fsdp
@@ -27,7 +27,7 @@ from .model_class import convert_class
 from .models import fill, record_routers, target_args
 
 BOUNDS = {"dense": 0.01, "top-k": 0.05}
-# The way to the target is short, so λ should start higher and move less than in a training from scratch.
+# The way to the target is short, so λ should start higher and move less than in a run from scratch.
 GENTLE = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1.05"
 
 
@@ -45,7 +45,7 @@ def convert(options: argparse.Namespace, display: Display) -> None:
     kind = "dense" if args.num_experts is None else "top-k"
     display.say(f"{kind} checkpoint {checkpoint.name}: {args.num_layers} layers of hidden size {args.hidden_size}")
     sequences = -(-options.tokens // args.seq_length)
-    blend = blend_of(args, options.data_path)
+    blend = choose_blend(args, options.data_path)
     to_fit, to_measure = sample(blend, 2 * sequences, args.seq_length, args.padded_vocab_size, options.seed).chunk(2)
     with one_process(options.seed):
         target, loss_before = _fitted(options, display, checkpoint, args, new_args, to_fit, to_measure)

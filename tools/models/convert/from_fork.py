@@ -40,7 +40,7 @@ def convert_fork(options: argparse.Namespace, display: Display) -> None:
         state, index = check_is_whole(folder), read_index(folder)
     except BrokenCheckpointError as error:
         raise ConversionError(
-            f"--load {options.load}: {error}. Choose another iteration with --ckpt-step. If it has another format than "
+            f"--load {options.load}: {error}. Choose a different iteration with --ckpt-step. If its format is not "
             "torch_dist, start the fork once more with its flags and --ckpt-convert-format torch_dist "
             "--ckpt-convert-save FOLDER, and convert with --load FOLDER/torch_dist."
         ) from error
@@ -146,7 +146,7 @@ def _optimizer(saved: dict[Any, Any], args: argparse.Namespace) -> dict[Any, Any
     inner = [part.get("optimizer", part) for part in parts]
     groups = [
         {name: value for name, value in group.items() if name != "params"}
-        # What the Adam of either program looks for.
+        # PyTorch's and the fork's Adam read these names.
         | {"default_config": True, "bias_correction": True, "decoupled_weight_decay": True, "fused": True}
         for part in inner
         for group in part["param_groups"]

@@ -21,7 +21,7 @@ def convert_fsdp(options: argparse.Namespace, display: Display) -> None:
     """Write the model under `options.load` to `options.save`, λ included, without optimizer state.
 
     Raises:
-        ConversionError: it has another format, cannot be read, or the output cannot be written.
+        ConversionError: it has a different format, cannot be read, or the output cannot be written.
     """
     folder = find_folder(options.load, options.ckpt_step)
     with reading(folder):

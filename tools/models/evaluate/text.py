@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SEED = 1234  # Megatron's default
 PROMPTS, ROUNDS, NEW_TOKENS = 8, 5, 32  # of the measurement of speed
-MASKS = ("eod_mask_loss", "reset_attention_mask", "reset_position_ids")  # applied in a training's validation only
+MASKS = ("eod_mask_loss", "reset_attention_mask", "reset_position_ids")  # applied only in a run's validation
 
 
 def check_bound(name: str, config: RemoeConfig, most: int) -> None:
@@ -54,7 +54,7 @@ def bound_experts(model: RemoeForCausalLM, most: int | None) -> Iterator[None]:
 
 
 def read_text(args: argparse.Namespace, opened: OpenedModel, prefix: str) -> "GPTDataset":
-    """Return the sequences of a data set for a model: by default in the training's order, so the loss is the log's."""
+    """Return the sequences of a data set for a model: by default in the run's order, so the loss is that of the log."""
     config = opened.model.config
     seed = getattr(opened.args, "seed", SEED) if args.seed is None else args.seed
     return read_sequences(prefix, opened.sequence_length(args.seq_length), seed, config.vocab_size)

@@ -1,1 +1,1 @@
-"""Load a training's checkpoint or an exported folder as a model for transformers."""
+"""Load a run's checkpoint or an exported folder as a model for transformers."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
 
-class Run(NamedTuple):
+class LoadedRun(NamedTuple):
     """A run's model as Megatron loads it.
 
     Attributes:
@@ -67,8 +67,8 @@ def read_folder(folder: Path, families: Collection[str], dtype: torch.dtype | No
         dtype: of the weights (None: as stored).
 
     Raises:
-        ConversionError: a file is missing or damaged; it is another kind of model, or quantized; a tensor is missing,
-            unexpected, has another shape than config.json calls for, or holds NaN or infinity.
+        ConversionError: a file is missing or damaged; the model is unknown or quantized; a tensor is missing,
+            unexpected, has a different shape than config.json calls for, or holds NaN or infinity.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -103,7 +103,7 @@ def read_folder(folder: Path, families: Collection[str], dtype: torch.dtype | No
     return model.eval()
 
 
-def open_run(root: Path, step: int | None) -> Run:
+def open_run(root: Path, step: int | None) -> LoadedRun:
     """Load a run's newest checkpoint, or the one of an iteration, with Megatron.
 
     Layers of multi-token prediction are left out: the model's logits do not need them.
@@ -131,7 +131,7 @@ def open_run(root: Path, step: int | None) -> Run:
     if args.num_experts and args.moe_relu_routing:
         exponents = [int(value) for name, value in model.state_dict().items() if name.endswith("router.l1_exponent")]
         config.router_aux_loss_coef *= args.moe_relu_l1_reg_coeff_multiplier ** max(exponents, default=0)
-    return Run(model, checkpoint.args, args, config, checkpoint.name)
+    return LoadedRun(model, checkpoint.args, args, config, checkpoint.name)
 
 
 def open_model(

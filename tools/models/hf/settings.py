@@ -9,10 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron.remoe.hf import RemoeConfig
 from megatron.remoe.routing.refusals import flag, shown
-from megatron.remoe.training.arguments import add_remoe_arguments
-from megatron.training.arguments import add_megatron_arguments
 
 from ...console.errors import ConversionError
+from ...recipes.megatron_values import make_parser
 from ..hybrid import moe_layer_pattern
 
 # The configuration's field → Megatron's argument of the same value.
@@ -75,7 +74,7 @@ ONLY_LATENT = {"qk_layernorm": True, "rotary_scaling_factor": 1.0}
 
 def complete(saved: argparse.Namespace) -> argparse.Namespace:
     """Return a checkpoint's arguments; missing ones have the defaults of this version."""
-    return argparse.Namespace(**(vars(_parser().parse_args([])) | vars(saved)))
+    return argparse.Namespace(**(vars(make_parser().parse_args([])) | vars(saved)))
 
 
 def make_config(args: argparse.Namespace) -> RemoeConfig:
@@ -205,7 +204,7 @@ def _expert_arguments(config: RemoeConfig) -> dict[str, Any]:
 def _words(values: dict[str, Any]) -> list[str]:
     """Return the flags that set Megatron's arguments to these values; None and switches' defaults are left out."""
     words = []
-    for action in _parser()._actions:
+    for action in make_parser()._actions:
         value = values.get(action.dest)
         if value is None:
             continue
@@ -231,12 +230,8 @@ def vocabulary_flags(config: RemoeConfig, tokenizer: PreTrainedTokenizerBase | N
 
 def parse_flags(flags: Sequence[str], config: RemoeConfig) -> argparse.Namespace:
     """Return Megatron's arguments for the flags of a model with this configuration, as a run would save them."""
-    args = _parser().parse_args(flags)
+    args = make_parser().parse_args(flags)
     args.padded_vocab_size = config.vocab_size
     args.params_dtype = config.dtype or torch.float32
     args.consumed_train_samples = args.skipped_train_samples = args.consumed_valid_samples = args.iteration = 0
     return args
-
-
-def _parser() -> argparse.ArgumentParser:
-    return add_remoe_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))

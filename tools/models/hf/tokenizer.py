@@ -71,7 +71,7 @@ def find_folder_tokenizer(folder: Path, given: Path | None, config: RemoeConfig)
 def find_training_tokenizer(
     args: argparse.Namespace, given: Path | None, config: RemoeConfig
 ) -> PreTrainedTokenizerBase | None:
-    """Return the training's tokenizer, or the one in a folder, set up for generation; None if there is none.
+    """Return the run's tokenizer, or the one in a folder, set up for generation; None if there is none.
 
     Sets the tokens for the start and end of a text in the configuration.
 
@@ -80,7 +80,7 @@ def find_training_tokenizer(
     """
     kind, place, files = args.tokenizer_type, given or args.tokenizer_model, (args.vocab_file, args.merge_file)
     if kind == FOLDER_TOKENIZER and hasattr(args, "gpt2_files") and not Path(place).is_dir():
-        kind, files = GPT2_TOKENIZER, args.gpt2_files  # the folder was in the cache of another machine
+        kind, files = GPT2_TOKENIZER, args.gpt2_files  # the folder was in the cache of a different machine
     if given is None and kind == "NullTokenizer":
         return None
     if given is None and kind == GPT2_TOKENIZER and all(files):

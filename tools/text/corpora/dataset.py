@@ -17,7 +17,7 @@ CORPORA: Mapping[str, Callable[[], corpus.Sources]] = {
     BROAD: lambda: {**corpus.SOURCES, **technical.sources(), **python_packages.sources()},
 }
 BYTES, SUBWORDS = "bytes", "subwords"
-TOKENS = {BYTES: "data", SUBWORDS: "data-subwords"}  # kind of tokens → folder of the data sets beside the corpus
+TOKENS = {BYTES: "data", SUBWORDS: "data-subwords"}  # kind of tokens → folder of the data sets next to the corpus
 SUBWORD_ENTRIES = 4096  # of a byte-level BPE that is trained on the training text
 FOLDERS = {
     MIXED: Path("runs", "quickstart"),

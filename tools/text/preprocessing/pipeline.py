@@ -77,7 +77,7 @@ def preprocess(
         # A run that was killed while publishing leaves one without the other.
         if bin_path(prefix).exists() and idx_path(prefix).exists() and not job.overwrite:
             raise DataError(
-                f"{bin_path(prefix)} exists already. Give --overwrite, or another --output-prefix.", "REMOE-E105"
+                f"{bin_path(prefix)} exists already. Give --overwrite, or a different --output-prefix.", "REMOE-E105"
             )
     if job.append_eod and encoder.end_of_document is None:
         raise DataError("--append-eod: the tokenizer has no token that ends a document. Leave the flag out.")

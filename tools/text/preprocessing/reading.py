@@ -88,7 +88,7 @@ def parse_documents(block: Block, keys: Sequence[str], skip_bad: bool) -> tuple[
 
     Args:
         block: lines.
-        keys: names of the JSON fields that hold text; a line that lacks one gives no document for any.
+        keys: names of the JSON fields that hold text; a line without one of them makes no document.
         skip_bad: collect the messages instead of raising the first.
 
     Raises:
