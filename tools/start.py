@@ -1,7 +1,7 @@
 """The command `remoe`: start a tool, in a clone or from an installed package."""
 
 import difflib
-import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +28,9 @@ COMMANDS = {
 }
 BUILDS_ON_CPU = ("export", "convert")  # also where there is an accelerator
 IMPORT_TORCH = (*BUILDS_ON_CPU, "generate", "evaluate", "analyze")
+# Packages of the extras that a command imports late, after minutes of work.
+NEEDED_LATE = {"quickstart": ("tokenizers", "matplotlib"), "analyze": ("matplotlib",), "sweep": ("matplotlib",)}
+NEEDED_LATE["compare"] = NEEDED_LATE["quickstart"]
 
 
 def start(command: str, arguments: Sequence[str]) -> int:
@@ -45,6 +48,9 @@ def start(command: str, arguments: Sequence[str]) -> int:
 def _load(command: str, arguments: Sequence[str]) -> Any:
     """Import and return the module of a tool."""
     module = f"{__package__}.{COMMANDS[command][0]}"
+    for name in NEEDED_LATE.get(command, ()):
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(name=name)
     if command in IMPORT_TORCH:
         parsers = importlib.import_module(f"{__package__}.models.arguments")
         getattr(parsers, f"parse_{command}")(arguments)  # answers --help at once

@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import json
 import os
 import re
 import signal
@@ -102,8 +103,11 @@ def _flag_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 
 
 def _say(words: str) -> None:
-    """Print an error on standard error, under the name of the program that was started."""
+    """Print an error on standard error, under the name of the program that was started. torchrun repeats it."""
     sys.stdout.flush()
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with open(path, "w") as file:
+            json.dump({"message": words, "timestamp": int(time.time())}, file)
     print(f"{os.path.basename(sys.argv[0])}: error: {words}", file=sys.stderr, flush=True)
 
 
