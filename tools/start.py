@@ -48,13 +48,13 @@ def start(command: str, arguments: Sequence[str]) -> int:
 def _load(command: str, arguments: Sequence[str]) -> Any:
     """Import and return the module of a tool."""
     module = f"{__package__}.{COMMANDS[command][0]}"
-    for name in NEEDED_LATE.get(command, ()):
-        if importlib.util.find_spec(name) is None:
-            raise ModuleNotFoundError(name=name)
     if command in IMPORT_TORCH:
         parsers = importlib.import_module(f"{__package__}.models.arguments")
         getattr(parsers, f"parse_{command}")(arguments)  # answers --help at once
         importlib.import_module("megatron.remoe.start.console").hide_unhelpful_warnings()
+    for name in NEEDED_LATE.get(command, ()):
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(name=name)
     if command in BUILDS_ON_CPU:
         importlib.import_module(f"{__package__}.models.on_cpu").megatron_on_cpu()
     return importlib.import_module(module)
