@@ -4,6 +4,7 @@ import os
 import shlex
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from .quickstart_picture import draw
 from .run import Run, Text
 
 ARMS = {"dense": "dense", "moe": "moe", "remoe": "remoe-capped"}  # by name of the folder
-EXPERTS = 32
+SIZE = tiny.SIZES[tiny.QUICKSTART]
 WARMUP = 300  # steps
 
 
@@ -42,7 +43,7 @@ def parse_arguments(arguments: Sequence[str]) -> Namespace:
     text = f"optimizer steps of each run (default: QUICKSTART_ITERS, or {tiny.ITERATIONS})"
     iterations = os.environ.get("QUICKSTART_ITERS") or tiny.ITERATIONS
     add("--iterations", type=whole_number(10), default=iterations, metavar="N", help=text)
-    add("--experts", type=whole_number(2), default=EXPERTS, metavar="E", help="of a layer (default: %(default)s)")
+    add("--experts", type=whole_number(2), default=SIZE.experts, metavar="E", help="of a layer (default: %(default)s)")
     add("--seed", type=whole_number(1), default=tiny.SEED, metavar="N", help="of the runs (default: %(default)s)")
     args = parser.parse_args(arguments)
     args.output_dir = (args.output_dir or home() / dataset.FOLDERS[args.corpus]).expanduser().resolve()
@@ -56,7 +57,7 @@ def run(args: Namespace) -> int:
         ToolError: a run failed; the display has shown the end of its log.
     """
     console, output = Console(), args.output_dir
-    runs = output if args.experts == EXPERTS else output / f"experts-{args.experts}"
+    runs = output if args.experts == SIZE.experts else output / f"experts-{args.experts}"
     runs = runs if args.iterations == tiny.ITERATIONS else runs / f"iterations-{args.iterations}"
     with lock(output, "quickstart") as held:
         title = f"Dense, top-k MoE and ReMoE of equal active size: {args.iterations} iterations each, side by side"
@@ -66,8 +67,9 @@ def run(args: Namespace) -> int:
         domains = ", ".join(f"{name} {number:,}" for name, number in text.train_tokens.items())
         say(console, f"  training text in subword tokens: {domains}")
         grid = Grid(runs, text=text)
-        sizes: dict[str, Any] = {"experts": args.experts, "warmup": warmup, "tokens": tokens}
-        jobs = [make_job(Run(arm, args.seed, args.iterations, **sizes), grid, name) for name, arm in ARMS.items()]
+        base = Run("dense", args.seed, args.iterations, tiny.QUICKSTART, warmup=warmup, tokens=tokens)
+        runs_by_name = {name: replace(base, arm=arm, experts=args.experts, topk=1) for name, arm in ARMS.items()}
+        jobs = [make_job(one, grid, name) for name, one in runs_by_name.items()]
         if execute(console, grid, jobs, len(jobs), held):
             raise ToolError("A run failed; see above. Fix the cause and run the same command: it goes on.")
         figures = {job.run.routing: read_figures(job.folder) for job in jobs}
@@ -81,7 +83,7 @@ def run(args: Namespace) -> int:
 
 def summarize(jobs: Sequence[Job], runs: Mapping[str, RunFigures]) -> dict[str, Any]:
     """Return the figures of the three models; losses are in nats per byte of text."""
-    iterations, experts, size = jobs[0].run.steps, jobs[-1].run.experts, tiny.SIZE
+    iterations, experts, size = jobs[0].run.steps, jobs[-1].run.experts, SIZE
     summary: dict[str, Any] = {"iterations": iterations, "experts": experts}
     for job, (model, figures) in zip(jobs, runs.items(), strict=True):
         result, total = job.result(), figures.parameters or 0
