@@ -63,6 +63,9 @@ def test_defaults_change_silently_and_wishes_do_not(capsys: pytest.CaptureFixtur
     assert args.moe_grouped_gemm is False
     assert "without --moe-grouped-gemm (a CUDA kernel of Transformer Engine)" in capsys.readouterr().err
 
+    adapt_arguments(arguments(cpu=False))
+    assert f"CUDA {torch.version.cuda}" in capsys.readouterr().err, "nobody asked for the CPU"
+
 
 def test_no_data_loader_processes_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(num_workers=2)

@@ -148,6 +148,9 @@ def test_script_gets_its_arguments_and_the_first_nodes_address(image: str, tmp_p
     container = [option for option in options if option.startswith("--container")]
     assert container == ([f"--container-image={image}", *folder] if image else [])
     assert environment.get("PYTHON") == ("python" if image else None)
+    job.environment["SLURM_GPUS_ON_NODE"] = "4"  # for a script that is not told the number of GPUs
+    for given, expected in (([], "<4>"), (["--", "--lr"], "<4><--><--lr>"), (["8"], "<8>")):
+        assert job.run(job.script('printf "<%s>" "$@"'), *given) == (0, expected)
 
 
 SAVES = "trap 'exit 143' TERM; touch ready; for _ in {1..300}; do sleep 0.1; done"

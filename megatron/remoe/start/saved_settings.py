@@ -82,8 +82,8 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None = None) -> 
     if different := differences(args, resume.saved, names - RATES if args.no_load_optim else names):
         raise UsageError(
             f"{given}: resuming with other settings than it was saved with: {different}. Give its values, or a "
-            "different --save and --load, or --allow-changed-settings if you mean it, or --finetune with a different "
-            "--save to start a new run from its weights.",
+            "different --save and --load, or --allow-changed-settings if you mean it (for rates with --no-load-optim), "
+            "or --finetune with a different --save to start a new run from its weights.",
             "REMOE-E413",
         )
     if args.no_load_optim or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
