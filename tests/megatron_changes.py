@@ -1,6 +1,6 @@
 """List changes in another Megatron that affect this project, by reading its sources without running them.
 
-    python -m tests.megatron_changes FOLDER [--before RELEASE] [--page "main, d98e8a64dd"]
+    python -m tests.megatron_changes FOLDER [--before RELEASE]
 
 FOLDER holds another Megatron: pip install --no-deps --target FOLDER megatron-core==0.20.0 (or the path of a checkout
 instead). Each change has a label:
@@ -10,7 +10,7 @@ instead). Each change has a label:
     (none)  our calls still work, but positions or parameters changed; or a function that we override or replace has
             another body: check that its code still does what this project assumes
 
-The exit code is 1 if something BREAKS. --page writes the counts into the row of this name in docs/upstream.md.
+The exit code is 1 if something BREAKS.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from pathlib import Path
 
 import griffe
 
-from megatron.remoe.files.files import write_text
 from tools.console.places import ROOT
 
 PACKAGES = ("megatron.core", "megatron.training")
@@ -45,15 +44,10 @@ def find(modules: griffe.ModulesCollection, path: str) -> griffe.Object | None:
     """Return the object at a dotted path, through imports and base classes; None if there is none."""
     try:
         owner, _, name = path.rpartition(".")
-        found = modules[path] if owner in PACKAGES else find_member(modules, owner, name)
+        found = modules[path] if owner in PACKAGES else modules[owner].all_members[name]
         return found.final_target if found.is_alias else found
     except (KeyError, AttributeError, griffe.AliasResolutionError, griffe.CyclicAliasError):
         return None
-
-
-def find_member(modules: griffe.ModulesCollection, owner: str, name: str) -> griffe.Object | griffe.Alias:
-    """Return a member of a class, including inherited ones."""
-    return modules[owner].all_members[name]
 
 
 def sources() -> list[Path]:
@@ -171,22 +165,11 @@ def look_at(
                 yield label, f"{path}: {said.partition(': ')[2]}; {canonical[owner]} uses it"
 
 
-def write_row(name: str, numbers: Counter[str]) -> None:
-    """Write the counts into docs/upstream.md, in the table's row of this name, or as its last row."""
-    page = ROOT / "docs" / "upstream.md"
-    head, title, rest = page.read_text(encoding="utf-8").partition("| sources | `BREAKS` | `BEHIND` | notes |\n")
-    table, _, rest = rest.partition("\n\n")
-    rows = [row for row in table.splitlines() if not row.startswith(f"| {name} |")]
-    rows.append(f"| {name} | {numbers[BREAKS]} | {numbers[BEHIND]} | {numbers[NOTE]} |")
-    write_text(page, head + title + "\n".join(rows) + f"\n\n{rest}")
-
-
 def main() -> int:
     """Print the changes; return 1 if one of them breaks something."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="holds megatron/core and megatron/training")
     parser.add_argument("--before", type=Path, metavar="RELEASE", help="an earlier release, installed the same way")
-    parser.add_argument("--page", metavar="NAME", help="write the counts into docs/upstream.md")
     options = parser.parse_args()
     for folder in filter(None, (options.folder, options.before)):
         if not (folder / "megatron" / "core").is_dir():
@@ -197,8 +180,6 @@ def main() -> int:
         print(f"{label:8}{text}")
         numbers[label] += 1
     print(f"{numbers[BREAKS]} changes break this project, {numbers[BEHIND]} are backports, {numbers[NOTE]} are notes")
-    if options.page:
-        write_row(options.page, numbers)
     return int(numbers[BREAKS] > 0)
 
 
