@@ -19,7 +19,8 @@ ENTRY = REPOSITORY / "pretrain_gpt.py"
 # parity runs and those of the launch scripts have the default limit.
 TINY = [
     *TRAINING,
-    *"--moe-relu-activation-limit 0 --micro-batch-size 4 --lr 4e-3 --min-lr 4e-4 --lr-decay-style cosine --train-iters 8 --log-interval 1".split(),
+    *"--micro-batch-size 4 --moe-relu-activation-limit 0".split(),
+    *"--lr 4e-3 --min-lr 4e-4 --lr-decay-style cosine --train-iters 8 --log-interval 1".split(),
     *"--make-vocab-size-divisible-by 192 --split 90,10,0".split(),
 ]
 # For the launch scripts, after their own flags.
