@@ -39,7 +39,9 @@ def convert_fork(options: argparse.Namespace, display: Display) -> None:
     try:
         state, index = check_is_whole(folder), read_index(folder)
     except BrokenCheckpointError as error:
-        raise ConversionError(f"--load {options.load}: {error}. Choose a different iteration with --ckpt-step.") from error
+        raise ConversionError(
+            f"--load {options.load}: {error}. Choose a different iteration with --ckpt-step."
+        ) from error
     saved: Any = state.get("args")
     if not hasattr(saved, "moe_relu_routing") or hasattr(saved, "moe_relu_layer_floor"):
         raise ConversionError(f"--load {folder}: is not a checkpoint of the authors' fork.")
