@@ -5,9 +5,6 @@ torchrun --nproc-per-node 8 examples/own_training_script.py --moe-relu-routing -
 # ruff: noqa: E402
 
 import argparse
-import multiprocessing
-import os
-import sys
 from functools import partial
 from typing import Any
 
@@ -15,23 +12,20 @@ import torch
 
 from megatron import remoe
 from megatron.remoe import cpu
-from megatron.remoe.pretrain import SINGLE_PROCESS
+from megatron.remoe.pretrain import prepare
 
-multiprocessing.set_start_method("fork", force=True)  # Megatron's data loaders fail with Python 3.14's default
-if "RANK" not in os.environ:  # without torchrun
-    os.environ.update(SINGLE_PROCESS)
-ON_CPU = cpu.is_wanted(sys.argv)
-if ON_CPU:
-    cpu.install()  # before other imports of Megatron
+ON_CPU = prepare()  # before other imports of Megatron
 
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.utils import get_attr_wrapped_model
+from megatron.remoe.start.messages import usage_errors
 from megatron.remoe.training.gpt import dataset_config, get_batch
 from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.utils import get_blend_and_blend_per_split
 
 
 def my_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -43,7 +37,8 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> An
     def on_this_rank() -> bool:
         return mpu.get_tensor_model_parallel_rank() == 0
 
-    builder = BlendedMegatronDatasetBuilder(GPTDataset, num_samples, on_this_rank, dataset_config())
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    builder = BlendedMegatronDatasetBuilder(kind, num_samples, on_this_rank, dataset_config())
     return [data_set if wanted else None for wanted, data_set in zip(num_samples, builder.build(), strict=True)]
 
 
@@ -62,6 +57,8 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
 
 
 args = remoe.parse_and_validate_args(my_arguments, adapt=cpu.adapt_arguments if ON_CPU else None)
+with usage_errors():  # one message instead of a traceback
+    remoe.check_data(args, get_blend_and_blend_per_split)
 remoe.apply_patches(saves=bool(args.save))
 model_cfg = remoe.model_config_from_args(args)  # a GPTModel or, with --hybrid-layer-pattern, a HybridModel
 remoe.install_routing(args, model_cfg)  # the router, its update after each step, and its figures in the log

@@ -6,8 +6,12 @@ the number, and the exit code, or null after `limit` seconds. "kill" is null or 
 get the signal this long after the file appears, or after their start if its name is empty.
 """
 
+import argparse
+import ast
 import atexit
 import contextlib
+import functools
+import inspect
 import json
 import math
 import os
@@ -99,13 +103,21 @@ def answer(request: dict[str, Any]) -> int | None:
 if __name__ == "__main__":
     if cpu.is_wanted([]):
         cpu.install()
-    # Import this once, so that the children do not have to.
-    import megatron.core.tokenizers.text
+    # Import this once, so that the children do not have to. Megatron reads its own sources for the help of its flags.
+    import megatron.core.datasets.helpers_cpp
+    import megatron.core.models.mimo
+    import megatron.core.tokenizers.text.models
+    import megatron.remoe.pretrain
+    import megatron.remoe.start.data
+    import megatron.remoe.start.run_lock
     import megatron.remoe.start.saved_settings
-    import megatron.remoe.training.arguments
     import megatron.remoe.training.gpt
     import megatron.remoe.training.hooks
-    import megatron.training  # noqa: F401
+    import megatron.remoe.training.summary  # noqa: F401
+    from megatron.training.arguments import add_megatron_arguments
+
+    inspect.getsource, ast.parse = functools.cache(inspect.getsource), functools.cache(ast.parse)
+    add_megatron_arguments(argparse.ArgumentParser())
 
     for line in sys.stdin:
         request = json.loads(line)

@@ -1,10 +1,16 @@
 """List changes in another Megatron that affect this project, by reading its sources without running them.
 
-    python -m tests.megatron_changes FOLDER
+    python -m tests.megatron_changes FOLDER [--before RELEASE]
 
 FOLDER holds another Megatron: pip install --no-deps --target FOLDER megatron-core==0.20.0 (or the path of a checkout
-instead). The exit code is 1 if a name is gone, a signature breaks, or a method of ours does not accept what Megatron
-may pass. "Another body" is a note: check that the new code still does what this project assumes.
+instead). Each change has a label:
+
+    BREAKS  a name that we use is gone, a call of ours fails, or a method of ours does not accept what Megatron passes
+    BEHIND  a name or parameter is gone, and RELEASE, an earlier one, lacks it too: FOLDER is older than a backport
+    (none)  our calls still work, but positions or parameters changed; or a function that we override or replace has
+            another body: check that its code still does what this project assumes
+
+The exit code is 1 if something BREAKS.
 """
 
 import argparse
@@ -12,6 +18,7 @@ import ast
 import re
 import sys
 import sysconfig
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +27,8 @@ import griffe
 from tools.console.places import ROOT
 
 PACKAGES = ("megatron.core", "megatron.training")
-OURS = ("megatron/remoe", "tools", "benchmarks")
+OURS = ("megatron/remoe", "tools", "benchmarks", "examples")
+BREAKS, BEHIND, NOTE = "BREAKS", "BEHIND", ""
 
 
 def load(folder: Path) -> griffe.ModulesCollection:
@@ -36,15 +44,10 @@ def find(modules: griffe.ModulesCollection, path: str) -> griffe.Object | None:
     """Return the object at a dotted path, through imports and base classes; None if there is none."""
     try:
         owner, _, name = path.rpartition(".")
-        found = modules[path] if owner in PACKAGES else find_member(modules, owner, name)
+        found = modules[path] if owner in PACKAGES else modules[owner].all_members[name]
         return found.final_target if found.is_alias else found
     except (KeyError, AttributeError, griffe.AliasResolutionError, griffe.CyclicAliasError):
         return None
-
-
-def find_member(modules: griffe.ModulesCollection, owner: str, name: str) -> griffe.Object | griffe.Alias:
-    """Return a member of a class, including inherited ones."""
-    return modules[owner].all_members[name]
 
 
 def sources() -> list[Path]:
@@ -81,9 +84,41 @@ def not_taken(ours: ast.arguments, theirs: griffe.Function) -> list[str]:
     return [one.name for place, one in enumerate(given) if one.name not in own and place >= len(positional)]
 
 
-def look_at(old: griffe.ModulesCollection, new: griffe.ModulesCollection) -> Iterator[tuple[bool, str]]:
-    """Yield for each change whether it breaks something, and its description."""
+def calls(tree: ast.Module, names: dict[str, str]) -> Iterator[tuple[str, ast.Call]]:
+    """Yield each call and the last name of its function or class; for `super().__init__`, that of each base class."""
+    bases = {ast.unparse(base) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for base in node.bases}
+    for node in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = ast.unparse(node.func).rpartition(".")[2]
+        for one in bases if name == "__init__" else (name,):
+            yield names.get(one, one).rpartition(".")[2], node
+
+
+def breaks_a_call(change: griffe.Breakage, was: griffe.Object | None, ours: list[ast.Call], words: set[str]) -> bool:
+    """Return whether a changed signature breaks one of our calls, or a field that we use is gone."""
+    is_removed = change.kind is griffe.BreakageKind.PARAMETER_REMOVED
+    if not is_removed and change.kind is not griffe.BreakageKind.PARAMETER_MOVED:
+        return True
+    assert isinstance(was, griffe.Function) and change.obj.parent is not None
+    name: str = change.old_value.name
+    place = [one.name for one in was.parameters if one.name != "self"].index(name)
+    if any(len(call.args) > place or any(isinstance(one, ast.Starred) for one in call.args) for call in ours):
+        return True
+    is_field = "dataclass" in change.obj.parent.labels and name in words
+    return is_removed and (is_field or any(keyword.arg == name for call in ours for keyword in call.keywords))
+
+
+def look_at(
+    old: griffe.ModulesCollection, new: griffe.ModulesCollection, before: griffe.ModulesCollection | None = None
+) -> Iterator[tuple[str, str]]:
+    """Yield the label and the description of each change from `old` to `new`; `before` is an earlier release."""
+
+    def gone(path: str, parameter: str = "") -> str:
+        was = find(before, path) if before is not None else find(old, path)
+        is_there = isinstance(was, griffe.Function) and parameter in [one.name for one in was.parameters]
+        return BREAKS if was is not None and (is_there or not parameter) else BEHIND
+
     used: dict[str, str] = {}
+    made = defaultdict[str, list[ast.Call]](list)  # last name of a function or class → our calls
     words = {"__init__"}  # all attributes and strings; a member that is not among them is not used
     for file in sources():
         tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -92,20 +127,22 @@ def look_at(old: griffe.ModulesCollection, new: griffe.ModulesCollection) -> Ite
         words |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         words |= {str(node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant)}
         used |= dict.fromkeys(names.values(), str(where))
+        for name, call in calls(tree, names):
+            made[name].append(call)
         for path, method in overrides(tree, names):
             then, now = find(old, path), find(new, path)
             if isinstance(then, griffe.Function) and not isinstance(now, griffe.Function):
-                yield True, f"{path} is gone; {where}:{method.lineno} overrides it"
+                yield gone(path), f"{path} is gone; {where}:{method.lineno} overrides it"
             elif isinstance(then, griffe.Function) and isinstance(now, griffe.Function):
                 if lacking := set(not_taken(method.args, now)) - set(not_taken(method.args, then)):
-                    yield True, f"{where}:{method.lineno} does not take {', '.join(sorted(lacking))} of {path}"
+                    yield BREAKS, f"{where}:{method.lineno} does not take {', '.join(sorted(lacking))} of {path}"
                 if then.source != now.source:
-                    yield False, f"another body: {path}, which {where}:{method.lineno} overrides"
+                    yield NOTE, f"another body: {path}, which {where}:{method.lineno} overrides"
     canonical: dict[str, str] = {}
     for path, where in sorted(used.items()):
         then = find(old, path)
         if then is not None and find(new, path) is None:
-            yield True, f"{path} is gone; {where} uses it"
+            yield gone(path), f"{path} is gone; {where} uses it"
         if then is not None and not then.is_module:
             canonical[then.path] = where
     for package in PACKAGES:
@@ -118,22 +155,32 @@ def look_at(old: griffe.ModulesCollection, new: griffe.ModulesCollection) -> Ite
                 continue
             if owner and change.obj.name in words:
                 said = re.sub(r"\x1b\[\d+m", "", change.explain(griffe.ExplanationStyle.ONE_LINE))
-                yield True, f"{change.obj.path}: {said.partition(': ')[2]}; {canonical[owner]} uses it"
+                path = change.obj.path
+                ours = made[path.removesuffix(".__init__").rpartition(".")[2]]
+                label = BREAKS if find(new, path) else gone(path)
+                if change.kind is griffe.BreakageKind.PARAMETER_REMOVED:
+                    label = gone(path, change.old_value.name)
+                if label is BREAKS and not breaks_a_call(change, find(old, path), ours, words):
+                    label = NOTE
+                yield label, f"{path}: {said.partition(': ')[2]}; {canonical[owner]} uses it"
 
 
 def main() -> int:
     """Print the changes; return 1 if one of them breaks something."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="holds megatron/core and megatron/training")
+    parser.add_argument("--before", type=Path, metavar="RELEASE", help="an earlier release, installed the same way")
     options = parser.parse_args()
-    if not (options.folder / "megatron" / "core").is_dir():
-        parser.error(f"{options.folder}: there is no megatron/core. Install a Megatron there: pip install --target.")
-    breaks, number = False, 0
-    for is_breaking, text in look_at(load(Path(sysconfig.get_paths()["purelib"])), load(options.folder.resolve())):
-        print(("BREAKS  " if is_breaking else "        ") + text)
-        breaks, number = breaks or is_breaking, number + 1
-    print(f"{number} changes in what this project takes from Megatron")
-    return int(breaks)
+    for folder in filter(None, (options.folder, options.before)):
+        if not (folder / "megatron" / "core").is_dir():
+            parser.error(f"{folder}: there is no megatron/core. Install a Megatron there: pip install --target.")
+    before = load(options.before.resolve()) if options.before else None
+    installed, numbers = load(Path(sysconfig.get_paths()["purelib"])), Counter[str]()
+    for label, text in look_at(installed, load(options.folder.resolve()), before):
+        print(f"{label:8}{text}")
+        numbers[label] += 1
+    print(f"{numbers[BREAKS]} changes break this project, {numbers[BEHIND]} are backports, {numbers[NOTE]} are notes")
+    return int(numbers[BREAKS] > 0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Check routers on 2 ranks that share the tokens of one sequence, as in sequence and context parallelism."""
+"""Check routers on 2 ranks that share the tokens of one sequence, and the cross entropy of a shared vocabulary."""
 
 import sys
 from importlib.util import find_spec
@@ -18,8 +18,9 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.remoe.baselines import ROUTERS  # noqa: E402
-from megatron.remoe.baselines.pairs import PairCounter  # noqa: E402
 from megatron.remoe.routing.controller import SparsityController  # noqa: E402
+from megatron.remoe.training.pairs import PairCounter  # noqa: E402
+from megatron.remoe.transformer.cross_entropy import vocab_parallel_cross_entropy  # noqa: E402
 from tests.layers import HIDDEN, make_config, make_layer  # noqa: E402
 
 
@@ -36,10 +37,13 @@ def main(kind: str) -> None:
     else:
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     model_parallel_cuda_manual_seed(1234)
-    for router in ["hash", "expert_choice"] if kind == "baselines" else []:
-        check_baseline(router)
-    for kernels in ["torch", "triton"] if find_spec("triton") else ["torch"]:
-        if kind != "baselines":
+    if kind == "vocabulary":
+        check_cross_entropy()
+    elif kind == "baselines":
+        for router in ("hash", "expert_choice"):
+            check_baseline(router)
+    else:
+        for kernels in ["torch", "triton"] if find_spec("triton") else ["torch"]:
             check(moe_kernels=kernels)
     print(f"rank {torch.distributed.get_rank()} ok", flush=True)
 
@@ -106,6 +110,28 @@ def check_baseline(name: str) -> None:
     for part, whole in zip(parts, wholes, strict=True):
         torch.testing.assert_close(part, whole[rank * 10 : rank * 10 + 10])
     assert counter.totals() == {"total_active_pairs": int(wholes[1].sum()), "total_layer_tokens": 20}
+    assert counter.loads() == {1: [round(share, 5) for share in wholes[1].double().mean(dim=0).tolist()]}
+
+
+def check_cross_entropy() -> None:
+    """Check that two ranks with half of the vocabulary each get the losses and gradients of one rank."""
+    gather = torch.distributed.all_gather_into_tensor  # NCCL can gather into a stack of tensors, gloo cannot
+
+    def gather_stack(output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: object) -> None:
+        gather(output_tensor.flatten(), input_tensor, group=group)
+
+    torch.distributed.all_gather_into_tensor = gather_stack
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(1)
+    logits, target = torch.randn(3, 2, 64), torch.randint(64, (3, 2))
+    part = logits.chunk(2, dim=-1)[rank].clone().requires_grad_()
+    losses = vocab_parallel_cross_entropy(part * 1, target, torch.distributed.group.WORLD)
+    losses.sum().backward()
+    exact = logits.requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact.flatten(0, 1), target.flatten(), reduction="none")
+    expected.sum().backward()
+    torch.testing.assert_close(losses.flatten(), expected)
+    torch.testing.assert_close(part.grad, exact.grad.chunk(2, dim=-1)[rank])
 
 
 if __name__ == "__main__":

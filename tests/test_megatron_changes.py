@@ -10,19 +10,27 @@ pytest.importorskip("griffe", reason="needs griffelib: pip install griffelib")
 from tests import megatron_changes  # noqa: E402
 
 INSTALLED = Path(sysconfig.get_paths()["purelib"]) / "megatron"
-# File of Megatron → the text to replace, its replacement, and words that must be reported.
+# File of Megatron → the text to replace, its replacement, and the label and words that must be reported.
 CHANGES = {
     "core/transformer/dot_product_attention.py": (
         "packed_seq_params: Optional[PackedSeqParams] = None,\n    )",
         "packed_seq_params: Optional[PackedSeqParams] = None,\n        sink=None,\n    )",
+        "BREAKS",
         "does not take sink of megatron.core.transformer.dot_product_attention.DotProductAttention.forward",
     ),
     "core/tensor_parallel/random.py": (
         "def model_parallel_cuda_manual_seed(\n    seed: int,",
         "def model_parallel_cuda_manual_seed(\n    seed: int, other: int,",
+        "BREAKS",
         "model_parallel_cuda_manual_seed(other): Parameter was added as required",
     ),
-    "core/utils.py": ("def get_model_config(", "def config_of_model(", "megatron.core.utils.get_model_config is gone"),
+    "core/utils.py": ("def get_model_config(", "def config_of_model(", "BREAKS", "utils.get_model_config is gone"),
+    "core/transformer/moe/moe_logging.py": (  # a position that we pass by name
+        "per_layer_logging: bool",
+        "other: Any = None, per_layer_logging: bool",
+        "",
+        "report(per_layer_logging): Positional parameter was moved",
+    ),
 }
 
 
@@ -37,7 +45,7 @@ def link_installed(folder: Path) -> None:
 
 def test_changes_are_found(tmp_path: Path) -> None:
     link_installed(tmp_path)
-    for name, (old, new, _) in CHANGES.items():
+    for name, (old, new, _, _) in CHANGES.items():
         file = tmp_path / "megatron" / name
         text = file.read_text()
         assert text.count(old) == 1, name
@@ -46,7 +54,8 @@ def test_changes_are_found(tmp_path: Path) -> None:
     installed = megatron_changes.load(INSTALLED.parent)
     assert list(megatron_changes.look_at(installed, installed)) == []
     found = list(megatron_changes.look_at(installed, megatron_changes.load(tmp_path)))
-    for _, _, said in CHANGES.values():
-        assert any(breaks and said in text for breaks, text in found), found
-    notes = [text for breaks, text in found if not breaks]
-    assert any("another body" in text and "DotProductAttention.forward" in text for text in notes)
+    for _, _, label, said in CHANGES.values():
+        assert any(label == one and said in text for one, text in found), found
+    assert any(not label and "another body" in text and "DotProductAttention.forward" in text for label, text in found)
+    behind = list(megatron_changes.look_at(installed, megatron_changes.load(tmp_path), megatron_changes.load(tmp_path)))
+    assert ("BEHIND", "get_model_config") in [(one, text.split()[0].rpartition(".")[2]) for one, text in behind]

@@ -15,9 +15,12 @@ from tools.console.places import ROOT as REPOSITORY
 from tools.runs.log_reader import read_log
 
 ENTRY = REPOSITORY / "pretrain_gpt.py"
+# Without a limit on activations, dense routing needs no chunks, and a step takes half of the time. The golden run, the
+# parity runs and those of the launch scripts have the default limit.
 TINY = [
     *TRAINING,
-    *"--micro-batch-size 2 --lr 4e-3 --min-lr 4e-4 --lr-decay-style cosine --train-iters 8 --log-interval 1".split(),
+    *"--micro-batch-size 4 --moe-relu-activation-limit 0".split(),
+    *"--lr 4e-3 --min-lr 4e-4 --lr-decay-style cosine --train-iters 8 --log-interval 1".split(),
     *"--make-vocab-size-divisible-by 192 --split 90,10,0".split(),
 ]
 # For the launch scripts, after their own flags.

@@ -1,7 +1,7 @@
 """The command `remoe`: start a tool, in a clone or from an installed package."""
 
 import difflib
-import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +28,9 @@ COMMANDS = {
 }
 BUILDS_ON_CPU = ("export", "convert")  # also where there is an accelerator
 IMPORT_TORCH = (*BUILDS_ON_CPU, "generate", "evaluate", "analyze")
+# Packages of the extras that a command imports late, after minutes of work.
+NEEDED_LATE = {"quickstart": ("tokenizers", "matplotlib"), "analyze": ("matplotlib",), "sweep": ("matplotlib",)}
+NEEDED_LATE["compare"] = NEEDED_LATE["quickstart"]
 
 
 def start(command: str, arguments: Sequence[str]) -> int:
@@ -49,6 +52,9 @@ def _load(command: str, arguments: Sequence[str]) -> Any:
         parsers = importlib.import_module(f"{__package__}.models.arguments")
         getattr(parsers, f"parse_{command}")(arguments)  # answers --help at once
         importlib.import_module("megatron.remoe.start.console").hide_unhelpful_warnings()
+    for name in NEEDED_LATE.get(command, ()):
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(name=name)
     if command in BUILDS_ON_CPU:
         importlib.import_module(f"{__package__}.models.on_cpu").megatron_on_cpu()
     return importlib.import_module(module)

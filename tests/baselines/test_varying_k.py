@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron.remoe.baselines.pairs import PairCounter
+from megatron.remoe.training.pairs import PairCounter
 from tests.baselines.layers import BATCH, DEVICE, SEQUENCE, make_layer, make_tokens
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import math
 import os
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import pytest
 import torch
 
 from megatron.remoe import cpu
-from megatron.remoe.cpu import matmul
 from megatron.remoe.cpu.collectives import with_padding
 from megatron.remoe.cpu.flags import CPU_VALUES, adapt_arguments
 from tests.training_runs import in_another_process
@@ -63,6 +61,9 @@ def test_defaults_change_silently_and_wishes_do_not(capsys: pytest.CaptureFixtur
     adapt_arguments(args)
     assert args.moe_grouped_gemm is False
     assert "without --moe-grouped-gemm (a CUDA kernel of Transformer Engine)" in capsys.readouterr().err
+
+    adapt_arguments(arguments(cpu=False))
+    assert f"CUDA {torch.version.cuda}" in capsys.readouterr().err, "nobody asked for the CPU"
 
 
 def test_no_data_loader_processes_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,13 +124,17 @@ def test_products(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN")
-@pytest.mark.parametrize("family", [matmul.ZEN_5 - 1, matmul.ZEN_5])
-def test_large_products_go_through_onednn_where_it_wins(family: int) -> None:
-    """This needs another process: in this one the choice has been made by the real processor."""
+def test_large_products_go_through_onednn_where_it_wins() -> None:
+    """This needs a different process: in this one the choice has been made by the real processor."""
     script = """
-import sys, torch
+import os, sys, torch
 from megatron.remoe.cpu import matmul
-matmul.amd_family_with_avx512 = lambda: int(sys.argv[1])
+if os.fork():
+    os.wait()
+    family = matmul.ZEN_5
+else:
+    family = matmul.ZEN_5 - 1
+matmul.amd_family_with_avx512 = lambda: family
 kept = matmul.use_onednn()
 large, small, worth_it = torch.ones(320, 320), torch.ones(3, 3), torch.ones(4097, 256)
 for product in (
@@ -146,36 +151,5 @@ for product in (
         product()
     print([event.name for event in profiler.events()].count("mkldnn::_linear_pointwise"), end=" ")
 """
-    command = [sys.executable, "-c", script, str(family)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    weight_gradients = "1 1 0" if family >= matmul.ZEN_5 else "0 0 0"
-    assert result.stdout.strip() == f"1 0 0 1 1 {weight_gradients}", result.stderr
-
-
-def test_norms_of_many_elements_are_exact() -> None:
-    """PyTorch's own norm has an error of 2e-4 for this many elements."""
-    generator = torch.Generator().manual_seed(1)
-    gradient = torch.randn(6_000_000, generator=generator)
-    exact = gradient.double().square().sum().sqrt()
-    for norm in (torch.norm(gradient, 2.0), gradient.norm(p=2), torch.linalg.vector_norm(gradient)):
-        assert norm.dtype == torch.float32 and norm.shape == ()
-        torch.testing.assert_close(norm.double(), exact, rtol=1e-6, atol=0)
-    for index, value in ((7, math.inf), (-1, math.nan)):
-        gradient[index] = value
-        torch.testing.assert_close(gradient.norm(), torch.tensor(value), equal_nan=True)
-
-
-def test_other_norms_stay_pytorchs() -> None:
-    generator = torch.Generator().manual_seed(1)
-    matrix = torch.randn(600, 1000, generator=generator)
-    exact = matrix.double()
-    for found, expected in (
-        (matrix.norm(p=1), exact.abs().sum()),
-        (matrix.norm(dim=1), exact.square().sum(dim=1).sqrt()),
-        (torch.linalg.vector_norm(matrix, keepdim=True), exact.square().sum().sqrt().reshape(1, 1)),
-        (matrix.T.norm(), exact.square().sum().sqrt()),
-        (matrix.norm(dtype=torch.float64), exact.square().sum().sqrt()),
-        (matrix[:2, :2].norm(), exact[:2, :2].square().sum().sqrt()),
-    ):
-        assert found.shape == expected.shape
-        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert result.stdout.strip() == "1 0 0 1 1 0 0 0 1 0 0 1 1 1 1 0", result.stderr  # weight gradients on Zen 5

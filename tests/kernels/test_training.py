@@ -12,7 +12,8 @@ from tests.tiny_model import RELU
 from tests.training_runs import TINY, run, series
 
 # In the interpreter each program of a kernel takes milliseconds.
-SHORT = "--seq-length 16 --max-position-embeddings 16 --global-batch-size 4 --train-iters 3".split()
+SHORT = "--seq-length 16 --max-position-embeddings 16 --micro-batch-size 2 --global-batch-size 4".split()
+SHORT += ["--train-iters", "2"]
 
 
 def test_trainings_are_equal(data: Path) -> None:

@@ -82,6 +82,7 @@ def test_a_layer_gives_what_it_gives_by_alltoall(share: str, limit: float, fused
 def test_training_is_that_of_alltoall(data: Path) -> None:
     """Two ranks with half of the experts each, which start in chunks, train as with alltoall."""
     words = [*TINY, *RELU, "--data-path", str(data), "--expert-model-parallel-size", "2", "--train-iters", "3"]
+    words += ["--moe-relu-activation-limit", "2"]
     hybridep = "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep --moe-router-dtype fp32".split()
     with entry_with(Path(deep_ep.__file__).parent) as entry:
         code, output = entry.run([*words, *hybridep], processes=2, limit=120)

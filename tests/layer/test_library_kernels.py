@@ -1,6 +1,5 @@
 """Test kernels that replace Megatron's against float64, in Triton's interpreter if there is no GPU."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +12,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.remoe import patches
 from megatron.remoe.transformer.cross_entropy import vocab_parallel_cross_entropy
 from megatron.remoe.transformer.rotary import fused_rotary_embedding
+from tests.training_runs import REPOSITORY, run
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,29 +43,10 @@ def test_cross_entropy(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     assert torch.equal(of_layer, given.grad), "the gradient lies where the logits were"
 
 
-def shared_vocabulary(rank: int, folder: Path) -> None:
-    gather = torch.distributed.all_gather_into_tensor  # NCCL can gather into a stack of tensors, gloo cannot
-
-    def gather_stack(output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: object) -> None:
-        gather(output_tensor.flatten(), input_tensor, group=group)
-
-    torch.distributed.all_gather_into_tensor = gather_stack
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.manual_seed(1)
-    logits, target = torch.randn(3, 2, 64), torch.randint(64, (3, 2))
-    part = logits.chunk(2, dim=-1)[rank].clone().requires_grad_()
-    losses = vocab_parallel_cross_entropy(part * 1, target, torch.distributed.group.WORLD)
-    losses.sum().backward()
-    exact = logits.requires_grad_()
-    expected = torch.nn.functional.cross_entropy(exact.flatten(0, 1), target.flatten(), reduction="none")
-    expected.sum().backward()
-    torch.testing.assert_close(losses.flatten(), expected)
-    torch.testing.assert_close(part.grad, exact.grad.chunk(2, dim=-1)[rank])
-
-
 @pytest.mark.skipif(DEVICE == "cuda", reason="interpreted, on two processes of the CPU")
-def test_cross_entropy_over_a_shared_vocabulary(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(shared_vocabulary, (tmp_path,), nprocs=2)
+def test_cross_entropy_over_a_shared_vocabulary() -> None:
+    output = run(["vocabulary"], 2, script=REPOSITORY / "tests" / "split_sequence.py")
+    assert "rank 0 ok" in output and "rank 1 ok" in output
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -16,26 +16,6 @@ from tests.training_runs import REPOSITORY, SMALL, records
 FLAGS = [*SMALL, *"--split 90,10,0 --eval-iters 0 --save-interval 2".split()]
 
 
-def training_environment(data: Path, tmp_path: Path) -> dict[str, str]:
-    environment = {"DATA_PATH": str(data), "OUTPUT_DIR": str(tmp_path / "run"), "PYTHON": sys.executable}
-    return environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-
-
-def test_trains_and_resumes_on_the_cpu(data: Path, tmp_path: Path) -> None:
-    """A training run resumes, on paths with blanks and non-ASCII letters."""
-    folder = tmp_path / "dätä of mine"
-    folder.mkdir()
-    for suffix in (".bin", ".idx"):
-        (folder / f"a_document{suffix}").symlink_to(data.with_suffix(suffix))
-    environment = training_environment(data, folder) | {"DATA_PATH": "", "DATA_DIR": str(folder)}
-    for more, expected in ((["--exit-interval", "2"], [1, 2]), ([], [3, 4])):
-        result = launch("182m_remoe", "1", "4", "2", "--", *FLAGS, *more, **environment)
-        assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
-        assert list(records(result.stdout)) == expected
-    files = {path.name for path in (folder / "run").iterdir()}
-    assert files == {"checkpoints", "command.sh", "tensorboard", "train.log"}
-
-
 RUN = """
 import sys
 from pathlib import Path
@@ -94,14 +74,20 @@ def test_a_signal_before_torchrun_has_children_is_not_lost(
     assert ("Stopped" in output) == stopped
 
 
-def test_sigterm_saves_a_checkpoint(data: Path, tmp_path: Path) -> None:
-    """A checkpoint is saved if SIGTERM reaches only the script (kill, docker stop); test_slurm.py signals all."""
-    log, console = tmp_path / "run" / "train.log", tmp_path / "console"
+def test_trains_saves_at_sigterm_and_resumes(data: Path, tmp_path: Path) -> None:
+    """SIGTERM reaches only the script (kill, docker stop); test_slurm.py signals all. Paths have blanks and umlauts."""
+    folder = tmp_path / "dätä of mine"
+    folder.mkdir()
+    for suffix in (".bin", ".idx"):
+        (folder / f"a_document{suffix}").symlink_to(data.with_suffix(suffix))
+    environment = {"DATA_DIR": str(folder), "OUTPUT_DIR": str(folder / "run"), "PYTHON": sys.executable}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    words, log, console = ["1", "100000", "2", "--", *FLAGS], folder / "run" / "train.log", tmp_path / "console"
     process = subprocess.Popen(
-        ["bash", str(SCRIPTS / "train_llama_182m_remoe.sh"), "1", "100000", "2", "--", *FLAGS],
+        ["bash", str(SCRIPTS / "train_llama_182m_remoe.sh"), *words],
         stdout=console.open("w"),  # a pipe that nobody reads would fill and stop the training
         stderr=subprocess.STDOUT,
-        env=alone(training_environment(data, tmp_path)),
+        env=alone(environment),
     )
     deadline = time.monotonic() + 120
     # Wait for the first save: the processes that it starts must survive the signal too.
@@ -113,6 +99,12 @@ def test_sigterm_saves_a_checkpoint(data: Path, tmp_path: Path) -> None:
     output = console.read_text()
     assert process.returncode == 143, output
     assert output.splitlines()[-1].startswith("Stopped. The same command goes on from the last checkpoint")
-    saved = int((tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    saved = int((folder / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
     assert saved in (last := max(records(log.read_text())), last + 1)
     assert "exiting program after receiving SIGTERM" in log.read_text()
+
+    result = launch("182m_remoe", *words, "--exit-interval", "1", **environment)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+    assert list(records(result.stdout)) == [saved + 1]
+    files = {path.name for path in (folder / "run").iterdir()}
+    assert files == {"checkpoints", "command.sh", "tensorboard", "train.log"}

@@ -54,10 +54,14 @@ def test_the_entry(word: str, code: int, printed: str) -> None:
     assert result.returncode == code and printed in (result.stderr if code else result.stdout)
 
 
-@pytest.mark.parametrize("tool", [".", "preprocess_data.py"])
-def test_a_python_without_packages_is_told_which_one_to_use(tool: str) -> None:
-    result = run("-S", TOOLS / tool, "generate", "--load", "RUN")  # -S: without site-packages
-    assert result.returncode == 2 and "Traceback" not in result.stderr
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [("generate --load x", "torch"), ("preprocess", "rich"), ("quickstart", "tokenizers"),
+     ("analyze --load x --data-path y", "matplotlib")],
+)  # fmt: skip
+def test_a_python_without_packages_is_told_which_one_to_use(words: str, missing: str) -> None:
+    result = run("-S", TOOLS, *words.split())  # -S: without site-packages
+    assert result.returncode == 2 and "Traceback" not in result.stderr and f"has no {missing}" in result.stderr
     assert sys.executable in result.stderr and f"{REPOSITORY}/.venv/bin/python" in result.stderr
 
 

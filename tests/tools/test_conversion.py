@@ -21,7 +21,7 @@ STEPS_BEFORE, STEPS_AFTER = 120, 50
 # As docs/conversion.md recommends: the converted model is close to its target, so λ moves in small steps.
 LAMBDA = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1.05"
 GENTLE = [*LAMBDA.split(), "--lr-warmup-iters", "10"]
-SETTING = [*TINY, *"--micro-batch-size 8 --lr 2e-3 --min-lr 2e-3 --lr-decay-style constant --eval-iters 20".split()]
+SETTING = [*TINY, *"--micro-batch-size 8 --lr 2e-3 --min-lr 2e-3 --lr-decay-style constant --eval-iters 8".split()]
 
 
 def train(data: Path, *arguments: str, processes: int = 1) -> str:

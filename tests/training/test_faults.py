@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from megatron.remoe.start.checkpoint_files import check_is_whole, newest_iteration
+from megatron.remoe.start.checkpoint_files import check_is_whole
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
 from tests.tiny_model import RELU
 from tests.training_runs import TINY, records, run, series, start, weights
@@ -87,26 +87,6 @@ def test_file_that_cannot_grow(data: Path, tmp_path: Path) -> None:
     run(saving(data, whole))
     right, mine = weights(whole, END), weights(folder, END)
     assert right.keys() == mine.keys() and all(torch.equal(right[key], mine[key]) for key in right)
-
-
-@pytest.mark.timeout(200)
-def test_sigterm_saves_and_resumes(data: Path, tmp_path: Path) -> None:
-    """The signal goes to all processes of the run, as from Slurm."""
-    words = [*saving(data, tmp_path, "--exit-signal-handler", "--train-iters", "100000", "--lr-decay-iters", "8")]
-    words[words.index("--save-interval") + 1] = "100000"
-    process = start(words, PYTHONUNBUFFERED="1")
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "] iteration        3/" in line:
-            break
-    for child in psutil.Process(process.pid).children(recursive=True):
-        child.terminate()
-    process.terminate()
-    process.communicate(timeout=100)
-    saved = newest_iteration(tmp_path)
-    assert int(saved) >= 3
-    steps = [*records(run([*words, "--exit-interval", str(int(saved) + 2)]))]
-    assert steps[0] == int(saved) + 1
 
 
 @pytest.mark.timeout(120)

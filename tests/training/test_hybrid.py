@@ -1,7 +1,7 @@
 """Test that HybridModel (attention and MLP are separate layers) trains like GPTModel, and converts to it and back."""
 
 import argparse
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from megatron.remoe.routing.router import ReLURouter
 from megatron.remoe.training.run_log import read_run_log
 from tests.entry import Entry
 from tests.tiny_model import RELU, TOPK
-from tests.training_runs import REPOSITORY, TINY, records, run
+from tests.training_runs import REPOSITORY, SMALL, TINY, records, run
 from tools.console.display import Display
 from tools.console.errors import ConversionError
 from tools.models.analyze.command import layer_numbers
@@ -23,10 +23,13 @@ from tools.models.convert.model_class import convert_class
 from tools.models.hf.opening import open_model, open_run
 from tools.models.hf.weights import convert_model
 from tools.models.hybrid import as_hybrid
+from tools.recipes.launch import plan
+from tools.recipes.models import PAPER, ROUTINGS
 
 # λ₀ is large enough for the L1 term to show in the loss within the run.
 RUN = [*RELU, "--moe-relu-l1-reg-coeff-init", "1e-3"]
 SAVED, END = 4, 8
+CLASSES = ("gpt", "hybrid")
 
 
 class Trainings:
@@ -109,6 +112,52 @@ WITH = {  # features of layers, and other routings
 def test_with_what_layers_can_do(kind: str, trainings: Trainings) -> None:
     flags = [*WITH[kind], "--train-iters", "3"]
     assert trainings.run(*flags, "--hybrid-layer-pattern", "*E*E") == trainings.run(*flags)
+
+
+@pytest.mark.parametrize("size", PAPER)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_a_recipe_in_either_class_differs_only_in_its_layers(size: str, routing: str) -> None:
+    gpt, hybrid = (plan(size, routing, ["8"], {"MODEL": model, "DRY_RUN": "1"}, False).flags for model in CLASSES)
+    layers = PAPER[size].layers
+    assert gpt[:2] == ["--num-layers", str(layers)] and gpt[2:] == hybrid[2:]
+    assert hybrid[:2] == ["--hybrid-layer-pattern", ("*-" if routing == "dense" else "*E") * layers]
+
+
+@pytest.mark.bulk
+@pytest.mark.parametrize("parallel", ["TP", "EP", "PP"])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_recipes_train_the_same_models(routing: str, parallel: str, entry: Entry, data: Path, tmp_path: Path) -> None:
+    """50 steps from the same converted weights, in one process and in two; then each class continues the other's."""
+    small = [*SMALL[2:], *"--eval-iters 0 --save-interval 25".split()]
+    small += ["--moe-ffn-hidden-size", "128"] if routing != "dense" else []
+
+    def train(model: str, name: str, processes: int, *flags: str) -> dict[int, float]:
+        split = {parallel: "2"} if processes == 2 else {}
+        stages = 2 if parallel == "PP" and split else 1
+        depth = replace(PAPER["182m"], layers=2).layer_flags(routing, model == "hybrid", stages)
+        place = {"MODEL": model, "OUTPUT_DIR": str(tmp_path / name), "DATA_PATH": str(data)}
+        given = plan("182m", routing, [str(processes), "50", "2", "--", *small], place | split).flags
+        code, output = entry.run([*given, *depth, *flags], processes=processes, limit=240)
+        assert code == 0, output[-3000:]
+        return {step: float(fields["lm loss"]) for step, fields in records(output).items()}
+
+    def convert(name: str, model: str, *flags: str) -> Path:
+        places = [tmp_path / name / "checkpoints", tmp_path / f"{name}-as-{model}" / "checkpoints"]
+        words = ["convert", "--model", model, "--load", str(places[0]), "--save", str(places[1]), *flags]
+        run(words, script=REPOSITORY / "tools" / "__main__.py")
+        return places[1]
+
+    train("gpt", "start", 1, "--train-iters", "1", "--save-interval", "1")
+    start = {"gpt": tmp_path / "start" / "checkpoints", "hybrid": convert("start", "hybrid")}
+    for processes in (1, 2) if parallel == "TP" else (2,):
+        losses = {}
+        for model, checkpoint in start.items():
+            losses[model] = train(model, f"{model}{processes}", processes, "--pretrained-checkpoint", str(checkpoint))
+        assert len(losses["gpt"]) == 50 and losses["hybrid"] == pytest.approx(losses["gpt"], rel=1e-6)
+        for model, other in ((*CLASSES,), (*CLASSES[::-1],)):
+            convert(f"{model}{processes}", other, "--ckpt-step", "25")
+            continued = train(other, f"{model}{processes}-as-{other}", processes)
+            assert continued == pytest.approx({step: losses["gpt"][step] for step in range(26, 51)}, rel=1e-6)
 
 
 def test_multi_token_prediction(trainings: Trainings) -> None:

@@ -25,6 +25,12 @@ def test_documented_script(layers: list[str], data: Path, tmp_path: Path) -> Non
     assert series(output, "lm loss") == series(run(arguments), "lm loss")
 
 
+def test_documented_script_without_data(tmp_path: Path) -> None:
+    assert len(series(run([*TINY, *RELU, "--mock-data", "--train-iters", "2"], script=SCRIPT), "lm loss")) == 2
+    output = run([*TINY, *RELU, "--data-path", str(tmp_path / "nowhere")], expect=2, script=SCRIPT)
+    assert "REMOE-E301" in output and "Traceback" not in output
+
+
 @pytest.mark.parametrize("entry", [ENTRY, SCRIPT], ids=lambda path: path.stem)
 def test_data_loaders_start_in_newer_pythons(entry: Path, data: Path, tmp_path: Path) -> None:
     script = tmp_path / "start.py"

@@ -123,8 +123,8 @@ DISTRIBUTED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overla
 @pytest.mark.parametrize(
     ("layout", "processes", "arguments"),
     [
-        ("PP2", 2, ["--pipeline-model-parallel-size", "2"]),
-        ("TP2 SP", 2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+        pytest.param("PP2", 2, ["--pipeline-model-parallel-size", "2"], marks=pytest.mark.bulk),
+        pytest.param("TP2", 2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"], marks=pytest.mark.bulk),
         ("one process", 1, []),
         ("EP2 distributed optimizer bf16", 2, [*DISTRIBUTED, "--expert-model-parallel-size", "2", "--bf16"]),
     ],

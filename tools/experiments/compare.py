@@ -6,7 +6,7 @@ remoe compare --collect                                              # tables an
 
 The learning rate is constant and falls in the last fifth of each run. A longer run goes on from a shorter one, from the
 step at which its rate began to fall. Every other arm has one more run for each length, which has used the FLOPs of
-ReMoE at that length. First, the rate and the warm-up of each arm are tuned for each number of experts, on a different
+one arm at that length. First, the rate and the warm-up of each arm are tuned for each number of experts, on a different
 part of the text and with a different seed, in equally many runs. The same command continues after a stop.
 """
 
@@ -24,7 +24,7 @@ from .run import STEP, Run, rounded
 from .significance import MARGIN
 from .tables import EQUAL_FLOPS, EQUAL_STEPS, Line, gaps, markdown
 
-REFERENCE = "remoe"
+REFERENCE, NONE = "remoe", "none"
 USUAL = ("dense", "moe", "moe-lossfree", "moe-hash", "moe-expert-threshold", "moe-topp", "remoe", "remoe-capped")
 TUNING_SEED = 1233
 LEAST = 20  # steps of a run
@@ -38,8 +38,9 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     add, number, default = parser.add_argument, whole_number(1), "(default: %(default)s)"
     text = f"of {', '.join(ARMS)}"
     add("--arms", nargs="+", choices=ARMS, default=[*USUAL], metavar="ARM", help=f"{text} {default}")
-    text = f"measure gaps from this arm; equal FLOPs are always those of {REFERENCE}"
-    add("--reference", choices=ARMS, default=REFERENCE, metavar="ARM", help=f"{text} {default}")
+    add("--reference", choices=ARMS, default=REFERENCE, metavar="ARM", help=f"measure gaps from this arm {default}")
+    text = f"also train every other arm to the FLOPs of this one, or {NONE}"
+    add("--equal-flops", choices=(*ARMS, NONE), default=REFERENCE, metavar="ARM", help=f"{text} {default}")
     add("--experts", nargs="+", type=number, default=[8, 32, 128], metavar="E", help=f"of a layer {default}")
     add("--granularity", type=number, default=1, metavar="G", help=f"smaller experts of each {default}")
     add("--topk", type=number, default=1, metavar="K", help=f"experts of a token, before granularity {default}")
@@ -53,7 +54,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     add("--tuning-steps", type=number, default=1200, metavar="N", help=f"steps of a tuning run {default}")
     args = parse_words(parser, words)
     args.output_dir /= args.corpus
-    args.arms = [arm for arm in ARMS if arm in (*args.arms, args.reference, REFERENCE)]
+    args.arms = [arm for arm in ARMS if arm in (*args.arms, args.reference, args.equal_flops)]
     args.is_tuned = len(args.lr_factors) * len(args.warmups) > 1
     for flag, values in (("--steps", args.steps), ("--tuning-steps", [args.tuning_steps] * args.is_tuned)):
         for steps in values:
@@ -64,7 +65,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
 
 
 def base_run(args: argparse.Namespace, experts: int) -> Run:
-    """Return ReMoE's run with the fields that all runs with this number of experts share."""
+    """Return a run with the fields that all runs with this number of experts share."""
     return Run(REFERENCE, size=args.size, experts=experts, granularity=args.granularity, topk=args.topk,
                tokens=args.tokens, is_wsd=True)  # fmt: skip
 
@@ -100,7 +101,10 @@ def choose_rates(args: argparse.Namespace, results: Results) -> dict[tuple[int, 
 
 
 def planned_runs(args: argparse.Namespace, tuned: Tuned, experts: int) -> Iterator[tuple[Run, Run]]:
-    """Yield the tuned runs with `experts` experts, ReMoE's first, each with ReMoE's of the same seed and length."""
+    """Yield the tuned runs with `experts` experts, each with the one of the same seed and length that sets its FLOPs.
+
+    That arm's come first; with `--equal-flops none` each sets its own.
+    """
 
     def tuned_run(arm: str, seed: int, steps: int) -> Run | None:
         run = replace(base_run(args, experts), arm=arm, seed=seed, steps=steps)
@@ -108,15 +112,16 @@ def planned_runs(args: argparse.Namespace, tuned: Tuned, experts: int) -> Iterat
         return replace(run, rate=choice[0], warmup=choice[1]) if choice else None
 
     for seed in args.seeds:
-        for arm in sorted(args.arms, key=REFERENCE.__ne__):
+        for arm in sorted(args.arms, key=args.equal_flops.__ne__):
             for steps in args.steps:
-                run, reference = (tuned_run(each, seed, steps) for each in (arm, REFERENCE))
+                matched = arm if args.equal_flops == NONE else args.equal_flops
+                run, reference = (tuned_run(each, seed, steps) for each in (arm, matched))
                 if run is not None and reference is not None:
                     yield run, reference
 
 
 def run_of_equal_flops(run: Run, reference: Run, results: Results) -> Run | None:
-    """Return the run that has used the FLOPs of ReMoE's; None without both runs, or if it would be a shorter one.
+    """Return the run that has used the FLOPs of `reference`; None without both, or if it would be a shorter one.
 
     Steps beyond the end of the run are assumed to compute as many experts per token as its last ones.
     """
@@ -132,14 +137,14 @@ def run_of_equal_flops(run: Run, reference: Run, results: Results) -> Run | None
 def make_lines(args: argparse.Namespace, results: Results, experts: int) -> list[Line]:
     """Return the lines of the table of one number of experts: one for each length and arm."""
     lines: dict[tuple[str, str], Line] = {}
-    for run, remoe in planned_runs(args, choose_rates(args, results), experts):
+    for run, matching in planned_runs(args, choose_rates(args, results), experts):
         if run in results:
             titles, reference = (f"{run.steps}", run.arm), (f"{run.steps}", args.reference)
             line = lines.setdefault(titles, Line(titles, {}, reference=reference if reference != titles else None))
             line.seeds[run.seed] = vars(results[run])
-            matched = run_of_equal_flops(run, remoe, results)
+            matched = None if args.equal_flops == NONE else run_of_equal_flops(run, matching, results)
             if matched is not None and matched in results:
-                used, wanted = (results[each].flops or 0.0 for each in (matched, remoe))
+                used, wanted = (results[each].flops or 0.0 for each in (matched, matching))
                 if abs(used - wanted) <= STEP * (results[matched].step_flops or 0.0):
                     line.matched[run.seed] = vars(results[matched])
     return sorted(lines.values(), key=lambda line: (int(line.titles[0]), args.arms.index(line.titles[1])))
@@ -162,7 +167,7 @@ def make_panel(lines: Sequence[Line], experts: int) -> Panel:
         if kind_of_gap == kind:
             drawn.setdefault((titles[1], ""), {})[float(titles[0])] = values
     ticks = {float(line.titles[0]): line.titles[0] for line in lines}
-    return Panel(f"E = {experts}, {kind}", "steps of ReMoE", drawn, ticks, is_log=True)
+    return Panel(f"E = {experts}, {kind}", "steps", drawn, ticks, is_log=True)
 
 
 def show(args: argparse.Namespace, rows: Sequence[Row]) -> None:

@@ -4,6 +4,7 @@ import os
 import shlex
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,13 @@ from ..runs.run_figures import TOTALS, RunFigures
 from ..runs.running import run_tool
 from ..text.corpora import dataset
 from .execute import execute
-from .jobs import Grid, make_job
+from .jobs import Grid, Job, make_job
 from .quickstart_picture import draw
 from .run import Run, Text
+
+ARMS = {"dense": "dense", "moe": "moe", "remoe": "remoe-capped"}  # by name of the folder
+SIZE = tiny.SIZES[tiny.QUICKSTART]
+WARMUP = 300  # steps
 
 
 def parse_arguments(arguments: Sequence[str]) -> Namespace:
@@ -38,6 +43,7 @@ def parse_arguments(arguments: Sequence[str]) -> Namespace:
     text = f"optimizer steps of each run (default: QUICKSTART_ITERS, or {tiny.ITERATIONS})"
     iterations = os.environ.get("QUICKSTART_ITERS") or tiny.ITERATIONS
     add("--iterations", type=whole_number(10), default=iterations, metavar="N", help=text)
+    add("--experts", type=whole_number(2), default=SIZE.experts, metavar="E", help="of a layer (default: %(default)s)")
     add("--seed", type=whole_number(1), default=tiny.SEED, metavar="N", help="of the runs (default: %(default)s)")
     args = parser.parse_args(arguments)
     args.output_dir = (args.output_dir or home() / dataset.FOLDERS[args.corpus]).expanduser().resolve()
@@ -51,19 +57,23 @@ def run(args: Namespace) -> int:
         ToolError: a run failed; the display has shown the end of its log.
     """
     console, output = Console(), args.output_dir
-    runs = output if args.iterations == tiny.ITERATIONS else output / f"iterations-{args.iterations}"
+    runs = output if args.experts == SIZE.experts else output / f"experts-{args.experts}"
+    runs = runs if args.iterations == tiny.ITERATIONS else runs / f"iterations-{args.iterations}"
     with lock(output, "quickstart") as held:
         title = f"Dense, top-k MoE and ReMoE of equal active size: {args.iterations} iterations each, side by side"
         say(console, f"{title}, in {short(output)}")
-        text = Text.read(dataset.make_text(output, args.corpus, lambda line: say(console, f"  {line}")))
+        tokens, warmup = dataset.SUBWORDS, min(WARMUP, args.iterations // 2)
+        text = Text.read(dataset.make_text(output, args.corpus, lambda line: say(console, f"  {line}"), tokens))
         domains = ", ".join(f"{name} {number:,}" for name, number in text.train_tokens.items())
-        say(console, f"  training text in bytes: {domains}")
+        say(console, f"  training text in subword tokens: {domains}")
         grid = Grid(runs, text=text)
-        jobs = [make_job(Run(model, args.seed, args.iterations), grid, model) for model in tiny.NAMES]
+        base = Run("dense", args.seed, args.iterations, tiny.QUICKSTART, warmup=warmup, tokens=tokens)
+        runs_by_name = {name: replace(base, arm=arm, experts=args.experts, topk=1) for name, arm in ARMS.items()}
+        jobs = [make_job(one, grid, name) for name, one in runs_by_name.items()]
         if execute(console, grid, jobs, len(jobs), held):
             raise ToolError("A run failed; see above. Fix the cause and run the same command: it goes on.")
-        figures = {job.run.arm: read_figures(job.folder) for job in jobs}
-        summary = summarize(figures, args.iterations) | {"seed": args.seed, "corpus": args.corpus}
+        figures = {job.run.routing: read_figures(job.folder) for job in jobs}
+        summary = summarize(jobs, figures) | {"seed": args.seed, "corpus": args.corpus}
         write_json(runs / "summary.json", summary)
         draw(runs / "report.png", figures, summary)
     print_summary(summary)
@@ -71,23 +81,24 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def summarize(runs: Mapping[str, RunFigures], iterations: int) -> dict[str, Any]:
-    """Return the figures of the three models after `iterations` steps."""
-    summary: dict[str, Any] = {"iterations": iterations}
-    size = tiny.SIZE
-    for model, figures in runs.items():
-        total = figures.parameters or 0
-        unused = (size.experts - size.topk) * size.layers * 3 * size.hidden * size.ffn if figures.num_experts else 0
+def summarize(jobs: Sequence[Job], runs: Mapping[str, RunFigures]) -> dict[str, Any]:
+    """Return the figures of the three models; losses are in nats per byte of text."""
+    iterations, experts, size = jobs[0].run.steps, jobs[-1].run.experts, SIZE
+    summary: dict[str, Any] = {"iterations": iterations, "experts": experts}
+    for job, (model, figures) in zip(jobs, runs.items(), strict=True):
+        result, total = job.result(), figures.parameters or 0
+        assert result is not None
+        unused = (experts - size.topk) * size.layers * 3 * size.hidden * size.ffn if job.run.experts else 0
         summary[model] = {
-            "val_loss": figures.validation_loss,
-            "val_loss_by_domain": {domain: each[-1].loss for domain, each in figures.evaluations.items()},
+            "val_loss": result.loss,
+            "val_loss_by_domain": result.losses,
             "tokens_per_second": figures.tokens_per_second,
             "active_params": total - unused,
             "total_params": total,
         }
     remoe = runs["remoe"]
     summary["remoe"]["sparsity_target"] = remoe.target_sparsity
-    summary["remoe"]["sparsity_last_quarter"] = late_sparsity(remoe, iterations, size.experts)
+    summary["remoe"]["sparsity_last_quarter"] = late_sparsity(remoe, iterations, experts)
     return summary
 
 
@@ -134,9 +145,9 @@ def print_next_steps(console: Console, output: Path, runs: Path, domain: str) ->
     say(console, f"  TensorBoard {tensorboard} --logdir {runs}")
     say(console, "\nTo try next, with the ReMoE (README.md, After training):")
     checkpoints = ["--load", str(runs / "remoe" / "checkpoints")]
-    held_out = dataset.data_prefix(output / dataset.TOKENS[dataset.BYTES], "heldout", domain)
+    held_out = dataset.data_prefix(output / dataset.TOKENS[dataset.SUBWORDS], "heldout", domain)
     for words in (
-        [*tool("generate"), *checkpoints, "--prompt", "My lord, "],
+        [*tool("generate"), *checkpoints, "--prompt", "My lord,"],
         [*tool("evaluate"), *checkpoints, "--data-path", held_out],
         [*tool("export"), *checkpoints, "--save", str(runs / "remoe" / "hf")],
     ):

@@ -1,4 +1,4 @@
-"""Draw the loss curves, the sparsity and its target, λ, and the load of the experts by layer."""
+"""Draw the final losses, the sparsity and its target, λ, and the load of the experts by layer."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from ..console.picture_style import TARGET, picture, routing_color
 from ..recipes import tiny
-from ..runs.run_figures import RunFigures, smooth
+from ..runs.run_figures import RunFigures
 
-SKIPPED_SHARE = 0.05  # the steep start of the loss curves would hide the differences
+MARGIN = 0.3  # of the axis of the losses at each end, as a share of their range; the labels need room
 
 
 def draw(path: Path, runs: Mapping[str, RunFigures], summary: Mapping[str, Any]) -> None:
@@ -19,11 +19,11 @@ def draw(path: Path, runs: Mapping[str, RunFigures], summary: Mapping[str, Any])
     remoe, iterations = runs["remoe"], summary["iterations"]
     with picture(path, font_size=11, pad=(0.15, 0.15), figsize=(16, 11)) as figure:
         ((loss, sparsity), (coefficient, load)) = figure.subplots(2, 2)
-        _draw_loss(loss, runs, summary)
+        _draw_losses(loss, summary)
         _draw_sparsity(sparsity, remoe, summary)
         coefficient.plot(*remoe.curve("l1_coefficient"), color=routing_color("remoe"), linewidth=1.5)
         coefficient.set(title="ReMoE: coefficient λ of the L1 term", xlabel="iteration", ylabel="λ", yscale="log")
-        _draw_load(load, late_load(remoe, iterations))
+        _draw_load(load, late_load(remoe, iterations), tiny.SIZE.topk / summary["experts"])
 
 
 def late_load(figures: RunFigures, last: int) -> dict[int, NDArray[np.float64]]:
@@ -32,18 +32,18 @@ def late_load(figures: RunFigures, last: int) -> dict[int, NDArray[np.float64]]:
     return {layer: np.mean([loads[layer] for loads in late], axis=0) for layer in late[-1]}
 
 
-def _draw_loss(axes: Any, runs: Mapping[str, RunFigures], summary: Mapping[str, Any]) -> None:
-    first = SKIPPED_SHARE * summary["iterations"]
-    for model, title in tiny.NAMES.items():
-        color, final = routing_color(model), summary[model]["val_loss"]
-        iterations, values = smooth(runs[model].curve("lm_loss"))
-        shown = iterations >= first
-        axes.plot(iterations[shown], values[shown], color=color, linewidth=1.8)
-        axes.plot(summary["iterations"], final, "o", color=color, markersize=9, label=f"{title}: {final:.3f}")
-    axes.set(
-        title="Loss in training (smoothed), and on held-out text at the end", xlabel="iteration", ylabel="nats per byte"
-    )
-    axes.legend(title="held-out text")
+def _draw_losses(axes: Any, summary: Mapping[str, Any]) -> None:
+    """Draw a dot for each model, with its value to three digits and the difference from dense."""
+    losses = {model: summary[model]["val_loss"] for model in tiny.NAMES}
+    for row, (model, loss) in enumerate(losses.items()):
+        axes.plot(loss, row, "o", color=routing_color(model), markersize=16)
+        difference = f" ({loss - losses['dense']:+.3f})".replace("-", "−") if row else ""
+        look = {"textcoords": "offset points", "ha": "center", "fontsize": 14}
+        axes.annotate(f"{loss:.3f}{difference}", (loss, row), (0, 14), **look)
+    axes.margins(x=MARGIN)
+    axes.set(title="Loss on held-out text at the end (against dense)", xlabel="nats per byte; lower is better")
+    axes.set_yticks(range(len(losses)), [*tiny.NAMES.values()])
+    axes.set_ylim(len(losses) - 0.5, -0.7)  # the first model at the top
 
 
 def _draw_sparsity(axes: Any, remoe: RunFigures, summary: Mapping[str, Any]) -> None:
@@ -58,15 +58,14 @@ def _draw_sparsity(axes: Any, remoe: RunFigures, summary: Mapping[str, Any]) -> 
     axes.legend(loc="lower right")
 
 
-def _draw_load(axes: Any, load: Mapping[int, NDArray[np.float64]]) -> None:
+def _draw_load(axes: Any, load: Mapping[int, NDArray[np.float64]], even: float) -> None:
     """Draw a bar for each expert of each layer, and the line of the even share."""
-    width, experts = 0.8 / len(load), np.arange(tiny.SIZE.experts)
+    width, experts = 0.8 / len(load), np.arange(len(next(iter(load.values()))))
     for place, (layer, shares) in enumerate(load.items()):
         left = experts - 0.4 + place * width
         look = {"color": routing_color("remoe"), "alpha": 1 - place / len(load), "label": f"layer {layer}"}
         axes.bar(left, shares, width, align="edge", **look)
-    even = tiny.SIZE.topk / tiny.SIZE.experts
     axes.axhline(even, color=TARGET, linestyle="--", linewidth=1.5, label=f"even: {even:.1%}")
-    axes.set(title="ReMoE: tokens that each expert gets, last quarter", xlabel="expert", xticks=experts)
+    axes.set(title="ReMoE: tokens that each expert gets, last quarter", xlabel="expert")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.legend()

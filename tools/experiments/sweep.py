@@ -64,7 +64,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     text = "sequences that a process takes at once (default: the script's)"
     add("--micro-batch-size", type=whole_number(1), metavar="N", help=text)
     add = group.add_mutually_exclusive_group().add_argument
-    text = "train the quickstart's model on the CPU, and two larger ones for the figure size, on its text"
+    text = "train tiny models on the CPU, on the quickstart's text"
     add("--tiny", action="store_true", default=False, help=text)
     text = 'submit each run as a job of scripts/slurm/train.sbatch, with flags for sbatch: --slurm="--nodes 2"'
     add("--slurm", nargs="?", type=shlex.split, const=[], metavar='"FLAGS"', help=text)

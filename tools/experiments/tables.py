@@ -25,7 +25,7 @@ class Line:
     Attributes:
         titles: one for each of the table's first columns.
         seeds: seed → figures of the run.
-        matched: seed → figures of the run with the FLOPs of ReMoE; for ReMoE, the same as `seeds`.
+        matched: seed → figures of the run with equal FLOPs; for the arm that sets them, the same as `seeds`.
         reference: titles of the line that gaps are measured from; None for the reference itself.
     """
 

@@ -78,11 +78,6 @@ def find(root: Path, step: int | None) -> Checkpoint:
     """
     folder = find_folder(root, step)
     root = folder.parent
-    if any(folder.glob("mp_rank_*")):
-        raise ConversionError(
-            f"{folder}: has one file per rank. Convert it to a distributed checkpoint with Megatron's "
-            "--ckpt-convert-format torch_dist --ckpt-convert-save FOLDER, and load FOLDER/torch_dist."
-        )
     try:
         with reading(folder):
             common = check_is_whole(folder)
@@ -234,7 +229,7 @@ def find_folder(root: Path, step: int | None) -> Path:
     """Return the folder of a run's newest iteration, or of the given one.
 
     Raises:
-        ConversionError: there is none.
+        ConversionError: there is none, or it has one file per rank.
     """
     if not newest_iteration(root) and newest_iteration(root / "checkpoints"):
         root /= "checkpoints"
@@ -247,6 +242,11 @@ def find_folder(root: Path, step: int | None) -> Path:
     if not folder.is_dir():
         present = ", ".join(sorted(path.name for path in root.glob("iter_*"))) or "none"
         raise ConversionError(f"{folder}: no such checkpoint. Present: {present}.", "REMOE-E402")
+    if any(folder.glob("mp_rank_*")):
+        raise ConversionError(
+            f"{folder}: has one file per rank. Start the program that wrote it once more, with its flags and "
+            "--ckpt-convert-format torch_dist --ckpt-convert-save FOLDER, and give --load FOLDER/torch_dist here."
+        )
     return folder
 
 

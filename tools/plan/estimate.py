@@ -63,7 +63,7 @@ def write_lines(
     needed = max(map(sum, fullest.values())) / 2**30
     time = estimate_step(args, stages, options.rates, options.gpus_per_node)
     yield ""
-    yield from conclude(time, sequences / args.global_batch_size, needed, GPUS[options.gpu].memory, options.gpu)
+    yield from conclude(time, sequences / args.global_batch_size, needed, GPUS[options.gpu].memory)
 
 
 def _compute_lines(args: argparse.Namespace, sequences: int, total: int, experts: int) -> Iterator[str]:
@@ -90,17 +90,15 @@ def _compute_lines(args: argparse.Namespace, sequences: int, total: int, experts
 def _memory_lines(args: argparse.Namespace, stages: list[Stage], fullest: dict[str, memory.Memory]) -> Iterator[str]:
     phases = experts_by_phase(args)
     titles = [TITLES[phase] if len(phases) > 1 else "all steps" for phase in phases]
+    yield f"{'Memory of a GPU, GiB':<24}" + "".join(f"{title:>15}" for title in titles)
     if args.num_experts:
-        titles = [
-            f"{title}, {n:g} of {args.num_experts} experts" for title, n in zip(titles, phases.values(), strict=True)
-        ]
-    yield "Memory of a GPU, GiB  " + "".join(f"  {title:>34}" for title in titles)
+        yield f"{f'  experts, of {args.num_experts}':<24}" + "".join(f"{n:15g}" for n in phases.values())
     rows = {name: [getattr(column, name) for column in fullest.values()] for name in memory.Memory._fields}
     for name, row in (rows | {"total": [*map(sum, fullest.values())]}).items():
-        yield f"  {name:<20}" + "".join(f"{amount / 2**30:36.2f}" for amount in row)
+        yield f"  {name:<22}" + "".join(f"{amount / 2**30:15.2f}" for amount in row)
     if len(stages) > 1:
         yield f"  in the fullest of {len(stages)} pipeline stages"
     yield f"  without {memory.NOT_COUNTED}"
     if args.num_experts and args.expert_model_parallel_size > 1:
         sent = [memory.exchanged_bytes(args, stages, experts) for experts in phases.values()]
-        yield "All-to-all, GB a step " + "".join(f"{amount / 1e9:36.2f}" for amount in sent)
+        yield f"{'All-to-all, GB a step':<24}" + "".join(f"{amount / 1e9:15.2f}" for amount in sent)

@@ -64,9 +64,9 @@ def write_lines(figures: dict[str, Any], options: argparse.Namespace) -> Iterato
     yield ""
     if figures["starts"]:
         needed = max(stage["peak_reserved_gib"] for stage in stages.values()) + CONTEXT
-        yield from conclude(time, options.iterations, needed, gpu.memory, options.gpu)
+        yield from conclude(time, options.iterations, needed, gpu.memory)
     elif "out of memory" in figures["error"]:
-        yield from conclude(None, 0, None, gpu.memory, options.gpu)
+        yield from conclude(None, 0, None, gpu.memory)
 
 
 def _step_lines(figures: dict[str, Any], time: StepTime) -> Iterator[str]:
@@ -91,4 +91,4 @@ def _step_lines(figures: dict[str, Any], time: StepTime) -> Iterator[str]:
     if time.bubble > 1:
         yield f"  the pipeline idles: a step takes {time.bubble:.2f} times a rank's work"
     if figures["mfu"] is not None:
-        yield f"  MFU {figures['mfu']:.1%} with waits and collectives, {figures['mfu_at_best']:.1%} with neither"
+        yield f"  MFU {figures['mfu']:.1%} to {figures['mfu_at_best']:.1%}: the model's FLOPs in the step's time"

@@ -89,31 +89,28 @@ class StepTime:
         return f"{name} ({parts[name] / self.most:.0%})"
 
 
-def conclude(
-    time: StepTime | None, iterations: float, needed: float | None, available: float, gpu: str
-) -> Iterator[str]:
-    """Yield the last lines of a plan: whether it fits, hours from and to, and what limits them.
+def conclude(time: StepTime | None, iterations: float, needed: float | None, available: float) -> Iterator[str]:
+    """Yield the end of a plan; its last line says whether it fits, hours from and to, and what limits them.
 
     Args:
         time: of a step; None if it is not known.
         iterations: steps of the run; 0 if they are not known.
         needed: GiB of memory; None if they are not known, but more than available.
         available: GiB of the GPU's memory.
-        gpu: its kind.
     """
-    if needed is not None and needed <= available:
-        yield f"Fits: {needed:.1f} of {available:g} GiB"
-    else:
-        amount = "" if needed is None else f"{needed:.1f} GiB, "
-        yield f"DOES NOT FIT: {amount}more than the {available:g} GiB of a {gpu}."
-        yield "  Choose a smaller micro-batch, more expert, tensor or pipeline parallelism, or"
+    fits = needed is not None and needed <= available
+    if not fits:
+        yield "To fit, choose a smaller micro-batch, more expert, tensor or pipeline parallelism, or"
         yield "  --recompute-granularity selective --recompute-modules moe."
+    amount = "more than" if needed is None else f"{needed:.1f} of"
+    verdict = f"{'Fits' if fits else 'DOES NOT FIT'}: {amount} {available:g} GiB"
     if time is None:
+        yield verdict
         return
+    yield f"Time: {time.least * 1e3:,.0f} to {time.most * 1e3:,.0f} ms a step. Modelled, not measured"
     least, most = (format_duration(seconds * iterations) for seconds in (time.least, time.most))
-    whole = f"at best {least}, {most} if nothing overlaps; " if iterations else ""
-    yield f"Time: {whole}{time.least * 1e3:,.0f} to {time.most * 1e3:,.0f} ms a step. Modelled, not measured"
-    yield f"  limited by {time.limit()}"
+    hours = f"; at best {least}, {most} if nothing overlaps" if iterations else ""
+    yield f"{verdict}{hours}; limited by {time.limit()}"
 
 
 def format_duration(seconds: float) -> str:

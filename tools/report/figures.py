@@ -28,6 +28,7 @@ from ..runs.run_figures import EMPTY, TOTALS, Curve, RunFigures, smooth
 
 COLUMNS = 240  # most columns of a heat map
 FIRST_SHARE = 0.05  # start of a run that does not set the range of the loss axis: its fall hides later differences
+LABELS = 6  # side by side in a figure
 POINTS, FEW = 1000, 300  # maximum number of points of a curve, and of a layer's curve and the tooltip
 RIM = "#888888"  # visible on light and on dark
 Layers = Mapping[int, Curve]
@@ -200,7 +201,10 @@ def overlay(
                 plot.line(*thin(curve, POINTS), line_dash=dash, **style, **width)
         if len(drawn.marks.values):
             plot.scatter(*thin(drawn.marks, POINTS), size=11, line_color=RIM, line_width=2, **style)
-        if len(drawn.curve.values):
+        if count := len(drawn.curve.values):
+            # Labels of curves that end close to each other are side by side.
+            x, y = ([values[-1 - count * len(hovered) // LABELS % count]] for values in drawn.curve)
+            plot.text(x, y, text=[run.name], text_align="right", text_baseline="bottom", **style)
             hovered.append((run.name, color, drawn.curve))
     for level in {level for run in runs if (level := find_level(run))}:
         plot.add_layout(Span(location=level, dimension="width", line_dash="dashed", line_color=RIM))

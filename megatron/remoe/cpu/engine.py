@@ -12,7 +12,6 @@ from torch.distributed import DeviceMesh
 from megatron.remoe.cpu import facade
 from megatron.remoe.cpu.collectives import with_padding
 from megatron.remoe.cpu.matmul import use_onednn
-from megatron.remoe.cpu.vector_norm import sum_in_chunks
 
 # Parameters of glibc's mallopt, from malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -26,7 +25,7 @@ def install() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     put = facade.put_in_place()
     if put is not None:
-        put.kernels = use_onednn(), sum_in_chunks()  # type: ignore[attr-defined]
+        put.kernels = use_onednn()  # type: ignore[attr-defined]
         _keep_freed_memory()
         _adapt_tensors()
         _adapt_modules()

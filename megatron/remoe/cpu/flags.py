@@ -4,6 +4,8 @@ import argparse
 import os
 import sys
 
+import torch
+
 # attribute: (value on the CPU, reason); these are on by default, so the user did not ask for them
 SILENT: dict[str, tuple[object, str]] = {
     "distributed_backend": ("gloo", "NCCL needs GPUs"),
@@ -43,11 +45,10 @@ def adapt_arguments(args: argparse.Namespace, trains: bool = True) -> None:
         os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
     if not os.path.isdir("/proc/self/fd"):  # as on macOS; Megatron's data loader workers read it
         args.num_workers = 0
-    changed = []
-    for name, (value, reason) in CPU_VALUES.items():
-        if getattr(args, name, value) != value:
-            setattr(args, name, value)
-            if name not in SILENT:
-                changed.append(f"--{name.replace('_', '-')} ({reason})")
-    if changed and args.rank == 0:
-        print(f"Training on the CPU without {', '.join(changed)}.", file=sys.stderr, flush=True)
+    if args.rank == 0 and not getattr(args, "cpu", True):
+        print(f"No GPU, or a driver too old for CUDA {torch.version.cuda}: training on the CPU.", file=sys.stderr)
+    changed = {name: reason for name, (value, reason) in CPU_VALUES.items() if getattr(args, name, value) != value}
+    vars(args).update({name: CPU_VALUES[name][0] for name in changed})
+    named = [f"--{name.replace('_', '-')} ({changed[name]})" for name in changed if name not in SILENT]
+    if named and args.rank == 0:
+        print(f"Training on the CPU without {', '.join(named)}.", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ T tokens (sequence x batch), E experts, P pairs (a token and an expert that is a
 At the target sparsity there is one chunk.
 """
 
+import inspect
 from functools import partial
 from typing import Any, Protocol
 
@@ -29,6 +30,8 @@ from megatron.remoe.kernels.backend import choose_backend
 from megatron.remoe.layer.counting import Counts, count_pairs
 from megatron.remoe.layer.dispatcher import PlannedAlltoAllDispatcher
 from megatron.remoe.layer.experts import GroupedExperts
+
+ROUTED = inspect.signature(MoELayer.route).parameters
 
 
 class ReMoELayer(MoELayer):
@@ -84,7 +87,7 @@ class ReMoELayer(MoELayer):
             hidden_states: `[sequence, batch, H]`.
             intermediate_tensors: passed by Megatron if parts of the layer are in CUDA graphs.
             padding_mask: bool `[batch, sequence]`, True at padding.
-            for_router: more arguments that some versions of Megatron pass to the router.
+            for_router: more arguments of some versions of Megatron; those that `route` accepts reach the router.
 
         Returns:
             `[sequence, batch, H]`, and None for no bias.
@@ -99,7 +102,7 @@ class ReMoELayer(MoELayer):
             raise ValueError("MoE layers with tensor parallelism need sequence parallelism to train.")
         if padding_mask is not None:
             padding_mask = padding_mask.transpose(0, 1).bool()
-        forward = partial(self._forward, for_router)
+        forward = partial(self._forward, {name: value for name, value in for_router.items() if name in ROUTED})
         if self.moe_layer_recompute and self.training:
             if self.config.fp8 or self.config.fp4:  # only te_checkpoint recomputes in the same precision
                 tracker = tensor_parallel.random.get_cuda_rng_tracker

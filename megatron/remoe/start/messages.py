@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import json
 import os
 import re
 import signal
@@ -28,7 +29,7 @@ REMEDIES = {
     r"Connection (reset by peer|closed by peer|was likely closed)|remote process exited|"
     r"NCCL.*(abort|remote|unhandled system)": "Another rank has ended: its last words, or its exit code in torchrun's "
     "report, say why.",
-    r"divisible by eval_micro_batch_size": "If not given, both are those of --global-batch-size, --micro-batch-size.",
+    r"divisible by eval_micro_batch_size": "By default, --global-batch-size and --micro-batch-size: change one.",
     r"DistStoreError|DistNetworkError": "Not all ranks reached each other: start WORLD_SIZE of them, "
     "and check that all can reach MASTER_ADDR and MASTER_PORT of the first node.",
     r"gloo.*timed out|Watchdog caught collective": "Another rank has stopped or hangs: its log says where.",
@@ -102,8 +103,11 @@ def _flag_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 
 
 def _say(words: str) -> None:
-    """Print an error on standard error, under the name of the program that was started."""
+    """Print an error on standard error, under the name of the program that was started. torchrun repeats it."""
     sys.stdout.flush()
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with open(path, "w") as file:
+            json.dump({"message": words, "timestamp": int(time.time())}, file)
     print(f"{os.path.basename(sys.argv[0])}: error: {words}", file=sys.stderr, flush=True)
 
 

@@ -78,12 +78,16 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None = None) -> 
     if removed := _removed_settings(resume.saved):
         problem = f"was trained with {removed}, which this version does not have. Continue with version 0.1"
         raise UsageError(f"{given}: {problem}.", "REMOE-E413")
+    rows, saved_rows = (getattr(one, "padded_vocab_size", None) for one in (args, resume.saved))
+    if rows != saved_rows and args.rank == 0:
+        text = f"{given}: its vocabulary is padded to {saved_rows} rows, here to {rows}. The loss shifts slightly."
+        print(text, file=sys.stderr, flush=True)
     names = RATES if args.allow_changed_settings else result_settings()
     if different := differences(args, resume.saved, names - RATES if args.no_load_optim else names):
         raise UsageError(
             f"{given}: resuming with other settings than it was saved with: {different}. Give its values, or a "
-            "different --save and --load, or --allow-changed-settings if you mean it, or --finetune with a different "
-            "--save to start a new run from its weights.",
+            "different --save and --load, or --allow-changed-settings if you mean it (for rates with --no-load-optim), "
+            "or --finetune with a different --save to start a new run from its weights.",
             "REMOE-E413",
         )
     if args.no_load_optim or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:

@@ -21,7 +21,6 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.utils import get_model_config
 from megatron.remoe.baselines import ROUTERS
 from megatron.remoe.baselines.hash import pass_token_ids
-from megatron.remoe.baselines.pairs import PairCounter
 from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.layer.experts import GroupedExperts, SplitExperts, takes_grouped_experts
 from megatron.remoe.layer.specs import (
@@ -42,6 +41,7 @@ from megatron.remoe.start.environment import check_local_layers
 from megatron.remoe.training.arguments import model_config_from_args
 from megatron.remoe.training.flips import FlipMeter
 from megatron.remoe.training.metrics import ReMoEMetricsTracker
+from megatron.remoe.training.pairs import PairCounter
 from megatron.remoe.transformer.hybrid import local_hybrid_stack_spec
 from megatron.training.models.base import compose_hooks
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
@@ -55,7 +55,7 @@ def install_routing(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
 
     --moe-relu-routing needs an update after each step and the log, --moe-warmup-topk the number of the step, and
     --moe-baseline-router the count of its pairs, and for hash the tokens' ids. Also apply the patches, if that has not
-    happened yet.
+    happened yet. With --moe-per-layer-logging top-k's pairs are counted too.
 
     Args:
         args: arguments from `parse_and_validate_args`.
@@ -74,6 +74,8 @@ def install_routing(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
     elif args.moe_baseline_router is not None:
         router, prepare = ROUTERS[args.moe_baseline_router], partial(_install_counter, args, PairCounter)
     else:
+        if args.num_experts and args.moe_per_layer_logging and args.cuda_graph_impl == "none":
+            model_cfg.post_wrap_hooks.append(partial(_install_counter, args, PairCounter))
         return
     if not isinstance(config, ReMoEConfig):
         raise TypeError(

@@ -5,10 +5,10 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
-from megatron.remoe.baselines.pairs import PairCounter
 from megatron.remoe.patches.log_lines import run_logger
 from megatron.remoe.routing.controller import SparsityController
 from megatron.remoe.training.flips import FlipMeter
+from megatron.remoe.training.pairs import PairCounter
 
 # The figures of a `RoutingSummary` in Megatron's line, each with its format.
 PRINTED = {"sparsity": ".6f", "target_sparsity": ".6f", "l1_coefficient": ".6E", "l1_loss": ".6E"}
@@ -28,7 +28,7 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
         self._args, self._counter, self._first = args, counter, True
 
     def totals(self) -> dict[str, int]:
-        """Return the running sums of computed pairs and tokens, or nothing for top-k; waits for the device."""
+        """Return the running sums of computed pairs and tokens, if they are counted; waits for the device."""
         return self._counter.totals() if self._counter is not None else {}
 
     def report(
@@ -63,6 +63,8 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
             if summary.guarded_layers:
                 text += f" guarded layers: {','.join(map(str, summary.guarded_layers))} |"
             line |= figures
+        elif isinstance(self._counter, PairCounter) and is_printed:
+            line["tokens_per_expert"] = self._counter.loads()
         if is_printed and (line := line | self.totals()):
             run_logger().info(line)
         return text

@@ -40,9 +40,7 @@ def convert_fork(options: argparse.Namespace, display: Display) -> None:
         state, index = check_is_whole(folder), read_index(folder)
     except BrokenCheckpointError as error:
         raise ConversionError(
-            f"--load {options.load}: {error}. Choose a different iteration with --ckpt-step. If its format is not "
-            "torch_dist, start the fork once more with its flags and --ckpt-convert-format torch_dist "
-            "--ckpt-convert-save FOLDER, and convert with --load FOLDER/torch_dist."
+            f"--load {options.load}: {error}. Choose a different iteration with --ckpt-step."
         ) from error
     saved: Any = state.get("args")
     if not hasattr(saved, "moe_relu_routing") or hasattr(saved, "moe_relu_layer_floor"):

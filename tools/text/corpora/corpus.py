@@ -202,7 +202,7 @@ def _id_hash(document_id: str) -> bytes:
 def inputs(name: str) -> str:
     """Return a fingerprint of the packages and the code that determine a corpus."""
     versions = {package: importlib.metadata.version(package) for package in DOCUMENTED_PACKAGES}
-    code = [Path(__file__), Path(__file__).with_name("technical.py")]
+    code = [Path(__file__).with_name(f"{part}.py") for part in ("corpus", "technical", "python_packages")]
     return fingerprint(name, sys.version, versions, fingerprint_of_files(code))
 
 

@@ -8,17 +8,22 @@ from typing import Any
 from ...console.errors import ToolError
 from ...console.files import fingerprint, fingerprint_of_files, make_empty, read_stamp, write_json
 from ...console.places import PACKAGE
-from . import corpus, technical
+from . import corpus, python_packages, technical
 
-MIXED, TECHNICAL = "mixed", "technical"
+MIXED, TECHNICAL, BROAD = "mixed", "technical", "broad"
 CORPORA: Mapping[str, Callable[[], corpus.Sources]] = {
     MIXED: lambda: corpus.SOURCES,
     TECHNICAL: technical.sources,
+    BROAD: lambda: {**corpus.SOURCES, **technical.sources(), **python_packages.sources()},
 }
 BYTES, SUBWORDS = "bytes", "subwords"
 TOKENS = {BYTES: "data", SUBWORDS: "data-subwords"}  # kind of tokens → folder of the data sets next to the corpus
 SUBWORD_ENTRIES = 4096  # size of a byte-level BPE that is trained on the training text
-FOLDERS = {MIXED: Path("runs", "quickstart"), TECHNICAL: Path("runs", "quickstart-technical")}
+FOLDERS = {
+    MIXED: Path("runs", "quickstart"),
+    TECHNICAL: Path("runs", "quickstart-technical"),
+    BROAD: Path("runs", "quickstart-broad"),
+}
 
 
 def inputs(text: dict[str, Any]) -> str:

@@ -87,7 +87,7 @@ class TextEncoder:
         if not texts:
             return _encoded([])
         with self._lock:
-            fast = self._load_fast(texts)
+            fast = self._choose_fast(texts)
         if fast is None:
             return self.encode_by_reference(texts)
         encoded = self._encode_fast(fast, texts)
@@ -108,7 +108,7 @@ class TextEncoder:
         """Return the text of tokens (shape [tokens]), special ones included."""
         return self._reference.decode(ids.tolist(), skip_special_tokens=False)
 
-    def _load_fast(self, texts: Sequence[str]) -> Any:
+    def _choose_fast(self, texts: Sequence[str]) -> Any:
         """Return gigatoken's tokenizer if it works, loaded again after much text; else None."""
         if not self._tried:
             self._tried = True

@@ -1,0 +1,75 @@
+"""Count the pairs of a token and an expert that top-k and baseline routers compute in training."""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.utils import get_model_config
+from megatron.remoe.routing.controller import layer_numbers
+
+
+class PairCounter:
+    """Sum the pairs of all ranks' routers once per optimizer step.
+
+    The sums give the exact FLOPs of routers whose number of experts per token varies.
+    """
+
+    def __init__(self, model_chunks: list[torch.nn.Module]) -> None:
+        """
+        Args:
+            model_chunks: the model on this rank, all its virtual pipeline stages; may hold no router.
+        """
+        config = get_model_config(model_chunks[0])
+        modules = [module for chunk in model_chunks for module in chunk.modules()]
+        self.routers = [module for module in modules if isinstance(module, TopKRouter)]
+        device = torch.device(torch.cuda.current_device())
+        # A row for each layer: the tokens of each expert, then all tokens; of this rank in the current step, of all
+        # ranks in the last one, and over all steps.
+        rows = config.num_layers * (1 + (config.mtp_num_layers or 0))
+        shape = rows, (config.num_moe_experts or 0) + 1
+        make = partial(torch.zeros, shape, dtype=torch.float64, device=device)
+        self._step, self._last, self.running_sums = make(), make(), make()
+        for router, number in zip(self.routers, layer_numbers(self.routers, modules, config.num_layers), strict=True):
+            router.register_forward_hook(partial(self._count, number - 1), with_kwargs=True)
+
+    def _count(
+        self,
+        row: int,
+        router: torch.nn.Module,
+        given: tuple[Any, ...],
+        named: dict[str, Any],
+        routed: tuple[torch.Tensor, ...],
+    ) -> None:
+        # Recomputation runs the forward pass twice, the first time without gradients.
+        if router.training and torch.is_grad_enabled():
+            padding = named.get("padding_mask", given[1] if len(given) > 1 else None)
+            self._step[row, :-1] += routed[1].sum(dim=0)
+            self._step[row, -1] += len(routed[1]) - (0 if padding is None else padding.sum())
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Add the step's pairs of all ranks to the sums. Call it on every rank, after the backward passes."""
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            torch.distributed.all_reduce(self._step)
+        self.running_sums += self._step
+        for router in self.routers:
+            if hasattr(router, "end_step"):
+                router.end_step()
+        self._last.copy_(self._step)
+        self._step.zero_()
+
+    def totals(self) -> dict[str, int]:
+        """Return computed pairs, and tokens times MoE layers, of all updates; waits for the device."""
+        sums = self.running_sums.sum(dim=0)
+        return {"total_active_pairs": int(sums[:-1].sum()), "total_layer_tokens": int(sums[-1])}
+
+    def loads(self) -> dict[int, list[float]]:
+        """Return layer (from 1) → share of its tokens that each expert got in the last step; waits for the device."""
+        table = self._last.cpu()
+        return {
+            number: [round(share, 5) for share in (row[:-1] / row[-1]).tolist()]
+            for number, row in enumerate(table, start=1)
+            if row[-1] > 0
+        }
