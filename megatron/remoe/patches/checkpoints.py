@@ -33,7 +33,7 @@ ASYNC_FILE = "core/dist_checkpointing/strategies/filesystem_async.py"
 def load_objects_unexecuted() -> None:
     """Refuse checkpoint objects that could run code.
 
-    PyTorch unpickles them without restriction, although Megatron has a list of the types that they consist of.
+    PyTorch unpickles them without restriction, although Megatron lists their types.
     """
     torch.serialization.add_safe_globals([Call, Caller])  # checkpoints after a NaN hold these
 
