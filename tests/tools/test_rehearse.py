@@ -17,6 +17,7 @@ from tools.console.files import write_json
 from tools.plan import rehearse
 from tools.plan.gpus import rates
 from tools.plan.step_time import StepTime
+from tools.recipes.megatron_values import read_values
 
 needs_cuda_build = pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built for CPUs only")
 ONE_MICRO_BATCH = ("--global-batch-size", "128")  # of the 182M scripts on 8 GPUs; more micro-batches repeat the first
@@ -83,7 +84,9 @@ def test_launch_commands(name: str, request: pytest.FixtureRequest) -> None:
 def test_a_stage_without_data_takes_its_steps(tmp_path: Path) -> None:
     """A middle pipeline stage starts without data. In a real training the first rank tells it to train."""
     options = Namespace(gpus=8, gpus_per_node=8, gpu="h100", stage=None, rates=rates("h100"))
-    record = rehearse.simulate(4, options, [*REMOE_182M, "--pipeline-model-parallel-size", "4"], tmp_path)
+    flags = [*REMOE_182M, "--pipeline-model-parallel-size", "4"]
+    flags = rehearse.rehearsal_flags(flags, read_values(flags), rehearse.MOST_STEPS)
+    record = rehearse.simulate(4, options, flags, tmp_path)
     assert record["starts"] and record["model"]["bubble"] == 7 / 4
     assert set(record["stages"]) == {"dense", "way", "steady"}
 
