@@ -89,7 +89,7 @@ def environment(gpu: str, devices: int) -> dict[str, str]:
         devices: how many of them the process sees.
 
     Raises:
-        ToolError: as `build_libraries`.
+        ToolError: the libraries cannot be built.
     """
     card, built = GPUS[gpu], build_libraries()
     return {

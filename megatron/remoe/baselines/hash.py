@@ -30,7 +30,7 @@ class HashRouter(TopKRouter):
     def forward(
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None, *_unused: Any, **_named: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Route tokens `[sequence, batch, hidden]`, padding included; return gates and map as Megatron's router.
+        """Route tokens `[sequence, batch, hidden]`, padding included; return gates and map as Megatron's router does.
 
         Raises:
             RuntimeError: the ids of these tokens are not known.

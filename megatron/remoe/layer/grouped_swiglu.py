@@ -90,11 +90,11 @@ class OneKernel:
         self.ends = torch.tensor(sizes).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
 
     def multiply(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Multiply as `OneByOne.multiply`."""
+        """Multiply as `OneByOne.multiply` does."""
         return functional.grouped_mm(rows, weights, offs=self.ends)
 
     def outers(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """Multiply as `OneByOne.outers`."""
+        """Multiply as `OneByOne.outers` does."""
         outers = functional.grouped_mm(left.T, right, offs=self.ends)
         if _generation(self.ends.device) == SM100:
             # The kernel does not write zeros for experts without pairs: pytorch/pytorch#172439.
@@ -102,7 +102,7 @@ class OneKernel:
         return outers
 
     def add_outers(self, outs: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Add as `OneByOne.add_outers`."""
+        """Add as `OneByOne.add_outers` does."""
         outs.add_(self.outers(left, right))
 
 

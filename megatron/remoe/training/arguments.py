@@ -83,7 +83,7 @@ def parse_and_validate_args(
         adapt: changes the arguments before they are validated.
 
     Returns:
-        The arguments, validated and set as Megatron's global ones.
+        The arguments, validated; Megatron's `get_args` returns them too.
     """
     with usage_errors():
         args = parse_args(extra_args_provider, args_defaults)

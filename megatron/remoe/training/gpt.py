@@ -64,7 +64,7 @@ def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tens
         losses: `[micro_batch, sequence]`, cross entropy in nats.
 
     Returns:
-        The summed loss, its number of tokens (int32), and both as Megatron's report of "lm loss".
+        The summed loss, its number of tokens (int32), and the two together for Megatron's report of "lm loss".
     """
     loss_mask = loss_mask.view(-1).float()
     loss = torch.sum(losses.view(-1).float() * loss_mask)

@@ -202,7 +202,7 @@ def build_model(args: argparse.Namespace) -> Any:
         args: Megatron's arguments, for one pipeline stage without virtual ones.
 
     Raises:
-        TypeError, UsageError: as `install_routing` and `install_local_layers`.
+        TypeError, UsageError: see `install_routing` and `install_local_layers`.
     """
     model_cfg = model_config_from_args(args)
     install_routing(args, model_cfg)

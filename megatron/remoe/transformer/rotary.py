@@ -6,7 +6,7 @@ import torch
 
 
 def fused_rotary_embedding(t: torch.Tensor, freqs: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
-    """Rotate queries or keys, as Megatron's `fused_apply_rotary_pos_emb`.
+    """Rotate queries or keys, as Megatron's `fused_apply_rotary_pos_emb` does.
 
     Args:
         t: `[sequence, batch, heads, size]`.
