@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Turns the shards of the Pile (pile-uncopyrighted: 00.jsonl.zst ... 29.jsonl.zst) into Megatron data sets.
-# Checks each, skips finished shards, goes on after one that fails, and ends with a summary. Environment:
+# Checks each, skips finished shards, continues after a failure, and ends with a summary. Environment:
 #   INPUT_DIR    folder of the shards: .jsonl.zst, .jsonl.gz or .jsonl
 #   OUTPUT_DIR   for pile_00_text_document.bin and .idx and so on: the DATA_DIR of the launch scripts
 #   VOCAB_FILE, MERGE_FILE   GPT-2's encoder.json and vocab.bpe   (default: from a package, put into OUTPUT_DIR)

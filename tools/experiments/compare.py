@@ -4,7 +4,7 @@ remoe compare --experts 8 --arms moe --steps 400 1200 --seeds 1 2 3   # about an
 remoe compare                                                        # everything: days
 remoe compare --collect                                              # tables and picture so far
 
-The learning rate is constant and falls in the last fifth of each run. A longer run goes on from a shorter one, from the
+The learning rate is constant and falls in the last fifth of each run. A longer run continues a shorter one from the
 step at which its rate began to fall. Every other arm has one more run for each length, which has used the FLOPs of
 one arm at that length. First, the rate and the warm-up of each arm are tuned for each number of experts, on a different
 part of the text and with a different seed, in equally many runs. The same command continues after a stop.

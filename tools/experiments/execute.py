@@ -28,7 +28,7 @@ def execute(console: Console, grid: Grid, jobs: Sequence[Job], processes: int, h
         console: shows their progress.
         grid: of the jobs.
         jobs: WSD runs that differ only in their steps run one after another, shortest first: each
-            goes on from the one before.
+            continues from the one before.
         processes: number of runs at once.
         held: a file whose lock the runs hold too.
 
@@ -87,7 +87,7 @@ def _train(job: Job, line: ShownTraining, display: TrainingDisplay) -> bool:
         code, cause = display.run(line, job.words, environment)  # writes its log itself
     loss = job.loss
     if code == 0 and loss is not None:
-        if job.run.is_wsd:  # longer runs go on from the start of the decay
+        if job.run.is_wsd:  # longer runs continue from the start of the decay
             shutil.rmtree(job.folder / SAVES / f"iter_{job.run.steps:07}", ignore_errors=True)
         display.finish(line, f"validation loss {loss:.4f}, {duration(time.monotonic() - began)}")
         return True

@@ -116,7 +116,7 @@ def run_grid(
             say(Console(stderr=True), f"{message}\nThe same command continues them.", "red")
         return 1 if failed else 0
 
-    return run_tool(name, work, "stopped. The same command goes on from here")
+    return run_tool(name, work, "stopped. The same command continues from here")
 
 
 def list_commands(jobs: Sequence[Job], grid: Grid) -> None:

@@ -91,7 +91,7 @@ class Job:
 
     @property
     def has_checkpoint(self) -> bool:
-        """Return whether the folder has a checkpoint to go on from."""
+        """Return whether the folder has a checkpoint to continue from."""
         return (self.folder / SAVES / TRACKER).exists()
 
     def result(self) -> Result | None:
@@ -166,7 +166,7 @@ def check_conflicts(jobs: Sequence[Job]) -> None:
 
 
 def prepare(job: Job, grid: Grid) -> None:
-    """Stamp the run's folder. A run with a WSD schedule goes on from a shorter one, if there is one."""
+    """Stamp the run's folder. A run with a WSD schedule continues from a shorter one, if there is one."""
     job.folder.mkdir(parents=True, exist_ok=True)
     write_json(job.folder / STAMP, job.stamp)
     if job.run.is_wsd and not job.has_checkpoint:

@@ -71,7 +71,7 @@ def run(args: Namespace) -> int:
         runs_by_name = {name: replace(base, arm=arm, experts=args.experts, topk=1) for name, arm in ARMS.items()}
         jobs = [make_job(one, grid, name) for name, one in runs_by_name.items()]
         if execute(console, grid, jobs, len(jobs), held):
-            raise ToolError("A run failed; see above. Fix the cause and run the same command: it goes on.")
+            raise ToolError("A run failed; see above. Fix the cause and run the same command: it continues.")
         figures = {job.run.routing: read_figures(job.folder) for job in jobs}
         summary = summarize(jobs, figures) | {"seed": args.seed, "corpus": args.corpus}
         write_json(runs / "summary.json", summary)
@@ -157,4 +157,4 @@ def print_next_steps(console: Console, output: Path, runs: Path, domain: str) ->
 def main(arguments: Sequence[str]) -> int:
     """Run the quickstart and return the exit code."""
     args = parse_arguments(arguments)
-    return run_tool("quickstart", lambda: run(args), "stopped. The same command goes on from here")
+    return run_tool("quickstart", lambda: run(args), "stopped. The same command continues from here")

@@ -147,7 +147,7 @@ class Run:
         routing = Routing(self.routing, self.experts, self.granularity, self.topk)
         flags = tiny.common_flags(size, self.training(), self.seed) + tiny.model_flags(routing, size)
         if self.is_wsd:
-            # Longer runs go on from the checkpoint at the start of the decay, which stays; of others, only the newest.
+            # Longer runs continue from the checkpoint at the start of the decay; of the others only the newest is kept.
             start = self.decay_start
             every = max(steps for steps in range(1, min(SAVED, start) + 1) if start % steps == 0)
             flags += f"--log-interval {STEP} --save-interval {every} --save-retain-interval {start}".split()

@@ -99,6 +99,6 @@ def run_training(command: Sequence[str], log: Path) -> int:
     if code and (error := _last_error(log, start)):
         print(f"\n{error}", file=sys.stderr, flush=True)
     elif stopping:
-        print(f"Stopped. The same command goes on from the last checkpoint; the log is {log}", flush=True)
+        print(f"Stopped. The same command continues from the last checkpoint; the log is {log}", flush=True)
         return STOPPED
     return code if code >= 0 else 128 - code

@@ -159,7 +159,7 @@ class TrainingDisplay:
         """Show the figures of a line of Megatron's output."""
         if resumed := RESUMED.search(line):
             shown.done = int(resumed[1])
-            self._plain(f"{shown.title}: goes on from iteration {shown.done}")
+            self._plain(f"{shown.title}: continues from iteration {shown.done}")
         for iteration, fields in read_log(line).items():
             self._worked += shown.cost * (iteration - shown.done) / shown.iterations
             shown.done = iteration
