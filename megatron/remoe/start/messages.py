@@ -29,7 +29,7 @@ REMEDIES = {
     r"Connection (reset by peer|closed by peer|was likely closed)|remote process exited|"
     r"NCCL.*(abort|remote|unhandled system)": "Another rank has ended: its last words, or its exit code in torchrun's "
     "report, say why.",
-    r"divisible by eval_micro_batch_size": "By default, --global-batch-size and --micro-batch-size: change one.",
+    r"divisible by eval_micro_batch_size": "If not given, both are those of --global-batch-size, --micro-batch-size.",
     r"DistStoreError|DistNetworkError": "Not all ranks reached each other: start WORLD_SIZE of them, "
     "and check that all can reach MASTER_ADDR and MASTER_PORT of the first node.",
     r"gloo.*timed out|Watchdog caught collective": "Another rank has stopped or hangs: its log says where.",
