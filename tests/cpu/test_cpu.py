@@ -170,7 +170,7 @@ def test_other_norms_stay_pytorchs() -> None:
     generator = torch.Generator().manual_seed(1)
     matrix = torch.randn(600, 1000, generator=generator)
     exact = matrix.double()
-    for found, expected in (
+    for actual, expected in (
         (matrix.norm(p=1), exact.abs().sum()),
         (matrix.norm(dim=1), exact.square().sum(dim=1).sqrt()),
         (torch.linalg.vector_norm(matrix, keepdim=True), exact.square().sum().sqrt().reshape(1, 1)),
@@ -178,5 +178,5 @@ def test_other_norms_stay_pytorchs() -> None:
         (matrix.norm(dtype=torch.float64), exact.square().sum().sqrt()),
         (matrix[:2, :2].norm(), exact[:2, :2].square().sum().sqrt()),
     ):
-        assert found.shape == expected.shape
-        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
+        assert actual.shape == expected.shape
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=0)

@@ -51,7 +51,7 @@ def test_newer_versions_take_the_map(routing: dict[str, object], mode: str) -> N
 @pytest.mark.parametrize("limit", [0.0, 1.2], ids=["whole", "in chunks"])
 @pytest.mark.parametrize("share", ["all", "some", "one expert", "none"])
 def test_a_layer_gives_what_it_gives_by_alltoall(share: str, limit: float, fused: bool) -> None:
-    found, weights = [], None
+    results, weights = [], None
     for changes in ({}, HYBRIDEP, HYBRIDEP | PADDED):
         torch.manual_seed(2)
         layer = make_layer(make_config(moe_relu_activation_limit=limit, moe_router_dtype="fp32", **changes), fused)
@@ -64,8 +64,8 @@ def test_a_layer_gives_what_it_gives_by_alltoall(share: str, limit: float, fused
         tokens = torch.rand(7, 2, HIDDEN, dtype=torch.float64, device=weight.device) + 0.1
         output, _ = layer(tokens.requires_grad_())
         gradients = torch.autograd.grad(output.sin().sum(), [tokens, *layer.parameters()], allow_unused=True)
-        found.append([output, layer.router.counts.table, *gradients])
-    for right, *others in zip(*found, strict=True):
+        results.append([output, layer.router.counts.table, *gradients])
+    for right, *others in zip(*results, strict=True):
         for other in others:
             if right is None or other is None:  # an expert without a token
                 assert all(gradient is None or not gradient.any() for gradient in (right, other))

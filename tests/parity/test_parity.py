@@ -56,8 +56,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", ALL if metafunc.config.getoption("--parity-tables") else CORE, ids=str)
 
 
-class Trainings:
-    """The training runs of this run; those of a routing and a variant start from one checkpoint."""
+class Runs:
+    """The training runs of this test session; those of a routing and a variant start from one checkpoint."""
 
     def __init__(self, data: Path, folder: Path, steps: int) -> None:
         self.data, self.folder, self.steps = data, folder, steps
@@ -65,9 +65,9 @@ class Trainings:
 
     def start(self, case: Case) -> Path:
         """Return the checkpoint that the case starts from, in its model class and format."""
-        own = FSDP.split() if "--use-megatron-fsdp" in LAYOUTS[case.layout].flags else []
-        folder = self.folder / case.routing / case.variant / ("initial, FSDP" if own else "initial")
-        begin = ["--train-iters", "1", "--save", str(folder / "checkpoint"), "--save-interval", "1", *own]
+        flags = FSDP.split() if "--use-megatron-fsdp" in LAYOUTS[case.layout].flags else []
+        folder = self.folder / case.routing / case.variant / ("initial, FSDP" if flags else "initial")
+        begin = ["--train-iters", "1", "--save", str(folder / "checkpoint"), "--save-interval", "1", *flags]
         train(folder, self.data, replace(case, model="gpt", layout=SINGLE), *begin)
         if case.model == "gpt":
             return folder / "checkpoint"
@@ -84,28 +84,28 @@ class Trainings:
 
 
 @pytest.fixture(scope="module")
-def trainings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     kept: Path | None = request.config.getoption("--parity-tables")
     if kept is None:
-        return Trainings(request.getfixturevalue("data"), tmp_path_factory.mktemp("parity"), steps=5)
+        return Runs(request.getfixturevalue("data"), tmp_path_factory.mktemp("parity"), steps=5)
     kept = kept.resolve()
     if not (kept / "data.idx").exists():
         kept.mkdir(parents=True, exist_ok=True)
         write_real_text(kept / "data")
-    return Trainings(kept / "data", kept, steps=20)
+    return Runs(kept / "data", kept, steps=20)
 
 
-def test_same_training(case: Case, trainings: Trainings) -> None:
-    expected = trainings.train(replace(case, model="gpt", layout=SINGLE))
-    found = trainings.train(case)
-    assert bool(found.sparsities) == (case.routing != "top-k")
-    difference = trainings.differences[case] = compare(found, expected)
+def test_same_training(case: Case, runs: Runs) -> None:
+    expected = runs.train(replace(case, model="gpt", layout=SINGLE))
+    actual = runs.train(case)
+    assert bool(actual.sparsities) == (case.routing != "top-k")
+    difference = runs.differences[case] = compare(actual, expected)
     assert difference.is_tolerable(case.variant), difference
 
 
-def test_a_difference_is_seen(trainings: Trainings) -> None:
+def test_a_difference_is_seen(runs: Runs) -> None:
     case = Case("gpt", "ReMoE", "plain", SINGLE)
-    right, other = trainings.train(case), trainings.train(case, "--lr", "2e-3")
+    right, other = runs.train(case), runs.train(case, "--lr", "2e-3")
     difference = compare(other, right)
     assert difference.loss > 1e-4 and difference.gradient == 0.0 and difference.same_counts
     assert difference.sparsity > 1e-3 and not difference.is_tolerable("plain")
@@ -126,15 +126,15 @@ def row(title: str, differences: dict[Case, Difference]) -> list[str]:
     return cells
 
 
-def test_table(trainings: Trainings, request: pytest.FixtureRequest) -> None:
+def test_table(runs: Runs, request: pytest.FixtureRequest) -> None:
     """Write a row for each layout of ReMoE, and the largest differences of the other kinds."""
     if request.config.getoption("--parity-tables") is None:
         pytest.skip("needs --parity-tables FOLDER")
-    found = trainings.differences
-    if missing := [case for case in ALL if case not in found]:
+    differences = runs.differences
+    if missing := [case for case in ALL if case not in differences]:
         pytest.skip(f"not written: {len(missing)} cases are missing, the first is {missing[0]}")
     rows: dict[str, dict[Case, Difference]] = {case.layout: {} for case in ALL if case.model == "gpt"}
-    for case, one in found.items():
+    for case, one in differences.items():
         rows.setdefault(CHECKED[case.model, case.routing] or case.layout, {})[case] = one
     page, begin, end = ROOT / "docs" / "parallelism.md", "<!-- parity:begin -->\n", "<!-- parity:end -->"
     before, _, rest = page.read_text(encoding="utf-8").partition(begin)

@@ -22,12 +22,12 @@ def by_flag(words: list[str]) -> dict[str, str]:
 
 
 def of_our_scripts() -> Flags:
-    found = {}
+    flags = {}
     for name in of_the_fork():
         words = command(name, OUTPUT_DIR="runs/NAME")
         entry = next(place for place, word in enumerate(words) if word.endswith("pretrain_gpt.py"))
-        found[name] = by_flag(words[entry + 1 :])
-    return found
+        flags[name] = by_flag(words[entry + 1 :])
+    return flags
 
 
 def cell(flags: Flags, flag: str, routing: str) -> str:

@@ -194,8 +194,8 @@ def test_damaged_checkpoints(
     with (whole / place.relative_path).open("r+b") as file:
         file.seek(place.offset)
         file.write(bytes(64))
-    another = ["--model", "hybrid", "--save", str(tmp_path / "hybrid"), "--ckpt-step", str(STEPS_BEFORE // 2)]
-    assert main("--load", str(broken), *another) == 1
+    hybrid = ["--model", "hybrid", "--save", str(tmp_path / "hybrid"), "--ckpt-step", str(STEPS_BEFORE // 2)]
+    assert main("--load", str(broken), *hybrid) == 1
     error = capfd.readouterr().err
     assert str(whole) in error and "--save" not in error and error.count("\n") == 1
 

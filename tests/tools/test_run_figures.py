@@ -88,9 +88,9 @@ def test_what_differs_are_flags_that_act(tmp_path: Path) -> None:
     ]
     runs = [
         read_figures(
-            write_metrics(tmp_path / str(n), dict.fromkeys([*noted.split(), "lr", "_explicit"], n) | of), str(n)
+            write_metrics(tmp_path / str(n), dict.fromkeys([*noted.split(), "lr", "_explicit"], n) | group), str(n)
         )
-        for n, of in enumerate(more)
+        for n, group in enumerate(more)
     ]
     assert differences(runs).rows == [["--lr", "0", "1"], ["--num-experts", "", "8"]]
 

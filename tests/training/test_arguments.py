@@ -13,7 +13,7 @@ from tests.training_runs import REPOSITORY, TINY
 Parse = Callable[..., argparse.Namespace]
 
 
-def words_of(*flags: str | list[str]) -> list[str]:
+def select_words(*flags: str | list[str]) -> list[str]:
     """Return one list of words; strings are split at spaces."""
     return [word for each in flags for word in (each.split() if isinstance(each, str) else each)]
 
@@ -23,7 +23,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
     """Return a function that parses a tiny model's flags and the given ones."""
 
     def parse_all(*flags: str | list[str]) -> argparse.Namespace:
-        monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *TINY, *words_of(*flags)])
+        monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *TINY, *select_words(*flags)])
         return arguments.parse_args()
 
     return parse_all
@@ -34,7 +34,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     """Return a function that returns the message with which flags are refused."""
 
     def refused(*flags: str | list[str]) -> str:
-        monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *TINY, *words_of(*flags)])
+        monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *TINY, *select_words(*flags)])
         with pytest.raises(SystemExit) as stop:
             arguments.parse_and_validate_args()
         assert stop.value.code == 2

@@ -45,11 +45,11 @@ def test_a_line_of_the_log_with_the_figures_that_belong_to_it(tmp_path: Path) ->
     routing = {"sparsity": 0.5, "l1_loss": math.nan, "layer_sparsity": {1: 0.25, 3: 0.75}}
     log = make_log(tmp_path)
     tell(log, routing, line(20, grad_norm=math.inf), line(40))
-    first, found, next_one = read_run_log(tmp_path / FILE)
+    first, actual, next_one = read_run_log(tmp_path / FILE)
     assert first["kind"] == "start" and first["iteration"] == 0
     assert first["args"]["train_iters"] == 100 and "device" not in first["args"], "what JSON can hold"
-    assert found.pop("time") >= first["time"]
-    assert found == line(20) | {"sparsity": 0.5, "layer_sparsity": {"1": 0.25, "3": 0.75}}
+    assert actual.pop("time") >= first["time"]
+    assert actual == line(20) | {"sparsity": 0.5, "layer_sparsity": {"1": 0.25, "3": 0.75}}
     assert "sparsity" not in next_one
 
 
@@ -155,8 +155,8 @@ def test_a_training_writes_numbers(data: Path, whole: Path, tmp_path: Path) -> N
         assert each["tokens_per_second"] == pytest.approx(8 * 64 / each["seconds_per_iteration"], rel=1e-3)
     values = [float(part.partition(" ")[0]) for part in printed.split(" elapsed time per iteration (ms): ")[1:]]
     assert [1000 * each["seconds_per_iteration"] for each in lines] == pytest.approx(values, abs=0.051)
-    found = [(each["iteration"], each.get("set"), each.get("final")) for each in read(whole, "validation")]
-    assert found == [(4, None, None), (8, None, None), (8, None, True), (8, "test", True)]
+    actual = [(each["iteration"], each.get("set"), each.get("final")) for each in read(whole, "validation")]
+    assert actual == [(4, None, None), (8, None, None), (8, None, True), (8, "test", True)]
     assert {each["tokens"] for each in read(whole, "validation")} == {8 * 64}, "one batch"
 
 
