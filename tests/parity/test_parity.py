@@ -25,7 +25,7 @@ CORE = [
     Case("gpt", "ReMoE", "plain", "EP2, alltoall"),
     Case("gpt", "ReMoE", "plain", "EP2, allgather"),
     Case("gpt", "ReMoE", "plain", "TP2 x EP2, expert TP 2"),
-    Case("gpt", "ReMoE", DENSE_AND_MOE, "PP2, 2 virtual stages"),
+    pytest.param(Case("gpt", "ReMoE", DENSE_AND_MOE, "PP2, 2 virtual stages"), marks=pytest.mark.bulk),
     Case("gpt", "ReMoE", DENSE_AND_MOE, "PP2 x EP2"),
     pytest.param(Case("gpt", FEW_EXPERTS, "plain", "TP2 x EP2, expert TP 2"), marks=pytest.mark.bulk),
     Case("gpt", FEW_EXPERTS, DENSE_AND_MOE, "PP2, 2 virtual stages"),
@@ -34,7 +34,7 @@ CORE = [
     pytest.param(Case("hybrid", "ReMoE", "plain", "TP2 x EP2, expert TP 2"), marks=pytest.mark.bulk),
     Case("hybrid", "ReMoE", DENSE_AND_MOE, "PP2, 2 virtual stages"),
     # Megatron's router in the same layers: a difference here does not come from the ReLU router.
-    Case("gpt", "top-k", "plain", "TP2 x EP2, expert TP 2"),
+    pytest.param(Case("gpt", "top-k", "plain", "TP2 x EP2, expert TP 2"), marks=pytest.mark.bulk),
 ]
 # Model class, routing, and the title of its row; ReMoE in GPTModel has a row for each layout.
 CHECKED = {
@@ -87,7 +87,7 @@ class Runs:
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     kept: Path | None = request.config.getoption("--parity-tables")
     if kept is None:
-        return Runs(request.getfixturevalue("data"), tmp_path_factory.mktemp("parity"), steps=5)
+        return Runs(request.getfixturevalue("data"), tmp_path_factory.mktemp("parity"), steps=4)
     kept = kept.resolve()
     if not (kept / "data.idx").exists():
         kept.mkdir(parents=True, exist_ok=True)

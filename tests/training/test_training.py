@@ -101,12 +101,12 @@ def test_same_training_in_every_way(way: str, data: Path, initial: Path, one_pro
 @pytest.mark.parametrize(
     ("processes", "layout"),
     [
-        pytest.param(2, "--micro-batch-size 1 --expert-model-parallel-size 2", marks=pytest.mark.bulk),
+        pytest.param(2, "--micro-batch-size 2 --expert-model-parallel-size 2", marks=pytest.mark.bulk),
         (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
     ],
 )
 def test_same_flips_in_every_layout(processes: int, layout: str, data: Path, initial: Path, one_process: str) -> None:
-    """The flips agree because the calibration set has two sequences in each layout."""
+    """The flips agree because the calibration set has four sequences in each layout."""
     output = train(data, *RELU, *FLIPS, *layout.split(), "--load", str(initial), "--finetune", processes=processes)
     actual, expected = records(output), records(one_process)
     assert "ReMoE, 468,288 parameters" in summary(output), "each counts once, however they are shared"
