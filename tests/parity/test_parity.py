@@ -5,8 +5,6 @@ The default run has a few layouts. All layouts in all variants, and the table of
     pytest tests/parity --parity-tables runs/parity      finished training runs in that folder are not repeated
 """
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from megatron.remoe.files.files import write_text
 from tests.data_sets import write_real_text
 from tests.parity.layouts import DENSE_AND_MOE, FEW_EXPERTS, FSDP, LAYOUTS, SINGLE, VARIANTS
 from tests.parity.measure import Case, Difference, Training, compare, train
+from tests.training_runs import run
 from tools.console import markdown
 from tools.console.places import ROOT
 
@@ -72,8 +71,8 @@ class Runs:
         if case.model == "gpt":
             return folder / "checkpoint"
         if not (converted := folder / "hybrid").exists():
-            command = [sys.executable, str(ROOT / "tools"), "convert", "--model", "hybrid"]
-            subprocess.run([*command, "--load", folder / "checkpoint", "--save", converted], check=True)
+            places = ["--load", str(folder / "checkpoint"), "--save", str(converted)]
+            run(["convert", "--model", "hybrid", *places], script=ROOT / "tools" / "__main__.py")
         return converted
 
     def train(self, case: Case, *flags: str) -> Training:

@@ -1,8 +1,6 @@
 """Test that Megatron-FSDP saves and resumes; tests/parity tests that it trains like one process."""
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -114,8 +112,8 @@ def test_settings_that_megatron_would_get_wrong_are_refused() -> None:
 def test_tools_read_what_is_converted(saved: Saved, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="--from-fsdp"):
         find(saved.root, None)
-    tool = [sys.executable, str(REPOSITORY / "tools"), "convert", "--from-fsdp", "--load"]
-    subprocess.run([*tool, saved.root, "--save", tmp_path / "out"], check=True)
+    words = ["convert", "--from-fsdp", "--load", str(saved.root), "--save", str(tmp_path / "out")]
+    run(words, script=REPOSITORY / "tools" / "__main__.py")
     index = read_index(tmp_path / "out" / "release")
     entries = {key: entry for key, entry in index.state_dict_metadata.items() if hasattr(entry, "size")}
     actual = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}

@@ -26,7 +26,7 @@ from tools.models.hybrid import as_hybrid
 
 # λ₀ is large enough for the L1 term to show in the loss within the run.
 RUN = [*RELU, "--moe-relu-l1-reg-coeff-init", "1e-3"]
-SAVED, END = 4, 8
+SAVED, END = 2, 4
 
 
 class Runs:
@@ -37,7 +37,7 @@ class Runs:
 
     def run(self, *flags: str) -> dict[int, dict[str, str]]:
         """Train, and return each step's printed fields with all digits; layers have GPTModel's numbers."""
-        code, output = self.entry.run([*TINY, "--data-path", str(self.data), *flags], {}, [])
+        code, output = self.entry.run([*TINY, "--train-iters", str(END), "--data-path", str(self.data), *flags], {}, [])
         assert code == 0, output[-3000:]
         steps = records(output)
         for step in steps.values():

@@ -30,7 +30,7 @@ CHANGES = [
     ("DP2, reshardable", "TP2, reshardable"),
     ("experts one by one", "expert TP2"),
 ]
-SAVED, END = 4, 8
+SAVED, END = 2, 4
 
 
 def train(data: Path, layout: str, *more: str) -> str:
