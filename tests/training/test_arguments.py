@@ -97,7 +97,7 @@ def test_bad_value(kind: list[str] | str, flags: str, given: str, remedy: str, r
 
 
 # From the fork's scripts/train_llama_182m_remoe.sh, without flags for data, sizes and hyperparameters.
-OF_THE_FORK = """
+FORK_FLAGS = """
 --use-mcore-models --no-masked-softmax-fusion --no-position-embedding --rotary-base 1000000 --use-flash-attn
 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2 --moe-token-dispatcher-type alltoall
 --overlap-param-gather --overlap-grad-reduce --moe-router-pre-softmax --moe-relu-routing --moe-grouped-gemm
@@ -109,7 +109,7 @@ IGNORED = ["--moe-router-load-balancing-type aux_loss", "--moe-aux-loss-coeff 0.
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ([*EXPERTS, *OF_THE_FORK.split()], IGNORED),
+        ([*EXPERTS, *FORK_FLAGS.split()], IGNORED),
         ([*RELU, *"--moe-router-load-balancing-type none --moe-aux-loss-coeff 1e-2".split()], ["type none"]),
         ([*RELU, "--moe-router-load-balancing-type", "sinkhorn"], ["type sinkhorn"]),
     ],

@@ -87,9 +87,9 @@ def test_one_training_in_two_classes(pattern: str, gpt: list[str], runs: Runs) -
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(one, weights[1][key]) for key, one in weights[0].items())
     expected = runs.resumed(f"{name}-gpt", *gpt)
-    of_gpt, of_hybrid = (runs.converted(f"{name}-{a}", b) for a, b in (("gpt", "hybrid"), ("hybrid", "gpt")))
-    assert runs.resumed(of_gpt, *hybrid) == expected
-    assert runs.resumed(of_hybrid, *gpt) == expected
+    from_gpt, from_hybrid = (runs.converted(f"{name}-{a}", b) for a, b in (("gpt", "hybrid"), ("hybrid", "gpt")))
+    assert runs.resumed(from_gpt, *hybrid) == expected
+    assert runs.resumed(from_hybrid, *gpt) == expected
     if not gpt:  # Megatron can load it unconverted if all layers are alike
         assert runs.resumed(f"{name}-gpt", *hybrid) == expected
 

@@ -70,10 +70,10 @@ def test_megatron_still_specifies_the_layers_itself(monkeypatch: pytest.MonkeyPa
     assert [type(layer.mtp_model_layer.mlp.router) for layer in stock.mtp.layers] == [TopKRouter] * 2
     monkeypatch.undo()
     model: GPTModel = built(GPTModelConfig(**settings))
-    for layer, of_decoder in zip(model.mtp.layers, model.decoder.layers, strict=True):
+    for layer, decoder_layer in zip(model.mtp.layers, model.decoder.layers, strict=True):
         layer = layer.mtp_model_layer
         assert type(layer.mlp) is ReMoELayer and type(layer.mlp.router) is ReLURouter
-        assert type(layer.mlp.experts) is type(of_decoder.mlp.experts)
+        assert type(layer.mlp.experts) is type(decoder_layer.mlp.experts)
         assert type(layer.self_attention.core_attention) is FusedDotProductAttention
     assert model.state_dict().keys() >= {f"mtp.layers.{n}.mtp_model_layer.mlp.router.l1_exponent" for n in (0, 1)}
 
