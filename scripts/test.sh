@@ -11,9 +11,6 @@ prepare_environment
 cd "$ROOT"
 if [[ ${1-} == --fast ]]; then
   set -- -m "not slow and not bulk and not gpu" "${@:2}"
-# One test needs lm-eval and its 400 MB of dependencies. Without a network it is skipped.
-elif ! "$VENV/bin/python" -c 'import lm_eval, datasets' 2>/dev/null; then
-  pip_install --quiet 'lm-eval[hf]' || true
 fi
 
 order=(--dist loadfile --no-loadscope-reorder) # tests/conftest.py has long files first

@@ -33,10 +33,10 @@ class Saved:
         (self[iteration] / INDEX).write_bytes(content)
 
     def assert_same_weights(self, other: "Saved", iteration: int) -> None:
-        right, found = weights(self.root, iteration), weights(other.root, iteration)
-        assert right.keys() == found.keys()
+        right, actual = weights(self.root, iteration), weights(other.root, iteration)
+        assert right.keys() == actual.keys()
         for key in right:
-            assert torch.equal(right[key], found[key]), key
+            assert torch.equal(right[key], actual[key]), key
 
 
 class Malicious:

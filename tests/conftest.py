@@ -27,10 +27,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# These take minutes each. They start first, so that none is left when the other test processes are done.
+# These take longest, the longest first. They start first, so that none is left when the other test processes are done.
 LONG = """
-test_rehearse test_static_checks test_experiments_training test_quickstart test_training test_parity test_conversion
-test_from_hf test_shapes
+test_rehearse test_quickstart test_training test_parity test_experiments_training test_shapes test_conversion
+test_static_checks test_hybrid test_fsdp test_setup test_checkpoints test_resharding test_finetuning test_export
 """.split()
 
 
@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not any(item.path.is_relative_to(folder / fast) for fast in FAST):
             item.add_marker("slow")
-    items.sort(key=lambda item: item.path.stem not in LONG)
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")

@@ -32,8 +32,8 @@ def write_data(prefix: Path) -> None:
     write_documents(prefix, (ROOT / "LICENSE").read_bytes().split(b"\n\n"))
 
 
-def figures_of(output: str) -> Figures:
-    """Return iteration → figure → value from a training's output."""
+def read_figures(output: str) -> Figures:
+    """Return iteration → figure → value from a training run's output."""
     return {
         iteration: {name: float(fields[name]) for name in TOLERANCE} for iteration, fields in read_log(output).items()
     }
@@ -44,21 +44,21 @@ def committed() -> Figures:
     return {int(iteration): figures for iteration, figures in json.loads(GOLDEN.read_text()).items()}
 
 
-def difference(name: str, found: float, expected: float) -> float:
+def difference(name: str, actual: float, expected: float) -> float:
     """Return how far a figure is off, in the unit of its tolerance."""
     if name == "sparsity":
-        return abs(found - expected)
+        return abs(actual - expected)
     if name == "lm loss":
-        return abs(found / expected - 1)
-    return abs(math.log(found / expected) / math.log(1.2))
+        return abs(actual / expected - 1)
+    return abs(math.log(actual / expected) / math.log(1.2))
 
 
-def differences(found: Figures, expected: Figures) -> list[str]:
+def differences(actual: Figures, expected: Figures) -> list[str]:
     """Return the figures out of tolerance, one line each; empty if the runs count as the same."""
-    wrong = [] if found.keys() == expected.keys() else [f"logged iterations: {sorted(found)}"]
-    for iteration in sorted(found.keys() & expected.keys()):
+    wrong = [] if actual.keys() == expected.keys() else [f"logged iterations: {sorted(actual)}"]
+    for iteration in sorted(actual.keys() & expected.keys()):
         allowed = TOLERANCE_EARLY if iteration <= EARLY else TOLERANCE
         for name, value in expected[iteration].items():
-            if not difference(name, found[iteration][name], value) <= allowed[name]:
-                wrong.append(f"iteration {iteration}, {name}: {found[iteration][name]:g} instead of {value:g}")
+            if not difference(name, actual[iteration][name], value) <= allowed[name]:
+                wrong.append(f"iteration {iteration}, {name}: {actual[iteration][name]:g} instead of {value:g}")
     return wrong

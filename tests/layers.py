@@ -20,11 +20,11 @@ class SumTypes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: set[torch.dtype] = set()
+        self.seen: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if str(function).startswith("aten.index_add"):
-            self.found.add(args[0].dtype)
+            self.seen.add(args[0].dtype)
         return function(*args, **(kwargs or {}))
 
 

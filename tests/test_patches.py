@@ -32,8 +32,8 @@ from tests.training_runs import in_another_process
 
 def stock(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Any:
     """Restore Megatron's own function until the end of the test, and return it."""
-    found = getattr(owner, name)
-    monkeypatch.setattr(owner, name, getattr(found, "__wrapped__", found))
+    function = getattr(owner, name)
+    monkeypatch.setattr(owner, name, getattr(function, "__wrapped__", function))
     return getattr(owner, name)
 
 
@@ -112,9 +112,9 @@ def test_megatron_still_waits_for_each_gradients_norm(monkeypatch: pytest.Monkey
 
     torch.manual_seed(1)
     tensors = [torch.randn(shape) for shape in shapes]
-    found = waits._norm_of_all(tensors)
-    torch.testing.assert_close(found, torch.cat([tensor.flatten() for tensor in tensors]).norm().reshape(1))
-    assert found.dtype == torch.float32
+    actual = waits._norm_of_all(tensors)
+    torch.testing.assert_close(actual, torch.cat([tensor.flatten() for tensor in tensors]).norm().reshape(1))
+    assert actual.dtype == torch.float32
 
     monkeypatch.setattr(clip_grads, "l2_norm_impl", local_multi_tensor_l2_norm)
     patches.waits.keep_norms_on_device()
@@ -140,14 +140,14 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> RerunStateMachine:
 
 def step(machine: RerunStateMachine, *losses: torch.Tensor) -> list[str]:
     """Validate the losses of one step. Return the machine's reaction to each, and the result that was rejected."""
-    found = []
+    events = []
     assert machine.should_run_forward_backward(None)
     for loss in losses:
         for rejection in (torch.isnan, torch.isinf):
             machine.validate_result(loss, rejection, f"{rejection.__name__} of {len(losses)}")
-        found.append("asks for a rerun" if machine.rerun_requested else "goes on")
+        events.append("asks for a rerun" if machine.rerun_requested else "goes on")
     machine.should_run_forward_backward(None)
-    return [*found, f"{machine.failed_validation_call.caller.message}, its {machine.failed_validation_call.sequence}."]
+    return [*events, f"{machine.failed_validation_call.caller.message}, its {machine.failed_validation_call.sequence}."]
 
 
 def test_megatron_still_waits_for_each_result(machine: RerunStateMachine) -> None:

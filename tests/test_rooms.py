@@ -47,38 +47,38 @@ PURE = {
 
 def imports(path: Path) -> set[str]:
     """Return the modules that a file imports, including imports inside functions."""
-    found = set()
+    imported = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             # transformers copies these files next to a model's weights, so they import each other relatively.
             assert not node.level or path.parent.name == "hf", f"{path}: relative import"
             package = "megatron.remoe.hf." if node.level else ""
-            found |= {f"{package}{node.module}.{alias.name}" for alias in node.names}
-    return found
+            imported |= {f"{package}{node.module}.{alias.name}" for alias in node.names}
+    return imported
 
 
 def files(room: str) -> list[Path]:
-    found = sorted((PACKAGE / room).glob("*.py")) or [PACKAGE / f"{room}.py"]
-    assert all(path.exists() for path in found)
-    return found
+    paths = sorted((PACKAGE / room).glob("*.py")) or [PACKAGE / f"{room}.py"]
+    assert all(path.exists() for path in paths)
+    return paths
 
 
-def rooms_in(modules: set[str]) -> set[str]:
+def list_rooms(modules: set[str]) -> set[str]:
     return {module.split(".")[2] for module in modules if module.startswith("megatron.remoe.")}
 
 
 def test_every_file_has_a_room() -> None:
-    found = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
-    assert found == {*ROOMS, "__init__"}
+    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
+    assert rooms == {*ROOMS, "__init__"}
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_imports_point_downwards(room: str) -> None:
     for path in files(room):
         modules = imports(path)
-        assert rooms_in(modules) - {room} <= ROOMS[room], path
+        assert list_rooms(modules) - {room} <= ROOMS[room], path
         megatrons = {module.split(".")[1] for module in modules if module.startswith("megatron.")} - {"remoe"}
         assert megatrons <= MEGATRON.get(room, {"core"}), path
 

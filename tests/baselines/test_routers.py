@@ -77,8 +77,8 @@ def test_layer_sums_what_the_map_says(name: str, fused: bool, process_groups: No
     given = torch.autograd.grad(output.square().sum(), weights)
     assert all(gradient.abs().sum() > 0 for gradient in given)
     assert any(weight is layer.router.weight for weight in weights) == (name != "hash")
-    for gradient, of in zip(given, torch.autograd.grad(expected.square().sum(), weights), strict=True):
-        torch.testing.assert_close(gradient, of)
+    for gradient, right in zip(given, torch.autograd.grad(expected.square().sum(), weights), strict=True):
+        torch.testing.assert_close(gradient, right)
 
 
 def test_the_embedding_hands_over_ids(process_groups: None) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.golden_run import FLAGS, Figures, figures_of, write_data
+from tests.golden_run import FLAGS, Figures, read_figures, write_data
 from tests.launches import Launch, planned
 from tools.console.places import ROOT
 from tools.plan.rehearse import rehearsal_flags
@@ -103,18 +103,18 @@ def train_launched(machine: Machine, case: Case, stage: str, steps: int, limit: 
     environment |= {"BENCHMARK_AT_TARGET": "1"} if stage == "steady" else {}
     quiet = ["--log-interval", "10"]
     printed = machine.python(TIMED_ENTRY, *flags, *more, *quiet, share=SHARES[stage], limit=limit, **environment)
-    found = json.loads(record.read_text())
-    first = min(WARM_UP, len(found["steps"]) - 1)
-    seconds = statistics.median(found["steps"][first:])
+    measured = json.loads(record.read_text())
+    first = min(WARM_UP, len(measured["steps"]) - 1)
+    seconds = statistics.median(measured["steps"][first:])
     return {
         "seconds": seconds,
-        "host_seconds": statistics.median(found["host"][first:]),
+        "host_seconds": statistics.median(measured["host"][first:]),
         "tokens_per_second": SEQUENCES * LENGTH / seconds,
-        "active": statistics.mean(found["active"][first:] or [0.0]),
-        "peak_allocated_gib": (found["held_bytes"] + found["peak_bytes"]) / 2**30,
-        "forecast_gib": found["forecast"]["forecast_gib"]["now"],
-        "flops": found["forecast"]["step_flops"],
-        "matmul_tflops": found["peak_flops"] / 1e12,
+        "active": statistics.mean(measured["active"][first:] or [0.0]),
+        "peak_allocated_gib": (measured["held_bytes"] + measured["peak_bytes"]) / 2**30,
+        "forecast_gib": measured["forecast"]["forecast_gib"]["now"],
+        "flops": measured["forecast"]["step_flops"],
+        "matmul_tflops": measured["peak_flops"] / 1e12,
         "losses": [float(fields["lm loss"]) for fields in read_log(printed).values()],
     }
 
@@ -149,4 +149,4 @@ def train_golden(machine: Machine, name: str, flags: Sequence[str], more: Sequen
     words = [HERE / "golden_entry.py", *flags, "--data-path", text]
     if not weights.exists():
         machine.python(*words, "--cpu", on_gpu=False, OMP_NUM_THREADS="1", GOLDEN_WEIGHTS=str(weights))
-    return figures_of(machine.python(*words, *FP32_GPU, *more, share=0.125, GOLDEN_WEIGHTS=str(weights)))
+    return read_figures(machine.python(*words, *FP32_GPU, *more, share=0.125, GOLDEN_WEIGHTS=str(weights)))

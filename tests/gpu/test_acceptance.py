@@ -89,15 +89,15 @@ def test_kernels_against_float64(grain: str, machine: Machine, report: Report, m
         given = tokens.detach().to(dtype).requires_grad_()
         output = layer(given)[0]
         output.backward(upstream.to(dtype))
-        found = {"output": output, "tokens": given.grad, **{n: w.grad for n, w in layer.named_parameters()}}
-        return state, {name: value.detach().double().cpu() for name, value in found.items() if value is not None}
+        results = {"output": output, "tokens": given.grad, **{n: w.grad for n, w in layer.named_parameters()}}
+        return state, {name: value.detach().double().cpu() for name, value in results.items() if value is not None}
 
     state, plain = results("torch", torch.bfloat16, None)
     _, fused = results(TRITON, torch.bfloat16, state)
     _, exact = results("torch", torch.float64, state)
     errors = {
-        kernels: {name: float((found[name] - value).norm() / value.norm()) for name, value in exact.items()}
-        for kernels, found in (("torch", plain), (TRITON, fused))
+        kernels: {name: float((results[name] - value).norm() / value.norm()) for name, value in exact.items()}
+        for kernels, results in (("torch", plain), (TRITON, fused))
     }
     report(errors)
     for name, error in errors[TRITON].items():
@@ -106,9 +106,9 @@ def test_kernels_against_float64(grain: str, machine: Machine, report: Report, m
 
 def test_golden_run(machine: Machine, report: Report) -> None:
     """Figures are within the tolerances for two processors: PyTorch's fp32 products on a GPU do not use TF32."""
-    found = train_golden(machine, "golden", FLAGS)
-    report({"figures": found})
-    assert machine.is_rehearsed or differences(found, committed()) == []
+    figures = train_golden(machine, "golden", FLAGS)
+    report({"figures": figures})
+    assert machine.is_rehearsed or differences(figures, committed()) == []
 
 
 def test_golden_run_of_both_kernels(machine: Machine, report: Report) -> None:

@@ -27,11 +27,11 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
 def test_launch(kernels: str, stage: str, machine: Machine, tmp_path: Path) -> None:
     settings = {"GPU": "h100"}
     case = Case(kernels=kernels, flags=("--num-layers", "2"), settings=settings)
-    found = runs.train_launched(machine, case, stage, 7)
-    assert found["seconds"] > 0 and found["host_seconds"] > 0
-    assert found["peak_allocated_gib"] == pytest.approx(found["forecast_gib"], rel=0.1) and found["flops"] > 1e12
+    figures = runs.train_launched(machine, case, stage, 7)
+    assert figures["seconds"] > 0 and figures["host_seconds"] > 0
+    assert figures["peak_allocated_gib"] == pytest.approx(figures["forecast_gib"], rel=0.1) and figures["flops"] > 1e12
     report = Report(tmp_path, "NVIDIA H100 80GB HBM3", "launch")
-    report(found)
+    report(figures)
     kept = (tmp_path / "nvidia-h100-80gb-hbm3" / "report.md").read_text()
     assert "launch" in kept and "tokens_per_second" in kept
 

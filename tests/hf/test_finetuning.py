@@ -1,8 +1,6 @@
 """Test fine-tuning with transformers' trainer: the program of docs/huggingface.md, and its callback."""
 
 import json
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from megatron.core.safe_globals import register_safe_globals
 from megatron.remoe.hf import RemoeForCausalLM
 from tests.hf.models import make
+from tests.training_runs import run
 from tools.console.places import ROOT
 
 STEPS = 4
@@ -55,10 +54,7 @@ def test_the_documented_program(folder: Path, tmp_path: Path) -> None:
     for processes, code in ((1, program()), (2, program().replace("accumulation_steps=2", "accumulation_steps=1"))):
         file, new = tmp_path / "finetune.py", tmp_path / f"by_{processes}"
         file.write_text(code)
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] * (processes > 1)
-        command = [sys.executable, *launcher, file, folder, ROOT / "LICENSE", new]
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-4000:]
+        run([*map(str, (folder, ROOT / "LICENSE", new))], processes, script=file)
         assert {path.name for path in folder.iterdir()} - {"README.md"} <= {path.name for path in new.iterdir()}
         state = json.loads((new / "trainer_state.json").read_text())
         log = [record for record in state["log_history"] if "loss" in record]

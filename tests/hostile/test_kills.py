@@ -25,7 +25,7 @@ LAYOUTS = {
 }
 
 
-def flags_for(data: Path, folder: Path, steps: int, *more: str) -> list[str]:
+def make_flags(data: Path, folder: Path, steps: int, *more: str) -> list[str]:
     flags = f"--num-workers 2 --save-interval 2 --train-iters {steps} --lr-decay-iters {steps}".split()
     places = ["--data-path", str(data), "--save", str(folder), "--load", str(folder)]
     return [*TINY, *RELU, *places, *flags, *EVALUATED, *more]
@@ -63,21 +63,21 @@ def tensors(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
 def test_killed_at_random_moments(layout: str, wanted: int, data: Path, tmp_path: Path) -> None:
     chance, kills, number, steps = random.Random(layout), 0, 0, 2 * wanted
     more, entry, expected, folder = LAYOUTS[layout], shared_entry(), tmp_path / "expected", tmp_path / "run"
-    code, output = entry.run(flags_for(data, expected, steps, *more), limit=LIMIT)
+    code, output = entry.run(make_flags(data, expected, steps, *more), limit=LIMIT)
     assert code == 0, output[-3000:]
     while kills < wanted:
         number += 1
         assert number < 4 * wanted, "most runs ended before their kill"
         asked = signal.SIGTERM if number % 3 == 0 else signal.SIGKILL
         kill = (asked, *moment(folder, kills, wanted, chance))
-        code, output = entry.run(flags_for(data, folder, steps, *more), limit=LIMIT, kill=kill)
+        code, output = entry.run(make_flags(data, folder, steps, *more), limit=LIMIT, kill=kill)
         assert "Traceback" not in output, output[-4000:]
         at_sigterm = (0, 143) if asked == signal.SIGTERM and "--exit-signal-handler" in more else ()
         # SIGTERM kills a data loader process while it starts, before there is anything to save.
         at_sigterm += (1,) if at_sigterm and "error: RuntimeError: DataLoader worker" in output else ()
         assert code in (0, -asked, *at_sigterm), f"{code} after {kill}: {output[-3000:]}"
         kills += code != 0
-    code, output = entry.run(flags_for(data, folder, steps, *more), limit=LIMIT)
+    code, output = entry.run(make_flags(data, folder, steps, *more), limit=LIMIT)
     assert code == 0, output[-3000:]
     right, mine = tensors(expected, steps), tensors(folder, steps)
     assert right.keys() == mine.keys() and all(torch.equal(right[key], mine[key]) for key in right)

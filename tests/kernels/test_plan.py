@@ -29,8 +29,8 @@ def check(num_tokens: int, num_experts: int, share: float, dtype: torch.dtype) -
 
     counts = plan.count_blocks(routing_map)
     assert torch.equal(counts.sum(dim=1), tokens_per_expert)
-    found, by_token, gates = plan.fill(probs, routing_map, counts, num_pairs)
-    assert torch.equal(found.long(), token_index)
+    actual, by_token, gates = plan.fill(probs, routing_map, counts, num_pairs)
+    assert torch.equal(actual.long(), token_index)
     assert torch.equal(gates, probs[token_index, expert_index])
 
     # A stable sort of the pairs by token keeps each token's pairs in the order of the experts.

@@ -18,10 +18,10 @@ def check(logits: torch.Tensor, padded: float = 0.0) -> None:
     assert torch.equal(counts.sum(dim=1), right_counts.sum(dim=1))
     torch.testing.assert_close(sums, right_sums, rtol=1e-6, atol=1e-6)
     d_probs, on, off = torch.randn_like(logits), torch.rand(logits.shape[1], device=DEVICE), torch.ones(1) / 3
-    found, right = (
+    actual, right = (
         backend.gate_backward(d_probs, routing_map, on, off.to(DEVICE)).double() for backend in (router, pytorch)
     )
-    torch.testing.assert_close(found, right, rtol=2 * rounding(logits.dtype), atol=rounding(logits.dtype))
+    torch.testing.assert_close(actual, right, rtol=2 * rounding(logits.dtype), atol=rounding(logits.dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

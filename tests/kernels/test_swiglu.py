@@ -30,7 +30,7 @@ def test_values_and_gradients(pairs: int, ffn: int, dtype: torch.dtype) -> None:
     activated = swiglu.activate(hidden, gates)
     again, d_hidden, d_gates = swiglu.activate_backward(hidden, gates, d_activated)
     assert torch.equal(again, activated) and again.data_ptr() == d_activated.data_ptr()
-    for found, right in ((activated, exact), (d_hidden, exact_hidden.grad), (d_gates, exact_gates.grad)):
+    for actual, right in ((activated, exact), (d_hidden, exact_hidden.grad), (d_gates, exact_gates.grad)):
         # A sum can be smaller than its terms, whose rounding the absolute tolerance allows.
-        torch.testing.assert_close(found.double(), right.detach(), rtol=rounding(found.dtype) + 2e-6, atol=3e-6)
+        torch.testing.assert_close(actual.double(), right.detach(), rtol=rounding(actual.dtype) + 2e-6, atol=3e-6)
     assert activated.dtype == d_hidden.dtype == dtype and d_gates.dtype == gates.dtype

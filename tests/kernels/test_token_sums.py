@@ -21,7 +21,7 @@ def test_sums_are_rounded_once(num_tokens: int, hidden: int, share: float, dtype
     token_index = routing_map.T.nonzero()[:, 1]
     pairs = torch.rand(len(token_index), hidden, device=DEVICE).to(dtype)
     order = plan.fill(routing_map.float(), routing_map, plan.count_blocks(routing_map), len(pairs))
-    found = triton.sum_rows(pairs, order[1])
-    assert found.dtype == dtype and torch.equal(found, triton.sum_rows(pairs, order[1]))
+    actual = triton.sum_rows(pairs, order[1])
+    assert actual.dtype == dtype and torch.equal(actual, triton.sum_rows(pairs, order[1]))
     expected = pairs.new_zeros(num_tokens, hidden, dtype=torch.float64).index_add(0, token_index, pairs.double())
-    torch.testing.assert_close(found.double(), expected, rtol=rounding(dtype) + 1e-6, atol=0)
+    torch.testing.assert_close(actual.double(), expected, rtol=rounding(dtype) + 1e-6, atol=0)

@@ -22,6 +22,6 @@ def test_trainings_are_equal(data: Path) -> None:
     flags = [*TINY, *RELU, *SHORT, "--data-path", str(data), "--expert-model-parallel-size", str(processes)]
     flags += FP32_GPU if torch.cuda.is_available() else []
     plain = run(flags, processes)
-    found = run([*flags, "--moe-kernels", "triton"], processes)
+    actual = run([*flags, "--moe-kernels", "triton"], processes)
     for name in ("lm loss", "sparsity", "l1 loss", "grad norm"):
-        assert series(found, name) == pytest.approx(series(plain, name), rel=1e-5), name
+        assert series(actual, name) == pytest.approx(series(plain, name), rel=1e-5), name

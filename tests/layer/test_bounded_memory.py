@@ -59,7 +59,7 @@ def test_gradients_are_reduced_after_the_last_chunk(fused: bool, monkeypatch: py
     monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)
     monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", None, raising=False)
     patches.fusions.enable_torch_weight_gradient_fusion()
-    found, weights = [], None
+    results, weights = [], None
     for limit in (0.0, 1.0):
         torch.manual_seed(4)
         in_fp32 = {"params_dtype": torch.float32, "pipeline_dtype": torch.float32, "moe_router_dtype": "fp32"}
@@ -76,8 +76,8 @@ def test_gradients_are_reduced_after_the_last_chunk(fused: bool, monkeypatch: py
             model(tokens)[0].square().sum().backward()
             model.finish_grad_sync()
         assert len(dispatched) > 4 or not limit
-        found.append([parameter.main_grad.clone() for parameter in layer.parameters()])
-    for plain, bounded in zip(*found, strict=True):
+        results.append([parameter.main_grad.clone() for parameter in layer.parameters()])
+    for plain, bounded in zip(*results, strict=True):
         torch.testing.assert_close(bounded, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
 
 

@@ -45,12 +45,12 @@ def test_attention_is_megatrons(mask: str, changes: dict[str, Any]) -> None:
         hidden = torch.ones(9, 9, dtype=torch.bool, device=DEVICE).triu(1)[None, None].expand(2, 1, 9, 9).clone()
     if mask == "documents":  # a new document begins in the middle
         hidden[:, :, 5:, :5] = True
-    found = []
+    results = []
     for kind in (DotProductAttention, FusedDotProductAttention):
         output = attention(kind, **changes)(query, key, value, hidden)
-        found.append((output, *torch.autograd.grad(output.cos().sum(), (query, key, value))))
+        results.append((output, *torch.autograd.grad(output.cos().sum(), (query, key, value))))
     # Masked scores are -10000 in Megatron's attention and -inf in ours.
-    for theirs, ours in zip(*found, strict=True):
+    for theirs, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
 
 
@@ -136,13 +136,13 @@ def test_megatrons_hook_runs_once_for_all_chunks() -> None:
     layer(tokens)[0].pow(2).sum().backward()
     assert len(calls) >= 4 and ran == [True, True], "at least two chunks, each twice"
     assert all(weight.grad_added_to_main_grad for weight in weights)
-    found = [weight.main_grad for weight in weights]
+    results = [weight.main_grad for weight in weights]
     for weight in weights:
         del weight.main_grad, weight.grad_added_to_main_grad
         weight.grad = None
     layer.pairs_limit = 0.0
     layer(tokens)[0].pow(2).sum().backward()
-    for mine, weight in zip(found, weights, strict=True):
+    for mine, weight in zip(results, weights, strict=True):
         torch.testing.assert_close(mine, weight.grad, rtol=1e-10, atol=1e-10)
 
 

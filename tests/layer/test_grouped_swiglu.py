@@ -52,7 +52,7 @@ def one_by_one(
     return output if rows is None else torch.zeros_like(tokens).index_add(0, rows, output)
 
 
-def order_of(rows: torch.Tensor | None) -> Order:
+def make_order(rows: torch.Tensor | None) -> Order:
     return SortedPairs() if rows is None else TokenOrder(rows)
 
 
@@ -63,7 +63,7 @@ def some_rows(sizes: list[int], gathers: bool) -> tuple[int, torch.Tensor | None
     return (num_tokens, torch.cat(rows)) if gathers else (sum(sizes), None)
 
 
-def leaves_of(num_tokens: int, sizes: list[int], accumulates: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def make_leaves(num_tokens: int, sizes: list[int], accumulates: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Return tokens, gates (exact in fp32), fc1 and fc2 twice; ours are parameters, with a buffer if accumulating."""
     inputs = [torch.randn(num_tokens, HIDDEN, device=DEVICE), torch.rand(sum(sizes), device=DEVICE)]
     inputs += [torch.randn(len(sizes), *shape, device=DEVICE) for shape in ((2 * FFN, HIDDEN), (HIDDEN, FFN))]
@@ -111,8 +111,8 @@ def test_matrices_of_their_own_keep_no_copy_for_the_backward_pass() -> None:
 def test_values_and_gradients(sizes: list[int], accumulates: bool, gathers: bool) -> None:
     torch.manual_seed(len(sizes))
     num_tokens, rows = some_rows(sizes, gathers)
-    ours, right = leaves_of(num_tokens, sizes, accumulates)
-    output = grouped_swiglu(*ours, sizes, order_of(rows), PYTORCH)
+    ours, right = make_leaves(num_tokens, sizes, accumulates)
+    output = grouped_swiglu(*ours, sizes, make_order(rows), PYTORCH)
     compare(output, one_by_one(*right, sizes, rows), ours, right, accumulates)
 
 
@@ -138,10 +138,10 @@ def test_half_precision(sizes: list[int], kernel: bool, accumulates: bool, gathe
             buffer = torch.ones_like(weight, dtype=torch.float32 if DEVICE == "cuda" else None)
             weight.main_grad, weight.grad_added_to_main_grad = buffer, False
     with SumTypes() as sums:
-        output = _GroupedSwiGLU.apply(*ours[:2], products, order_of(rows), PYTORCH, *ours[2:])
+        output = _GroupedSwiGLU.apply(*ours[:2], products, make_order(rows), PYTORCH, *ours[2:])
         direction = torch.randn_like(output)
         (output * direction).sum().backward()
-    assert sums.found == ({torch.float32} if gathers else set())
+    assert sums.seen == ({torch.float32} if gathers else set())
     expected = one_by_one(*right, sizes, rows)
     (expected * direction.double()).sum().backward()
 
@@ -178,9 +178,9 @@ def run_on_fake_gpu(sizes: list[int], hidden: int = 16, ffn: int = 8) -> type:
     output = grouped_swiglu(tokens, gates, fc1, fc2, sizes, TokenOrder(rows), PYTORCH)
     with torch.no_grad():  # called directly: autograd would start a thread for a GPU that does not exist
         gradients = _GroupedSwiGLU.backward(output.grad_fn, torch.empty_like(output))
-        found = [gradient for gradient in gradients if gradient is not None]
+        actual = [gradient for gradient in gradients if gradient is not None]
     inputs = (tokens, gates, fc1, fc2)
-    assert [(g.shape, g.dtype, g.device) for g in found] == [(x.shape, x.dtype, x.device) for x in inputs]
+    assert [(g.shape, g.dtype, g.device) for g in actual] == [(x.shape, x.dtype, x.device) for x in inputs]
     return type(output.grad_fn.products)
 
 
@@ -232,6 +232,6 @@ def test_experts_without_pairs_have_no_gradient_on_sm100(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", leaves_memory)
     left, right = (torch.randn(7, width, dtype=torch.bfloat16) for width in (16, 8))
-    found = OneKernel(sizes.tolist(), torch.device("cpu")).outers(left, right)
-    assert not found[sizes == 0].any() and found[sizes > 0].all()
-    torch.testing.assert_close(found[0], left[:3].T @ right[:3])
+    actual = OneKernel(sizes.tolist(), torch.device("cpu")).outers(left, right)
+    assert not actual[sizes == 0].any() and actual[sizes > 0].all()
+    torch.testing.assert_close(actual[0], left[:3].T @ right[:3])

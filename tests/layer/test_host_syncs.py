@@ -28,12 +28,12 @@ class Waits(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.seen: list[str] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function).removeprefix("aten.")
         if name in WAITING or name.split(".")[0] in WAITING - {"where.default"}:
-            self.found.append(name)
+            self.seen.append(name)
         return function(*args, **(kwargs or {}))
 
 
@@ -46,7 +46,7 @@ def test_a_layer_waits_once(limit: float, kernels: str, monkeypatch: pytest.Monk
     calls = reads(monkeypatch)
     with Waits() as waits:
         layer(tokens)[0].sum().backward()
-    assert len(calls) == 1 and waits.found == []
+    assert len(calls) == 1 and waits.seen == []
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
@@ -82,14 +82,14 @@ def test_the_update_does_not_wait() -> None:
     controller = SparsityController([layer], config)
     with Waits() as waits:
         controller.update()
-    assert waits.found == []
+    assert waits.seen == []
 
 
 def test_waiting_is_noticed() -> None:
     with Waits() as waits:
         float(torch.ones(()))
         torch.ones(3).nonzero()
-    assert waits.found == ["_local_scalar_dense.default", "nonzero.default"]
+    assert waits.seen == ["_local_scalar_dense.default", "nonzero.default"]
 
 
 @pytest.mark.gpu

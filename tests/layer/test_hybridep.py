@@ -1,6 +1,5 @@
 """Test HybridEP with any number of experts per token: Megatron's code for it, and a stand-in for the kernels."""
 
-import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.core.transformer.moe import fused_a2a, token_dispatcher
+from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
 from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig
-from tests.entry import entry_with
 from tests.layer.hybridep import deep_ep
 from tests.layers import HIDDEN, make_config, make_layer
 from tests.tiny_model import RELU
@@ -27,12 +25,8 @@ PADDED = {
 def kernels(process_groups: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give Megatron's dispatchers the functions that they have if `deep_ep` is installed."""
     monkeypatch.setitem(sys.modules, "deep_ep", deep_ep)
-    spec = importlib.util.spec_from_file_location("fused_a2a_with_deep_ep", fused_a2a.__file__)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for name in ("hybrid_ep_dispatch", "hybrid_ep_combine"):
-        monkeypatch.setattr(token_dispatcher, name, getattr(module, name))
+    for name, function in deep_ep.megatrons_functions().items():
+        monkeypatch.setattr(token_dispatcher, name, function)
 
 
 @dataclass
@@ -57,7 +51,7 @@ def test_newer_versions_take_the_map(routing: dict[str, object], mode: str) -> N
 @pytest.mark.parametrize("limit", [0.0, 1.2], ids=["whole", "in chunks"])
 @pytest.mark.parametrize("share", ["all", "some", "one expert", "none"])
 def test_a_layer_gives_what_it_gives_by_alltoall(share: str, limit: float, fused: bool) -> None:
-    found, weights = [], None
+    results, weights = [], None
     for changes in ({}, HYBRIDEP, HYBRIDEP | PADDED):
         torch.manual_seed(2)
         layer = make_layer(make_config(moe_relu_activation_limit=limit, moe_router_dtype="fp32", **changes), fused)
@@ -70,8 +64,8 @@ def test_a_layer_gives_what_it_gives_by_alltoall(share: str, limit: float, fused
         tokens = torch.rand(7, 2, HIDDEN, dtype=torch.float64, device=weight.device) + 0.1
         output, _ = layer(tokens.requires_grad_())
         gradients = torch.autograd.grad(output.sin().sum(), [tokens, *layer.parameters()], allow_unused=True)
-        found.append([output, layer.router.counts.table, *gradients])
-    for right, *others in zip(*found, strict=True):
+        results.append([output, layer.router.counts.table, *gradients])
+    for right, *others in zip(*results, strict=True):
         for other in others:
             if right is None or other is None:  # an expert without a token
                 assert all(gradient is None or not gradient.any() for gradient in (right, other))
@@ -84,9 +78,7 @@ def test_training_is_that_of_alltoall(data: Path) -> None:
     words = [*TINY, *RELU, "--data-path", str(data), "--expert-model-parallel-size", "2", "--train-iters", "3"]
     words += ["--moe-relu-activation-limit", "2"]
     hybridep = "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep --moe-router-dtype fp32".split()
-    with entry_with(Path(deep_ep.__file__).parent) as entry:
-        code, output = entry.run([*words, *hybridep], processes=2, limit=120)
-    assert code == 0, output[-2000:]
+    output = run([*words, *hybridep], processes=2, script=Path(deep_ep.__file__))
     expected = run(words, processes=2)
     for name in ("lm loss", "sparsity", "l1 loss", "l1 coefficient", "grad norm"):
         assert series(output, name) == pytest.approx(series(expected, name), rel=1e-4), name

@@ -34,13 +34,13 @@ def test_cross_entropy(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     expected.backward(upstream.double())
 
     given = logits.clone().requires_grad_()
-    of_layer = given * 1  # the output layer's logits, which nothing else reads
-    losses = vocab_parallel_cross_entropy(of_layer, target, None)
+    kept_logits = given * 1  # the output layer's logits, which nothing else reads
+    losses = vocab_parallel_cross_entropy(kept_logits, target, None)
     assert losses.dtype == torch.float32
     losses.backward(upstream)
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(given.grad.double(), exact.grad, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] / 10)
-    assert torch.equal(of_layer, given.grad), "the gradient lies where the logits were"
+    assert torch.equal(kept_logits, given.grad), "the gradient lies where the logits were"
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="interpreted, on two processes of the CPU")

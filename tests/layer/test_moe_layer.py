@@ -25,8 +25,8 @@ SHAPES = [  # sequence, batch, experts, topk
 
 
 def gradients(loss: torch.Tensor, *parameters: torch.Tensor) -> list[torch.Tensor]:
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    actual = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, actual, strict=True)]
 
 
 def compare_with_oracle(layer, tokens: torch.Tensor, coefficient: float) -> int:
@@ -136,7 +136,7 @@ def results(layer: ReMoELayer, tokens: torch.Tensor, output: torch.Tensor) -> li
 def test_tritons_kernels_give_the_same(make: Callable[..., Any], changes: dict[str, Any], fused: bool) -> None:
     """Their error against float64 is at most about twice that of PyTorch's operations in float32."""
     pytest.importorskip("triton")
-    found, weights = [], None
+    actual, weights = [], None
     for kernels, router_dtype, dtype in [
         ("torch", "fp64", torch.float64),
         ("torch", "fp32", torch.float32),
@@ -149,8 +149,8 @@ def test_tritons_kernels_give_the_same(make: Callable[..., Any], changes: dict[s
         weights = weights or layer.state_dict()
         layer.load_state_dict(weights)
         tokens = torch.randn(7, 3, HIDDEN, device=layer.router.weight.device).to(dtype).requires_grad_()
-        found.append(results(layer, tokens, layer(tokens)[0]))
-    for right, plain, mine in zip(*found, strict=True):
+        actual.append(results(layer, tokens, layer(tokens)[0]))
+    for right, plain, mine in zip(*actual, strict=True):
         assert mine.dtype == plain.dtype == torch.float32
         apart, allowed = ((result.double() - right).abs().max() for result in (mine, plain))
         assert apart <= 2 * allowed + 1e-6 * right.abs().max()
@@ -188,13 +188,13 @@ def test_recompute_counts_once_and_keeps_gradients() -> None:
     """tests/layer/test_bounded_memory.py has selective recomputation."""
     from megatron.core.tensor_parallel import checkpoint
 
-    layer, found = make_layer(make_config(moe_relu_l1_reg_coeff_init=0.2)), []
+    layer, actual = make_layer(make_config(moe_relu_l1_reg_coeff_init=0.2)), []
     tokens = torch.randn(5, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
     for forward in (layer, lambda hidden: [checkpoint(lambda hidden: layer(hidden)[0], False, hidden)]):
         layer.router.counts = None
         output = forward(tokens)[0]
         output.pow(2).sum().backward()
-        found.append((output.detach(), tokens.grad, layer.router.weight.grad, layer.router.counts.table))
+        actual.append((output.detach(), tokens.grad, layer.router.weight.grad, layer.router.counts.table))
         tokens.grad = layer.router.weight.grad = None
-    for plain, recomputed in zip(*found, strict=True):
+    for plain, recomputed in zip(*actual, strict=True):
         torch.testing.assert_close(plain, recomputed)

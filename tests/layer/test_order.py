@@ -18,6 +18,6 @@ def test_sums_in_half_precision_are_rounded_once(per_token: int, dtype: torch.dt
     pairs = torch.rand(len(rows), 16, device=DEVICE).to(dtype)
     right = pairs.double().view(per_token, 5, 16).sum(dim=0)
     with SumTypes() as sums:
-        found = TokenOrder(rows).sum(pairs, 5)
-    assert found.dtype == dtype and sums.found == {torch.float32}
-    torch.testing.assert_close(found.double(), right, rtol=0.51 * torch.finfo(dtype).eps, atol=0)
+        actual = TokenOrder(rows).sum(pairs, 5)
+    assert actual.dtype == dtype and sums.seen == {torch.float32}
+    torch.testing.assert_close(actual.double(), right, rtol=0.51 * torch.finfo(dtype).eps, atol=0)

@@ -68,13 +68,13 @@ def test_kernels_are_for_any_routing(engine_spec: ModuleSpec) -> None:
     )
     assert (type(stock), type(planned)) == (MoELayer, ReMoELayer) and type(planned.router) is type(stock.router)
     planned.load_state_dict(stock.state_dict())
-    tokens, found = torch.randn(9, 2, HIDDEN, dtype=torch.float64), []
+    tokens, results = torch.randn(9, 2, HIDDEN, dtype=torch.float64), []
     for layer in (stock, planned):
         layer.set_layer_number(1)
         copy = tokens.clone().requires_grad_()
         output, _ = layer(copy)
-        found.append((output, *torch.autograd.grad(output.square().sum(), [copy, *layer.parameters()])))
-    for mine, theirs in zip(*found, strict=True):
+        results.append((output, *torch.autograd.grad(output.square().sum(), [copy, *layer.parameters()])))
+    for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
@@ -100,12 +100,12 @@ def test_engine_experts_equal_oracle(engine_spec: ModuleSpec, topk: int, dispatc
     weights = [tokens, layer.router.weight, *layer.experts.parameters()]
     direction = torch.randn_like(tokens)
     output, _ = layer(tokens)
-    found = torch.autograd.grad((output * direction).sum(), weights)
+    results = torch.autograd.grad((output * direction).sum(), weights)
     expected, _, pairs = oracle(tokens.view(-1, HIDDEN), layer.router.weight, pairs_of_weights, topk)
     assert pairs != 18 * topk
     right = torch.autograd.grad((expected.view_as(tokens) * direction).sum(), weights)
     torch.testing.assert_close(output, expected.view_as(tokens), rtol=1e-10, atol=1e-12)
-    for mine, theirs in zip(found, right, strict=True):
+    for mine, theirs in zip(results, right, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
 
 
@@ -119,7 +119,7 @@ def test_activations_are_recomputed_in_chunks_and_without(
     monkeypatch.setattr(random, "FP8GlobalStateManager", off, raising=False)
     for name in ("activation_recompute_forward", "fp8_autocast"):
         monkeypatch.setattr(random, name, lambda **_options: nullcontext(), raising=False)
-    tokens, found, weights = torch.rand(9, 2, HIDDEN, dtype=torch.float64), [], None
+    tokens, results, weights = torch.rand(9, 2, HIDDEN, dtype=torch.float64), [], None
     for recompute in ({}, {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}):
         config = make_config(
             moe_token_dispatcher_type=dispatcher, moe_grouped_gemm=True, moe_relu_activation_limit=1.0, **recompute
@@ -133,9 +133,9 @@ def test_activations_are_recomputed_in_chunks_and_without(
             output, _ = layer(copy := tokens.clone().requires_grad_())
             assert layer.experts.activation_recompute == (bool(recompute) and number_active == 1)
             output.square().sum().backward()
-            found.append([copy.grad, *(parameter.grad.clone() for parameter in layer.parameters())])
+            results.append([copy.grad, *(parameter.grad.clone() for parameter in layer.parameters())])
     for number in (0, 1):
-        for mine, plain in zip(found[number + 2], found[number], strict=True):
+        for mine, plain in zip(results[number + 2], results[number], strict=True):
             torch.testing.assert_close(mine, plain)
 
 

@@ -115,20 +115,20 @@ def _read(folder: Path, processes: int, sublayers: int) -> Training:
     )
 
 
-def compare(found: Training, expected: Training) -> Difference:
-    """Return how far `found` is from `expected`; both must have the same steps and layers."""
-    assert len(found.losses) == len(expected.losses) and found.gradients.keys() == expected.gradients.keys()
-    sparsities = zip(found.sparsities, expected.sparsities, strict=True)
+def compare(actual: Training, expected: Training) -> Difference:
+    """Return how far `actual` is from `expected`; both must have the same steps and layers."""
+    assert len(actual.losses) == len(expected.losses) and actual.gradients.keys() == expected.gradients.keys()
+    sparsities = zip(actual.sparsities, expected.sparsities, strict=True)
     reference = [set(step) for step in expected.exponents[0]]
     return Difference(
-        loss=max(abs(mine / right - 1) for mine, right in zip(found.losses, expected.losses, strict=True)),
+        loss=max(abs(mine / right - 1) for mine, right in zip(actual.losses, expected.losses, strict=True)),
         gradient=max(
             float((mine - right[0]).abs().max() / right[0].abs().max())
             for layer, right in expected.gradients.items()
-            for mine in found.gradients[layer]
+            for mine in actual.gradients[layer]
         ),
         sparsity=max((abs(a - b) for a, b in sparsities), default=0.0),
-        same_counts=found.counts == expected.counts,
-        same_exponents=found.coefficients == expected.coefficients
-        and all(set(here) <= there for rank in found.exponents for here, there in zip(rank, reference, strict=True)),
+        same_counts=actual.counts == expected.counts,
+        same_exponents=actual.coefficients == expected.coefficients
+        and all(set(here) <= there for rank in actual.exponents for here, there in zip(rank, reference, strict=True)),
     )

@@ -5,8 +5,6 @@ The default run has a few layouts. All layouts in all variants, and the table of
     pytest tests/parity --parity-tables runs/parity      finished training runs in that folder are not repeated
 """
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from megatron.remoe.files.files import write_text
 from tests.data_sets import write_real_text
 from tests.parity.layouts import DENSE_AND_MOE, FEW_EXPERTS, FSDP, LAYOUTS, SINGLE, VARIANTS
 from tests.parity.measure import Case, Difference, Training, compare, train
+from tests.training_runs import run
 from tools.console import markdown
 from tools.console.places import ROOT
 
@@ -25,7 +24,7 @@ CORE = [
     Case("gpt", "ReMoE", "plain", "EP2, alltoall"),
     Case("gpt", "ReMoE", "plain", "EP2, allgather"),
     Case("gpt", "ReMoE", "plain", "TP2 x EP2, expert TP 2"),
-    Case("gpt", "ReMoE", DENSE_AND_MOE, "PP2, 2 virtual stages"),
+    pytest.param(Case("gpt", "ReMoE", DENSE_AND_MOE, "PP2, 2 virtual stages"), marks=pytest.mark.bulk),
     Case("gpt", "ReMoE", DENSE_AND_MOE, "PP2 x EP2"),
     pytest.param(Case("gpt", FEW_EXPERTS, "plain", "TP2 x EP2, expert TP 2"), marks=pytest.mark.bulk),
     Case("gpt", FEW_EXPERTS, DENSE_AND_MOE, "PP2, 2 virtual stages"),
@@ -34,7 +33,7 @@ CORE = [
     pytest.param(Case("hybrid", "ReMoE", "plain", "TP2 x EP2, expert TP 2"), marks=pytest.mark.bulk),
     Case("hybrid", "ReMoE", DENSE_AND_MOE, "PP2, 2 virtual stages"),
     # Megatron's router in the same layers: a difference here does not come from the ReLU router.
-    Case("gpt", "top-k", "plain", "TP2 x EP2, expert TP 2"),
+    pytest.param(Case("gpt", "top-k", "plain", "TP2 x EP2, expert TP 2"), marks=pytest.mark.bulk),
 ]
 # Model class, routing, and the title of its row; ReMoE in GPTModel has a row for each layout.
 CHECKED = {
@@ -56,8 +55,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", ALL if metafunc.config.getoption("--parity-tables") else CORE, ids=str)
 
 
-class Trainings:
-    """The training runs of this run; those of a routing and a variant start from one checkpoint."""
+class Runs:
+    """The training runs of this test session; those of a routing and a variant start from one checkpoint."""
 
     def __init__(self, data: Path, folder: Path, steps: int) -> None:
         self.data, self.folder, self.steps = data, folder, steps
@@ -65,15 +64,15 @@ class Trainings:
 
     def start(self, case: Case) -> Path:
         """Return the checkpoint that the case starts from, in its model class and format."""
-        own = FSDP.split() if "--use-megatron-fsdp" in LAYOUTS[case.layout].flags else []
-        folder = self.folder / case.routing / case.variant / ("initial, FSDP" if own else "initial")
-        begin = ["--train-iters", "1", "--save", str(folder / "checkpoint"), "--save-interval", "1", *own]
+        flags = FSDP.split() if "--use-megatron-fsdp" in LAYOUTS[case.layout].flags else []
+        folder = self.folder / case.routing / case.variant / ("initial, FSDP" if flags else "initial")
+        begin = ["--train-iters", "1", "--save", str(folder / "checkpoint"), "--save-interval", "1", *flags]
         train(folder, self.data, replace(case, model="gpt", layout=SINGLE), *begin)
         if case.model == "gpt":
             return folder / "checkpoint"
         if not (converted := folder / "hybrid").exists():
-            command = [sys.executable, str(ROOT / "tools"), "convert", "--model", "hybrid"]
-            subprocess.run([*command, "--load", folder / "checkpoint", "--save", converted], check=True)
+            places = ["--load", str(folder / "checkpoint"), "--save", str(converted)]
+            run(["convert", "--model", "hybrid", *places], script=ROOT / "tools" / "__main__.py")
         return converted
 
     def train(self, case: Case, *flags: str) -> Training:
@@ -84,28 +83,28 @@ class Trainings:
 
 
 @pytest.fixture(scope="module")
-def trainings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     kept: Path | None = request.config.getoption("--parity-tables")
     if kept is None:
-        return Trainings(request.getfixturevalue("data"), tmp_path_factory.mktemp("parity"), steps=5)
+        return Runs(request.getfixturevalue("data"), tmp_path_factory.mktemp("parity"), steps=4)
     kept = kept.resolve()
     if not (kept / "data.idx").exists():
         kept.mkdir(parents=True, exist_ok=True)
         write_real_text(kept / "data")
-    return Trainings(kept / "data", kept, steps=20)
+    return Runs(kept / "data", kept, steps=20)
 
 
-def test_same_training(case: Case, trainings: Trainings) -> None:
-    expected = trainings.train(replace(case, model="gpt", layout=SINGLE))
-    found = trainings.train(case)
-    assert bool(found.sparsities) == (case.routing != "top-k")
-    difference = trainings.differences[case] = compare(found, expected)
+def test_same_training(case: Case, runs: Runs) -> None:
+    expected = runs.train(replace(case, model="gpt", layout=SINGLE))
+    actual = runs.train(case)
+    assert bool(actual.sparsities) == (case.routing != "top-k")
+    difference = runs.differences[case] = compare(actual, expected)
     assert difference.is_tolerable(case.variant), difference
 
 
-def test_a_difference_is_seen(trainings: Trainings) -> None:
+def test_a_difference_is_seen(runs: Runs) -> None:
     case = Case("gpt", "ReMoE", "plain", SINGLE)
-    right, other = trainings.train(case), trainings.train(case, "--lr", "2e-3")
+    right, other = runs.train(case), runs.train(case, "--lr", "2e-3")
     difference = compare(other, right)
     assert difference.loss > 1e-4 and difference.gradient == 0.0 and difference.same_counts
     assert difference.sparsity > 1e-3 and not difference.is_tolerable("plain")
@@ -126,15 +125,15 @@ def row(title: str, differences: dict[Case, Difference]) -> list[str]:
     return cells
 
 
-def test_table(trainings: Trainings, request: pytest.FixtureRequest) -> None:
+def test_table(runs: Runs, request: pytest.FixtureRequest) -> None:
     """Write a row for each layout of ReMoE, and the largest differences of the other kinds."""
     if request.config.getoption("--parity-tables") is None:
         pytest.skip("needs --parity-tables FOLDER")
-    found = trainings.differences
-    if missing := [case for case in ALL if case not in found]:
+    differences = runs.differences
+    if missing := [case for case in ALL if case not in differences]:
         pytest.skip(f"not written: {len(missing)} cases are missing, the first is {missing[0]}")
     rows: dict[str, dict[Case, Difference]] = {case.layout: {} for case in ALL if case.model == "gpt"}
-    for case, one in found.items():
+    for case, one in differences.items():
         rows.setdefault(CHECKED[case.model, case.routing] or case.layout, {})[case] = one
     page, begin, end = ROOT / "docs" / "parallelism.md", "<!-- parity:begin -->\n", "<!-- parity:end -->"
     before, _, rest = page.read_text(encoding="utf-8").partition(begin)

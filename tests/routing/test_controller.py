@@ -17,10 +17,10 @@ pytestmark = pytest.mark.usefixtures("process_groups")
 @pytest.fixture
 def make_controller(kernels: str) -> Callable[..., SparsityController]:
     """Return a function that makes a controller of one router from changes to `make_config`, for each backend."""
-    return partial(controller_of, moe_kernels=kernels)
+    return partial(build_controller, moe_kernels=kernels)
 
 
-def controller_of(**changes) -> SparsityController:
+def build_controller(**changes) -> SparsityController:
     config = make_config(**changes)
     return SparsityController([make_layer(config)], config)
 
@@ -89,7 +89,7 @@ def test_running_sums_are_over_all_steps(make_controller) -> None:
 
 
 def test_exact_after_a_thousand_updates() -> None:
-    controller = controller_of()
+    controller = build_controller()
     router = controller.routers[0]
     for step in range(1000):
         router.counts = RoutingCounts.zeros(4, router.weight.device)

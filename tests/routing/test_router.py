@@ -15,10 +15,10 @@ pytestmark = pytest.mark.usefixtures("process_groups")
 @pytest.fixture
 def make_router(kernels: str) -> Callable[..., ReLURouter]:
     """Return a function that makes a router from changes to `make_config`, for each backend."""
-    return partial(router_of, moe_kernels=kernels)
+    return partial(build_router, moe_kernels=kernels)
 
 
-def router_of(**changes) -> ReLURouter:
+def build_router(**changes) -> ReLURouter:
     return make_layer(make_config(**changes)).router
 
 

@@ -55,8 +55,8 @@ def dry_run(script: str, *arguments: str, code: int = 0, **environment: str) -> 
     """Return stdout and stderr of DRY_RUN=1, run by a process that has already imported Megatron."""
     given = {"DRY_RUN": "1", "PYTHON": sys.executable} | environment
     program = REPOSITORY / "tools" / "__main__.py"
-    found, output = shared_entry().run(["train", *script.split("_"), *arguments], given, script=program, limit=120)
-    assert found == code, output
+    actual, output = shared_entry().run(["train", *script.split("_"), *arguments], given, script=program, limit=120)
+    assert actual == code, output
     return output
 
 

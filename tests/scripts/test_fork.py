@@ -12,22 +12,22 @@ SIZES, ROUTINGS = ("182m", "469m", "978m"), ("dense", "moe", "remoe")
 Flags = dict[str, dict[str, str]]  # script → flag → the words after it
 
 
-def of_the_fork() -> Flags:
+def read_fork_flags() -> Flags:
     table = json.loads(Path(__file__).with_name("fork_flags.json").read_text())["flags"]
     return {name: table["all"] | flags for name, flags in table.items() if name != "all"}
 
 
-def by_flag(words: list[str]) -> dict[str, str]:
+def group_words(words: list[str]) -> dict[str, str]:
     return {flag: " ".join(values) for flag, values in group_by_flag(words).items() if flag != "--data-path"}
 
 
-def of_our_scripts() -> Flags:
-    found = {}
-    for name in of_the_fork():
+def read_our_flags() -> Flags:
+    flags = {}
+    for name in read_fork_flags():
         words = command(name, OUTPUT_DIR="runs/NAME")
         entry = next(place for place, word in enumerate(words) if word.endswith("pretrain_gpt.py"))
-        found[name] = by_flag(words[entry + 1 :])
-    return found
+        flags[name] = group_words(words[entry + 1 :])
+    return flags
 
 
 def cell(flags: Flags, flag: str, routing: str) -> str:
@@ -44,7 +44,7 @@ def equal(one: str, other: str) -> bool:
 
 
 def test_the_page_has_every_flag() -> None:
-    page, fork, ours = (REPOSITORY / "docs" / "fork.md").read_text(), of_the_fork(), of_our_scripts()
+    page, fork, ours = (REPOSITORY / "docs" / "fork.md").read_text(), read_fork_flags(), read_our_flags()
     rows = re.findall(r"^\| (`--.+`) \| (.+) \| (.+) \| (.+) \| (.+) \|$", page, re.MULTILINE)
     given = {
         (flag, scripts): (theirs, here)

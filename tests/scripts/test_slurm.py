@@ -103,7 +103,7 @@ class Job:
         return "train.sh"
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def await_file(path: Path, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
     while not path.exists():
         assert process.poll() is None and time.monotonic() < deadline, f"no {path}: {process.communicate()[0]}"
@@ -120,7 +120,7 @@ def test_time_limit_saves_and_queues_again(data: Path, tmp_path: Path) -> None:
 
     # The signal comes after an interval save: the processes that this save started are needed for the next one.
     process = job.start(*training, "--save-interval", "3")
-    wait_for(saved, process)
+    await_file(saved, process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 143, output[-6000:]
@@ -166,7 +166,7 @@ SAVES = "trap 'exit 143' TERM; touch ready; for _ in {1..300}; do sleep 0.1; don
 def test_sigterm(script: str, state: str, status: int, requeued: int, tmp_path: Path) -> None:
     job = Job(tmp_path)
     process = job.start(job.script(script))
-    wait_for(job.submit / "ready", process)
+    await_file(job.submit / "ready", process)
     (job.commands / "state").write_text(f"JobState={state}")
     process.send_signal(signal.SIGTERM)
     if state != "RUNNING":  # Slurm signals the tasks too

@@ -99,7 +99,7 @@ def test_what_changes_on_the_way_is_no_other_training(entry: Entry, user: User, 
     for path in (bin_path, idx_path):
         shutil.copy(path(user.folder / "text"), path(tmp_path / "text"))
     moved = str(tmp_path / "moved")
-    others = "--train-iters 4 --lr-decay-iters 2 --micro-batch-size 4 --log-interval 2 --save-interval 3"
+    others = "--train-iters 4 --lr-decay-iters 2 --micro-batch-size 2 --log-interval 2 --save-interval 3"
     places = f"--load {moved} --save {moved} --data-path {tmp_path / 'text'}"
     arguments = on("text", f"{others} --eval-interval 7 --eval-iters 1 {places}")(user)
     code, output = entry.run(arguments)

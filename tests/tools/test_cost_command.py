@@ -22,8 +22,8 @@ TENSOR_PARALLEL = ["--sequence-parallel", "--tensor-model-parallel-size"]
 def cost(*arguments: str, code: int = 0) -> str:
     """Run remoe cost in a fork of a process with Megatron imported; return what it prints, errors included."""
     program = REPOSITORY / "tools" / "__main__.py"
-    found, output = shared_entry().run(["cost", *arguments], script=program, limit=120)
-    assert found == code and "Traceback" not in output, output
+    actual, output = shared_entry().run(["cost", *arguments], script=program, limit=120)
+    assert actual == code and "Traceback" not in output, output
     return output
 
 

@@ -19,6 +19,7 @@ from tests.tiny_model import RELU
 from tests.training_runs import TINY, run
 from tools.models.arguments import TASKS
 from tools.models.evaluate.command import main
+from tools.models.evaluate.tasks import read_scores
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 
@@ -77,6 +78,15 @@ def test_results_before_an_error_are_kept(data: Path, tmp_path: Path, capfd: pyt
     assert main(["--load", str(tmp_path / "model"), *words, "--output", str(tmp_path / "results.json")]) == 1
     assert "[REMOE-E504]" in capfd.readouterr().err
     assert [*json.loads((tmp_path / "results.json").read_text())] == ["text"]
+
+
+def test_scores_of_lm_eval() -> None:
+    """lm-eval is 400 MB; without it, these results of its version 0.4.13 show how they are read."""
+    task = {"alias": "own", "sample_len": 3, "acc,first": 0.5, "acc_stderr,first": 0.1, "f1,none": 1.0}
+    group = {"alias": "group", "sample_len": 3, "acc,first": 0.5, "acc_stderr,first": "N/A"}
+    rows = [tuple(row.values()) for row in read_scores({"own": task, "group": group})]
+    assert rows[:2] == [("own", "acc,first", 0.5, 0.1, 3), ("own", "f1", 1.0, None, 3)]
+    assert rows[2:] == [("group", "acc,first", 0.5, None, 3)]
 
 
 QUESTIONS = [("Question: a cat\nAnswer:", [" mews", " barks", " sings", " rows"], 0)]

@@ -34,10 +34,10 @@ def test_flops_are_megatrons_and_the_routers(name: str) -> None:
     layers = 3 if freq == 1 else 2
     layers = pattern.count("E") if pattern else (layers + (args.mtp_num_layers or 0)) * bool(args.num_experts)
     routers = 6 * args.seq_length * layers * args.hidden_size * args.num_experts if args.num_experts else 0
-    found = flops_per_sequence(args)
+    actual = flops_per_sequence(args)
     expected = num_floating_point_operations(args, 1, seqlen_squared_sum_in_batch=2 * args.seq_length**2)
-    assert found - routers == pytest.approx(expected, rel=2e-3)
-    assert args.num_experts is None or routers / found > 0.001
+    assert actual - routers == pytest.approx(expected, rel=2e-3)
+    assert args.num_experts is None or routers / actual > 0.001
 
 
 def test_routers_without_weights() -> None:

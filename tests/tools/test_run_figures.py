@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tools.recipes.flops import Flops, training_flops
-from tools.recipes.flops import stages as stages_of
+from tools.recipes.flops import stages as compute_stages
 from tools.report.figures import panels
-from tools.report.page import page as page_of
+from tools.report.page import page as make_page
 from tools.report.tables import differences, headline
 from tools.runs.figure_reader import read_figures
 from tools.runs.run_figures import Curve, Evaluation, RunFigures
@@ -39,7 +39,7 @@ def test_stages_of_a_run_that_continues_another(tmp_path: Path) -> None:
     start, *lines = (folder / "metrics.jsonl").read_text().splitlines()
     (folder / "metrics.jsonl").write_text("\n".join([start.replace('"iteration": 0', '"iteration": 20'), *lines]))
     figures = read_figures(folder)
-    [stage] = stages_of(figures, Flops(10.0, 1.0))
+    [stage] = compute_stages(figures, Flops(10.0, 1.0))
     assert (stage.first, stage.last, stage.experts, stage.flops) == (21, 40, 4.0, 20 * 2 * (10.0 + 3.0))
     assert training_flops(figures) is None and figures.computed_experts(0.5) == 4
 
@@ -69,15 +69,15 @@ def test_a_batch_that_grows(target: float | None, tmp_path: Path) -> None:
     """FLOPs and tokens follow each line's own batch size, not the batch size that the training was started with."""
     args = {"global_batch_size": 16, "seq_length": 10, "num_experts": 8, "moe_router_topk": 2}
     routing = {} if target is None else {"sparsity": target, "target_sparsity": target}
-    of_steps = {10: 4, 20: 8, 30: 16}
+    batches = {10: 4, 20: 8, 30: 16}
     line = {"kind": "log", "seconds_per_iteration": 2.0, **routing}
-    rows = [line | {"iteration": at, "global_batch_size": batch} for at, batch in of_steps.items()]
+    rows = [line | {"iteration": at, "global_batch_size": batch} for at, batch in batches.items()]
     figures = read_figures(write_metrics(tmp_path / "run", args, *rows))
     assert figures.curve("tokens_per_second").values.tolist() == [20.0, 40.0, 80.0]
     assert figures.tokens_per_second == 60.0  # without the first line
-    of_stages = stages_of(figures, Flops(100.0, 10.0))
-    assert sum(stage.flops for stage in of_stages) == pytest.approx(100.0 * 10 * (4 + 8 + 16))
-    assert sum(stage.hours for stage in of_stages) == pytest.approx(30 * 2.0 / 3600)
+    stages = compute_stages(figures, Flops(100.0, 10.0))
+    assert sum(stage.flops for stage in stages) == pytest.approx(100.0 * 10 * (4 + 8 + 16))
+    assert sum(stage.hours for stage in stages) == pytest.approx(30 * 2.0 / 3600)
 
 
 def test_what_differs_are_flags_that_act(tmp_path: Path) -> None:
@@ -88,9 +88,9 @@ def test_what_differs_are_flags_that_act(tmp_path: Path) -> None:
     ]
     runs = [
         read_figures(
-            write_metrics(tmp_path / str(n), dict.fromkeys([*noted.split(), "lr", "_explicit"], n) | of), str(n)
+            write_metrics(tmp_path / str(n), dict.fromkeys([*noted.split(), "lr", "_explicit"], n) | group), str(n)
         )
-        for n, of in enumerate(more)
+        for n, group in enumerate(more)
     ]
     assert differences(runs).rows == [["--lr", "0", "1"], ["--num-experts", "", "8"]]
 
@@ -133,7 +133,7 @@ def test_an_odd_line_is_left_out(name: str, tmp_path: Path) -> None:
     text, lines, unread = ODD[name]
     run = read_figures(write_metrics(tmp_path, {"train_iters": 20}, text), "run")
     assert run.curve("lm_loss").values.tolist() == [3.0] * lines and run.unread == unread
-    assert "<html" in page_of([run], None)
+    assert "<html" in make_page([run], None)
 
 
 def test_a_long_log_is_bounded(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_long_log_is_bounded(tmp_path: Path) -> None:
         file.writelines(line % (at, 99.0 if at == 123_456 else 2.0) for at in range(1, lines + 1))
     began = time.process_time()
     run = read_figures(tmp_path, "run")
-    text = page_of([run], None)
+    text = make_page([run], None)
     assert time.process_time() - began < 20 and len(text) < 3e6
     assert run.last == lines and max(run.loads) == lines
     (training,) = panels([run])["Loss"]

@@ -13,7 +13,7 @@ from tests.training_runs import REPOSITORY, TINY
 Parse = Callable[..., argparse.Namespace]
 
 
-def words_of(*flags: str | list[str]) -> list[str]:
+def select_words(*flags: str | list[str]) -> list[str]:
     """Return one list of words; strings are split at spaces."""
     return [word for each in flags for word in (each.split() if isinstance(each, str) else each)]
 
@@ -23,7 +23,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
     """Return a function that parses a tiny model's flags and the given ones."""
 
     def parse_all(*flags: str | list[str]) -> argparse.Namespace:
-        monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *TINY, *words_of(*flags)])
+        monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *TINY, *select_words(*flags)])
         return arguments.parse_args()
 
     return parse_all
@@ -34,7 +34,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     """Return a function that returns the message with which flags are refused."""
 
     def refused(*flags: str | list[str]) -> str:
-        monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *TINY, *words_of(*flags)])
+        monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *TINY, *select_words(*flags)])
         with pytest.raises(SystemExit) as stop:
             arguments.parse_and_validate_args()
         assert stop.value.code == 2
@@ -97,7 +97,7 @@ def test_bad_value(kind: list[str] | str, flags: str, given: str, remedy: str, r
 
 
 # From the fork's scripts/train_llama_182m_remoe.sh, without flags for data, sizes and hyperparameters.
-OF_THE_FORK = """
+FORK_FLAGS = """
 --use-mcore-models --no-masked-softmax-fusion --no-position-embedding --rotary-base 1000000 --use-flash-attn
 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2 --moe-token-dispatcher-type alltoall
 --overlap-param-gather --overlap-grad-reduce --moe-router-pre-softmax --moe-relu-routing --moe-grouped-gemm
@@ -109,7 +109,7 @@ IGNORED = ["--moe-router-load-balancing-type aux_loss", "--moe-aux-loss-coeff 0.
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ([*EXPERTS, *OF_THE_FORK.split()], IGNORED),
+        ([*EXPERTS, *FORK_FLAGS.split()], IGNORED),
         ([*RELU, *"--moe-router-load-balancing-type none --moe-aux-loss-coeff 1e-2".split()], ["type none"]),
         ([*RELU, "--moe-router-load-balancing-type", "sinkhorn"], ["type sinkhorn"]),
     ],

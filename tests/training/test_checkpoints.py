@@ -161,7 +161,8 @@ def test_a_checkpoint_after_nan_can_be_read() -> None:
 
 
 def test_a_schedule_of_batches_goes_on_with_more_processes(data: Path, tmp_path: Path) -> None:
-    words = training(data, tmp_path / "run", "--train-samples", "40", "--step-batch-size-schedule", "0:4 512:8")
+    schedule = ["--train-samples", "40", "--step-batch-size-schedule", "0:4 512:8", "--micro-batch-size", "2"]
+    words = training(data, tmp_path / "run", *schedule)
     for name in ("--global-batch-size", "--train-iters", "--train-iters"):
         at = words.index(name)
         del words[at : at + 2]

@@ -1,4 +1,4 @@
-"""Test faults in real trainings: a dead rank, a full disk, a far too large λ, and steps that are not finite."""
+"""Test faults in real training runs: a dead rank, a full disk, a far too large λ, and steps that are not finite."""
 
 import math
 import resource

@@ -1,8 +1,6 @@
 """Test that Megatron-FSDP saves and resumes; tests/parity tests that it trains like one process."""
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -46,10 +44,10 @@ def goes_on_from_4(saved: Saved) -> Saved:
     return saved
 
 
-def assert_same_training(found: Saved, expected: Saved) -> None:
+def assert_same_training(actual: Saved, expected: Saved) -> None:
     """Assert that λ's exponent, weights, optimizer state and the last step's figures are equal bit for bit."""
-    expected.assert_same_weights(found, 6)
-    assert last_step(found) == last_step(expected)
+    expected.assert_same_weights(actual, 6)
+    assert last_step(actual) == last_step(expected)
 
 
 def last_step(saved: Saved) -> tuple[float, float, float]:
@@ -114,22 +112,22 @@ def test_settings_that_megatron_would_get_wrong_are_refused() -> None:
 def test_tools_read_what_is_converted(saved: Saved, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="--from-fsdp"):
         find(saved.root, None)
-    tool = [sys.executable, str(REPOSITORY / "tools"), "convert", "--from-fsdp", "--load"]
-    subprocess.run([*tool, saved.root, "--save", tmp_path / "out"], check=True)
+    words = ["convert", "--from-fsdp", "--load", str(saved.root), "--save", str(tmp_path / "out")]
+    run(words, script=REPOSITORY / "tools" / "__main__.py")
     index = read_index(tmp_path / "out" / "release")
     entries = {key: entry for key, entry in index.state_dict_metadata.items() if hasattr(entry, "size")}
-    found = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
+    actual = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
     written = find(tmp_path / "out", None)
-    read_tensors(written.folder, written.index, found)
+    read_tensors(written.folder, written.index, actual)
     stored, layer = weights(saved.root, 6), "model.module.decoder.layers.1."
     experts = "decoder.layers.mlp.experts.experts.linear_fc"
     for number in range(8):
         first = [stored[f"{layer}mlp.experts.linear_fc1.weight{number}_{half}"] for half in "wv"]
-        assert torch.equal(found[f"{experts}1.weight"][1, number], torch.cat(first))
+        assert torch.equal(actual[f"{experts}1.weight"][1, number], torch.cat(first))
         second = stored[f"{layer}mlp.experts.linear_fc2.weight{number}"]
-        assert torch.equal(found[f"{experts}2.weight"][1, number], second)
+        assert torch.equal(actual[f"{experts}2.weight"][1, number], second)
     for name in ("router.weight", "router.l1_exponent"):
-        assert torch.equal(found[f"decoder.layers.mlp.{name}"][1], stored[f"{layer}mlp.{name}"])
+        assert torch.equal(actual[f"decoder.layers.mlp.{name}"][1], stored[f"{layer}mlp.{name}"])
     assert "decoder.layers.pre_mlp_layernorm.weight" in entries, "Transformer Engine's MoE layers look for it"
 
 

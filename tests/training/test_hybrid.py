@@ -28,19 +28,19 @@ from tools.recipes.models import PAPER, ROUTINGS
 
 # λ₀ is large enough for the L1 term to show in the loss within the run.
 RUN = [*RELU, "--moe-relu-l1-reg-coeff-init", "1e-3"]
-SAVED, END = 4, 8
+SAVED, END = 2, 4
 CLASSES = ("gpt", "hybrid")
 
 
-class Trainings:
-    """Trainings of both classes that save checkpoints."""
+class Runs:
+    """Training runs of both classes that save checkpoints."""
 
     def __init__(self, entry: Entry, data: Path, folder: Path) -> None:
         self.entry, self.data, self.folder = entry, data, folder
 
     def run(self, *flags: str) -> dict[int, dict[str, str]]:
         """Train, and return each step's printed fields with all digits; layers have GPTModel's numbers."""
-        code, output = self.entry.run([*TINY, "--data-path", str(self.data), *flags], {}, [])
+        code, output = self.entry.run([*TINY, "--train-iters", str(END), "--data-path", str(self.data), *flags], {}, [])
         assert code == 0, output[-3000:]
         steps = records(output)
         for step in steps.values():
@@ -71,8 +71,8 @@ class Trainings:
 
 
 @pytest.fixture(scope="module")
-def trainings(entry: Entry, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainings:
-    return Trainings(entry, data, tmp_path_factory.mktemp("hybrid"))
+def runs(entry: Entry, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(entry, data, tmp_path_factory.mktemp("hybrid"))
 
 
 @pytest.mark.parametrize(
@@ -80,21 +80,21 @@ def trainings(entry: Entry, data: Path, tmp_path_factory: pytest.TempPathFactory
     [("*E*E", []), ("*-*E", ["--moe-layer-freq", "([0,1])"])],
     ids=["MoE layers", "dense and MoE layers"],
 )
-def test_one_training_in_two_classes(pattern: str, gpt: list[str], trainings: Trainings) -> None:
+def test_one_training_in_two_classes(pattern: str, gpt: list[str], runs: Runs) -> None:
     """Losses, norms, S and λ agree to the last digit. Each class resumes from the other's converted checkpoint."""
     name, hybrid = pattern.replace("*", "a"), ["--hybrid-layer-pattern", pattern]
-    expected = trainings.saving(f"{name}-gpt", *gpt)
+    expected = runs.saving(f"{name}-gpt", *gpt)
     assert len(expected) == END and "l1 coefficient" in expected[END]
-    assert trainings.saving(f"{name}-hybrid", *hybrid) == expected
-    weights = [trainings.exported(f"{name}-{model}") for model in ("gpt", "hybrid")]
+    assert runs.saving(f"{name}-hybrid", *hybrid) == expected
+    weights = [runs.exported(f"{name}-{model}") for model in ("gpt", "hybrid")]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(one, weights[1][key]) for key, one in weights[0].items())
-    expected = trainings.resumed(f"{name}-gpt", *gpt)
-    of_gpt, of_hybrid = (trainings.converted(f"{name}-{a}", b) for a, b in (("gpt", "hybrid"), ("hybrid", "gpt")))
-    assert trainings.resumed(of_gpt, *hybrid) == expected
-    assert trainings.resumed(of_hybrid, *gpt) == expected
+    expected = runs.resumed(f"{name}-gpt", *gpt)
+    from_gpt, from_hybrid = (runs.converted(f"{name}-{a}", b) for a, b in (("gpt", "hybrid"), ("hybrid", "gpt")))
+    assert runs.resumed(from_gpt, *hybrid) == expected
+    assert runs.resumed(from_hybrid, *gpt) == expected
     if not gpt:  # Megatron can load it unconverted if all layers are alike
-        assert trainings.resumed(f"{name}-gpt", *hybrid) == expected
+        assert runs.resumed(f"{name}-gpt", *hybrid) == expected
 
 
 WITH = {  # features of layers, and other routings
@@ -109,9 +109,9 @@ WITH = {  # features of layers, and other routings
 
 
 @pytest.mark.parametrize("kind", WITH)
-def test_with_what_layers_can_do(kind: str, trainings: Trainings) -> None:
+def test_with_what_layers_can_do(kind: str, runs: Runs) -> None:
     flags = [*WITH[kind], "--train-iters", "3"]
-    assert trainings.run(*flags, "--hybrid-layer-pattern", "*E*E") == trainings.run(*flags)
+    assert runs.run(*flags, "--hybrid-layer-pattern", "*E*E") == runs.run(*flags)
 
 
 @pytest.mark.parametrize("size", PAPER)
@@ -160,10 +160,10 @@ def test_recipes_train_the_same_models(routing: str, parallel: str, entry: Entry
             assert continued == pytest.approx({step: losses["gpt"][step] for step in range(26, 51)}, rel=1e-6)
 
 
-def test_multi_token_prediction(trainings: Trainings) -> None:
+def test_multi_token_prediction(runs: Runs) -> None:
     """Megatron numbers MTP layers from 1 again, but only the decoder's flips count. MTP layers are not converted."""
-    folder = trainings.folder / "flips"
-    trainings.run(
+    folder = runs.folder / "flips"
+    runs.run(
         *[*RUN, "--hybrid-layer-pattern", "*E*E/*E", "--train-iters", "2", "--moe-log-flips-interval", "1"],
         *["--save", str(folder), "--save-interval", "9"],
     )

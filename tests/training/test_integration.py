@@ -1,4 +1,4 @@
-"""Test examples/own_training_script.py, and the package next to Megatron's."""
+"""Test examples/own_training_script.py, and the start of data loaders."""
 
 from pathlib import Path
 
@@ -31,13 +31,8 @@ def test_documented_script_without_data(tmp_path: Path) -> None:
     assert "REMOE-E301" in output and "Traceback" not in output
 
 
-@pytest.mark.parametrize("entry", [ENTRY, SCRIPT], ids=lambda path: path.stem)
-def test_data_loaders_start_in_newer_pythons(entry: Path, data: Path, tmp_path: Path) -> None:
+def test_data_loaders_start_in_newer_pythons(data: Path, tmp_path: Path) -> None:
     script = tmp_path / "start.py"
-    script.write_text(f"{DEFAULT_OF_PYTHON_3_14}runpy.run_path({str(entry)!r}, run_name='__main__')")
+    script.write_text(f"{DEFAULT_OF_PYTHON_3_14}runpy.run_path({str(ENTRY)!r}, run_name='__main__')")
     arguments = [*TINY, *RELU, "--data-path", str(data), "--train-iters", "2", "--num-workers", "1"]
     assert len(series(run(arguments, script=script), "lm loss")) == 2
-
-
-def test_megatron_stays_a_namespace() -> None:
-    assert not (REPOSITORY / "megatron" / "__init__.py").exists()

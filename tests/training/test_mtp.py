@@ -54,7 +54,7 @@ def built(model_cfg: GPTModelConfig | HybridModelConfig) -> Any:
     return model
 
 
-def config_of(num_layers: int, **changes: Any) -> dict[str, Any]:
+def make_settings(num_layers: int, **changes: Any) -> dict[str, Any]:
     config = make_config(
         num_layers=num_layers, mtp_num_layers=2, normalization="RMSNorm", transformer_impl="local", **changes
     )
@@ -64,16 +64,16 @@ def config_of(num_layers: int, **changes: Any) -> dict[str, Any]:
 @pytest.mark.usefixtures("process_groups")
 def test_megatron_still_specifies_the_layers_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Megatron builds MTP layers with its own router, so hooks rebuild them. If this fails, remove the rebuilding."""
-    settings = config_of(2)
+    settings = make_settings(2)
     monkeypatch.setattr(hooks, "rebuild_prediction_layers", lambda _change, chunks: chunks)
     stock: GPTModel = built(GPTModelConfig(**settings))
     assert [type(layer.mtp_model_layer.mlp.router) for layer in stock.mtp.layers] == [TopKRouter] * 2
     monkeypatch.undo()
     model: GPTModel = built(GPTModelConfig(**settings))
-    for layer, of_decoder in zip(model.mtp.layers, model.decoder.layers, strict=True):
+    for layer, decoder_layer in zip(model.mtp.layers, model.decoder.layers, strict=True):
         layer = layer.mtp_model_layer
         assert type(layer.mlp) is ReMoELayer and type(layer.mlp.router) is ReLURouter
-        assert type(layer.mlp.experts) is type(of_decoder.mlp.experts)
+        assert type(layer.mlp.experts) is type(decoder_layer.mlp.experts)
         assert type(layer.self_attention.core_attention) is FusedDotProductAttention
     assert model.state_dict().keys() >= {f"mtp.layers.{n}.mtp_model_layer.mlp.router.l1_exponent" for n in (0, 1)}
 
@@ -83,11 +83,11 @@ def test_megatron_still_specifies_the_layers_itself(monkeypatch: pytest.MonkeyPa
 def test_each_router_has_a_row_of_its_own(is_hybrid: bool) -> None:
     """In a hybrid, Megatron numbers layers from 1 at each depth, and routers do not know that they belong to MTP."""
     if is_hybrid:
-        settings = config_of(4, is_hybrid_model=True)
+        settings = make_settings(4, is_hybrid_model=True)
         model = built(HybridModelConfig(**settings, hybrid_layer_pattern="*E*E/*E/*E"))
         layers = [2, 4, 5, 6]
     else:
-        settings, layers = config_of(2), [1, 2, 3, 4]
+        settings, layers = make_settings(2), [1, 2, 3, 4]
         model = built(GPTModelConfig(**settings))
     controller = SparsityController([model], settings["transformer"])
     for router, pairs in zip(controller.routers, (1, 2, 3, 4), strict=True):

@@ -30,7 +30,7 @@ CHANGES = [
     ("DP2, reshardable", "TP2, reshardable"),
     ("experts one by one", "expert TP2"),
 ]
-SAVED, END = 4, 8
+SAVED, END = 2, 4
 
 
 def train(data: Path, layout: str, *more: str) -> str:
@@ -40,7 +40,7 @@ def train(data: Path, layout: str, *more: str) -> str:
 
 
 class Sources:
-    """Trainings in each layout that start from one checkpoint and save at `SAVED`; each runs when first needed."""
+    """Training runs in each layout that start from one checkpoint and save at `SAVED`; each runs when first needed."""
 
     def __init__(self, data: Path, folder: Path) -> None:
         self.data, self.folder = data, folder

@@ -45,11 +45,11 @@ def test_a_line_of_the_log_with_the_figures_that_belong_to_it(tmp_path: Path) ->
     routing = {"sparsity": 0.5, "l1_loss": math.nan, "layer_sparsity": {1: 0.25, 3: 0.75}}
     log = make_log(tmp_path)
     tell(log, routing, line(20, grad_norm=math.inf), line(40))
-    first, found, next_one = read_run_log(tmp_path / FILE)
+    first, actual, next_one = read_run_log(tmp_path / FILE)
     assert first["kind"] == "start" and first["iteration"] == 0
     assert first["args"]["train_iters"] == 100 and "device" not in first["args"], "what JSON can hold"
-    assert found.pop("time") >= first["time"]
-    assert found == line(20) | {"sparsity": 0.5, "layer_sparsity": {"1": 0.25, "3": 0.75}}
+    assert actual.pop("time") >= first["time"]
+    assert actual == line(20) | {"sparsity": 0.5, "layer_sparsity": {"1": 0.25, "3": 0.75}}
     assert "sparsity" not in next_one
 
 
@@ -132,16 +132,16 @@ def train(data: Path, folder: Path, *arguments: str, **options: Any) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train eight steps, log every two, evaluate after four and at the end; return the folder."""
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Train eight steps, log every two, evaluate after four and at the end; return the folder and the output."""
     folder = tmp_path_factory.mktemp("whole")
-    train(data, folder, "--log-interval", "2", *EVALUATED, "--eval-interval", "4")
-    return folder
+    flags = "--log-interval 2 --eval-interval 4 --log-params-norm".split()
+    return folder, train(data, folder, *flags, *EVALUATED)
 
 
-def test_a_training_writes_numbers(data: Path, whole: Path, tmp_path: Path) -> None:
-    printed = train(data, tmp_path, "--log-interval", "2", *EVALUATED, "--log-params-norm")
-    lines = read(tmp_path, "log")
+def test_a_training_run_writes_numbers(whole: tuple[Path, str]) -> None:
+    folder, printed = whole
+    lines = read(folder, "log")
     assert [each["iteration"] for each in lines] == [*records(printed)] == [1, 2, 4, 6, 8]
     counted = int(printed.partition("number of parameters on")[2].splitlines()[0].rpartition(":")[2])
     assert [each.get("parameters") for each in lines] == [counted, *[None] * 4]
@@ -155,17 +155,17 @@ def test_a_training_writes_numbers(data: Path, whole: Path, tmp_path: Path) -> N
         assert each["tokens_per_second"] == pytest.approx(8 * 64 / each["seconds_per_iteration"], rel=1e-3)
     values = [float(part.partition(" ")[0]) for part in printed.split(" elapsed time per iteration (ms): ")[1:]]
     assert [1000 * each["seconds_per_iteration"] for each in lines] == pytest.approx(values, abs=0.051)
-    found = [(each["iteration"], each.get("set"), each.get("final")) for each in read(whole, "validation")]
-    assert found == [(4, None, None), (8, None, None), (8, None, True), (8, "test", True)]
-    assert {each["tokens"] for each in read(whole, "validation")} == {8 * 64}, "one batch"
+    actual = [(each["iteration"], each.get("set"), each.get("final")) for each in read(folder, "validation")]
+    assert actual == [(4, None, None), (8, None, None), (8, None, True), (8, "test", True)]
+    assert {each["tokens"] for each in read(folder, "validation")} == {8 * 64}, "one batch"
 
 
-def test_parts_and_a_missing_last_evaluation(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_parts_and_a_missing_last_evaluation(data: Path, whole: tuple[Path, str], tmp_path: Path) -> None:
     """A run that stops between two lines has the sums of a whole one; a start at its end adds the evaluation once."""
     train(data, tmp_path, "--log-interval", "2", "--exit-interval", "3")
     train(data, tmp_path, "--log-interval", "2")
     assert iterations(tmp_path, "checkpoint") == [3, 8] and not iterations(tmp_path, "validation")
-    expected, lines = read(whole, "log")[-1], read(tmp_path, "log")[-1]
+    expected, lines = read(whole[0], "log")[-1], read(tmp_path, "log")[-1]
     assert expected["total_layer_tokens"] == 8 * 8 * 64 * 2, "steps, sequences, tokens, MoE layers"
     assert all(lines[name] == expected[name] for name in ("total_active_pairs", "total_layer_tokens"))
     for _ in range(2):

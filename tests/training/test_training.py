@@ -1,4 +1,4 @@
-"""Test real trainings: kinds of models, layouts, recomputation, saving and resuming."""
+"""Test real training runs: kinds of models, layouts, recomputation, saving and resuming."""
 
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,10 @@ def one_process(data: Path, initial: Path) -> str:
     return train(data, *RELU, *FLIPS, "--load", str(initial), "--finetune", fresh=True)
 
 
-def without_flips(found: dict[int, dict[str, str]]) -> dict[int, dict[str, str]]:
+def without_flips(actual: dict[int, dict[str, str]]) -> dict[int, dict[str, str]]:
     return {
         iteration: {name: value for name, value in record.items() if not name.startswith("flip ")}
-        for iteration, record in found.items()
+        for iteration, record in actual.items()
     }
 
 
@@ -59,10 +59,10 @@ def summary(output: str) -> str:
 
 
 def test_log_line_tells_the_routing(one_process: str) -> None:
-    found = records(one_process)
-    assert list(found) == list(range(1, 9))
+    actual = records(one_process)
+    assert list(actual) == list(range(1, 9))
     assert "ReMoE, 468,288 parameters" in summary(one_process)
-    for record in found.values():
+    for record in actual.values():
         assert set(ROUTING) <= set(record)
         assert (
             float(record["lowest layer sparsity"])
@@ -101,18 +101,18 @@ def test_same_training_in_every_way(way: str, data: Path, initial: Path, one_pro
 @pytest.mark.parametrize(
     ("processes", "layout"),
     [
-        pytest.param(2, "--micro-batch-size 1 --expert-model-parallel-size 2", marks=pytest.mark.bulk),
+        pytest.param(2, "--micro-batch-size 2 --expert-model-parallel-size 2", marks=pytest.mark.bulk),
         (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
     ],
 )
 def test_same_flips_in_every_layout(processes: int, layout: str, data: Path, initial: Path, one_process: str) -> None:
-    """The flips agree because the calibration set has two sequences in each layout."""
+    """The flips agree because the calibration set has four sequences in each layout."""
     output = train(data, *RELU, *FLIPS, *layout.split(), "--load", str(initial), "--finetune", processes=processes)
-    found, expected = records(output), records(one_process)
+    actual, expected = records(output), records(one_process)
     assert "ReMoE, 468,288 parameters" in summary(output), "each counts once, however they are shared"
-    assert "flip rate" not in found[1], "nothing was looked at before"
+    assert "flip rate" not in actual[1], "nothing was looked at before"
     for name in ("flip rate", "flip count"):
-        rates = [float(found[step][name]) for step in range(2, 9)]
+        rates = [float(actual[step][name]) for step in range(2, 9)]
         assert rates == pytest.approx([float(expected[step][name]) for step in range(2, 9)], abs=2e-3)
         assert rates[0] > 0.01
 
@@ -148,10 +148,10 @@ def test_resume_is_bit_for_bit(layout: str, processes: int, arguments: list[str]
         assert record == uninterrupted[iteration]
     assert [record["iteration"] for record in logged(tmp_path / "parts", "log")] == list(range(1, 7))
     assert [record["iteration"] for record in logged(tmp_path / "parts", "start")] == [0, 3]
-    expected, found = weights(tmp_path / "whole", 6), weights(tmp_path / "parts", 6)
-    assert expected.keys() == found.keys() and any("l1_exponent" in key for key in found)
+    expected, actual = weights(tmp_path / "whole", 6), weights(tmp_path / "parts", 6)
+    assert expected.keys() == actual.keys() and any("l1_exponent" in key for key in actual)
     for key in expected:
-        assert torch.equal(expected[key], found[key]), key
+        assert torch.equal(expected[key], actual[key]), key
 
 
 @pytest.mark.parametrize(("kind", "arguments"), [("dense model, 123,200", []), ("top-k MoE, 468,288", TOPK)])

@@ -60,10 +60,10 @@ def expected(folder: Path) -> dict[str, tuple[float, int]]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree(layout: str, folder: Path, expected: dict[str, tuple[float, int]]) -> None:
     processes, flags = LAYOUTS[layout]
-    found = evaluated(folder, processes, *flags.split())
-    assert {name: tokens for name, (_, tokens) in found.items()} == {"long": 35 * 64, "short": 3 * 64}
+    actual = evaluated(folder, processes, *flags.split())
+    assert {name: tokens for name, (_, tokens) in actual.items()} == {"long": 35 * 64, "short": 3 * 64}
     for name, (loss, _) in expected.items():
-        assert found[name][0] == pytest.approx(loss, rel=1e-5), name
+        assert actual[name][0] == pytest.approx(loss, rel=1e-5), name
 
 
 def test_megatron_still_takes_one_sequence_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

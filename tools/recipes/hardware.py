@@ -49,7 +49,7 @@ def find_problem(interpreter: str) -> str | None:
 
 def deciding_values(layout: Layout, flags: Sequence[str]) -> dict[str, Any]:
     """Return the values of flags that decide on others: the recipe's, or the user's."""
-    decided = {"--transformer-impl": None, "--cuda-graph-impl": "none"}
+    decided: dict[str, Any] = {"--transformer-impl": None, "--cuda-graph-impl": "none"}
     decided |= {"--tensor-model-parallel-size": layout.tp, "--context-parallel-size": layout.cp}
     given = decided.keys() & group_by_flag(flags)
     values = vars(read_values(flags)) if given else {}

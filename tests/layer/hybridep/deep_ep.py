@@ -1,16 +1,33 @@
 """Stand in for HybridEP's kernels with PyTorch's collectives: the part of the package `deep_ep` that Megatron calls.
 
+As a program, this is the training entry with these kernels.
+
 As in DeepEP's branch `hybrid-ep` (`deep_ep/hybrid_ep_buffer.py`, `csrc/hybrid_ep`), the map can send a token to any
 number of experts. Rows are sorted by expert, then by token. `combine_with_unpermute` sums over all ranks; the sum of a
 token without experts is 0.
 """
 
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed
 
 Handle = tuple[torch.Tensor, torch.Tensor, int]  # expert, token of all ranks, tokens of this rank
+
+
+def megatrons_functions() -> dict[str, Callable[..., Any]]:
+    """Return the functions that Megatron's dispatchers have if `deep_ep` is installed."""
+    from megatron.core.transformer.moe import fused_a2a
+
+    spec = importlib.util.spec_from_file_location("fused_a2a_with_deep_ep", fused_a2a.__file__)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return {name: getattr(module, name) for name in ("hybrid_ep_dispatch", "hybrid_ep_combine")}
 
 
 class HybridEPBuffer:
@@ -61,3 +78,16 @@ class HybridEPBuffer:
     def _scattered(self, sums: torch.Tensor) -> torch.Tensor:
         distributed.all_reduce(sums, group=self.group)
         return sums.chunk(self.group.size())[self.group.rank()]
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[3])
+    from megatron.remoe import pretrain
+
+    def use_stand_in(_model_cfg: Any) -> None:
+        from megatron.core.transformer.moe import token_dispatcher
+
+        sys.modules["deep_ep"] = sys.modules["__main__"]
+        vars(token_dispatcher).update(megatrons_functions())
+
+    pretrain.main(use_stand_in)

@@ -24,8 +24,7 @@ def score(
         tokenizer: its own.
 
     Returns:
-        "task" (or group), "metric" (with a filter's name: "metric,filter"), "value", standard "error" (None if
-        unknown), number of "documents", of each metric.
+        the rows of `read_scores`.
 
     Raises:
         ToolError: lm-eval is not installed, a task is unknown, or its data cannot be read.
@@ -54,8 +53,17 @@ def score(
         raise ToolError(
             f"--tasks: {error}. Without the hub give tasks with local data in --task-data.", "REMOE-E504"
         ) from error
+    return read_scores(scored["results"])
+
+
+def read_scores(scored: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each metric of lm-eval's results by task.
+
+    A row has the "task" (or group), "metric" (with a filter's name: "metric,filter"), "value", standard "error" (None
+    if unknown), and number of "documents".
+    """
     scores = []
-    for task, results in scored["results"].items():
+    for task, results in scored.items():
         for key, value in results.items():
             metric, _, processing = key.partition(",")
             if processing and not metric.endswith("_stderr"):
