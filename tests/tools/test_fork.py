@@ -74,7 +74,7 @@ def test_a_training_of_the_fork_continues(
     if "remoe" in kind:
         assert "exponent 8" in printed
     there = expected(saved / kind)
-    torch.testing.assert_close(logits(tmp_path / "here", there["tokens"]), there["logits"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(tmp_path / "here", there["tokens"]), there["logits"], rtol=0, atol=2e-6)
     output = continued(kind, text, tmp_path / "here", tmp_path / "run")
     losses = series(output, "lm loss")
     assert len(losses) == oracle.LAST - oracle.SAVED
@@ -146,8 +146,12 @@ def test_refusals(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
     shutil.copytree(saved / "dense", tmp_path / "cut")
     (tmp_path / "cut" / "iter_0000008" / ".metadata").unlink()
-    error = refusal("cut")
-    assert ".metadata is missing" in error and "--load FOLDER/torch_dist" in error
+    assert ".metadata is missing" in refusal("cut")
+    (tmp_path / "cut" / "iter_0000008" / "mp_rank_00").mkdir()
+    shutil.copy(
+        REPOSITORY / "tests" / "fork" / "one_file.pt", tmp_path / "cut/iter_0000008/mp_rank_00/model_optim_rng.pt"
+    )
+    assert "--load FOLDER/torch_dist" in refusal("cut"), "NumPy 1.26 wrote this file"
     assert convert("--load", saved / "dense", "--save", tmp_path / "mine") == 0
     capsys.readouterr()
     assert "not a checkpoint of the authors' fork" in refusal("mine")
