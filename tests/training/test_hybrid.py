@@ -23,8 +23,6 @@ from tools.models.convert.model_class import convert_class
 from tools.models.hf.opening import open_model, open_run
 from tools.models.hf.weights import convert_model
 from tools.models.hybrid import as_hybrid
-from tools.recipes.launch import plan
-from tools.recipes.models import PAPER, ROUTINGS
 
 # λ₀ is large enough for the L1 term to show in the loss within the run.
 RUN = [*RELU, "--moe-relu-l1-reg-coeff-init", "1e-3"]
@@ -115,16 +113,6 @@ WITH = {  # features of layers, and other routings
     "Megatron's layers in bf16": [*RUN, "--no-local-layer-fusion", "--bf16"],
     "top-k": TOPK,
 }
-
-
-@pytest.mark.parametrize("size", PAPER)
-@pytest.mark.parametrize("routing", ROUTINGS)
-def test_a_recipe_in_either_class_differs_only_in_its_layers(size: str, routing: str) -> None:
-    classes = ("gpt", "hybrid")
-    gpt, hybrid = (plan(size, routing, ["8"], {"MODEL": name, "DRY_RUN": "1"}, False).flags for name in classes)
-    layers = PAPER[size].layers
-    assert gpt[:2] == ["--num-layers", str(layers)] and gpt[2:] == hybrid[2:]
-    assert hybrid[:2] == ["--hybrid-layer-pattern", ("*-" if routing == "dense" else "*E") * layers]
 
 
 @pytest.mark.parametrize("kind", WITH)
