@@ -95,16 +95,15 @@ def calls(tree: ast.Module, names: dict[str, str]) -> Iterator[tuple[str, ast.Ca
 
 def breaks_a_call(change: griffe.Breakage, was: griffe.Object | None, ours: list[ast.Call], words: set[str]) -> bool:
     """Return whether a changed signature breaks one of our calls, or a field that we use is gone."""
-    is_removed = change.kind is griffe.BreakageKind.PARAMETER_REMOVED
-    if not is_removed and change.kind is not griffe.BreakageKind.PARAMETER_MOVED:
+    kinds = griffe.BreakageKind
+    if change.kind not in (kinds.PARAMETER_MOVED, kinds.PARAMETER_REMOVED) or not isinstance(was, griffe.Function):
         return True
-    assert isinstance(was, griffe.Function) and change.obj.parent is not None
-    name: str = change.old_value.name
+    name = change.old_value.name
     place = [one.name for one in was.parameters if one.name != "self"].index(name)
     if any(len(call.args) > place or any(isinstance(one, ast.Starred) for one in call.args) for call in ours):
         return True
-    is_field = "dataclass" in change.obj.parent.labels and name in words
-    return is_removed and (is_field or any(keyword.arg == name for call in ours for keyword in call.keywords))
+    is_named = name in words or any(keyword.arg == name for call in ours for keyword in call.keywords)
+    return change.kind is kinds.PARAMETER_REMOVED and is_named
 
 
 def look_at(
@@ -151,9 +150,8 @@ def look_at(
             while owner and owner not in canonical:
                 owner = owner.rpartition(".")[0]
             is_field = change.obj.parent is not None and "dataclass" in change.obj.parent.labels  # passed by name
-            if is_field and change.kind is griffe.BreakageKind.PARAMETER_MOVED:
-                continue
-            if owner and change.obj.name in words:
+            is_moved_field = is_field and change.kind is griffe.BreakageKind.PARAMETER_MOVED
+            if owner and change.obj.name in words and not is_moved_field:
                 said = re.sub(r"\x1b\[\d+m", "", change.explain(griffe.ExplanationStyle.ONE_LINE))
                 path = change.obj.path
                 ours = made[path.removesuffix(".__init__").rpartition(".")[2]]
@@ -171,9 +169,8 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="holds megatron/core and megatron/training")
     parser.add_argument("--before", type=Path, metavar="RELEASE", help="an earlier release, installed the same way")
     options = parser.parse_args()
-    for folder in filter(None, (options.folder, options.before)):
-        if not (folder / "megatron" / "core").is_dir():
-            parser.error(f"{folder}: there is no megatron/core. Install a Megatron there: pip install --target.")
+    if not (options.folder / "megatron" / "core").is_dir():
+        parser.error(f"{options.folder}: there is no megatron/core. Install a Megatron there: pip install --target.")
     before = load(options.before.resolve()) if options.before else None
     installed, numbers = load(Path(sysconfig.get_paths()["purelib"])), Counter[str]()
     for label, text in look_at(installed, load(options.folder.resolve()), before):

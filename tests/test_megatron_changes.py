@@ -1,13 +1,14 @@
-"""Test that changes in another Megatron are found: in a copy of the installed one with three changed files."""
+"""Test that changes in another Megatron are found, and that #7418 changes nothing: in copies with changed files."""
 
 import sysconfig
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("griffe", reason="needs griffelib: pip install griffelib")
-
-from tests import megatron_changes  # noqa: E402
+from megatron.training import global_vars
+from tests.entry import entry_with, shared_entry
+from tests.tiny_model import RELU
+from tests.training_runs import REPOSITORY, TINY, records
 
 INSTALLED = Path(sysconfig.get_paths()["purelib"]) / "megatron"
 # File of Megatron → the text to replace, its replacement, and the label and words that must be reported.
@@ -32,30 +33,55 @@ CHANGES = {
         "report(per_layer_logging): Positional parameter was moved",
     ),
 }
+# As #7418 does, without its sources: `parse_and_validate_args` starts no services.
+SPLIT = {
+    "training/global_vars.py": (
+        "    set_args(args)\n",
+        "    set_args(args)\n    initialize_runtime_services(args, build_tokenizer)\n\n\n"
+        "def initialize_runtime_services(args, build_tokenizer=True):\n",
+    ),
+    "training/arguments.py": ("import set_global_variables\n", "import set_args as set_global_variables\n"),
+}
 
 
-def link_installed(folder: Path) -> None:
-    """Fill a folder with links to the installed Megatron's files."""
-    for package in ("core", "training"):
-        for file in (INSTALLED / package).rglob("*.py"):
-            link = folder / "megatron" / file.relative_to(INSTALLED)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(file)
-
-
-def test_changes_are_found(tmp_path: Path) -> None:
-    link_installed(tmp_path)
-    for name, (old, new, _, _) in CHANGES.items():
-        file = tmp_path / "megatron" / name
+def write_changed(folder: Path, package: str, changes: dict[str, tuple[str, ...]]) -> None:
+    """Fill a folder with links to the files of the installed Megatron's package, or of both, and change some."""
+    for file in INSTALLED.glob(f"{package}/**/*.py"):
+        link = folder / "megatron" / file.relative_to(INSTALLED)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+    for name, (old, new, *_) in changes.items():
+        file = folder / "megatron" / name
         text = file.read_text()
         assert text.count(old) == 1, name
         file.unlink()
         file.write_text(text.replace(old, new))
-    installed = megatron_changes.load(INSTALLED.parent)
+
+
+def test_changes_are_found(tmp_path: Path) -> None:
+    pytest.importorskip("griffe", reason="needs griffelib: pip install griffelib")
+    from tests import megatron_changes
+
+    for package in ("core", "training"):
+        write_changed(tmp_path, package, CHANGES if package == "core" else {})
+    installed, changed = megatron_changes.load(INSTALLED.parent), megatron_changes.load(tmp_path)
     assert list(megatron_changes.look_at(installed, installed)) == []
-    found = list(megatron_changes.look_at(installed, megatron_changes.load(tmp_path)))
+    found = list(megatron_changes.look_at(installed, changed))
     for _, _, label, said in CHANGES.values():
         assert any(label == one and said in text for one, text in found), found
     assert any(not label and "another body" in text and "DotProductAttention.forward" in text for label, text in found)
-    behind = list(megatron_changes.look_at(installed, megatron_changes.load(tmp_path), megatron_changes.load(tmp_path)))
-    assert ("BEHIND", "get_model_config") in [(one, text.split()[0].rpartition(".")[2]) for one, text in behind]
+    behind = [text for label, text in megatron_changes.look_at(installed, changed, changed) if label == "BEHIND"]
+    assert any("utils.get_model_config is gone" in text for text in behind)
+
+
+@pytest.mark.skipif(hasattr(global_vars, "initialize_runtime_services"), reason="this Megatron has #7418's split")
+@pytest.mark.parametrize("program", ["pretrain_gpt.py", "examples/own_training_script.py", "tools/__main__.py"])
+def test_services_start_apart_from_parsing(program: str, data: Path, tmp_path: Path) -> None:
+    write_changed(tmp_path, "training", SPLIT)
+    flags = [*TINY, *RELU, *f"--data-path {data} --train-iters 3 --cpu".split()]
+    flags = ["cost", "--gpus", "2", "--", *flags] if program == "tools/__main__.py" else flags
+    with entry_with(tmp_path) as split_entry:
+        results = [entry.run(flags, script=REPOSITORY / program) for entry in (shared_entry(), split_entry)]
+    (code, released), (split_code, split) = results
+    assert code == split_code == 0, split[-3000:]
+    assert (records(split) or split) == (records(released) or released)

@@ -1,7 +1,8 @@
 """Train tiny models with the authors' own code, and keep their checkpoints, logits and losses in tests/fork.
 
     git clone https://github.com/thu-ml/ReMoE fork
-    python3.11 -m venv venv && venv/bin/pip install torch==2.5.1 numpy==2.2.6 einops packaging setuptools psutil
+    python3.11 -m venv venv
+    venv/bin/pip install torch==2.5.1 numpy==1.26.4 einops packaging setuptools psutil pyyaml regex six
     venv/bin/python tests/fork/oracle.py fork
 
 The fork runs on a CPU with stand-ins for CUDA and for Transformer Engine. Its saving code is unchanged, so names and
@@ -78,7 +79,8 @@ def tokens() -> torch.Tensor:
 
 
 def main(fork: str) -> None:
-    """Write an archive for each kind of model in `KEPT`."""
+    """Write an archive for each kind of model in `KEPT`, and a checkpoint of one file without weights."""
+    torch.save({"rng_state": [{"np_rng_state": numpy.random.get_state()}]}, HERE / "one_file.pt")
     with tempfile.TemporaryDirectory() as folder:
         for kind in KEPT:
             make(fork, kind, Path(folder) / kind)

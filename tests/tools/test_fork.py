@@ -57,12 +57,12 @@ def logits(run: Path, ids: torch.Tensor) -> torch.Tensor:
         return model(ids, torch.arange(ids.shape[1]).expand(len(ids), -1), None)
 
 
-def continued(kind: str, text: Path, load: Path, save: Path) -> str:
+def continued(kind: str, text: Path, load: Path, save: Path, *more: str) -> str:
     """Continue with the fork's command line, but without Transformer Engine and in the torch_dist format."""
     flags = [*oracle.MODEL, *oracle.TRAINING, *oracle.KINDS[kind]]
     flags = ["local" if word == "transformer_engine" else word for word in flags]
     flags = ["torch_dist" if word == "torch" else word for word in flags]
-    return run([*flags, "--data-path", str(text), "--load", str(load), "--save", str(save)])
+    return run([*flags, "--data-path", str(text), "--load", str(load), "--save", str(save), *more])
 
 
 @pytest.mark.parametrize("kind", oracle.KEPT)
@@ -74,7 +74,7 @@ def test_a_training_of_the_fork_continues(
     if "remoe" in kind:
         assert "exponent 8" in printed
     there = expected(saved / kind)
-    torch.testing.assert_close(logits(tmp_path / "here", there["tokens"]), there["logits"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(tmp_path / "here", there["tokens"]), there["logits"], rtol=0, atol=2e-6)
     output = continued(kind, text, tmp_path / "here", tmp_path / "run")
     losses = series(output, "lm loss")
     assert len(losses) == oracle.LAST - oracle.SAVED
@@ -137,6 +137,12 @@ def test_state_of_several_optimizers_is_put_together(saved: Path, tmp_path: Path
     assert [len(part["optimizer"]["param_groups"]) for part in settings[0].values()] == [2, 1]
 
 
+def test_another_padding_of_the_vocabulary_is_noted(saved: Path, text: Path, tmp_path: Path) -> None:
+    assert convert("--load", saved / "dense", "--save", tmp_path / "here") == 0
+    output = continued("dense", text, tmp_path / "here", tmp_path / "run", "--make-vocab-size-divisible-by", "48")
+    assert "--padded-vocab-size 64 in the checkpoint, 96 here" in output
+
+
 def test_refusals(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refusal(name: str) -> str:
         assert convert("--load", tmp_path / name, "--save", tmp_path / "out") == 1
@@ -146,8 +152,12 @@ def test_refusals(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
     shutil.copytree(saved / "dense", tmp_path / "cut")
     (tmp_path / "cut" / "iter_0000008" / ".metadata").unlink()
-    error = refusal("cut")
-    assert ".metadata is missing" in error and "--load FOLDER/torch_dist" in error
+    assert ".metadata is missing" in refusal("cut")
+    (tmp_path / "cut" / "iter_0000008" / "mp_rank_00").mkdir()
+    shutil.copy(
+        REPOSITORY / "tests" / "fork" / "one_file.pt", tmp_path / "cut/iter_0000008/mp_rank_00/model_optim_rng.pt"
+    )
+    assert "--load FOLDER/torch_dist" in refusal("cut"), "NumPy 1.26 wrote this file"
     assert convert("--load", saved / "dense", "--save", tmp_path / "mine") == 0
     capsys.readouterr()
     assert "not a checkpoint of the authors' fork" in refusal("mine")

@@ -1,7 +1,7 @@
 """Test that HybridModel (attention and MLP are separate layers) trains like GPTModel, and converts to it and back."""
 
 import argparse
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from megatron.remoe.routing.router import ReLURouter
 from megatron.remoe.training.run_log import read_run_log
 from tests.entry import Entry
 from tests.tiny_model import RELU, TOPK
-from tests.training_runs import REPOSITORY, SMALL, TINY, records, run
+from tests.training_runs import REPOSITORY, TINY, records, run
 from tools.console.display import Display
 from tools.console.errors import ConversionError
 from tools.models.analyze.command import layer_numbers
@@ -23,13 +23,10 @@ from tools.models.convert.model_class import convert_class
 from tools.models.hf.opening import open_model, open_run
 from tools.models.hf.weights import convert_model
 from tools.models.hybrid import as_hybrid
-from tools.recipes.launch import plan
-from tools.recipes.models import PAPER, ROUTINGS
 
 # λ₀ is large enough for the L1 term to show in the loss within the run.
 RUN = [*RELU, "--moe-relu-l1-reg-coeff-init", "1e-3"]
 SAVED, END = 2, 4
-CLASSES = ("gpt", "hybrid")
 
 
 class Runs:
@@ -40,7 +37,9 @@ class Runs:
 
     def run(self, *flags: str) -> dict[int, dict[str, str]]:
         """Train, and return each step's printed fields with all digits; layers have GPTModel's numbers."""
-        code, output = self.entry.run([*TINY, "--train-iters", str(END), "--data-path", str(self.data), *flags], {}, [])
+        processes = 2 if any("model-parallel" in flag for flag in flags) else 1
+        given = [*TINY, "--train-iters", str(END), "--data-path", str(self.data), *flags]
+        code, output = self.entry.run(given, processes=processes, limit=240)
         assert code == 0, output[-3000:]
         steps = records(output)
         for step in steps.values():
@@ -49,12 +48,12 @@ class Runs:
         return steps
 
     def saving(self, name: str, *flags: str) -> dict[int, dict[str, str]]:
-        """Run a whole training that saves every `SAVED` steps."""
-        return self.run(*RUN, *flags, "--save", str(self.folder / name), "--save-interval", str(SAVED))
+        """Make a whole run that saves every `SAVED` steps."""
+        return self.run(*flags, "--save", str(self.folder / name), "--save-interval", str(SAVED))
 
     def resumed(self, name: str, *flags: str) -> dict[int, dict[str, str]]:
         """Resume from step `SAVED`, and return the steps after it."""
-        return self.run(*RUN, *flags, "--load", str(self.folder / name), "--ckpt-step", str(SAVED))
+        return self.run(*flags, "--load", str(self.folder / name), "--ckpt-step", str(SAVED))
 
     def exported(self, name: str) -> dict[str, torch.Tensor]:
         """Return the weights of step `SAVED` in the model for transformers."""
@@ -75,25 +74,33 @@ def runs(entry: Entry, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return Runs(entry, data, tmp_path_factory.mktemp("hybrid"))
 
 
-@pytest.mark.parametrize(
-    ("pattern", "gpt"),
-    [("*E*E", []), ("*-*E", ["--moe-layer-freq", "([0,1])"])],
-    ids=["MoE layers", "dense and MoE layers"],
-)
-def test_one_training_in_two_classes(pattern: str, gpt: list[str], runs: Runs) -> None:
+SPLITS = ("", "--tensor-model-parallel-size 2 --sequence-parallel", "--pipeline-model-parallel-size 2")
+CASES = [("*E*E", "", RUN), ("*-*E", "--moe-layer-freq ([0,1])", RUN)]
+for split in SPLITS:  # 50 steps after the conversion
+    flags, cut = ["--train-iters", "54", *split.split()], "|" if "pipeline" in split else ""
+    long = ((f"*{mlp}{cut}*{mlp}", "", [*routing, *flags]) for mlp, routing in (("-", []), ("E", TOPK), ("E", RUN)))
+    CASES += [pytest.param(*case, marks=pytest.mark.bulk) for case in long]
+
+
+@pytest.mark.parametrize(("pattern", "gpt", "both"), CASES)
+def test_one_training_in_two_classes(
+    pattern: str, gpt: str, both: list[str], entry: Entry, data: Path, tmp_path: Path
+) -> None:
     """Losses, norms, S and λ agree to the last digit. Each class resumes from the other's converted checkpoint."""
-    name, hybrid = pattern.replace("*", "a"), ["--hybrid-layer-pattern", pattern]
+    runs, name = Runs(entry, data, tmp_path), "run"
+    hybrid, alike = [*both, "--hybrid-layer-pattern", pattern], not gpt
+    gpt = [*both, *gpt.split()]
     expected = runs.saving(f"{name}-gpt", *gpt)
-    assert len(expected) == END and "l1 coefficient" in expected[END]
+    assert len(expected) >= END and ("l1 coefficient" in expected[END]) == ("--moe-relu-routing" in both)
     assert runs.saving(f"{name}-hybrid", *hybrid) == expected
     weights = [runs.exported(f"{name}-{model}") for model in ("gpt", "hybrid")]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(one, weights[1][key]) for key, one in weights[0].items())
     expected = runs.resumed(f"{name}-gpt", *gpt)
-    from_gpt, from_hybrid = (runs.converted(f"{name}-{a}", b) for a, b in (("gpt", "hybrid"), ("hybrid", "gpt")))
-    assert runs.resumed(from_gpt, *hybrid) == expected
-    assert runs.resumed(from_hybrid, *gpt) == expected
-    if not gpt:  # Megatron can load it unconverted if all layers are alike
+    of_gpt, of_hybrid = (runs.converted(f"{name}-{a}", b) for a, b in (("gpt", "hybrid"), ("hybrid", "gpt")))
+    assert runs.resumed(of_gpt, *hybrid) == expected
+    assert runs.resumed(of_hybrid, *gpt) == expected
+    if alike:  # Megatron can load it unconverted if all layers are alike
         assert runs.resumed(f"{name}-gpt", *hybrid) == expected
 
 
@@ -112,52 +119,6 @@ WITH = {  # features of layers, and other routings
 def test_with_what_layers_can_do(kind: str, runs: Runs) -> None:
     flags = [*WITH[kind], "--train-iters", "3"]
     assert runs.run(*flags, "--hybrid-layer-pattern", "*E*E") == runs.run(*flags)
-
-
-@pytest.mark.parametrize("size", PAPER)
-@pytest.mark.parametrize("routing", ROUTINGS)
-def test_a_recipe_in_either_class_differs_only_in_its_layers(size: str, routing: str) -> None:
-    gpt, hybrid = (plan(size, routing, ["8"], {"MODEL": model, "DRY_RUN": "1"}, False).flags for model in CLASSES)
-    layers = PAPER[size].layers
-    assert gpt[:2] == ["--num-layers", str(layers)] and gpt[2:] == hybrid[2:]
-    assert hybrid[:2] == ["--hybrid-layer-pattern", ("*-" if routing == "dense" else "*E") * layers]
-
-
-@pytest.mark.bulk
-@pytest.mark.parametrize("parallel", ["TP", "EP", "PP"])
-@pytest.mark.parametrize("routing", ROUTINGS)
-def test_recipes_train_the_same_models(routing: str, parallel: str, entry: Entry, data: Path, tmp_path: Path) -> None:
-    """50 steps from the same converted weights, in one process and in two; then each class continues the other's."""
-    small = [*SMALL[2:], *"--eval-iters 0 --save-interval 25".split()]
-    small += ["--moe-ffn-hidden-size", "128"] if routing != "dense" else []
-
-    def train(model: str, name: str, processes: int, *flags: str) -> dict[int, float]:
-        split = {parallel: "2"} if processes == 2 else {}
-        stages = 2 if parallel == "PP" and split else 1
-        depth = replace(PAPER["182m"], layers=2).layer_flags(routing, model == "hybrid", stages)
-        place = {"MODEL": model, "OUTPUT_DIR": str(tmp_path / name), "DATA_PATH": str(data)}
-        given = plan("182m", routing, [str(processes), "50", "2", "--", *small], place | split).flags
-        code, output = entry.run([*given, *depth, *flags], processes=processes, limit=240)
-        assert code == 0, output[-3000:]
-        return {step: float(fields["lm loss"]) for step, fields in records(output).items()}
-
-    def convert(name: str, model: str, *flags: str) -> Path:
-        places = [tmp_path / name / "checkpoints", tmp_path / f"{name}-as-{model}" / "checkpoints"]
-        words = ["convert", "--model", model, "--load", str(places[0]), "--save", str(places[1]), *flags]
-        run(words, script=REPOSITORY / "tools" / "__main__.py")
-        return places[1]
-
-    train("gpt", "start", 1, "--train-iters", "1", "--save-interval", "1")
-    start = {"gpt": tmp_path / "start" / "checkpoints", "hybrid": convert("start", "hybrid")}
-    for processes in (1, 2) if parallel == "TP" else (2,):
-        losses = {}
-        for model, checkpoint in start.items():
-            losses[model] = train(model, f"{model}{processes}", processes, "--pretrained-checkpoint", str(checkpoint))
-        assert len(losses["gpt"]) == 50 and losses["hybrid"] == pytest.approx(losses["gpt"], rel=1e-6)
-        for model, other in ((*CLASSES,), (*CLASSES[::-1],)):
-            convert(f"{model}{processes}", other, "--ckpt-step", "25")
-            continued = train(other, f"{model}{processes}-as-{other}", processes)
-            assert continued == pytest.approx({step: losses["gpt"][step] for step in range(26, 51)}, rel=1e-6)
 
 
 def test_multi_token_prediction(runs: Runs) -> None:

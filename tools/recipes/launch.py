@@ -12,7 +12,6 @@ from .layout import Layout, RecipeError, whole_number
 from .models import PAPER, SAVE_INTERVALS, Routing, Size, Training
 
 PROJECT = "remoe"
-MANY_EXPERTS = 32
 
 
 @dataclass(frozen=True)
@@ -102,15 +101,13 @@ def plan(
         suited, engine = hardware.gpu_flags(has_experts, kernels, values, interpreter if ask_for_packages else "")
         gpu = environment.get("GPU", "") if planned else None
         settings = hardware.gpu_settings(extra, values, environment, gpu)
-    # Megatron's advice; the cost is small, and bf16 would often give two of so many experts the same score.
-    router = ["--moe-router-dtype", "fp32"] if kind.experts * kind.granularity >= MANY_EXPERTS else []
     flags = [
         *depth, *model.flags(), *Training(numbers["train_iters"], numbers["micro_batch_size"]).flags(),
         *tokenizer, "--data-path", *data_path, "--split", parts, *"--eval-interval 1000 --eval-iters 100".split(),
         "--save", f"{output}/checkpoints", "--load", f"{output}/checkpoints",
         "--save-interval", str(SAVE_INTERVALS[size]), "--exit-signal-handler",
         "--tensorboard-dir", f"{output}/tensorboard", *"--log-interval 10 --log-throughput".split(),
-        *kind.flags(model.ffn), *router, *layout.flags(has_experts), *suited, *fast,
+        *kind.flags(model.ffn), *layout.flags(has_experts), *suited, *fast,
     ]  # fmt: skip
     if environment.get("WANDB_API_KEY"):
         flags += ["--wandb-project", project, "--wandb-exp-name", name, "--wandb-save-dir", output]

@@ -31,8 +31,6 @@ from megatron.remoe.layer.counting import Counts, count_pairs
 from megatron.remoe.layer.dispatcher import PlannedAlltoAllDispatcher
 from megatron.remoe.layer.experts import GroupedExperts
 
-ROUTED = inspect.signature(MoELayer.route).parameters
-
 
 class ReMoELayer(MoELayer):
     """`MoELayer` for any routing map. Its router comes with `submodules`; Megatron's top-k router works too.
@@ -44,6 +42,8 @@ class ReMoELayer(MoELayer):
         pairs_limit: this bound in pairs per token; 0 for none.
         way: runs the experts.
     """
+
+    routed = inspect.signature(MoELayer.route).parameters
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class ReMoELayer(MoELayer):
             raise ValueError("MoE layers with tensor parallelism need sequence parallelism to train.")
         if padding_mask is not None:
             padding_mask = padding_mask.transpose(0, 1).bool()
-        forward = partial(self._forward, {name: value for name, value in for_router.items() if name in ROUTED})
+        forward = partial(self._forward, {name: value for name, value in for_router.items() if name in self.routed})
         if self.moe_layer_recompute and self.training:
             if self.config.fp8 or self.config.fp4:  # only te_checkpoint recomputes in the same precision
                 tracker = tensor_parallel.random.get_cuda_rng_tracker

@@ -78,10 +78,8 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None = None) -> 
     if removed := _removed_settings(resume.saved):
         problem = f"was trained with {removed}, which this version does not have. Continue with version 0.1"
         raise UsageError(f"{given}: {problem}.", "REMOE-E413")
-    rows, saved_rows = (getattr(one, "padded_vocab_size", None) for one in (args, resume.saved))
-    if rows != saved_rows and args.rank == 0:
-        text = f"{given}: its vocabulary is padded to {saved_rows} rows, here to {rows}. The loss shifts slightly."
-        print(text, file=sys.stderr, flush=True)
+    if (padding := differences(args, resume.saved, {"padded_vocab_size"})) and args.rank == 0:
+        print(f"{given}: the loss shifts a little, because of {padding}.", file=sys.stderr, flush=True)
     names = RATES if args.allow_changed_settings else result_settings()
     if different := differences(args, resume.saved, names - RATES if args.no_load_optim else names):
         raise UsageError(
