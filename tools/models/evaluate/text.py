@@ -46,7 +46,7 @@ def bound_experts(model: RemoeForCausalLM, most: int | None) -> Iterator[None]:
     def use(bound: int | None) -> None:
         model.config.max_experts_per_token = bound
         for block in find_blocks(model).values():
-            block.all_active = bound is None
+            block.all_active = bound is None and model.config.moe_relu_routing
 
     use(most or before)
     yield
