@@ -158,7 +158,7 @@ def test_experts_in_every_layer_come_back_without_a_list_of_layers(
     flags = shlex.split(capfd.readouterr().out.splitlines()[-1])
     assert "--moe-layer-freq" not in flags and flags[flags.index("--moe-relu-max-experts") + 1] == "2"
     stored = checkpoints.find(tmp_path / "out", None).index.state_dict_metadata
-    assert stored["decoder.layers.mlp.router.weight"].size == (2, 8, 32)
+    assert stored["decoder.layers.mlp.router.relu_weight"].size == (2, 8, 32)
 
 
 @pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")])
