@@ -114,7 +114,7 @@ def export(options: argparse.Namespace, display: Display) -> None:
         check_bound(f"--load {options.load}", config, most)
         compute_experts(config, most)
     elif config.num_experts and config.moe_relu_routing and config.max_experts_per_token is None:
-        display.say("vLLM and SGLang compute the same number of experts for each token: --max-experts-per-token sets it.")
+        display.say("vLLM and SGLang need a fixed number of experts per token: give --max-experts-per-token.")
     model = convert_model(run.model, config)
     checkpoint, parameters = run.name, model.num_parameters()
     del run
