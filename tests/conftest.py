@@ -39,6 +39,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--update-golden", action="store_true", help="renew the committed figures of tests/golden")
     text = "train every layout in every variant in FOLDER, and write the table of docs/parallelism.md"
     group.addoption("--parity-tables", type=Path, metavar="FOLDER", help=text)
+    text = "with -m servers: the interpreter of an environment with vLLM (default: make one)"
+    group.addoption("--vllm-python", metavar="PYTHON", help=text)
     text = "with -m gpu: write the figures of each test to FOLDER, and leave out tests whose figures are there"
     group.addoption("--gpu-report", type=Path, metavar="FOLDER", help=text)
 

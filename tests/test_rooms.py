@@ -17,7 +17,7 @@ ROOMS = {
     "layer": {"routing", "transformer", "kernels"},
     "files": set(),
     "start": {"routing", "files"},
-    "patches": {"start", "transformer", "kernels", "files"},
+    "patches": {"start", "routing", "transformer", "kernels", "files"},
     "training": {"routing", "baselines", "transformer", "layer", "kernels", "files", "start", "patches"},
     "hf": set(),
     "cpu": set(),

@@ -1,12 +1,16 @@
 """Test the structure that inference servers expect of the model for transformers."""
 
 import inspect
+import subprocess
+import sys
+import tomllib
 
 import torch
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.hf.test_modeling import make, tokens
+from tools.console.places import ROOT
 
 
 def test_structure_that_servers_ask_for() -> None:
@@ -52,17 +56,11 @@ def test_arguments_that_vllm_passes() -> None:
         assert torch.equal(hidden, model(ids).last_hidden_state) and not torch.allclose(stretched, hidden)
 
 
-def test_block_that_vllm_replaces() -> None:
-    """The block's `forward` is replaced by one with a single argument; the gate routes (`_hf_topk_router`)."""
-    model, ids = make("relu, shared", max_experts_per_token=3), tokens()
-    block = model.model.layers[1].mlp
-
-    def fused(hidden_states: torch.Tensor) -> torch.Tensor:
-        rows = hidden_states.flatten(0, 1)
-        _, weights, experts = block.gate(rows)
-        return (block.experts(rows, experts, weights) + block.shared_expert(rows)).view_as(hidden_states)
-
-    with torch.no_grad():
-        logits = model(ids).logits
-        block.forward = fused
-        assert torch.equal(model(ids).logits, logits)
+def test_plugin_for_vllm_does_not_import_megatron() -> None:
+    """The function of the entry point registers the model with vLLM and transformers."""
+    group = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["vllm.general_plugins"]
+    module, _, function = group["remoe"].partition(":")
+    lines = f"import sys, transformers, {module} as plugin\nplugin.{function}()\ntransformers.RemoeForCausalLM\n"
+    lines += "transformers.AutoConfig.for_model('remoe')\n"
+    lines += "print([name for name in sys.modules if name.startswith(('megatron.core', 'megatron.training'))])"
+    assert subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True).stdout == "[]\n"

@@ -94,7 +94,7 @@ def replace_object(root: Path, prefix: str, content: bytes) -> None:
     (root / NEWEST / INDEX).write_bytes(pickle.dumps(index))
 
 
-@pytest.mark.parametrize("target", ["index", "common_state/", "rng_state", "decoder.layers.mlp.router.weight"])
+@pytest.mark.parametrize("target", ["index", "common_state/", "rng_state", "decoder.layers.mlp.router.relu_weight"])
 def test_runs_and_tools(target: str, saved: Path, data: Path, tmp_path: Path, capsys) -> None:
     root, marker = Path(shutil.copytree(saved, tmp_path / "run")), tmp_path / "executed"
     content = PICKLES["os.mkdir"](str(marker))

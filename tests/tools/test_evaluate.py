@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from tests.training_runs import TINY, run
 from tools.models.arguments import TASKS
 from tools.models.evaluate.command import main
 from tools.models.evaluate.tasks import read_scores
+from tools.models.measuring import measure_loss
+from tools.models.text import read_batches, read_sequences
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 
@@ -70,6 +73,16 @@ def test_a_bound_ends_with_its_data_set(data: Path, tmp_path: Path) -> None:
     assert first["none"]["experts"]["1"]["largest"] > 1 and again == first
 
 
+@pytest.mark.parametrize("kind", ["top-k, normed", "hash"])
+def test_models_without_relu_keep_their_experts(kind: str, data: Path, tmp_path: Path) -> None:
+    model = make(kind, vocab_size=300)
+    model.save_pretrained(tmp_path / "model")
+    words = ["--load", tmp_path / "model", "--data-path", data, "--seq-length", "32", "--sequences", "8"]
+    measured = evaluate(tmp_path, *words)["text"][str(tmp_path / "model")][str(data)]["none"]
+    batches = read_batches(read_sequences(str(data), 32, 1234, 300), 8, 300)
+    assert measured["loss"] == pytest.approx(measure_loss(model, batches)[0], rel=1e-6)
+
+
 def test_results_before_an_error_are_kept(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tokenizer = gpt2_tokenizer_folder(*byte_level_vocabulary(tmp_path / "files"), cache_dir=tmp_path)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(tmp_path / "model")
@@ -89,6 +102,7 @@ def test_scores_of_lm_eval() -> None:
     assert rows[2:] == [("group", "acc,first", 0.5, None, 3)]
 
 
+TEXTS = ["the cat has caught a mouse", "she opened the old door", "it rained all day long"]
 QUESTIONS = [("Question: a cat\nAnswer:", [" mews", " barks", " sings", " rows"], 0)]
 QUESTIONS += [("Question: a dog\nAnswer:", [" mews", " barks", " sings", " rows"], 1)]
 QUESTIONS += [("Question: a boat\nAnswer:", [" mews", " barks aloud", " sings", " sails"], 3)]
@@ -108,14 +122,17 @@ def write_task(folder: Path) -> None:
     task |= {"doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}"}
     task["filter_list"] = [{"name": "first", "filter": [{"function": "take_first"}]}]
     group = {"group": "group", "task": ["own"], "aggregate_metric_list": [{"metric": "acc", "filter_list": "first"}]}
-    for name, content in (("own", task), ("group", group)):
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    lambada = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "texts.jsonl")}}}
+    lambada |= {"task": "texts", "dataset_name": None, "include": str(folder / "lambada_openai.yaml")}
+    for name, content in (("own", task), ("group", group), ("texts", lambada)):
         (folder / f"{name}.yaml").write_text(json.dumps(content))
 
 
 def test_tasks_through_lm_eval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A uniform model has computable scores."""
+    """LAMBADA's perplexity equals a direct computation, and a uniform model has computable scores."""
     tokenizer = AutoTokenizer.from_pretrained(
         gpt2_tokenizer_folder(*byte_level_vocabulary(tmp_path / "files"), cache_dir=tmp_path)
     )
@@ -134,6 +151,18 @@ def test_tasks_through_lm_eval(
     monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.cache(TaskManager))  # it reads 14,000 files each time
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     assert {*TASKS} <= set(TaskManager().all_tasks)
+
+    lambada = Path(importlib.util.find_spec("lm_eval").submodule_search_locations[0], "tasks", "lambada")
+    (tmp_path / "own" / "lambada_openai.yaml").write_text((lambada / "lambada_openai.yaml").read_text())
+    scores = evaluate(tmp_path, *words, "texts")["tasks"][str(tmp_path / "model")]
+    of_words = []  # the summed log-probabilities of each last word's tokens, bytes here, and of the space before it
+    for text in TEXTS:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            of_tokens = model(ids).logits.log_softmax(dim=-1)[0, :-1].gather(1, ids[0, 1:, None])
+        of_words.append(float(of_tokens[-len(text.split()[-1]) - 1 :].sum()))
+    (perplexity,) = (one["value"] for one in scores if one["metric"] == "perplexity")
+    assert perplexity == pytest.approx(math.exp(-sum(of_words) / len(of_words)), rel=1e-4)
 
     with torch.no_grad():
         model.lm_head.weight.zero_()

@@ -1,6 +1,7 @@
 """Test the export of a checkpoint to transformers, the way back to a checkpoint that can be trained, and refusals."""
 
 import argparse
+import re
 import resource
 import shlex
 import shutil
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 from megatron.remoe.hf import RemoeForCausalLM
@@ -75,6 +76,19 @@ def test_exported_folder(trained: Path, tokenizer: Path, tmp_path: Path, capfd: 
     assert "| tokens trained on | 2,048 |" in card and "| kind | ReMoE |" in card
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
     assert {path.stat().st_mode & 0o444 for path in there.iterdir()} == {0o444}, "others can read them"
+
+
+def test_bound_for_servers(trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Servers find K in two fields; the loss at each K is printed; a checkpoint made from the folder has k again."""
+    folder, most = tmp_path / "folder", "--max-experts-per-token"
+    assert main("--load", trained, "--save", folder, most, 9) == 1 and "[REMOE-E501]" in capfd.readouterr().err
+    assert main("--load", trained, "--save", folder, most, 2) == 0
+    losses = [float(loss) for loss in re.findall(r"loss with K = [1248]: (\S+\d)", capfd.readouterr().out)]
+    assert len(losses) == 4 and f"tokens | {losses[1]:.4f} nats" in (folder / "README.md").read_text()
+    config = AutoConfig.from_pretrained(folder)
+    assert config.max_experts_per_token == config.num_experts_per_tok == 2 and config.mean_experts_per_token == 1
+    assert main("--reverse", "--load", folder, "--save", tmp_path / "back") == 0
+    assert checkpoints.find(tmp_path / "back", None).args.moe_router_topk == 1
 
 
 @pytest.mark.parametrize("name", ["dense", "relu, latent queries", "top-k", "sigmoid, bias", "hash"])
@@ -158,7 +172,7 @@ def test_experts_in_every_layer_come_back_without_a_list_of_layers(
     flags = shlex.split(capfd.readouterr().out.splitlines()[-1])
     assert "--moe-layer-freq" not in flags and flags[flags.index("--moe-relu-max-experts") + 1] == "2"
     stored = checkpoints.find(tmp_path / "out", None).index.state_dict_metadata
-    assert stored["decoder.layers.mlp.router.weight"].size == (2, 8, 32)
+    assert stored["decoder.layers.mlp.router.relu_weight"].size == (2, 8, 32)
 
 
 @pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")])

@@ -164,6 +164,7 @@ def parse_export(arguments: Words = None) -> argparse.Namespace:
     """Export a checkpoint to Hugging Face transformers, or make a checkpoint from an exported folder.
 
     remoe export --load RUN --save FOLDER               # a dense, top-k or ReMoE checkpoint → a folder
+    remoe export --load RUN --save FOLDER --max-experts-per-token 4     # a ReMoE for vLLM, and the loss at each K
     remoe export --reverse --load FOLDER --save OUT     # a folder, trained on or not → a checkpoint
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) loads it, with torch and transformers only.
@@ -178,7 +179,12 @@ def parse_export(arguments: Words = None) -> argparse.Namespace:
     add("--tokenizer-model", **FOLDER, help="a Hugging Face tokenizer (default: the run's)")
     text = "text to compare the models on, as in Megatron (default: the run's, held-out if it names some)"
     add("--data-path", nargs="+", metavar="WORD", help=text)
+    text = "a ReMoE's K largest gates only: servers compute the same number of experts for each token"
+    add("--max-experts-per-token", **NUMBER, help=text)
     args = parser.parse_args(arguments)
-    if args.reverse and (args.data_path or args.ckpt_step is not None):
-        parser.error("--reverse reads a folder, and compares on random tokens: leave out --ckpt-step and --data-path.")
+    if args.reverse and (args.data_path or args.ckpt_step is not None or args.max_experts_per_token):
+        parser.error(
+            "--reverse reads a folder, and compares on random tokens: leave out --ckpt-step, --data-path and "
+            "--max-experts-per-token."
+        )
     return args

@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.models.gpt import GPTModel
 from megatron.remoe.files.errors import UsageError
 from megatron.remoe.patches.checkpoints import load_objects_unexecuted
+from megatron.remoe.routing.router import RELU_KEY
 from megatron.remoe.start.checkpoint_files import (
     RELEASE,
     TRACKER,
@@ -37,7 +38,7 @@ from .measuring import check_finite
 
 EMBEDDING = "embedding.word_embeddings.weight"
 FAILURES = (Exception, CheckpointException)  # a damaged file can raise anything; PyTorch's own error is no Exception
-LAYOUT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+LAYOUT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True, RELU_KEY: True}
 OVERHEAD = 2**18  # minimum number of bytes of a checkpoint without its tensors
 # A norm's name in plain PyTorch layers → its key if it is fused with the next product. Plain layers are saved under the
 # fused keys too; Transformer Engine does not fuse the norm before experts.

@@ -9,15 +9,16 @@ import torch
 from transformers.utils import logging
 
 from megatron.remoe.files.errors import UsageError
-from megatron.remoe.hf import RemoeConfig
+from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 
 from ..console.display import Display
 from ..runs.running import run_tool
 from .arguments import parse_export
 from .checkpoints import check_output, new_folder, save
+from .evaluate.text import bound_experts, check_bound
 from .hf.opening import open_run, read_folder
 from .hf.public import describe_public
-from .hf.settings import make_flags, parse_flags, vocabulary_flags
+from .hf.settings import compute_experts, make_flags, parse_flags, vocabulary_flags
 from .hf.tokenizer import find_folder_tokenizer, find_training_tokenizer, generation_config
 from .hf.weights import convert_model, fill_megatron
 from .measuring import (
@@ -108,6 +109,12 @@ def export(options: argparse.Namespace, display: Display) -> None:
     ids = text[:, :-1]
     with torch.no_grad():
         logits = [compute_logits(run.model, batch) for batch in split_batches(ids)]
+    trained_bound = config.max_experts_per_token or config.num_experts
+    if (most := options.max_experts_per_token) is not None:
+        check_bound(f"--load {options.load}", config, most)
+        compute_experts(config, most)
+    elif config.num_experts and config.moe_relu_routing and config.max_experts_per_token is None:
+        display.say("vLLM and SGLang need a fixed number of experts per token: give --max-experts-per-token.")
     model = convert_model(run.model, config)
     checkpoint, parameters = run.name, model.num_parameters()
     del run
@@ -121,17 +128,31 @@ def export(options: argparse.Namespace, display: Display) -> None:
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
         written = read_folder(aside, (config.model_type,), torch.float32)
-        difference = describe_difference(compare_models(written, logits, ids), ids, name)
+        with bound_experts(written, most and trained_bound):
+            difference = describe_difference(compare_models(written, logits, ids), ids, name)
         display.say(difference)
         with count_experts(written) as histograms:
             loss, tokens = measure_loss(written, split_batches(text))
         results = {f"loss on {tokens:,} {name}": f"{loss:.4f} nats per token", "compared with Megatron": difference}
+        if most is not None:
+            results |= measure_bounds(written, text, {1, 2, 4, 8, most, trained_bound}, display)
         if histograms and config.moe_relu_routing:
-            active, target = mean_experts(histograms.values()), config.num_experts_per_tok
+            active, target = mean_experts(histograms.values()), config.mean_experts_per_token
             shares = [1 - experts / config.num_experts for experts in (active, target)]
             results["sparsity, target"] = f"{shares[0]:.4f}, {shares[1]:.4f}"
         write_card(aside, args, config, {"checkpoint": checkpoint, "parameters": f"{parameters:,}"} | results)
     display.say(f"wrote {options.save}: {parameters:,} parameters")
+
+
+def measure_bounds(model: RemoeForCausalLM, text: torch.Tensor, bounds: set[int], display: Display) -> dict[str, str]:
+    """Print the loss with only the K largest gates, for each K that the model has; return rows for the card."""
+    rows = {}
+    for most in sorted(bound for bound in bounds if bound <= model.config.num_experts):
+        with bound_experts(model, most):
+            loss, _ = measure_loss(model, split_batches(text))
+        rows[f"loss with K = {most}"] = f"{loss:.4f}"
+    display.say(", ".join(f"{row}: {loss}" for row, loss in rows.items()))
+    return rows
 
 
 def write_card(folder: Path, args: argparse.Namespace, config: RemoeConfig, results: dict[str, str]) -> None:

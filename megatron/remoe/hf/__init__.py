@@ -4,6 +4,7 @@ The other files here need only torch and transformers. `save_pretrained` writes 
 `from_pretrained(folder, trust_remote_code=True)` works where this project is not installed.
 """
 
+import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from megatron.remoe.hf.configuration_remoe import RemoeConfig
@@ -12,5 +13,11 @@ from megatron.remoe.hf.modeling_remoe import RemoeForCausalLM, RemoeModel
 AutoConfig.register(RemoeConfig.model_type, RemoeConfig, exist_ok=True)
 AutoModel.register(RemoeConfig, RemoeModel, exist_ok=True)
 AutoModelForCausalLM.register(RemoeConfig, RemoeForCausalLM, exist_ok=True)
+
+
+def register_with_vllm() -> None:
+    """Put the class where vLLM looks for those of transformers. The package's entry point vllm.general_plugins."""
+    transformers.RemoeForCausalLM = RemoeForCausalLM  # type: ignore[attr-defined]
+
 
 __all__ = ["RemoeConfig", "RemoeForCausalLM", "RemoeModel"]

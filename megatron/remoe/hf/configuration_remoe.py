@@ -63,6 +63,8 @@ class RemoeConfig(LlamaConfig):
     max_experts_per_token: int | None = None
     """ReLU routing: only the K largest gates count, and K experts are computed for every token, so that shapes are
     fixed for compilers and servers. None: exactly the active experts, however many."""
+    target_experts_per_token: int | None = None
+    """k, if num_experts_per_tok is K: servers read the number of computed experts there."""
     output_router_logits: bool = False
     """Return router logits, L1 term and sparsity, and add λ times the term to a loss."""
     router_aux_loss_coef: float = 0.0
@@ -74,6 +76,11 @@ class RemoeConfig(LlamaConfig):
         super().__post_init__(**kwargs)
         if self.kv_lora_rank is not None or self.qk_norm == "all_heads":
             self.base_model_tp_plan = None  # type: ignore[misc,assignment]  # Llama's splits by heads what they need whole
+
+    @property
+    def mean_experts_per_token(self) -> int:
+        """k: the experts of each token, with ReLU routing the mean that L1 aims at."""
+        return self.target_experts_per_token or self.num_experts_per_tok
 
     def validate_architecture(self) -> None:
         """Check the experts' settings. Unlike Llama's, heads need not divide the hidden size."""

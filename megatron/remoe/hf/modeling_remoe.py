@@ -51,8 +51,7 @@ class RemoeSparseMoeBlock(nn.Module):
         shared = config.shared_expert_intermediate_size
         self.shared_expert = Qwen3MoeMLP(config, shared) if shared else None
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
-        self.hash_routing = config.hash_routing
-        self.all_active = config.moe_relu_routing and config.max_experts_per_token is None
+        self.config = config
 
     def forward(self, hidden_states: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Return each token's sum over its experts, `[batch, sequence, hidden]`.
@@ -62,8 +61,9 @@ class RemoeSparseMoeBlock(nn.Module):
             token_ids: int64 `[batch, sequence]`, for routing by hash.
         """
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, gates, experts = self.gate(tokens, token_ids) if self.hash_routing else self.gate(tokens)
-        output = self._active(tokens, gates) if self.all_active else self.experts(tokens, experts, gates)
+        _, gates, experts = self.gate(tokens, token_ids) if self.config.hash_routing else self.gate(tokens)
+        all_active = self.config.moe_relu_routing and self.config.max_experts_per_token is None
+        output = self._active(tokens, gates) if all_active else self.experts(tokens, experts, gates)
         if self.shared_expert is not None:
             gate = 1.0 if self.shared_expert_gate is None else self.shared_expert_gate(tokens).sigmoid()
             output = output + self.shared_expert(tokens) * gate

@@ -102,7 +102,7 @@ def routing_loss(
     Returns:
         The term, a scalar with a gradient; and int64 `[2]`, the active (token, expert) pairs and all pairs.
     """
-    experts, k, device = config.num_experts, config.num_experts_per_tok, router_logits[0].device
+    experts, k, device = config.num_experts, config.mean_experts_per_token, router_logits[0].device
     total, active_pairs, pairs = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device), 0
     for logits in router_logits:
         if token_mask is not None:

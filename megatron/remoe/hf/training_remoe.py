@@ -62,7 +62,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         counts.zero_()
         self.figures = {"sparsity": 1.0 - active / max(pairs, 1), "l1_coefficient": self.coefficient}
         # target − S has the sign of active − k · tokens.
-        distance = active * config.num_experts - config.num_experts_per_tok * pairs
+        distance = active * config.num_experts - config.mean_experts_per_token * pairs
         if distance:
             factor = self.multiplier if distance > 0 else 1.0 / self.multiplier
             config.router_aux_loss_coef = self.coefficient = max(self.coefficient * factor, SMALLEST)

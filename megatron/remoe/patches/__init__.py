@@ -27,6 +27,7 @@ PATCHES = (
     log_lines.forward_figures,
     checkpoints.load_objects_unexecuted,
     checkpoints.go_back_from_damage,
+    checkpoints.name_relu_routers,
     checkpoints.keep_saving_possible,
     checkpoints.report_write_errors,
     fsdp.list_all_optimizer_states,

@@ -17,9 +17,10 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
 from megatron.core.rerun_state_machine import Call, Caller
 from megatron.remoe.patches.patch import patch, replace
+from megatron.remoe.routing.router import RELU_KEY
 from megatron.remoe.start.checkpoint_files import go_back, loaded_checkpoint
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, check_object
-from megatron.training import training
+from megatron.training import checkpointing, training
 from megatron.training.global_vars import get_args
 
 ASYNC_FILE = "core/dist_checkpointing/strategies/filesystem_async.py"
@@ -88,6 +89,20 @@ def _cause(error: BaseException) -> BaseException:
     """Return our error if PyTorch has wrapped one, else the given error."""
     wrapped = error.failures.values() if isinstance(error, CheckpointException) else ()
     return next((cause for cause, _ in wrapped if isinstance(cause, BrokenCheckpointError)), error)
+
+
+@patch(
+    changes="training/checkpointing.py: _build_sharded_state_dict_metadata",
+    provides="checkpoints of ReLU routing that no program loads as top-k routing",
+    ends="Megatron compares the routing of a checkpoint with the model's",
+    for_saving=True,
+)
+def name_relu_routers() -> None:
+    """Save the weight of a ReLU router under a name that Megatron's own router does not look for."""
+
+    @replace(checkpointing, "_build_sharded_state_dict_metadata")
+    def build(stock: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+        return stock(*arguments, **options) | {RELU_KEY: True}
 
 
 @patch(

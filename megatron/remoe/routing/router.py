@@ -23,6 +23,7 @@ from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.counts import RoutingCounts
 
 GUARD_COEFFICIENT = 0.1
+RELU_KEY = "relu_router_key"  # in a checkpoint's metadata: the router's weight is stored as `relu_weight`
 
 
 class ReLURouter(TopKRouter):
@@ -90,6 +91,17 @@ class ReLURouter(TopKRouter):
         if is_counted and self.counts is not None:
             self.counts["left_out"].add_((map_TE & ~computed_TE).sum())
         return torch.where(computed_TE, probs_TE, 0.0), computed_TE
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """Return the tensors for a checkpoint, the weight as `relu_weight` if its metadata has `RELU_KEY`.
+
+        A program that does not know ReLU routing looks for `weight` and stops, instead of loading a top-k router.
+        Checkpoints of version 0.1 have `weight`.
+        """
+        tensors: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if (metadata or {}).get(RELU_KEY):
+            tensors[f"{prefix}weight"].key = f"{prefix}relu_weight"
+        return tensors
 
     def l1_coefficient(self) -> torch.Tensor:
         """Return λ = init · multiplier^n as a float64 scalar on the device."""

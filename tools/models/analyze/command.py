@@ -57,7 +57,7 @@ def analyze(args: argparse.Namespace) -> None:
     """
     opened = open_model(args.load, args.ckpt_step, args.tokenizer_model, needs_tokenizer=False)
     model = opened.model
-    topk, experts = model.config.num_experts_per_tok, model.config.num_experts
+    topk, experts = model.config.mean_experts_per_token, model.config.num_experts
     if not (layers := layer_numbers(opened)):
         raise ToolError(f"--load {args.load}: is a dense model, which routes nothing.", "REMOE-E501")
     length = opened.sequence_length(args.seq_length)

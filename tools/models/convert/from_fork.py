@@ -109,6 +109,8 @@ def _rename_weights(content: Content, args: argparse.Namespace) -> Content:
         if state := STATE.fullmatch(key):
             is_main = state["kind"] == "fp32_param" and args.use_distributed_optimizer
             key, prefix = state["weight"], f"optimizer.state.{'param' if is_main else state['kind']}."
+        if args.moe_relu_routing:
+            key = key.replace(".router.weight", ".router.relu_weight")
         layer = LAYER.fullmatch(key)
         has_experts = experts[int(layer["number"])] if layer and layer["number"] else all(experts)
         names = {key, rename_expert_norm(key)} if has_experts and torch.is_tensor(value) else {key}

@@ -16,7 +16,7 @@ from megatron.remoe.routing.refusals import flag
 from ...console.display import Display
 from ...console.errors import ToolError
 from ..hf.opening import OpenedModel
-from ..measuring import count_experts, find_blocks, measure_loss, summarize_experts
+from ..measuring import count_experts, measure_loss, summarize_experts
 from ..text import read_batches, read_sequences
 
 if TYPE_CHECKING:
@@ -42,15 +42,9 @@ def check_bound(name: str, config: RemoeConfig, most: int) -> None:
 def bound_experts(model: RemoeForCausalLM, most: int | None) -> Iterator[None]:
     """Use only the K largest gates inside the block, or the model's own bound (None)."""
     before = model.config.max_experts_per_token
-
-    def use(bound: int | None) -> None:
-        model.config.max_experts_per_token = bound
-        for block in find_blocks(model).values():
-            block.all_active = bound is None
-
-    use(most or before)
+    model.config.max_experts_per_token = most or before
     yield
-    use(before)
+    model.config.max_experts_per_token = before
 
 
 def read_text(args: argparse.Namespace, opened: OpenedModel, prefix: str) -> "GPTDataset":

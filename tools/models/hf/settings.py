@@ -119,7 +119,15 @@ def make_config(args: argparse.Namespace) -> RemoeConfig:
         "AutoModel": "modeling_remoe.RemoeModel",
         "AutoModelForCausalLM": "modeling_remoe.RemoeForCausalLM",
     }
+    if config.max_experts_per_token:
+        compute_experts(config, config.max_experts_per_token)
     return config
+
+
+def compute_experts(config: RemoeConfig, most: int) -> None:
+    """Compute the K = `most` largest gates of each token, and write K where servers read it. k is kept."""
+    config.target_experts_per_token = config.mean_experts_per_token
+    config.max_experts_per_token = config.num_experts_per_tok = most
 
 
 def _expert_fields(args: argparse.Namespace) -> dict[str, Any]:
@@ -152,6 +160,7 @@ def make_flags(config: RemoeConfig, seq_length: int) -> list[str]:
         table |= EXPERTS | (RELU if config.moe_relu_routing else {} if config.hash_routing else TOPK)
     same = {field: getattr(config, field) for field in table}
     values = {table[field]: None if NOTHING.get(field) == value else value for field, value in same.items()}
+    values["moe_router_topk"] = config.mean_experts_per_token if config.num_experts else None
     values |= {"seq_length": seq_length, "hidden_dropout": 0.0, "normalization": "RMSNorm", "swiglu": True}
     values |= {"add_bias_linear": False, "position_embedding_type": "rope", **_rope(config)}
     values["untie_embeddings_and_output_weights"] = not config.tie_word_embeddings
