@@ -8,8 +8,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-
-from megatron.remoe.kernels import cdiv, next_power_of_2
+from triton import cdiv, next_power_of_2
 
 # Each program holds the counts of all blocks for a tile of experts in registers, so there are few blocks.
 MOST_BLOCKS, LEAST_TOKENS, TILE_COUNTS, WARPS = 256, 16, 8192, 8

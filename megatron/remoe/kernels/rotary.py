@@ -8,8 +8,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-
-from megatron.remoe.kernels import cdiv, next_power_of_2
+from triton import cdiv, next_power_of_2
 
 TILE = 1024  # elements that a program rotates at once
 

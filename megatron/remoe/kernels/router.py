@@ -6,8 +6,8 @@ T tokens, E experts, B blocks of tokens.
 import torch
 import triton
 import triton.language as tl
+from triton import cdiv
 
-from megatron.remoe.kernels import cdiv
 from megatron.remoe.kernels.plan import WARPS, choose_tile, element
 
 BLOCK = 2048

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-
-from megatron.remoe.kernels import cdiv, next_power_of_2
+from triton import cdiv, next_power_of_2
 
 TILE = 1024
 

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton import cdiv, next_power_of_2
 
-from megatron.remoe.kernels import cdiv, next_power_of_2, plan, router, swiglu
+from megatron.remoe.kernels import plan, router, swiglu
 from megatron.remoe.kernels.interface import Backend
 
 SUM_WIDTH = 1024  # columns that a program sums for a token

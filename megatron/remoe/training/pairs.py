@@ -34,14 +34,7 @@ class PairCounter:
         for router, number in zip(self.routers, layer_numbers(self.routers, modules, config.num_layers), strict=True):
             router.register_forward_hook(partial(self._count, number - 1), with_kwargs=True)
 
-    def _count(
-        self,
-        row: int,
-        router: torch.nn.Module,
-        given: tuple[Any, ...],
-        named: dict[str, Any],
-        routed: tuple[torch.Tensor, ...],
-    ) -> None:
+    def _count(self, row: int, router: torch.nn.Module, given: Any, named: Any, routed: Any) -> None:
         # Recomputation runs the forward pass twice, the first time without gradients.
         if router.training and torch.is_grad_enabled():
             padding = named.get("padding_mask", given[1] if len(given) > 1 else None)
