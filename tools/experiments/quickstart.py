@@ -29,7 +29,7 @@ from .run import Run, Text
 
 ARMS = {"dense": "dense", "moe": "moe", "remoe": "remoe-capped"}  # by name of the folder
 SIZE = tiny.SIZES[tiny.QUICKSTART]
-WARMUP = 300  # steps
+ITERATIONS, WARMUP = 900, 300  # steps
 
 
 def parse_arguments(arguments: Sequence[str]) -> Namespace:
@@ -40,8 +40,8 @@ def parse_arguments(arguments: Sequence[str]) -> Namespace:
     add("--corpus", choices=dataset.CORPORA, default=dataset.MIXED, help=f"{text} (default: %(default)s)")
     text = f"for all files (default: {' or '.join(map(str, dataset.FOLDERS.values()))} in the project's folder)"
     add("--output-dir", type=Path, metavar="FOLDER", help=text)
-    text = f"optimizer steps of each run (default: QUICKSTART_ITERS, or {tiny.ITERATIONS})"
-    iterations = os.environ.get("QUICKSTART_ITERS") or tiny.ITERATIONS
+    text = f"optimizer steps of each run (default: QUICKSTART_ITERS, or {ITERATIONS})"
+    iterations = os.environ.get("QUICKSTART_ITERS") or ITERATIONS
     add("--iterations", type=whole_number(10), default=iterations, metavar="N", help=text)
     add("--experts", type=whole_number(2), default=SIZE.experts, metavar="E", help="of a layer (default: %(default)s)")
     add("--seed", type=whole_number(1), default=tiny.SEED, metavar="N", help="of the runs (default: %(default)s)")
@@ -58,7 +58,7 @@ def run(args: Namespace) -> int:
     """
     console, output = Console(), args.output_dir
     runs = output if args.experts == SIZE.experts else output / f"experts-{args.experts}"
-    runs = runs if args.iterations == tiny.ITERATIONS else runs / f"iterations-{args.iterations}"
+    runs = runs if args.iterations == ITERATIONS else runs / f"iterations-{args.iterations}"
     with lock(output, "quickstart") as held:
         title = f"Dense, top-k MoE and ReMoE of equal active size: {args.iterations} iterations each, side by side"
         say(console, f"{title}, in {short(output)}")
