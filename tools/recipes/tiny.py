@@ -8,7 +8,7 @@ from .models import Routing, Size, Training
 # The rate rises for longer than the dense start of about 100 steps, in which experts die at the full rate.
 TRAINING = Training(1200, 32, 32, "4e-3", "4e-4", 0.95, 0.1, warmup=0.25)
 NAMES = {"dense": "dense", "moe": "MoE (top-k)", "remoe": "ReMoE"}
-BASE_SIZE, QUICKSTART = "182m", "quickstart"
+BASE_SIZE, QUICKSTART = "182m", "2x64"
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,11 @@ SIZES: Mapping[str, TinySize] = {
     BASE_SIZE: SIZE,
     "469m": replace(SIZE, layers=4, hidden=80, ffn=160),
     "978m": replace(SIZE, layers=4, hidden=128, ffn=256),
-    QUICKSTART: replace(SIZE, experts=32, batch=16),  # half of the tokens of a step: minutes for three models
-    "2x128": replace(SIZE, hidden=128, ffn=256),
-    "2x256": replace(SIZE, hidden=256, ffn=512),
-    "4x256": replace(SIZE, layers=4, hidden=256, ffn=512),
+    # For subwords, whose output layer takes most of a step: half of the tokens.
+    QUICKSTART: replace(SIZE, experts=32, batch=16),
+    "2x128": replace(SIZE, hidden=128, ffn=256, batch=16),
+    "2x256": replace(SIZE, hidden=256, ffn=512, batch=16),
+    "4x256": replace(SIZE, layers=4, hidden=256, ffn=512, batch=16),
 }
 ITERATIONS = TRAINING.iterations
 SEED = 1234
