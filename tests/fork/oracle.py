@@ -1,7 +1,8 @@
 """Train tiny models with the authors' own code, and keep their checkpoints, logits and losses in tests/fork.
 
     git clone https://github.com/thu-ml/ReMoE fork
-    python3.11 -m venv venv && venv/bin/pip install torch==2.5.1 numpy==1.26.4 einops packaging setuptools psutil pyyaml regex six
+    python3.11 -m venv venv
+    venv/bin/pip install torch==2.5.1 numpy==1.26.4 einops packaging psutil pyyaml regex setuptools six
     venv/bin/python tests/fork/oracle.py fork
 
 The fork runs on a CPU with stand-ins for CUDA and for Transformer Engine. Its saving code is unchanged, so names and
