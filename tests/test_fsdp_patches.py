@@ -59,7 +59,7 @@ def test_megatron_still_wants_to_copy_loaded_weights(monkeypatch: pytest.MonkeyP
 @pytest.mark.bulk  # it starts processes; tests/parity shows that the patched run is right
 def test_megatron_still_scales_gradients_of_one_rank_again_and_again(data: Path, tmp_path: Path) -> None:
     words = [*TINY, *RELU, "--data-path", str(data), "--expert-model-parallel-size", "2"]
-    words += ["--train-iters", "2", "--global-batch-size", "12"]
+    words += ["--train-iters", "2", "--micro-batch-size", "2", "--global-batch-size", "12"]
     script = tmp_path / "unpatched.py"
     script.write_text(UNPATCHED)
     expected, patched, unpatched = (

@@ -98,7 +98,7 @@ def test_starts_on_played_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str
     """
     flags = " ".join([*COMMON, SHAPES["glm_4_7_flash"].replace("$latent", LATENT)]).split()
     results = tmp_path / "results.json"
-    flags += ["--save", str(tmp_path / "run"), "--save-interval", "1"]
+    flags += ["--save", str(tmp_path / "run"), "--save-interval", "1", "--global-batch-size", "2"]
     options = ["--gpus", "1", "--stage", "dense", "--json", str(results)]
     assert rehearse.main([*options, "--", *flags, *PLAIN, *BYTES]) == 0
     record = json.loads(results.read_text())

@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import pytest
 from megatron.remoe.files.indexed import IndexedWriter, bin_path, idx_path
 from tests.data_sets import write_documents
 from tests.entry import LIMIT, Entry
-from tests.start.mistakes import ENTRY, HYBRID, User, on, plain, resumed
+from tests.start.mistakes import ENTRY, HYBRID, User, on, plain
 from tests.tiny_model import RELU, TOPK
 
 LINES = 3
@@ -86,14 +86,7 @@ def test_entry(name: str, entry: Entry, user: User, used_port: str) -> None:
     assert {path: after.get(path) for path in before} == before, "a file of the user's has changed"
 
 
-@pytest.mark.parametrize("arguments", [on("text"), resumed()], ids=["new", "resumed"])
-def test_without_the_mistake_it_trains(arguments: Callable[[User], list[str]], entry: Entry, user: User) -> None:
-    """Without their mistake, the commands of the cases train."""
-    code, output = entry.run([*arguments(user), "--train-iters", "2"])
-    assert code == 0, output[-2000:]
-
-
-def test_what_changes_on_the_way_is_no_other_training(entry: Entry, user: User, tmp_path: Path) -> None:
+def test_what_changes_on_the_way_is_no_different_run(entry: Entry, user: User, tmp_path: Path) -> None:
     """Length, micro-batch size, intervals and folders may change on resuming. A second start has nothing to do."""
     shutil.copytree(user["remoe"], tmp_path / "moved")
     for path in (bin_path, idx_path):

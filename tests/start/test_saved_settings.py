@@ -24,7 +24,7 @@ COMPARED = {
     "--global-batch-size 16": "--global-batch-size 8 in the checkpoint, 16 here",
     "--use-distributed-optimizer": "--use-distributed-optimizer False in the checkpoint, (on) here",
 }
-FREE = """--micro-batch-size 4|--num-workers 7|--log-interval 7|--eval-interval 7|--save elsewhere|--data-path here/text
+FREE = """--micro-batch-size 2|--num-workers 7|--log-interval 7|--eval-interval 7|--save elsewhere|--data-path here/text
 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1|--moe-token-dispatcher-type allgather
 --tensor-model-parallel-size 2 --sequence-parallel|--pipeline-model-parallel-size 2|--expert-model-parallel-size 2
 --overlap-grad-reduce --overlap-param-gather|--transformer-impl transformer_engine|--moe-relu-activation-limit 4
