@@ -129,11 +129,10 @@ def export(options: argparse.Namespace, display: Display) -> None:
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
         written = read_folder(aside, (config.model_type,), torch.float32)
-        with bound_experts(written, most and trained_bound):
+        with bound_experts(written, most and trained_bound), count_experts(written) as histograms:
             difference = describe_difference(compare_models(written, logits, ids), ids, name)
         display.say(difference)
-        with count_experts(written) as histograms:
-            loss, tokens = measure_loss(written, split_batches(text))
+        loss, tokens = measure_loss(written, split_batches(text))
         results = {f"loss on {tokens:,} {name}": f"{loss:.4f} nats per token", "compared with Megatron": difference}
         if most is not None and name != RANDOM:
             results |= measure_bounds(written, text, {1, 2, 4, 8, most, trained_bound}, display)
