@@ -45,7 +45,8 @@ def test_the_wheel_holds_the_package_and_leaves_the_namespace_open(wheel: Path) 
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         assert any(name.endswith(".dist-info/licenses/LICENSE") for name in archive.namelist())
         (entry_points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
-        assert "remoe-pretrain = megatron.remoe.pretrain:main" in archive.read(entry_points).decode()
+        points = archive.read(entry_points).decode()
+        assert "remoe-pretrain = megatron.remoe.pretrain:main" in points and "[vllm.general_plugins]\nremoe" in points
     assert {name for name in names if name.endswith(".py")} == sources
     others = {path.relative_to(ROOT) for suffix in ("json", "html") for path in (ROOT / "tools").rglob(f"*.{suffix}")}
     assert names >= {"megatron/remoe/py.typed", *(f"megatron/remoe/{path}" for path in others)}

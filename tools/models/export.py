@@ -37,6 +37,7 @@ TOKENS = 2048
 SEED = 1234
 SEQUENCE = 4096  # sequence length for training, if a public model has more positions
 RANDOM_TOKENS = 512
+RANDOM = "random tokens"
 # Batch size, steps and learning rate are for the user to choose.
 PROGRAM = "python pretrain_gpt.py --micro-batch-size 1 --global-batch-size 8 --train-iters 100 --lr 1e-4"
 PROGRAM += " --eval-interval 100 --save RUN --load RUN --save-interval 100"
@@ -87,7 +88,7 @@ def choose_text(args: argparse.Namespace, data_path: list[str] | None, config: R
     except UsageError:
         if data_path:
             raise
-    return _random_tokens(config, TOKENS // length, length + 1), "random tokens"
+    return _random_tokens(config, TOKENS // length, length + 1), RANDOM
 
 
 def _random_tokens(config: RemoeConfig, *shape: int) -> torch.Tensor:
@@ -128,13 +129,12 @@ def export(options: argparse.Namespace, display: Display) -> None:
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
         written = read_folder(aside, (config.model_type,), torch.float32)
-        with bound_experts(written, most and trained_bound):
+        with bound_experts(written, most and trained_bound), count_experts(written) as histograms:
             difference = describe_difference(compare_models(written, logits, ids), ids, name)
         display.say(difference)
-        with count_experts(written) as histograms:
-            loss, tokens = measure_loss(written, split_batches(text))
+        loss, tokens = measure_loss(written, split_batches(text))
         results = {f"loss on {tokens:,} {name}": f"{loss:.4f} nats per token", "compared with Megatron": difference}
-        if most is not None:
+        if most is not None and name != RANDOM:
             results |= measure_bounds(written, text, {1, 2, 4, 8, most, trained_bound}, display)
         if histograms and config.moe_relu_routing:
             active, target = mean_experts(histograms.values()), config.mean_experts_per_token
@@ -200,7 +200,7 @@ def write_checkpoint(
     model = build(args)
     fill_megatron(model, source, config)
     ids = _random_tokens(config, 1, min(RANDOM_TOKENS, config.max_position_embeddings))
-    display.say(describe_difference(compare_models(source, model, ids), ids, "random tokens"))
+    display.say(describe_difference(compare_models(source, model, ids), ids, RANDOM))
     del source
     save(model, args, output)
     words = ["--data-path", "DATA", "--pretrained-checkpoint", str(output), *flags]
