@@ -128,7 +128,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         ("active parameters", "active_params", ","),
         ("total parameters", "total_params", ","),
         ("tokens per second", "tokens_per_second", ",.0f"),
-        ("sparsity, last quarter", "sparsity_last_quarter", ".3f"),
+        ("computed sparsity, last quarter", "sparsity_last_quarter", ".3f"),
         ("  target", "sparsity_target", ".3f"),
     ):
         rows.append([title, *(format(each[key], form) if key in each else "" for each in models)])

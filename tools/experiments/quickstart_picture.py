@@ -53,8 +53,8 @@ def _draw_sparsity(axes: Any, remoe: RunFigures, summary: Mapping[str, Any]) -> 
     axes.plot(*remoe.curve("sparsity"), color=color, linewidth=1.2, label="all layers")
     axes.axhline(target, color=TARGET, linestyle="--", linewidth=1.5, label=f"target {target:.3f}")
     reached = summary["remoe"]["sparsity_last_quarter"]
-    axes.set(title=f"ReMoE: sparsity of the routing (last quarter: {reached:.3f})", xlabel="iteration", ylim=(None, 1))
-    axes.set_ylabel("share of token–expert pairs that are off")
+    title = f"ReMoE: sparsity of the gates (computed, last quarter: {reached:.3f})"
+    axes.set(title=title, xlabel="iteration", ylabel="share of token–expert pairs that are off", ylim=(None, 1))
     axes.legend(loc="lower right")
 
 
