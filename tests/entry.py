@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tools.console.places import ROOT
@@ -19,7 +20,7 @@ LIMIT = 30.0  # seconds for one training: longer is a hang
 class Entry:
     """A process that has imported the entry and forks one child per rank for each training."""
 
-    def __init__(self) -> None:
+    def __init__(self, **environment: str) -> None:
         single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         self.numbers = itertools.count()
         self.process = subprocess.Popen(
@@ -27,7 +28,7 @@ class Entry:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | single | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            env=os.environ | single | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
         )
 
     def run(
@@ -60,6 +61,16 @@ class Entry:
                 if line.startswith(f"answer {number} "):  # not a late answer to a test that ran out of time
                     return json.loads(line.split()[2]), output.read()
         raise AssertionError("the server of the entry has ended")
+
+
+@contextmanager
+def entry_with(folder: Path) -> Iterator[Entry]:
+    """Yield an entry that can also import the modules of a folder."""
+    entry = Entry(PYTHONPATH=str(folder))
+    try:
+        yield entry
+    finally:
+        entry.process.kill()
 
 
 @functools.cache
