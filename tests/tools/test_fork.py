@@ -96,6 +96,7 @@ def test_the_optimizers_state_is_the_forks(saved: Path, tmp_path: Path) -> None:
         if not key.startswith("optimizer.state."):
             continue
         numbered = key.replace("fp32_param", "param").replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
+        numbered = numbered.replace(".router.weight", ".router.relu_weight")
         layer = next((layer for layer in (0, 1) if f".layers.{layer}." in key), None)
         converted = here[numbered.replace(f".layers.{layer}.", ".layers.")]
         converted = converted if layer is None else converted[layer]
@@ -139,7 +140,15 @@ def test_state_of_several_optimizers_is_put_together(saved: Path, tmp_path: Path
 
 def test_another_padding_of_the_vocabulary_is_noted(saved: Path, text: Path, tmp_path: Path) -> None:
     assert convert("--load", saved / "dense", "--save", tmp_path / "here") == 0
-    output = continued("dense", text, tmp_path / "here", tmp_path / "run", "--make-vocab-size-divisible-by", "48")
+    output = continued(
+        "dense",
+        text,
+        tmp_path / "here",
+        tmp_path / "run",
+        "--make-vocab-size-divisible-by",
+        "48",
+        "--allow-changed-settings",
+    )
     assert "--padded-vocab-size 64 in the checkpoint, 96 here" in output
 
 
