@@ -94,7 +94,7 @@ def test_results_before_an_error_are_kept(data: Path, tmp_path: Path, capfd: pyt
 
 
 def test_scores_of_lm_eval() -> None:
-    """lm-eval is 400 MB; without it, these results of its version 0.4.13 show how they are read."""
+    """lm-eval is 400 MB. This is the form of its results; the test below runs it where it is installed."""
     task = {"alias": "own", "sample_len": 3, "acc,first": 0.5, "acc_stderr,first": 0.1, "f1,none": 1.0}
     group = {"alias": "group", "sample_len": 3, "acc,first": 0.5, "acc_stderr,first": "N/A"}
     rows = [tuple(row.values()) for row in read_scores({"own": task, "group": group})]
