@@ -29,7 +29,8 @@ main()
 def load_stock_model(run_folder: Path) -> GPTModel:
     """Load a run as lm-eval's megatron_lm backend does: Megatron's own model, built from the arguments it saved."""
     checkpoint = find(run_folder, None)
-    args = Namespace(**(vars(checkpoint.args) | HERE))
+    # Where k is 1, Megatron asks for this flag.
+    args = Namespace(**(vars(checkpoint.args) | HERE | {"moe_router_pre_softmax": True}))
     cpu.adapt_arguments(args)
     config = core_transformer_config_from_args(args)
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
