@@ -57,12 +57,12 @@ def logits(run: Path, ids: torch.Tensor) -> torch.Tensor:
         return model(ids, torch.arange(ids.shape[1]).expand(len(ids), -1), None)
 
 
-def continued(kind: str, text: Path, load: Path, save: Path, *more: str) -> str:
+def continued(kind: str, text: Path, load: Path, save: Path, *more: str, expect: int = 0) -> str:
     """Continue with the fork's command line, but without Transformer Engine and in the torch_dist format."""
     flags = [*oracle.MODEL, *oracle.TRAINING, *oracle.KINDS[kind]]
     flags = ["local" if word == "transformer_engine" else word for word in flags]
     flags = ["torch_dist" if word == "torch" else word for word in flags]
-    return run([*flags, "--data-path", str(text), "--load", str(load), "--save", str(save), *more])
+    return run([*flags, "--data-path", str(text), "--load", str(load), "--save", str(save), *more], expect=expect)
 
 
 @pytest.mark.parametrize("kind", oracle.KEPT)
@@ -139,16 +139,10 @@ def test_state_of_several_optimizers_is_put_together(saved: Path, tmp_path: Path
 
 
 def test_another_padding_of_the_vocabulary_is_noted(saved: Path, text: Path, tmp_path: Path) -> None:
-    assert convert("--load", saved / "dense", "--save", tmp_path / "here") == 0
-    output = continued(
-        "dense",
-        text,
-        tmp_path / "here",
-        tmp_path / "run",
-        "--make-vocab-size-divisible-by",
-        "48",
-        "--allow-changed-settings",
-    )
+    """A different divisor is refused as well; a different tensor parallel size is not."""
+    here, run, flags = tmp_path / "here", tmp_path / "run", ("--make-vocab-size-divisible-by", "48")
+    assert convert("--load", saved / "dense", "--save", here) == 0
+    output = continued("dense", text, here, run, *flags, expect=2)
     assert "--padded-vocab-size 64 in the checkpoint, 96 here" in output
 
 
