@@ -30,7 +30,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # These take longest, the longest first. They start first, so that none is left when the other test processes are done.
 LONG = """
 test_rehearse test_quickstart test_training test_parity test_experiments_training test_shapes test_conversion
-test_static_checks test_hybrid test_fsdp test_setup test_checkpoints test_resharding test_finetuning test_export
+test_static_checks test_hybrid test_fsdp test_checkpoints test_resharding test_finetuning test_export
 """.split()
 
 

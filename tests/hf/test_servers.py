@@ -1,4 +1,4 @@
-"""Test the structure that inference servers expect of the model for transformers."""
+"""Test what vLLM asks of the model for transformers; tests/hf/test_vllm.py runs its server."""
 
 import inspect
 import subprocess
@@ -6,43 +6,9 @@ import sys
 import tomllib
 
 import torch
-from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.hf.test_modeling import make, tokens
 from tools.console.places import ROOT
-
-
-def test_structure_that_servers_ask_for() -> None:
-    """With a server's attention and experts, logits stay the same, and experts get tensors of fixed shapes."""
-    model, ids = make("relu, shared", max_experts_per_token=3), tokens()
-    with torch.no_grad():
-        logits = model(ids).logits
-    config, seen = model.config, []
-    assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (8, 2, 24)
-
-    def attention(module, query, key, value, mask, scaling, **kwargs):
-        seen.append(module.layer_idx)
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, scaling=scaling, **kwargs)
-
-    class Server(torch.nn.Module):
-        def __init__(self, experts: torch.nn.Module) -> None:
-            super().__init__()
-            assert experts.gate_up_proj.dim() == experts.down_proj.dim() == 3
-            self.held = experts
-
-        def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            assert index.shape == weights.shape == (len(hidden), 3)
-            return self.held(hidden, index, weights)
-
-    for layer in model.model.layers:
-        if hasattr(layer.mlp, "experts"):
-            layer.mlp.experts = Server(layer.mlp.experts)
-    AttentionInterface.register("a_servers", attention)
-    model.set_attn_implementation("a_servers")
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, logits, rtol=1e-5, atol=1e-5)
-    assert seen == [0, 1]
 
 
 def test_arguments_that_vllm_passes() -> None:
