@@ -111,6 +111,6 @@ ENTRY = {
     # places
     "--save below a file": Case(on("text", "--save {file}/x --save-interval 1"), "E105|--save|file/x|Not a directory"),
     "MASTER_PORT in use": Case(
-        on("text"), "DistNetworkError|EADDRINUSE|choose another MASTER_PORT", code=1, environment={"MASTER_PORT": ""}
+        on("text"), "DistNetworkError|EADDRINUSE|different MASTER_PORT", code=1, environment={"MASTER_PORT": ""}
     ),
 }

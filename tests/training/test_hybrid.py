@@ -64,8 +64,7 @@ class Runs:
         """Convert the checkpoint of step `SAVED` to the other class, and return its name."""
         places = ["--load", str(self.folder / name), "--save", str(self.folder / f"{name}-as-{model}")]
         flags = ["--model", model, *places, "--ckpt-step", str(SAVED)]
-        output = run(["convert", *flags], script=REPOSITORY / "tools" / "__main__.py")
-        assert "continue the training with --load" in output
+        run(["convert", *flags], script=REPOSITORY / "tools" / "__main__.py")
         return f"{name}-as-{model}"
 
 

@@ -46,7 +46,7 @@ def build(args: argparse.Namespace) -> GPTModel:
     here = argparse.Namespace(**(vars(args) | HERE))
     if getattr(here, "hybrid_layer_pattern", None):
         here.hybrid_layer_pattern = here.hybrid_layer_pattern.replace("|", "")
-    cpu.adapt_arguments(here)
+    cpu.adapt_arguments(here, trains=False)
     try:
         return build_model(here).eval()
     except (ValueError, AssertionError, TypeError) as error:

@@ -45,7 +45,7 @@ def adapt_arguments(args: argparse.Namespace, trains: bool = True) -> None:
         os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
     if not os.path.isdir("/proc/self/fd"):  # as on macOS; Megatron's data loader workers read it
         args.num_workers = 0
-    if args.rank == 0 and not getattr(args, "cpu", True):
+    if trains and args.rank == 0 and not getattr(args, "cpu", True):
         print(f"No GPU, or a driver too old for CUDA {torch.version.cuda}: training on the CPU.", file=sys.stderr)
     changed = {name: reason for name, (value, reason) in CPU_VALUES.items() if getattr(args, name, value) != value}
     vars(args).update({name: CPU_VALUES[name][0] for name in changed})
