@@ -98,7 +98,7 @@ def test_trains_goes_on_and_notices_other_settings(data: Path, tmp_path: Path) -
     assert cut < ITERATIONS
 
     output, _ = sweep(*options, "1", "--", *FLAGS, **environment)
-    assert f"{name}: goes on from iteration {cut}" in output and f"{name}: validation loss" in output
+    assert f"from iteration {cut}" in output and f"{name}: validation loss" in output
     assert list(records(log.read_text())) == list(range(1, ITERATIONS + 1))
 
     # All done: nothing is trained again.

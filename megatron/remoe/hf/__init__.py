@@ -4,7 +4,6 @@ The other files here need only torch and transformers. `save_pretrained` writes 
 `from_pretrained(folder, trust_remote_code=True)` works where this project is not installed.
 """
 
-import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from megatron.remoe.hf.configuration_remoe import RemoeConfig
@@ -17,6 +16,8 @@ AutoModelForCausalLM.register(RemoeConfig, RemoeForCausalLM, exist_ok=True)
 
 def register_with_vllm() -> None:
     """Put the class where vLLM looks for those of transformers. The package's entry point vllm.general_plugins."""
+    import transformers  # which replaces its module object while it is imported
+
     transformers.RemoeForCausalLM = RemoeForCausalLM  # type: ignore[attr-defined]
 
 
