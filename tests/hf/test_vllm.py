@@ -68,10 +68,13 @@ def serving(words: list[str], site: Path, log: Path) -> Iterator[str]:
     """Run `vllm serve` with these words, and yield the address for completions."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(site)}
-    words += ["--port", str(port), "--dtype", "float32", "--max-model-len", "256", "--no-enable-prefix-caching"]
+    # This process has turned compilation off for Megatron.
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(site)}
+    words += ["--port", str(port), "--dtype", "float32", "--max-model-len", "256"]
+    words += ["--no-enable-prefix-caching", "--enforce-eager"]
     with log.open("w") as output:
-        process = subprocess.Popen(words, env=environment, stdout=output, stderr=output)
+        process = subprocess.Popen(words, env=environment, stdout=output, stderr=output, cwd=log.parent)
     try:
         while True:
             try:
