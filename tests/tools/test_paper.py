@@ -11,6 +11,7 @@ import pytest
 from tests.training_runs import REPOSITORY
 from tools.experiments import compare
 from tools.experiments.quickstart import parse_arguments as quickstart
+from tools.experiments.results import read_results
 from tools.experiments.significance import MARGIN
 from tools.experiments.sweep import parse_arguments as sweep
 from tools.experiments.tables import Line, interval, markdown
@@ -57,7 +58,7 @@ def test_a_command_is_taken(words: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in sorted(DATA.glob("*.json")) if not path.stem.startswith("gap")],
+    [path for path in sorted(DATA.glob("*.json")) if not path.stem.startswith(("gap", "pilot"))],
     ids=lambda path: path.stem,
 )
 def test_a_table_is_made_of_its_data(path: Path) -> None:
@@ -93,3 +94,9 @@ def test_gaps_of_byte_models(corpus: str, experts: int, factors: dict[str, float
     )
     assert interval([topk[seed] - bounded[seed] for seed in topk if seed in bounded], digits=3) == shown
     assert shown in " ".join((REPOSITORY / "docs" / "experiments.md").read_text().split())
+
+
+def test_the_pilots_table() -> None:
+    losses = {(run.size, run.arm): result.loss for run, result in read_results(DATA / "pilot.json") if result}
+    row = "| ".join(f"{losses['2x64', arm]:.4f} " for arm in ("moe", "remoe-capped", "moe-hash"))
+    assert f"| 64 | {row}|" in (REPOSITORY / "docs" / "experiments.md").read_text()

@@ -142,6 +142,7 @@ def write_page(
         panels: of the picture; `label` and `margin` as in `draw`.
     """
     console = Console()
+    folder.mkdir(parents=True, exist_ok=True)
     written = [folder / name for name in ("results.json", "results.md", "results.png")]
     write_results(written[0], rows)
     unfinished = [
