@@ -26,7 +26,7 @@ def test_plugin_for_vllm_does_not_import_megatron() -> None:
     """The function of the entry point registers the model with vLLM and transformers."""
     group = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["vllm.general_plugins"]
     module, _, function = group["remoe"].partition(":")
-    lines = f"import sys, transformers, {module} as plugin\nplugin.{function}()\ntransformers.RemoeForCausalLM\n"
+    lines = f"import sys, {module} as plugin\nplugin.{function}()\nimport transformers\ntransformers.RemoeForCausalLM\n"
     lines += "transformers.AutoConfig.for_model('remoe')\n"
     lines += "print([name for name in sys.modules if name.startswith(('megatron.core', 'megatron.training'))])"
     assert subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True).stdout == "[]\n"

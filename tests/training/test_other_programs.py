@@ -41,7 +41,10 @@ def load_stock_model(run_folder: Path) -> GPTModel:
     return model
 
 
-@pytest.mark.parametrize("form", ["", "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"])
+@pytest.mark.parametrize(
+    "form",
+    [pytest.param("", marks=pytest.mark.bulk), "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"],
+)
 def test_only_old_checkpoints_load_as_top_k(form: str, data: Path, tmp_path: Path, process_groups: None) -> None:
     """Old ones also resume, with the same numbers, and their next checkpoint is safe."""
     (script := tmp_path / "old.py").write_text(OLD)
