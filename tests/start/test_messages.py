@@ -79,7 +79,7 @@ def test_a_lost_reader_of_data_is_one_line_and_a_remedy(waited, monkeypatch, cap
         (torch.distributed.DistBackendError("Watchdog caught collective operation timeout: WorkNCCL("), "hangs"),
         (FileNotFoundError("No such file: '/data/finance/upgrade.bin'"), ""),
         (RuntimeError("the loss is nan"), "--ckpt-step"),
-        (KeyError("decoder.q_layernorm.weight from model not in state dict"), "another model"),
+        (KeyError("decoder.q_layernorm.weight from model not in state dict"), "different model"),
         (ConnectionError("HTTPSConnectionPool(host='huggingface.co', port=443): Read timed out."), ""),
     ],
 )

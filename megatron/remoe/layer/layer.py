@@ -41,9 +41,8 @@ class ReMoELayer(MoELayer):
     Attributes:
         pairs_limit: this bound in pairs per token; 0 for none.
         way: runs the experts.
+        route_arguments: names that `route` of the installed Megatron accepts.
     """
-
-    routed = inspect.signature(MoELayer.route).parameters
 
     def __init__(
         self,
@@ -59,6 +58,7 @@ class ReMoELayer(MoELayer):
         self.backend = choose_backend(config)
         self.pairs_limit = 0.0 if type(self.router) is TopKRouter else _pairs_limit(config)
         self.way = self._choose_way(config, pg_collection)
+        self.route_arguments = frozenset(inspect.signature(self.route).parameters)
         is_fused = config.use_transformer_engine_op_fuser  # recomputes without freeing
         self._frees_activations = getattr(self.experts, "activation_recompute", False) and not is_fused
         _prepare_experts(self.experts)
@@ -102,7 +102,8 @@ class ReMoELayer(MoELayer):
             raise ValueError("MoE layers with tensor parallelism need sequence parallelism to train.")
         if padding_mask is not None:
             padding_mask = padding_mask.transpose(0, 1).bool()
-        forward = partial(self._forward, {name: value for name, value in for_router.items() if name in self.routed})
+        accepted = {name: value for name, value in for_router.items() if name in self.route_arguments}
+        forward = partial(self._forward, accepted)
         if self.moe_layer_recompute and self.training:
             if self.config.fp8 or self.config.fp4:  # only te_checkpoint recomputes in the same precision
                 tracker = tensor_parallel.random.get_cuda_rng_tracker

@@ -42,8 +42,8 @@ REMEDIES = {
     r"OptimizerParamScheduler: class input value": "Give the checkpoint's values, or --override-opt_param-scheduler to "
     "follow the flags, or --use-checkpoint-opt_param-scheduler to follow the checkpoint.",
     r"Global shape mismatch|size mismatch|Missing key|not found in (the )?(checkpoint|sharded)|unexpected key|"
-    r"from model not in state dict|from checkpoint .* is not equal to": "The checkpoint has another model or layout: "
-    "give its flags, a different --load, or convert it (remoe convert).",
+    r"from model not in state dict|from checkpoint .* is not equal to": "The checkpoint has a different model or "
+    "layout: give its flags, a different --load, or convert it (remoe convert).",
 }
 LENGTH = 400
 # Errors that a single rank can have, because machines may see different files.
