@@ -221,12 +221,6 @@ def test_megatron_still_keeps_the_softmax_in_fp32(process_groups: None) -> None:
     assert softmax.dtype == torch.float32 and softmax.shape == logits.shape
 
 
-def test_megatron_still_has_no_rope_kernel_of_its_own(tmp_path: Path) -> None:
-    lines = "from megatron.core.models.common.embeddings import rope_utils\nimport importlib.util\n"
-    lines += "print(rope_utils.fused_apply_rotary_pos_emb, importlib.util.find_spec('transformer_engine'))"
-    assert in_another_process(lines, tmp_path).split()[-2:] == ["None", "None"]
-
-
 def test_megatron_still_tells_the_console_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ PACKAGE = REPOSITORY / "megatron" / "remoe"
 ROOMS = {
     "kernels": set(),
     "routing": {"kernels"},
-    "baselines": set(),
+    "baselines": {"routing"},
     "transformer": {"kernels"},
     "layer": {"routing", "transformer", "kernels"},
     "files": set(),

@@ -10,6 +10,7 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.remoe.baselines import ROUTERS
 from megatron.remoe.baselines.hash import pass_token_ids
 from megatron.remoe.routing.config import ReMoEConfig
+from megatron.remoe.routing.refusals import RELU_VARIANTS
 from megatron.remoe.training.run_log import read_run_log
 from tests.baselines.layers import BATCH, DEVICE, SEQUENCE, make_layer, make_tokens
 from tests.layers import HIDDEN, expert_weights, make_config
@@ -61,6 +62,40 @@ def test_hash_goes_by_the_id_and_the_layer_alone(process_groups: None) -> None:
     assert float(both) == pytest.approx(2 / 8, abs=0.02)  # the experts of another layer are independent
 
 
+@pytest.mark.parametrize("name", ["normalized_top_k", "normalized_relu"])
+def test_normalized_gates(name: str, process_groups: None) -> None:
+    """Before training, the squares of a token's k largest gates add up to about 1."""
+    router, tokens = make_layer(name, num_moe_experts=16).router, make_tokens()
+    probs, routing_map = router(tokens)
+    logits = tokens.view(-1, HIDDEN) @ router.weight.T
+    gates = router.scale.start * logits.relu() / logits.norm(dim=1, keepdim=True)
+    if name == "normalized_top_k":
+        assert routing_map.sum(dim=1).eq(2).all()
+        gates = gates * routing_map
+    torch.testing.assert_close(probs, gates)
+    drawn = torch.randn(20_000, 16)
+    squares = (drawn / drawn.norm(dim=1, keepdim=True)).relu().square().topk(2, dim=1).values
+    assert router.scale.start == pytest.approx(float(squares.sum(dim=1).mean()) ** -0.5, rel=0.01)
+    router.weight.data *= 8
+    torch.testing.assert_close(router(tokens)[0], probs)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_deco_lowers_the_entropy(per_token: bool, process_groups: None) -> None:
+    """Without a gradient of the loss, the router's weight has that of λ times the entropy of the gates' shares."""
+    router, tokens = make_layer("deco", calculate_per_token_loss=per_token).router, make_tokens()
+    router.l1_exponent.fill_(100)
+    padding = torch.zeros(SEQUENCE, BATCH, dtype=torch.bool, device=DEVICE)
+    padding[-3:, 0] = True
+    weight = router.weight.detach().clone().requires_grad_()
+    shares = torch.nn.functional.normalize((tokens.detach()[~padding] @ weight.T).relu(), p=1, dim=-1)
+    entropy = -(shares * shares.clamp(min=1e-30).log()).sum(dim=-1)
+    (router.l1_coefficient() * (entropy.sum() if per_token else entropy.mean())).backward()
+    (router(tokens, padding)[0] * 0).sum().backward()
+    assert weight.grad.abs().max() > 0.01
+    torch.testing.assert_close(router.weight.grad, weight.grad, rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["one by one", "grouped"])
 @pytest.mark.parametrize("name", ROUTERS)
 def test_layer_sums_what_the_map_says(name: str, fused: bool, process_groups: None) -> None:
@@ -100,6 +135,7 @@ def test_the_embedding_hands_over_ids(process_groups: None) -> None:
         ({"moe_relu_routing": True}, "--moe-relu-routing cannot be used with --moe-baseline-router hash"),
         ({"moe_router_score_function": "sigmoid"}, "--moe-router-score-function sigmoid cannot be used with"),
         ({"pipeline_model_parallel_size": 2}, "--pipeline-model-parallel-size 2 cannot be used with"),
+        ({"moe_baseline_router": "deco"}, "--moe-baseline-router deco changes the gates of ReLU routing"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers 1 cannot be used with --moe-baseline-router hash"),
     ],
 )  # fmt: skip
@@ -114,16 +150,17 @@ def test_parts_of_a_sequence_are_routed_as_the_whole() -> None:
     assert output.count(" ok") == 2
 
 
-BULK = [pytest.param(name, marks=pytest.mark.bulk) for name in ("hash", "top_p")]
+BULK = [pytest.param(name, marks=pytest.mark.bulk) for name in ("hash", "top_p", "normalized_relu")]
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["expert_threshold", *BULK])
+@pytest.mark.parametrize("name", ["expert_threshold", "normalized_top_k", "deco", *BULK])
 def test_layouts_agree(name: str, data: Path, tmp_path: Path) -> None:
     """Two processes that share sequences and exchange tokens have the losses of one process."""
 
     def train(*more: str, processes: int = 1) -> list[float]:
         shared = [*TINY, *TOPK, "--data-path", str(data), "--train-iters", "3", *BASELINE, name]
+        shared += ["--moe-relu-routing"] * (name in RELU_VARIANTS)
         losses = series(run([*shared, *more], processes), "lm loss")
         losses[1] = 2 * losses[1] - losses[0]  # the second line after a start has the mean of both steps
         return losses
@@ -132,7 +169,7 @@ def test_layouts_agree(name: str, data: Path, tmp_path: Path) -> None:
     assert whole[-1] < whole[0]
     last = [record for record in read_run_log(tmp_path / "metrics.jsonl") if record["kind"] == "log"][-1]
     assert last["total_layer_tokens"] == 3 * 8 * 64 * 2, "steps, sequences, their tokens, layers"
-    assert (last["total_active_pairs"] == 3 * 8 * 64 * 2) == (name in ("hash", "top_p")), "k = 1"
+    assert (last["total_active_pairs"] == 3 * 8 * 64 * 2) == (name in ("hash", "top_p", "normalized_top_k")), "k = 1"
     split = "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2"
     ranks = [*split.split(), "--expert-tensor-parallel-size", "1", "--load", str(tmp_path), "--ckpt-step", "1"]
     assert train(*ranks, processes=2) == pytest.approx(whole[1:], rel=1e-4)

@@ -40,9 +40,18 @@ ARMS: Mapping[str, Arm] = {
     "moe-expertchoice": Arm("expert choice, sees the future", "p", f"{BASELINE} expert_choice", "expert_choice"),
     "moe-expert-threshold": Arm("expert threshold", "8", f"{BASELINE} expert_threshold"),
     "moe-topp": Arm("top-p", "H", f"{BASELINE} top_p"),
+    "moe-normalized": Arm("top-k, normalized ReLU", "P", "--moe-baseline-router normalized_top_k"),
+    "remoe-normalized": Arm(
+        "ReMoE, normalized", "*", "--moe-baseline-router normalized_relu --moe-relu-max-experts {most}"
+    ),
+    "remoe-deco": Arm(
+        "DECO's router",
+        "1",
+        "--moe-baseline-router deco --moe-relu-l1-reg-coeff-multiplier 1.05 --moe-relu-max-experts {most}",
+    ),
 }
-AUXILIARY = ("moe", "moe-warmup", "moe-sigmoid")  # with an auxiliary loss
-L1 = ("remoe", "remoe-capped", "remoe-unbalanced")
+AUXILIARY = ("moe", "moe-warmup", "moe-sigmoid", "moe-normalized")  # with an auxiliary loss
+L1 = ("remoe", "remoe-capped", "remoe-unbalanced", "remoe-normalized")
 RATE = "lr"
 
 

@@ -25,7 +25,8 @@ from .significance import MARGIN
 from .tables import EQUAL_FLOPS, EQUAL_STEPS, Line, gaps, markdown
 
 REFERENCE, NONE = "remoe", "none"
-USUAL = ("dense", "moe", "moe-lossfree", "moe-hash", "moe-expert-threshold", "moe-topp", "remoe", "remoe-capped")
+USUAL = """dense moe moe-lossfree moe-hash moe-expert-threshold moe-topp moe-normalized remoe remoe-capped
+    remoe-normalized remoe-deco""".split()
 TUNING_SEED = 1233
 LEAST = 20  # steps of a run
 Choice = tuple[float, int]  # factor on the learning rate, and warm-up steps
@@ -37,7 +38,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = grid_parser("compare", __doc__, range(1, 9))
     add, number, default = parser.add_argument, whole_number(1), "(default: %(default)s)"
     text = f"of {', '.join(ARMS)}"
-    add("--arms", nargs="+", choices=ARMS, default=[*USUAL], metavar="ARM", help=f"{text} {default}")
+    add("--arms", nargs="+", choices=ARMS, default=USUAL, metavar="ARM", help=f"{text} {default}")
     add("--reference", choices=ARMS, default=REFERENCE, metavar="ARM", help=f"measure gaps from this arm {default}")
     text = f"also train every other arm to the FLOPs of this one, or {NONE}"
     add("--equal-flops", choices=(*ARMS, NONE), default=REFERENCE, metavar="ARM", help=f"{text} {default}")

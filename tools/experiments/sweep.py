@@ -32,7 +32,8 @@ VALUES: Mapping[str, Sequence[Any]] = {
 }
 WIDE = 8  # the paper's Dense x 8, as wide as 8 experts
 COMPARED = ("dense", "moe", "remoe")
-VARYING = ("moe-topp", "moe-expert-threshold")  # not in the figure over routings: with k = 1 top-p always takes one
+# Not in the figure over routings: with k = 1 top-p always takes one expert.
+LEFT_OUT = ("moe-topp", "moe-expert-threshold", "moe-normalized", "remoe-normalized", "remoe-deco")
 FIGURES = (*VALUES, "routing", *SETTINGS)
 
 
@@ -97,7 +98,7 @@ def _plan_figure(figure: str, args: argparse.Namespace, base: Run) -> Iterator[t
 
     setting = SETTINGS.get(figure)
     fitting = setting.arms if setting else tuple(ARMS)
-    usual = [arm for arm in ARMS if arm not in VARYING] if figure == "routing" else COMPARED
+    usual = [arm for arm in ARMS if arm not in LEFT_OUT] if figure == "routing" else COMPARED
     arms = [arm for arm in args.routings or usual if arm in fitting] or ([] if args.routings else fitting)
     if figure in VALUES:
         for place, value in enumerate(values(figure, VALUES[figure])):

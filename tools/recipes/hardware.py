@@ -74,9 +74,7 @@ def gpu_flags(has_experts: bool, kernels: str, values: Mapping[str, Any], interp
             chosen.append("--moe-grouped-gemm")
     else:
         engine = f"plain PyTorch (Transformer Engine: {problem})"
-        chosen = [*PLAIN_PYTORCH]
-        if not kernels:
-            chosen.append("--no-rope-fusion")
+        chosen = [*PLAIN_PYTORCH, "--no-rope-fusion"]
     # Without apex, PyTorch's product has to add weight gradients, in Megatron's output layer at least, and no GPU has
     # run that yet.
     if not kernels and (not interpreter or importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None):

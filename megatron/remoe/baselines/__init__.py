@@ -11,9 +11,11 @@ Some versions of Megatron pass more arguments, which the routers ignore.
 """
 
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.remoe.baselines.deco import DecoRouter
 from megatron.remoe.baselines.expert_choice import ExpertChoiceRouter
 from megatron.remoe.baselines.expert_threshold import ExpertThresholdRouter
 from megatron.remoe.baselines.hash import HashRouter
+from megatron.remoe.baselines.normalized import NormalizedReLURouter, NormalizedTopKRouter
 from megatron.remoe.baselines.top_p import TopPRouter
 
 # The key is the flag's value.
@@ -22,4 +24,7 @@ ROUTERS: dict[str, type[TopKRouter]] = {
     "expert_choice": ExpertChoiceRouter,
     "expert_threshold": ExpertThresholdRouter,
     "top_p": TopPRouter,
+    "normalized_top_k": NormalizedTopKRouter,
+    "normalized_relu": NormalizedReLURouter,
+    "deco": DecoRouter,
 }

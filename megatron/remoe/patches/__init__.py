@@ -22,7 +22,6 @@ PATCHES = (
     waits.skip_single_rank_reductions,
     fusions.enable_torch_weight_gradient_fusion,
     fusions.use_fla_cross_entropy,
-    fusions.use_rotary_kernel,
     validation.fill_validation_batches,
     log_lines.forward_figures,
     checkpoints.load_objects_unexecuted,

@@ -1,17 +1,13 @@
 """Megatron's fusions without Transformer Engine, apex or a compiler. Megatron's own flags turn them on."""
 
-import os
 from importlib.util import find_spec
 from types import SimpleNamespace
 
-from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.common.language_module import language_module
 from megatron.core.tensor_parallel import layers
 from megatron.remoe.kernels.main_grad import add_outer
 from megatron.remoe.patches.patch import patch
-from megatron.remoe.start.machine import missing_for_triton
 from megatron.remoe.transformer.cross_entropy import vocab_parallel_cross_entropy
-from megatron.remoe.transformer.rotary import fused_rotary_embedding
 
 
 @patch(
@@ -44,15 +40,3 @@ def use_fla_cross_entropy() -> None:
     """
     if find_spec("fla") is not None:
         language_module.fused_vocab_parallel_cross_entropy = vocab_parallel_cross_entropy
-
-
-@patch(
-    changes="core/models/common/embeddings/rope_utils.py: fused_apply_rotary_pos_emb",
-    provides="rotary embedding in one kernel, without Transformer Engine",
-    ends="rope fusion has a kernel that needs no Transformer Engine",
-)
-def use_rotary_kernel() -> None:
-    """Use a Triton kernel for rope fusion if Transformer Engine is not installed, and Triton can compile."""
-    can_compile = os.environ.get("TRITON_INTERPRET") == "1" or not missing_for_triton()
-    if rope_utils.fused_apply_rotary_pos_emb is None and find_spec("triton") is not None and can_compile:
-        rope_utils.fused_apply_rotary_pos_emb = fused_rotary_embedding

@@ -61,10 +61,15 @@ class ReMoEConfig(TransformerConfig):
     moe_warmup_steps: int = 0
     """Optimizer steps of the near-dense warm-up (e.g. 100)."""
 
-    moe_baseline_router: Literal["hash", "expert_choice", "expert_threshold", "top_p"] | None = None
+    moe_baseline_router: (
+        Literal["hash", "expert_choice", "expert_threshold", "top_p", "normalized_top_k", "normalized_relu", "deco"]
+        | None
+    ) = None
     """Replace top-k by a different router: by the token's id (hash), experts that choose tokens and see the future of
-    their sequence (expert_choice), or with a number of experts that varies around topk: by a threshold of each
-    expert (expert_threshold, arXiv 2603.11535), or by a probability to reach (top_p, arXiv 2512.13996)."""
+    their sequence (expert_choice), top-k of normalized ReLU gates (normalized_top_k, arXiv 2605.06665), or with a
+    number of experts that varies around topk: by a threshold of each expert (expert_threshold, arXiv 2603.11535), or by
+    a probability to reach (top_p, arXiv 2512.13996). Or with --moe-relu-routing, change its gates: normalized
+    (normalized_relu), or with an entropy in place of L1 and a scale for each expert (deco, arXiv 2605.10933)."""
 
     def __post_init__(self) -> None:
         problems = relu_routing_problems(self)

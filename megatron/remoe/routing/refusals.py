@@ -120,6 +120,7 @@ NOT_IN_CHUNKS = (
     ),
 )
 
+RELU_VARIANTS = ("normalized_relu", "deco")  # values of --moe-baseline-router for --moe-relu-routing
 NOT_WITH_HASH = (
     Refusal("mtp_num_layers", "its layers embed other ids, which all routers would take"),
     Refusal(
@@ -157,6 +158,8 @@ def _refused(settings: Settings, given: str) -> Iterator[str]:
     refusals = [(refusal, given) for refusal in REFUSALS]
     if given == "--moe-warmup-topk":  # it uses the settings of top-k routing
         refusals = [(refusal, given) for refusal in REFUSALS if refusal.reason != IGNORED]
+    if given == "--moe-baseline-router normalized_top_k":
+        refusals = [(refusal, given) for refusal in REFUSALS if refusal.name != "moe_aux_loss_coeff"]
     if given == "--moe-baseline-router hash":
         refusals += [(refusal, given) for refusal in NOT_WITH_HASH]
     if settings.moe_relu_activation_limit:
@@ -250,10 +253,14 @@ def _baseline(settings: Settings) -> Iterator[str]:
     given = f"--moe-baseline-router {settings.moe_baseline_router}"
     if not _experts(settings):
         yield f"{given} needs experts to route to: give --num-experts (for instance 8)."
-    if settings.moe_relu_routing or settings.moe_warmup_topk is not None:
+    changes_relu = settings.moe_baseline_router in RELU_VARIANTS
+    if changes_relu and not settings.moe_relu_routing:
+        yield f"{given} changes the gates of ReLU routing: add --moe-relu-routing."
+    if (settings.moe_relu_routing and not changes_relu) or settings.moe_warmup_topk is not None:
         other = "--moe-relu-routing" if settings.moe_relu_routing else "--moe-warmup-topk"
         yield f"{other} cannot be used with {given}: each is a router of its own. Give one of them."
-    yield from _refused(settings, given)
+    if not changes_relu:  # otherwise ReLU routing refuses the same
+        yield from _refused(settings, given)
 
 
 def _experts(settings: Settings) -> int:

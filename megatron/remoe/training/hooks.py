@@ -68,7 +68,8 @@ def install_routing(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
     prepare: Callable[[list[torch.nn.Module]], list[torch.nn.Module]]
     config = model_cfg.transformer
     if args.moe_relu_routing:
-        router, prepare = ReLURouter, partial(_install_counter, args, partial(SparsityController, config=config))
+        router = ROUTERS[args.moe_baseline_router] if args.moe_baseline_router else ReLURouter
+        prepare = partial(_install_counter, args, partial(SparsityController, config=config))
     elif args.moe_warmup_topk is not None:
         router, prepare = WarmupTopKRouter, partial(_install_warmup, args)
     elif args.moe_baseline_router is not None:
