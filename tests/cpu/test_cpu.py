@@ -41,6 +41,10 @@ def test_torch_stays_what_it_is_outside_megatron() -> None:
         torch.zeros(2, device="cuda")
 
 
+def test_denormal_numbers_are_zero() -> None:
+    assert not (torch.full((2,), 1e-30) * 1e-10).any()
+
+
 def test_no_kernels_for_gpus_are_imported(tmp_path: Path) -> None:
     lines = "import sys, megatron.training; print('fla' in sys.modules); import fla; print(fla.__name__)"
     assert in_another_process(lines, tmp_path).split() == ["False", "fla"]

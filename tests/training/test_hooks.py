@@ -73,6 +73,6 @@ def test_a_step_that_runs_again_counts_once(name: str | None, monkeypatch: pytes
 def test_another_configuration_class_is_refused() -> None:
     model_cfg = argparse.Namespace(transformer=object())
     with pytest.raises(TypeError, match="needs a ReMoEConfig, got object"):
-        hooks.install_routing(argparse.Namespace(moe_relu_routing=True), model_cfg)
+        hooks.install_routing(argparse.Namespace(moe_relu_routing=True, moe_baseline_router=None), model_cfg)
     none = {"moe_relu_routing": False, "moe_warmup_topk": None, "moe_baseline_router": None, "num_experts": None}
     hooks.install_routing(argparse.Namespace(**none), model_cfg)

@@ -26,6 +26,9 @@ def install() -> None:
     put = facade.put_in_place()
     if put is not None:
         put.kernels = use_onednn()  # type: ignore[attr-defined]
+        # The averages of Adam decay to denormal numbers where an expert is inactive; its step then takes five times as
+        # long.
+        torch.set_flush_denormal(True)
         _keep_freed_memory()
         _adapt_tensors()
         _adapt_modules()
