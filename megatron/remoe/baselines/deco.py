@@ -5,8 +5,6 @@
     L   = L_lm - λ · Σ_layers 1/T · Σ_t Σ_e p_te log p_te
 
 λ moves as in ReLU routing. DECO's shared expert and its experts without gates are not part of the router.
-
-T tokens (sequence x batch), E experts.
 """
 
 from typing import Any
@@ -28,8 +26,7 @@ class DecoRouter(ReLURouter):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        device, dtype = torch.cuda.current_device(), self.config.params_dtype
-        self.scale = torch.nn.Parameter(torch.full((self.num_experts,), START, device=device, dtype=dtype))
+        self.scale = torch.nn.Parameter(torch.full_like(self.weight[:, 0], START))
         self.scale.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
 
     def routing(
@@ -41,15 +38,13 @@ class DecoRouter(ReLURouter):
         gates_TE, map_TE = super().routing(logits, padding_mask)
         return gates_TE * self.scale.to(gates_TE.dtype), map_TE
 
-    def count_and_regularize(
-        self, pairs_E: torch.Tensor, tokens: torch.Tensor, sums_E: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def count_and_regularize(self, *counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Count as `ReLURouter` does, with its guard and without L1."""
-        on_E, off = super().count_and_regularize(pairs_E, tokens, sums_E)
+        on_E, off = super().count_and_regularize(*counted)
         return torch.zeros_like(on_E), off
 
     def _entropy_loss(self, logits: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
-        """Return λ · entropy, averaged over the tokens of a sequence's ranks, as a scalar; 0 for a guarded layer."""
+        """Return λ times the mean entropy of a sequence's tokens, as a scalar; 0 for a guarded layer."""
         gates = logits.to(torch.promote_types(logits.dtype, torch.float32)).relu()
         shares = gates / (gates.sum(dim=-1, keepdim=True) + SMALL)
         entropies = -(shares * (shares + SMALL).log()).sum(dim=-1)

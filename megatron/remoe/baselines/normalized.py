@@ -4,8 +4,6 @@
     c = 1 / √(mean of the sum of the k largest squares of ReLU(l / ‖l‖))     for normally distributed logits l
 
 The paper takes the mean of the roots' inverses, which is infinite if a token may have no positive logit.
-
-T tokens (sequence x batch), E experts.
 """
 
 from typing import Any
@@ -16,48 +14,38 @@ from torch.nn.functional import normalize
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.remoe.routing.router import ReLURouter
 
-SAMPLES = 100_000
-
 
 class LearnedScale(torch.nn.Module):
-    """Multiply gates by the learned s and the constant c.
-
-    Attributes:
-        weight: `[1]`, s.
-        start: c.
-    """
+    """Multiply gates by s, the parameter `weight` `[1]`, and c, the number `start`."""
 
     def __init__(self, router: TopKRouter) -> None:
         super().__init__()
-        device, dtype = torch.cuda.current_device(), router.config.params_dtype
-        self.weight = torch.nn.Parameter(torch.ones(1, device=device, dtype=dtype))
+        self.weight = torch.nn.Parameter(torch.ones_like(router.weight[0, :1]))
         self.weight.sequence_parallel = router.config.sequence_parallel  # type: ignore[attr-defined]
-        logits = torch.randn(SAMPLES, router.num_experts, generator=torch.Generator().manual_seed(1))
+        logits = torch.randn(100_000, router.num_experts, generator=torch.Generator().manual_seed(1))
         largest = normalize(logits, dim=-1).relu().topk(router.topk, dim=-1).values
         self.start = float(largest.square().sum(dim=-1).mean().rsqrt())
 
-    def forward(self, gates_TE: torch.Tensor) -> torch.Tensor:
-        """Return the scaled gates `[T, E]`, in their dtype."""
-        return gates_TE * (self.weight * self.start).to(gates_TE.dtype)
+    def forward(self, gates: torch.Tensor) -> torch.Tensor:
+        """Return the scaled gates, in their dtype."""
+        return gates * (self.weight * self.start).to(gates.dtype)
 
 
 class NormalizedReLURouter(ReLURouter):
-    """ReLU routing of normalized logits: λ moves their number per token to k on average."""
+    """ReLU routing of normalized logits; L1 takes the gates before they are scaled."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.scale = LearnedScale(self)
 
-    def routing(
-        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_unused: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Route as `ReLURouter` does with the normalized logits; L1 takes the gates before they are scaled."""
-        gates_TE, map_TE = super().routing(normalize(logits, dim=-1), padding_mask)
+    def routing(self, logits: torch.Tensor, *given: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Route as `ReLURouter` does with the normalized logits."""
+        gates_TE, map_TE = super().routing(normalize(logits, dim=-1), *given, **named)
         return self.scale(gates_TE), map_TE
 
 
 class NormalizedTopKRouter(TopKRouter):
-    """Top-k of normalized ReLU gates, with Megatron's auxiliary loss of a micro-batch."""
+    """Top-k of normalized ReLU gates, some of which may be 0, with Megatron's auxiliary loss of a micro-batch."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -66,15 +54,14 @@ class NormalizedTopKRouter(TopKRouter):
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_unused: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Route each token to the experts with its k largest gates; a gate may be 0."""
+        """Route each token to the experts with its k largest logits."""
         padding_mask_T = None if padding_mask is None else padding_mask.reshape(-1)
         logits_TE = self.apply_z_loss(logits.view(-1, self.num_experts), padding_mask=padding_mask_T)
-        normalized_TE = normalize(logits_TE, dim=-1)
-        map_TE = torch.zeros_like(normalized_TE, dtype=torch.bool)
-        map_TE = map_TE.scatter_(1, normalized_TE.detach().topk(self.topk, dim=1).indices, True)
+        map_TE = torch.zeros_like(logits_TE, dtype=torch.bool)
+        map_TE = map_TE.scatter_(1, logits_TE.detach().topk(self.topk, dim=1).indices, True)
         if padding_mask_T is not None:
             map_TE = map_TE & ~padding_mask_T.unsqueeze(-1)
-        scores_TE = self.scale(normalized_TE.relu())
+        scores_TE = self.scale(normalize(logits_TE, dim=-1).relu())
         probs_TE = torch.where(map_TE, scores_TE, 0.0)
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
             probs_TE = self._apply_aux_loss(probs_TE, scores_TE, map_TE, with_padding_mask=padding_mask is not None)
