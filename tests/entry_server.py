@@ -106,7 +106,7 @@ if __name__ == "__main__":
     # Import this once, so that the children do not have to. Megatron reads its own sources for the help of its flags.
     import megatron.core.datasets.helpers_cpp
     import megatron.core.models.mimo
-    import megatron.core.tokenizers.text.models
+    import megatron.core.tokenizers.text.text_tokenizer
     import megatron.remoe.pretrain
     import megatron.remoe.start.data
     import megatron.remoe.start.run_lock
