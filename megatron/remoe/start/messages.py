@@ -12,7 +12,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import NoReturn
 
 from torch.distributed.checkpoint.api import CheckpointException
@@ -56,7 +55,8 @@ def usage_errors(rank: int | None = None) -> Iterator[None]:
     """End the process with exit code 2 and one message, without a traceback, if settings or files are refused.
 
     Flags are the same on all ranks, so only the first rank prints that they are wrong. A wrong file can concern one
-    rank only, which then prints too, after a pause in which torchrun ends it if the first rank also failed.
+    rank only, which then prints too. All others first wait: torchrun ends all ranks when one fails, so the first could
+    not print. Ended by torchrun they exit with 0, because its report has seven lines for each failure.
 
     Args:
         rank: of this process (default: RANK in the environment).
@@ -71,20 +71,24 @@ def usage_errors(rank: int | None = None) -> Iterator[None]:
             words = f"Megatron refuses these settings: {frame.line} ({place})"
         if not isinstance(error, UsageError):
             words += _remedy(words)
-        if number == "0":
-            _say(words)
-        elif isinstance(error, OF_ONE_RANK):
+        if number != "0":
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit())
             is_first_here = os.environ.get("LOCAL_RANK") == "0"
             time.sleep(SECONDS_FOR_LOCAL_RANK_0 if is_first_here else SECONDS_FOR_OTHERS)
-            _say(f"rank {number} on {socket.gethostname()}: {words}")
+            words = f"rank {number} on {socket.gethostname()}: {words}"
+        if number == "0" or isinstance(error, OF_ONE_RANK):
+            _say(words)
         raise SystemExit(2) from error
 
 
 def explain_flag_errors(parser: argparse.ArgumentParser) -> None:
-    """Print one short message for wrong flags, on the first rank, and all of Megatron's flags for --help."""
-    # Megatron's usage has 700 lines and would hide the error.
-    parser.usage = parser.usage or "%(prog)s [--flag [value ...] ...]   (--help lists all)"
-    parser.error = partial(_flag_error, parser)  # type: ignore[method-assign]
+    """Raise a UsageError for wrong flags, without Megatron's usage of 700 lines. Let --help print all flags."""
+    parser.usage = parser.usage or "%(prog)s [--flag [value ...] ...]"
+
+    def refuse(message: str) -> NoReturn:
+        raise UsageError(f"{message}. --help lists all flags.")
+
+    parser.error = refuse  # type: ignore[method-assign]
     # Some of Megatron's help texts contain a percent sign, with which --help would fail.
     formatter = parser._get_formatter()
     for action in parser._actions:
@@ -94,20 +98,12 @@ def explain_flag_errors(parser: argparse.ArgumentParser) -> None:
             action.help = (action.help or "").replace("%", "%%")
 
 
-def _flag_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """Report a wrong flag as `parser.error` does, on the first rank."""
-    if os.environ.get("RANK", "0") == "0":
-        parser.print_usage(sys.stderr)
-        _say(f"{message}. --help lists all flags.")
-    raise SystemExit(2)
-
-
 def _say(words: str) -> None:
     """Print an error on standard error, under the name of the program that was started. torchrun repeats it."""
     sys.stdout.flush()
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with open(path, "w") as file:
-            json.dump({"message": words, "timestamp": int(time.time())}, file)
+            json.dump({"message": {"message": words, "extraInfo": {"timestamp": int(time.time())}}}, file)
     print(f"{os.path.basename(sys.argv[0])}: error: {words}", file=sys.stderr, flush=True)
 
 
