@@ -23,11 +23,11 @@ OPTIMIZER = "core/optimizer/distrib_optimizer.py"
 
 @patch(
     changes="training/checkpointing.py: preprocess_fsdp_dtensor_state_dict",
-    provides="saving with Megatron-FSDP on more than one rank: it hangs",
+    provides="saving with Megatron-FSDP on more than one rank: it hangs; names of ReLU routers that stop other programs",
     ends="Megatron lists the same optimizer states on all ranks (NVIDIA/Megatron-LM issue 4910)",
 )
 def list_all_optimizer_states() -> None:
-    """Add an empty optimizer state for each parameter without rows on this rank.
+    """Add an empty optimizer state for each parameter without rows on this rank; name ReLU routers' weights so.
 
     Ranks exchange the places of their rows tensor by tensor. Optimizers keep no state for a parameter without rows, so
     ranks would wait for each other forever, or exchange places of different tensors.
@@ -38,7 +38,11 @@ def list_all_optimizer_states() -> None:
         if "optimizer" in state:
             parameters = handle_experts_in_state_dict(dict(model.named_parameters()), args.num_experts)
             state = state | {"optimizer": _with_all_states(state["optimizer"], parameters)}
-        return stock(args, state, model)
+        state = stock(args, state, model)
+        tensors = state["model"]
+        for router in [key.removesuffix("l1_exponent") for key in tensors if key.endswith(".router.l1_exponent")]:
+            tensors[f"{router}relu_weight"] = tensors.pop(f"{router}weight")
+        return state
 
 
 def _with_all_states(optimizer: dict[str, Any], parameters: dict[str, torch.Tensor]) -> dict[str, Any]:
