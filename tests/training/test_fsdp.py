@@ -126,8 +126,8 @@ def test_tools_read_what_is_converted(saved: Saved, tmp_path: Path) -> None:
         assert torch.equal(actual[f"{experts}1.weight"][1, number], torch.cat(first))
         second = stored[f"{layer}mlp.experts.linear_fc2.weight{number}"]
         assert torch.equal(actual[f"{experts}2.weight"][1, number], second)
-    for name, there in (("relu_weight", "weight"), ("l1_exponent", "l1_exponent")):
-        assert torch.equal(actual[f"decoder.layers.mlp.router.{name}"][1], stored[f"{layer}mlp.router.{there}"])
+    for name in ("mlp.router.relu_weight", "mlp.router.l1_exponent"):
+        assert torch.equal(actual[f"decoder.layers.{name}"][1], stored[f"{layer}{name}"])
     assert "decoder.layers.pre_mlp_layernorm.weight" in entries, "Transformer Engine's MoE layers look for it"
 
 

@@ -78,8 +78,8 @@ def gpu_flags(has_experts: bool, kernels: str, values: Mapping[str, Any], interp
     else:
         if values["--context-parallel-size"] > 1 and values["--transformer-impl"] in (None, "local"):
             raise RecipeError(
-                f"CP={values['--context-parallel-size']} needs Transformer Engine ({problem}). Install it, leave CP out, "
-                "or, to plan for a different machine, add --transformer-impl transformer_engine after --"
+                f"CP={values['--context-parallel-size']} needs Transformer Engine ({problem}). Install it, or leave CP "
+                "out. To plan for another machine, add --transformer-impl transformer_engine after --"
             )
         engine = f"plain PyTorch (Transformer Engine: {problem})"
         chosen = [*PLAIN_PYTORCH]

@@ -14,10 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from torch.distributed.checkpoint.api import CheckpointException
-
 from megatron.remoe.files.errors import DataError, UsageError, with_code
-from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
+from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, unwrap
 
 LOST_WORKER = r"DataLoader worker .*(exited unexpectedly|is killed by signal)"
 # Pattern of an error → remedy.
@@ -51,20 +49,17 @@ SECONDS_FOR_LOCAL_RANK_0, SECONDS_FOR_OTHERS = 2, 5
 
 
 @contextmanager
-def usage_errors(rank: int | None = None) -> Iterator[None]:
+def usage_errors() -> Iterator[None]:
     """End the process with exit code 2 and one message, without a traceback, if settings or files are refused.
 
     Flags are the same on all ranks, so only the first rank prints that they are wrong. A wrong file can concern one
     rank only, which then prints too. All others first wait: torchrun ends all ranks when one fails, so the first could
     not print. Ended by torchrun they exit with 0, because its report has seven lines for each failure.
-
-    Args:
-        rank: of this process (default: RANK in the environment).
     """
     try:
         yield
     except (ValueError, AssertionError, OSError) as error:
-        number = os.environ.get("RANK", "0") if rank is None else str(rank)
+        number = os.environ.get("RANK", "0")
         if not (words := with_code(error)):  # an assertion without a message
             frame = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
@@ -73,8 +68,7 @@ def usage_errors(rank: int | None = None) -> Iterator[None]:
             words += _remedy(words)
         if number != "0":
             signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-            is_first_here = os.environ.get("LOCAL_RANK") == "0"
-            time.sleep(SECONDS_FOR_LOCAL_RANK_0 if is_first_here else SECONDS_FOR_OTHERS)
+            time.sleep(SECONDS_FOR_LOCAL_RANK_0 if os.environ.get("LOCAL_RANK") == "0" else SECONDS_FOR_OTHERS)
             words = f"rank {number} on {socket.gethostname()}: {words}"
         if number == "0" or isinstance(error, OF_ONE_RANK):
             _say(words)
@@ -110,10 +104,7 @@ def _say(words: str) -> None:
 def exit_with_message(error: BaseException) -> NoReturn:
     """Print a traceback, unless the user can correct the error, and one short message. End with exit code 1."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as another rank has ended
-    # PyTorch's own error for checkpoints prints a traceback of each rank.
-    cause = error
-    while isinstance(cause, CheckpointException) and cause.failures:
-        cause = next(iter(cause.failures.values()))[0]
+    cause = unwrap(error)
     if not (isinstance(cause, UsageError) or re.search(LOST_WORKER, str(error))):
         traceback.print_exception(error)
     # Half-built objects print errors when they are freed. Free them before the message.
