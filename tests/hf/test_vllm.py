@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -66,14 +67,19 @@ def install_plugin(site: Path) -> None:
     (information / "entry_points.txt").write_text(f"[{group}]\n{name} = {function}\n")
 
 
+def processor_seconds(server: psutil.Process) -> float:
+    """Return the time that a server and its processes have computed, on a busy machine too."""
+    return sum(sum(process.cpu_times()[:2]) for process in (server, *server.children(recursive=True)))
+
+
 def command(python: str, folder: Path) -> list[str]:
     """Return what `vllm serve FOLDER` runs; the command itself asks for a package named vllm."""
     return [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "model"]
 
 
 @contextmanager
-def serving(words: list[str], site: Path, log: Path) -> Iterator[str]:
-    """Run `vllm serve` with these words, and yield the address for completions."""
+def serving(words: list[str], site: Path, log: Path) -> Iterator[tuple[str, psutil.Process]]:
+    """Run `vllm serve` with these words, and yield the address for completions and the process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     # This process has turned compilation off for Megatron.
@@ -91,7 +97,7 @@ def serving(words: list[str], site: Path, log: Path) -> Iterator[str]:
             except OSError:
                 assert process.poll() is None, log.read_text()[-4000:]
                 time.sleep(1)
-        yield f"http://127.0.0.1:{port}/v1/completions"
+        yield f"http://127.0.0.1:{port}/v1/completions", psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait()
@@ -121,7 +127,7 @@ def test_text_and_probabilities(kind: str, most: int, trust: bool, server: str, 
     words = command(server, tmp_path / "folder") + ["--trust-remote-code"] * trust
     text = [*data.with_suffix(".bin").read_bytes()[::2]]
     prompts = [text[:60], text[60:67], text[99:200]]
-    with serving(words, tmp_path / "site", tmp_path / "log") as address:
+    with serving(words, tmp_path / "site", tmp_path / "log") as (address, _):
         choices = complete(address, prompts, echo=True, logprobs=0, return_token_ids=True)
     model, largest = AutoModelForCausalLM.from_pretrained(tmp_path / "folder"), 0.0
     with torch.no_grad(), count_experts(model) as histograms:
@@ -141,24 +147,26 @@ def test_a_token_costs_all_slots(server: str, tmp_path: Path) -> None:
     sizes = SMALL | {"hidden_size": 512, "head_dim": 64, "max_position_embeddings": 256, "vocab_size": 512}
     sizes |= {"num_experts": 8, "moe_intermediate_size": 1024}
     kinds: dict[str, dict[str, Any]] = {f"K = {k}": {"max_experts_per_token": k} for k in (1, 2, 4, 8)}
-    kinds |= {f"top-{k}": {"moe_relu_routing": False, "num_experts_per_tok": k} for k in (1, 4)}
+    kinds["top-1"] = {"moe_relu_routing": False}
     tokenizer = gpt2_tokenizer_folder(*byte_level_vocabulary(tmp_path / "files"), cache_dir=tmp_path)
     install_plugin(tmp_path / "site")
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     with ExitStack() as servers:
-        addresses = {}
+        started = {}
         for name, changes in kinds.items():
             k = {"num_experts_per_tok": changes.get("max_experts_per_token", 1), "target_experts_per_token": 1}
             RemoeForCausalLM(RemoeConfig(**(sizes | k | changes))).save_pretrained(folder := tmp_path / name)
             words = ["taskset", "-c", "1", *command(server, folder), "--tokenizer", str(tokenizer)]
-            addresses[name] = servers.enter_context(serving(words, tmp_path / "site", tmp_path / f"{name}.log"))
+            started[name] = servers.enter_context(serving(words, tmp_path / "site", tmp_path / f"{name}.log"))
         for turn in range(11):
-            for name, address in addresses.items():
-                start = time.perf_counter()
-                complete(address, [[*range(turn, turn + 16)]] * 32, max_tokens=64)
-                seconds[name] += [time.perf_counter() - start] * (turn > 0)
+            for name, (address, process) in started.items():
+                before = processor_seconds(process)
+                complete(address, [[*range(turn, turn + 16)]] * 32, max_tokens=32)
+                seconds[name] += [processor_seconds(process) - before] * (turn > 0)
     for name, times in seconds.items():
         ratios = [first / time for first, time in zip(seconds["K = 1"], times, strict=True)]
         low, middle, high = quantiles(ratios, n=4)
-        print(f"{name}: {32 * 64 / median(times):.0f} tokens/s, {middle:.2f} of K = 1 ({low:.2f} to {high:.2f})")
+        print(
+            f"{name}: {32 * 32 / median(times):.0f} tokens per processor second, {middle:.2f} of K = 1 ({low:.2f} to {high:.2f})"
+        )
     assert median(seconds["K = 8"]) > 1.2 * median(seconds["K = 4"])
