@@ -123,6 +123,7 @@ TO_TRAIN, TWO = {"DRY_RUN": "0"}, {"NNODES": "2", "MASTER_ADDR": "first"}
         ("8", {"MODEL": "mamba"}, "MODEL=mamba hybrid"),
         ("8 -- --num-layers 2", {"MODEL": "hybrid"}, "--num-layers --hybrid-layer-pattern"),
         ("8", {"KERNELS": "cuda"}, "KERNELS=cuda triton"),
+        ("8", {"CP": "2"}, "CP=2 --transformer-impl"),
     ],
 )
 def test_errors(words: str, environment: dict[str, str], facts: str) -> None:

@@ -16,6 +16,7 @@ def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Return the list of seconds that a rank would have waited before it printed."""
     seconds: list[float] = []
     monkeypatch.setattr(messages.time, "sleep", seconds.append)
+    monkeypatch.setattr(messages.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["/somewhere/own_script.py"])
     return seconds
 
@@ -48,13 +49,12 @@ def test_another_rank_says_what_is_its_own_reason(waited, monkeypatch, capsys) -
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         expected = f"own_script.py: error: rank 3 on {socket.gethostname()}: no data [{DataError.code}]\n"
         assert said(DataError("no data"), capsys) == expected
-    assert 0 < waited[0] < waited[1], "the first of a machine speaks first, and torchrun then ends the others"
+    assert 0 < waited[1] < waited[0] == waited[2], "torchrun ends the others when the first of a machine has spoken"
 
 
 def test_last_words_are_of_the_program(waited, monkeypatch, capsys) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(messages.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as stop:
         messages.exit_with_message(RuntimeError("CUDA out of memory"))
     words = capsys.readouterr().err.splitlines()[-2:]
@@ -64,7 +64,6 @@ def test_last_words_are_of_the_program(waited, monkeypatch, capsys) -> None:
 
 
 def test_a_lost_reader_of_data_is_one_line_and_a_remedy(waited, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(messages.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit):
         messages.exit_with_message(RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. "))
     output = capsys.readouterr().err

@@ -64,6 +64,9 @@ def gpu_flags(has_experts: bool, kernels: str, values: Mapping[str, Any], interp
         kernels: KERNELS of the environment.
         values: see `deciding_values`.
         interpreter: starts the run; empty to ask for no packages and choose plain PyTorch.
+
+    Raises:
+        RecipeError: context parallelism would run in plain PyTorch, which does not have it.
     """
     problem: str | None = "not asked for"
     if interpreter and values["--transformer-impl"] != "local":
@@ -73,6 +76,11 @@ def gpu_flags(has_experts: bool, kernels: str, values: Mapping[str, Any], interp
         if has_experts:
             chosen.append("--moe-grouped-gemm")
     else:
+        if values["--context-parallel-size"] > 1 and values["--transformer-impl"] in (None, "local"):
+            raise RecipeError(
+                f"CP={values['--context-parallel-size']} needs Transformer Engine ({problem}). Install it, or leave CP "
+                "out. To plan for another machine, add --transformer-impl transformer_engine after --"
+            )
         engine = f"plain PyTorch (Transformer Engine: {problem})"
         chosen = [*PLAIN_PYTORCH, "--no-rope-fusion"]
     # Without apex, PyTorch's product has to add weight gradients, in Megatron's output layer at least, and no GPU has

@@ -56,5 +56,8 @@ if __name__ == "__main__":
     from ..models.on_cpu import megatron_on_cpu
 
     megatron_on_cpu()
+    from megatron.remoe.start.messages import usage_errors
+
     sys.argv[0] = "pretrain_gpt.py"
-    print(json.dumps(vars(make_parser().parse_known_args(sys.argv[1:])[0]), default=str))
+    with usage_errors():
+        print(json.dumps(vars(make_parser().parse_known_args(sys.argv[1:])[0]), default=str))

@@ -19,7 +19,7 @@ from megatron.core.rerun_state_machine import Call, Caller
 from megatron.remoe.patches.patch import patch, replace
 from megatron.remoe.routing.router import RELU_KEY
 from megatron.remoe.start.checkpoint_files import go_back, loaded_checkpoint
-from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, check_object
+from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, check_object, unwrap
 from megatron.training import checkpointing, training
 from megatron.training.global_vars import get_args
 
@@ -73,7 +73,7 @@ def go_back_from_damage() -> None:
                     "give an earlier iteration with --ckpt-step."
                 ) from stop
             except (BrokenCheckpointError, CheckpointingException, CheckpointException) as error:
-                cause = _cause(error)  # all ranks fail in the same way
+                cause = unwrap(error)  # all ranks fail in the same way
                 is_damage = getattr(cause, "code", "") == BrokenCheckpointError.code
                 if folder is None or not (is_damage or "integrity verification failed" in str(cause)):
                     raise cause from None
@@ -83,12 +83,6 @@ def go_back_from_damage() -> None:
         if args.no_load_optim and not args.finetune and loaded[0] and len(rest) > 1 and rest[1] is not None:
             rest[1].step(args.consumed_train_samples)  # Megatron leaves the schedule of the learning rate at its start
         return loaded
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return our error if PyTorch has wrapped one, else the given error."""
-    wrapped = error.failures.values() if isinstance(error, CheckpointException) else ()
-    return next((cause for cause, _ in wrapped if isinstance(cause, BrokenCheckpointError)), error)
 
 
 @patch(

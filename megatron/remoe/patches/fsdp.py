@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.tensor import DTensor
 
 from megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp import MegatronFSDP
@@ -22,8 +23,8 @@ OPTIMIZER = "core/optimizer/distrib_optimizer.py"
 
 
 @patch(
-    changes="training/checkpointing.py: preprocess_fsdp_dtensor_state_dict",
-    provides="saving with Megatron-FSDP on more than one rank: it hangs",
+    changes="training/checkpointing.py: preprocess_fsdp_dtensor_state_dict; set_up_planner of PyTorch's planner",
+    provides="saving with Megatron-FSDP on several ranks, which hangs; checkpoints that no program loads as top-k",
     ends="Megatron lists the same optimizer states on all ranks (NVIDIA/Megatron-LM issue 4910)",
 )
 def list_all_optimizer_states() -> None:
@@ -31,6 +32,7 @@ def list_all_optimizer_states() -> None:
 
     Ranks exchange the places of their rows tensor by tensor. Optimizers keep no state for a parameter without rows, so
     ranks would wait for each other forever, or exchange places of different tensors.
+    Also store a ReLU router's weight as `relu_weight`, as `name_relu_routers` does in Megatron's own format.
     """
 
     @replace(checkpointing, "preprocess_fsdp_dtensor_state_dict")
@@ -38,7 +40,18 @@ def list_all_optimizer_states() -> None:
         if "optimizer" in state:
             parameters = handle_experts_in_state_dict(dict(model.named_parameters()), args.num_experts)
             state = state | {"optimizer": _with_all_states(state["optimizer"], parameters)}
-        return stock(args, state, model)
+        state = stock(args, state, model)
+        routers = [key.removesuffix("l1_exponent") for key in state["model"] if key.endswith(".router.l1_exponent")]
+        for router in routers:
+            state["model"][f"{router}relu_weight"] = state["model"].pop(f"{router}weight")
+        return state
+
+    @replace(DefaultLoadPlanner, "set_up_planner")
+    def set_up(stock: Any, self: DefaultLoadPlanner, state: dict[str, Any], metadata: Any, *rest: Any) -> None:
+        for key in [*state.get("model", ())]:  # checkpoints of earlier versions have Megatron's name
+            if key.endswith(".router.relu_weight") and f"model.{key}" not in metadata.state_dict_metadata:
+                state["model"][key.replace("relu_weight", "weight")] = state["model"].pop(key)
+        stock(self, state, metadata, *rest)
 
 
 def _with_all_states(optimizer: dict[str, Any], parameters: dict[str, torch.Tensor]) -> dict[str, Any]:

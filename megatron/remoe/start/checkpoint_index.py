@@ -8,6 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron.remoe.files.errors import UsageError
@@ -23,6 +24,13 @@ class BrokenCheckpointError(UsageError):
     """A checkpoint is damaged or incomplete; the message names the file."""
 
     code = "REMOE-E401"
+
+
+def unwrap(error: BaseException) -> BaseException:
+    """Return the error of one rank if PyTorch has wrapped all of them, else the given error."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return error
 
 
 # The unpickler in C allocates as many table entries as a damaged file asks for, up to 64 GiB; Python's does not.

@@ -7,9 +7,7 @@ from functools import partial
 
 # These repeat at every start, on every rank. docs/design.md lists the optional packages.
 UNHELPFUL_WARNINGS = (
-    r"Transformer Engine and Apex are not installed",
-    r"Apex is not installed",
-    r"absl\.logging is not installed",
+    r".*(Apex|absl\.logging) (is|are) not installed",
     r"Only transformer-engine>=1\.7\.0 supports MoE experts",
     r"MimoModelConfig is experimental",
     r"'pin_memory' argument is set as true but no accelerator is found",

@@ -12,13 +12,10 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import NoReturn
 
-from torch.distributed.checkpoint.api import CheckpointException
-
 from megatron.remoe.files.errors import DataError, UsageError, with_code
-from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
+from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, unwrap
 
 LOST_WORKER = r"DataLoader worker .*(exited unexpectedly|is killed by signal)"
 # Pattern of an error → remedy.
@@ -52,39 +49,40 @@ SECONDS_FOR_LOCAL_RANK_0, SECONDS_FOR_OTHERS = 2, 5
 
 
 @contextmanager
-def usage_errors(rank: int | None = None) -> Iterator[None]:
+def usage_errors() -> Iterator[None]:
     """End the process with exit code 2 and one message, without a traceback, if settings or files are refused.
 
     Flags are the same on all ranks, so only the first rank prints that they are wrong. A wrong file can concern one
-    rank only, which then prints too, after a pause in which torchrun ends it if the first rank also failed.
-
-    Args:
-        rank: of this process (default: RANK in the environment).
+    rank only, which then prints too. All others first wait: torchrun ends all ranks when one fails, so the first could
+    not print. Ended by torchrun they exit with 0, because its report has seven lines for each failure.
     """
     try:
         yield
     except (ValueError, AssertionError, OSError) as error:
-        number = os.environ.get("RANK", "0") if rank is None else str(rank)
+        number = os.environ.get("RANK", "0")
         if not (words := with_code(error)):  # an assertion without a message
             frame = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
             words = f"Megatron refuses these settings: {frame.line} ({place})"
         if not isinstance(error, UsageError):
             words += _remedy(words)
-        if number == "0":
+        if number != "0":
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+            time.sleep(SECONDS_FOR_LOCAL_RANK_0 if os.environ.get("LOCAL_RANK") == "0" else SECONDS_FOR_OTHERS)
+            words = f"rank {number} on {socket.gethostname()}: {words}"
+        if number == "0" or isinstance(error, OF_ONE_RANK):
             _say(words)
-        elif isinstance(error, OF_ONE_RANK):
-            is_first_here = os.environ.get("LOCAL_RANK") == "0"
-            time.sleep(SECONDS_FOR_LOCAL_RANK_0 if is_first_here else SECONDS_FOR_OTHERS)
-            _say(f"rank {number} on {socket.gethostname()}: {words}")
         raise SystemExit(2) from error
 
 
 def explain_flag_errors(parser: argparse.ArgumentParser) -> None:
-    """Print one short message for wrong flags, on the first rank, and all of Megatron's flags for --help."""
-    # Megatron's usage has 700 lines and would hide the error.
-    parser.usage = parser.usage or "%(prog)s [--flag [value ...] ...]   (--help lists all)"
-    parser.error = partial(_flag_error, parser)  # type: ignore[method-assign]
+    """Raise a UsageError for wrong flags, without Megatron's usage of 700 lines. Let --help print all flags."""
+    parser.usage = parser.usage or "%(prog)s [--flag [value ...] ...]"
+
+    def refuse(message: str) -> NoReturn:
+        raise UsageError(f"{message}. --help lists all flags.")
+
+    parser.error = refuse  # type: ignore[method-assign]
     # Some of Megatron's help texts contain a percent sign, with which --help would fail.
     formatter = parser._get_formatter()
     for action in parser._actions:
@@ -94,30 +92,19 @@ def explain_flag_errors(parser: argparse.ArgumentParser) -> None:
             action.help = (action.help or "").replace("%", "%%")
 
 
-def _flag_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """Report a wrong flag as `parser.error` does, on the first rank."""
-    if os.environ.get("RANK", "0") == "0":
-        parser.print_usage(sys.stderr)
-        _say(f"{message}. --help lists all flags.")
-    raise SystemExit(2)
-
-
 def _say(words: str) -> None:
     """Print an error on standard error, under the name of the program that was started. torchrun repeats it."""
     sys.stdout.flush()
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with open(path, "w") as file:
-            json.dump({"message": words, "timestamp": int(time.time())}, file)
+            json.dump({"message": {"message": words, "extraInfo": {"timestamp": int(time.time())}}}, file)
     print(f"{os.path.basename(sys.argv[0])}: error: {words}", file=sys.stderr, flush=True)
 
 
 def exit_with_message(error: BaseException) -> NoReturn:
     """Print a traceback, unless the user can correct the error, and one short message. End with exit code 1."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as another rank has ended
-    # PyTorch's own error for checkpoints prints a traceback of each rank.
-    cause = error
-    while isinstance(cause, CheckpointException) and cause.failures:
-        cause = next(iter(cause.failures.values()))[0]
+    cause = unwrap(error)
     if not (isinstance(cause, UsageError) or re.search(LOST_WORKER, str(error))):
         traceback.print_exception(error)
     # Half-built objects print errors when they are freed. Free them before the message.

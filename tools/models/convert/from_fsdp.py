@@ -15,6 +15,7 @@ from ..hf.settings import complete
 from ..megatron_model import EXPERT, build, one_process
 
 PREFIX = "model.module."
+NAMES = NORMS | {".router.weight": ".router.relu_weight"}
 
 
 def convert_fsdp(options: argparse.Namespace, display: Display) -> None:
@@ -43,7 +44,7 @@ def convert_fsdp(options: argparse.Namespace, display: Display) -> None:
 
 def _stored(name: str, tensor: torch.Tensor, keys: Mapping[str, object]) -> dict[str, torch.Tensor]:
     """Return the checkpoint's keys of a tensor, each with the part to fill; SwiGLU's halves have a key each."""
-    names = [name, *(name.replace(local, engine) for local, engine in NORMS.items())]
+    names = [name, *(name.replace(local, stored) for local, stored in NAMES.items())]
     if expert := EXPERT.fullmatch(name):
         names.append(f"{expert['mlp']}experts.{expert['weight']}{expert['expert']}")
     for key in (PREFIX + name for name in names):
