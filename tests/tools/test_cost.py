@@ -7,9 +7,10 @@ import torch
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.remoe.layer.specs import (
+    LATENT_ATTENTION,
+    NORMS_OF_ALL_HEADS,
+    replace_classes,
     with_fused_layers,
-    with_latent_attention,
-    with_norms_of_all_heads,
     with_relu_routing,
 )
 from megatron.remoe.routing.config import ReMoEConfig, ReMoEMLAConfig
@@ -58,8 +59,8 @@ def kept_by_pytorch(args: argparse.Namespace) -> tuple[float, float]:
         hidden_dropout=0.0,
     )
     spec = get_gpt_layer_local_spec(args.num_experts, False, args.qk_layernorm, bool(latent))
-    spec = with_latent_attention(spec) if latent else spec
-    spec = with_norms_of_all_heads(spec) if args.qk_layernorm_all_heads else spec
+    spec = replace_classes(spec, LATENT_ATTENTION) if latent else spec
+    spec = replace_classes(spec, NORMS_OF_ALL_HEADS) if args.qk_layernorm_all_heads else spec
     spec = with_relu_routing(spec)
     spec = with_fused_layers(spec) if args.local_layer_fusion else spec
     layer = spec.module(config, submodules=spec.submodules, layer_number=1).cuda()

@@ -57,8 +57,7 @@ class NormalizedTopKRouter(TopKRouter):
         """Route each token to the experts with its k largest logits."""
         padding_mask_T = None if padding_mask is None else padding_mask.reshape(-1)
         logits_TE = self.apply_z_loss(logits.view(-1, self.num_experts), padding_mask=padding_mask_T)
-        map_TE = torch.zeros_like(logits_TE, dtype=torch.bool)
-        map_TE = map_TE.scatter_(1, logits_TE.detach().topk(self.topk, dim=1).indices, True)
+        map_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, logits_TE.topk(self.topk).indices, True)
         if padding_mask_T is not None:
             map_TE = map_TE & ~padding_mask_T.unsqueeze(-1)
         scores_TE = self.scale(normalize(logits_TE, dim=-1).relu())

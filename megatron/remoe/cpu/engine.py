@@ -23,14 +23,12 @@ def install() -> None:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     # Megatron requires it for tensor parallelism. It orders CUDA kernels and has no effect here.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # PyTorch reads it before its first tensor: huge pages for large ones. Without them, steps took up to four times as
-    # long on a virtual machine.
+    # Huge pages for large tensors. Without them, steps took up to four times as long on a virtual machine.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     put = facade.put_in_place()
     if put is not None:
         put.kernels = use_onednn()  # type: ignore[attr-defined]
-        # The averages of Adam decay to denormal numbers where an expert is inactive; its step then takes five times as
-        # long.
+        # Adam's averages decay to denormal numbers where an expert is inactive, and its step takes five times as long.
         torch.set_flush_denormal(True)
         _keep_freed_memory()
         _adapt_tensors()

@@ -25,6 +25,11 @@ from megatron.remoe.transformer.attention import FusedDotProductAttention
 from megatron.remoe.transformer.norm import SequenceParallelTorchNorm
 from megatron.remoe.transformer.self_attention import AllHeadsNormAttention, LatentAttention
 
+# Classes for `replace_classes`. Plain layers need the fused kernels for the sizes of latent attention.
+LATENT_ATTENTION = {MLASelfAttention: LatentAttention, DotProductAttention: FusedDotProductAttention}
+NORMS_OF_ALL_HEADS = {SelfAttention: AllHeadsNormAttention}
+PLANNED_DISPATCH = {MoELayer: ReMoELayer}  # takes --moe-kernels; routers and experts stay
+
 type LayerSpec = ModuleSpec | TransformerBlockSubmodules | MultiTokenPredictionBlockSubmodules
 
 
@@ -43,22 +48,12 @@ def with_router(spec: LayerSpec, router: type[TopKRouter]) -> LayerSpec:
     Raises:
         TypeError: a layer's experts and router belong to a different class than Megatron's `MoELayer`.
     """
-    return _replaced(spec, {MoELayer: ReMoELayer}, router)
-
-
-def with_latent_attention(spec: Any) -> Any:
-    """Return a copy of `spec` with `LatentAttention`; plain layers need the fused kernels for its sizes."""
-    return _replaced(spec, {MLASelfAttention: LatentAttention, DotProductAttention: FusedDotProductAttention})
-
-
-def with_norms_of_all_heads(spec: Any) -> Any:
-    """Return a copy of `spec` with `AllHeadsNormAttention`."""
-    return _replaced(spec, {SelfAttention: AllHeadsNormAttention})
+    return replace_classes(spec, PLANNED_DISPATCH, router)
 
 
 def with_sequence_parallel_norms(spec: Any) -> Any:
     """Return a copy of `spec` whose PyTorch norms may run under sequence parallelism; other norms stay."""
-    return _replaced(spec, {WrappedTorchNorm: SequenceParallelTorchNorm})
+    return replace_classes(spec, {WrappedTorchNorm: SequenceParallelTorchNorm})
 
 
 def with_fused_layers(spec: Any, experts: type[GroupedExperts] = GroupedExperts) -> Any:
@@ -70,16 +65,11 @@ def with_fused_layers(spec: Any, experts: type[GroupedExperts] = GroupedExperts)
         spec: see above.
         experts: their class; `SplitExperts` for Megatron-FSDP.
     """
-    build = partial(build_experts, kind=experts)
-    return _replaced(spec, {DotProductAttention: FusedDotProductAttention, MoELayer: ReMoELayer, SequentialMLP: build})
+    local = {DotProductAttention: FusedDotProductAttention, SequentialMLP: partial(build_experts, kind=experts)}
+    return replace_classes(spec, PLANNED_DISPATCH | local)
 
 
-def with_planned_dispatch(spec: Any) -> Any:
-    """Return a copy of `spec` whose MoE layers take `--moe-kernels`; routers and experts stay."""
-    return _replaced(spec, {MoELayer: ReMoELayer})
-
-
-def _replaced(spec: Any, classes: dict[Any, Any], router: type[TopKRouter] | None = None) -> Any:
+def replace_classes(spec: Any, classes: dict[Any, Any], router: type[TopKRouter] | None = None) -> Any:
     """Return a specification in which the keys of `classes` are replaced by their values; other parts are the same.
 
     Args:
@@ -90,22 +80,22 @@ def _replaced(spec: Any, classes: dict[Any, Any], router: type[TopKRouter] | Non
     if isinstance(spec, type):
         return classes.get(spec, spec)
     if isinstance(spec, list):
-        items = [_replaced(item, classes, router) for item in spec]
+        items = [replace_classes(item, classes, router) for item in spec]
         return spec if all(map(operator.is_, items, spec)) else items
     if isinstance(spec, dict):
-        values = _replaced([*spec.values()], classes, router)
+        values = replace_classes([*spec.values()], classes, router)
         return spec if all(map(operator.is_, values, spec.values())) else dict(zip(spec, values, strict=True))
     if isinstance(spec, partial):
         if spec.func is SequentialMLP:
             return partial(classes[SequentialMLP], stock=spec) if SequentialMLP in classes else spec
         _check_layer(spec.func, spec.keywords.get("submodules"), router)
-        func, keywords = _replaced(spec.func, classes), _replaced(spec.keywords, classes, router)
+        func, keywords = replace_classes(spec.func, classes), replace_classes(spec.keywords, classes, router)
         return spec if func is spec.func and keywords is spec.keywords else partial(func, *spec.args, **keywords)
     if is_dataclass(spec) and not isinstance(spec, type):
         if isinstance(spec, ModuleSpec):
             _check_layer(spec.module, spec.submodules, router)
         given = {field.name: getattr(spec, field.name) for field in fields(spec)}
-        changed = _replaced(given, classes, router)
+        changed = replace_classes(given, classes, router)
         if router is not None and hasattr(spec, "router"):
             changed = changed | {"router": router}
         return spec if changed is given else replace(spec, **changed)

@@ -6,6 +6,8 @@ from typing import Literal
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.remoe.routing.refusals import relu_routing_problems
 
+Baseline = Literal["hash", "expert_choice", "expert_threshold", "top_p", "normalized_top_k", "normalized_relu", "deco"]
+
 
 @dataclass
 class ReMoEConfig(TransformerConfig):
@@ -61,10 +63,7 @@ class ReMoEConfig(TransformerConfig):
     moe_warmup_steps: int = 0
     """Optimizer steps of the near-dense warm-up (e.g. 100)."""
 
-    moe_baseline_router: (
-        Literal["hash", "expert_choice", "expert_threshold", "top_p", "normalized_top_k", "normalized_relu", "deco"]
-        | None
-    ) = None
+    moe_baseline_router: Baseline | None = None
     """Replace top-k by a different router: by the token's id (hash), experts that choose tokens and see the future of
     their sequence (expert_choice), top-k of normalized ReLU gates (normalized_top_k, arXiv 2605.06665), or with a
     number of experts that varies around topk: by a threshold of each expert (expert_threshold, arXiv 2603.11535), or by

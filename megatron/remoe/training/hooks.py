@@ -24,11 +24,12 @@ from megatron.remoe.baselines.hash import pass_token_ids
 from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.layer.experts import GroupedExperts, SplitExperts, takes_grouped_experts
 from megatron.remoe.layer.specs import (
+    LATENT_ATTENTION,
+    NORMS_OF_ALL_HEADS,
+    PLANNED_DISPATCH,
     LayerSpec,
+    replace_classes,
     with_fused_layers,
-    with_latent_attention,
-    with_norms_of_all_heads,
-    with_planned_dispatch,
     with_router,
     with_sequence_parallel_norms,
 )
@@ -155,14 +156,14 @@ def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> No
         UsageError: a setting does not work with these layers.
     """
     if args.multi_latent_attention:
-        _change_layers(model_cfg, lambda spec, _vp_stage: with_latent_attention(spec))
+        _change_layers(model_cfg, lambda spec, _vp_stage: replace_classes(spec, LATENT_ATTENTION))
     elif args.qk_layernorm_all_heads:
-        _change_layers(model_cfg, lambda spec, _vp_stage: with_norms_of_all_heads(spec))
+        _change_layers(model_cfg, lambda spec, _vp_stage: replace_classes(spec, NORMS_OF_ALL_HEADS))
     is_local = args.transformer_impl == "local" and args.local_layer_fusion
     stacks_experts = args.num_experts and is_local and takes_grouped_experts(model_cfg.transformer)
     if args.transformer_impl != "local":
         if wants_kernels(args):
-            _change_layers(model_cfg, lambda spec, _vp_stage: with_planned_dispatch(spec))
+            _change_layers(model_cfg, lambda spec, _vp_stage: replace_classes(spec, PLANNED_DISPATCH))
         return
     check_local_layers(args, stacks_experts)
     is_hybrid = isinstance(model_cfg, HybridModelConfig)
