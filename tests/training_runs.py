@@ -31,7 +31,8 @@ SMALL = [
 ]
 
 # The timing, and fields that another rank prints into the line.
-VOLATILE = ("elapsed time per iteration (ms)", "allocated", "max allocated", "reserved", "max reserved")
+MEMORY = ("allocated", "max allocated", "reserved", "max reserved")
+VOLATILE = ("elapsed time per iteration (ms)", "time left (h)", *MEMORY)
 
 
 def start(arguments: list[str], processes: int = 1, script: Path = ENTRY, **environment: str) -> subprocess.Popen[str]:
