@@ -31,8 +31,7 @@ SMALL = [
 ]
 
 # The timing, and fields that another rank prints into the line.
-MEMORY = ("allocated", "max allocated", "reserved", "max reserved")
-VOLATILE = ("elapsed time per iteration (ms)", "time left (h)", *MEMORY)
+VOLATILE = "elapsed time per iteration (ms),time left (h),allocated,max allocated,reserved,max reserved".split(",")
 
 
 def start(arguments: list[str], processes: int = 1, script: Path = ENTRY, **environment: str) -> subprocess.Popen[str]:

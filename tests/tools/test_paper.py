@@ -58,7 +58,7 @@ def test_a_command_is_taken(words: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in sorted(DATA.glob("*.json")) if not path.stem.startswith(("gap", "pilot"))],
+    [path for path in sorted(DATA.glob("*.json")) if not path.stem.startswith(("gap", "pilot", "quickstart"))],
     ids=lambda path: path.stem,
 )
 def test_a_table_is_made_of_its_data(path: Path) -> None:
@@ -106,3 +106,11 @@ def test_the_pilots_table() -> None:
         assert f"| {hidden} | {losses} | {inactive} | {bounded.experts_per_token:.2f} |" in page
     [(_, floor)] = read_results(DATA / "pilot-floor.json")
     assert f"{floor.inactive[0]} and {floor.inactive[1]} experts are inactive, and the loss is {floor.loss:.4f}" in page
+
+
+def test_the_quickstarts_seeds() -> None:
+    losses = json.loads((DATA / "quickstart-subwords.json").read_text())
+    cells = " | ".join(interval([one[model] for one in losses], digits=3) for model in ("dense", "moe", "remoe"))
+    gap = interval([one["moe"] - one["remoe"] for one in losses], digits=3)
+    readme, page = ((REPOSITORY / name).read_text() for name in ("README.md", "docs/experiments.md"))
+    assert f"| {cells} |" in readme and f"ReMoE ends {gap} below top-k" in readme and f"is {gap} above ReMoE" in page

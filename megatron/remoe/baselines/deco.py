@@ -44,7 +44,7 @@ class DecoRouter(ReLURouter):
         return torch.zeros_like(on_E), off
 
     def _entropy_loss(self, logits: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
-        """Return λ times the mean entropy of a sequence's tokens, as a scalar; 0 for a guarded layer."""
+        """Return λ times the mean entropy of a sequence's tokens, or for losses per token its sum; 0 if guarded."""
         gates = logits.to(torch.promote_types(logits.dtype, torch.float32)).relu()
         shares = gates / (gates.sum(dim=-1, keepdim=True) + SMALL)
         entropies = -(shares * (shares + SMALL).log()).sum(dim=-1)
