@@ -65,7 +65,7 @@ inputs = tokenizer("Once", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
-The code next to the weights needs torch and transformers 5.16 or newer.
+The code next to the weights needs torch and transformers 5.12 or newer.
 """
 PAPER = "ReLU routing: [arXiv 2412.14711](https://arxiv.org/abs/2412.14711). "
 

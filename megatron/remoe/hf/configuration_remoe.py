@@ -21,7 +21,7 @@ class RemoeConfig(LlamaConfig):
     """Queries and keys have an RMSNorm: of each "head" (Qwen3), or one of "all_heads" (OLMoE)."""
     kv_lora_rank: int | None = None
     """Latent attention (DeepSeek-V2): size of the latents of keys and values; None: grouped queries. `head_dim` is then
-    `qk_rope_head_dim`."""
+    `qk_rope_head_dim`; transformers before 5.16 reads `qk_head_dim`."""
     q_lora_rank: int | None = None
     """Latent attention: size of the latents of queries; None: they have none."""
     qk_nope_head_dim: int = 0
@@ -72,7 +72,7 @@ class RemoeConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.kv_lora_rank is not None:
-            self.head_dim = self.qk_rope_head_dim
+            self.head_dim, self.qk_head_dim = self.qk_rope_head_dim, self.qk_nope_head_dim + self.qk_rope_head_dim
         super().__post_init__(**kwargs)
         if self.kv_lora_rank is not None or self.qk_norm == "all_heads":
             self.base_model_tp_plan = None  # type: ignore[misc,assignment]  # Llama's splits by heads what they need whole

@@ -84,7 +84,7 @@ class RemoeLatentAttention(DeepseekV3Attention):
 
     def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)  # type: ignore[arg-type]  # it has the fields that are read
-        for norm in filter(None, (self.q_a_layernorm, self.kv_a_layernorm)):
+        for norm in filter(None, (getattr(self, "q_a_layernorm", None), self.kv_a_layernorm)):
             norm.variance_epsilon = config.rms_norm_eps
 
 

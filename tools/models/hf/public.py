@@ -42,7 +42,8 @@ def describe_public(config: Any) -> RemoeConfig:
         raise _inexpressible(config, "num_key_value_heads")
     if is_latent and config.rms_norm_eps != 1e-6:
         raise _inexpressible(config, "rms_norm_eps")  # its norms of latents have this one, and Megatron has one for all
-    fields = {name: getattr(config, name) for name in SAME}
+    named = {"num_experts": "n_routed_experts"} if is_latent else {}  # transformers before 5.16 does not map it
+    fields = {name: getattr(config, named.get(name, name)) for name in SAME}
     fields["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     coefficient = getattr(config, "router_aux_loss_coef", 0.001)
     return RemoeConfig(
