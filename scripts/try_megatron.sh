@@ -6,10 +6,14 @@ set -euo pipefail
 # shellcheck source=scripts/lib/python.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/python.sh"
 
+[[ $# -ge 2 ]] || set -- --help
 answer_help "$@"
 choose_python
-mkdir -p "${FOLDER:=$(mktemp -d)}"
+if [[ -z ${FOLDER-} ]]; then
+  FOLDER=$(mktemp -d) && trap 'rm -rf "$FOLDER"' EXIT
+fi
+mkdir -p "$FOLDER"
 git -C "$1" archive "$2" megatron ":!megatron/core/datasets/Makefile" | tar -x -C "$FOLDER"
 cp "$("$PYTHON" -c 'import megatron.core.datasets as m; print(m.__path__[0])')"/helpers_cpp*.so "$FOLDER/megatron/core/datasets/"
 cd "$ROOT"
-PYTHONPATH=$FOLDER exec "$PYTHON" -m pytest "${@:3}"
+PYTHONPATH=$FOLDER "$PYTHON" -m pytest "${@:3}"

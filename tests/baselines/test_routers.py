@@ -68,14 +68,14 @@ def test_normalized_gates(name: str, process_groups: None) -> None:
     router, tokens = make_layer(name, num_moe_experts=16).router, make_tokens()
     probs, routing_map = router(tokens)
     logits = tokens.view(-1, HIDDEN) @ router.weight.T
-    gates = router.scale.start * logits.relu() / logits.norm(dim=1, keepdim=True)
+    gates = router.start * logits.relu() / logits.norm(dim=1, keepdim=True)
     if name == "normalized_top_k":
         assert routing_map.sum(dim=1).eq(2).all()
         gates = gates * routing_map
     torch.testing.assert_close(probs, gates)
     drawn = torch.randn(20_000, 16)
     squares = (drawn / drawn.norm(dim=1, keepdim=True)).relu().square().topk(2, dim=1).values
-    assert router.scale.start == pytest.approx(float(squares.sum(dim=1).mean()) ** -0.5, rel=0.01)
+    assert router.start == pytest.approx(float(squares.sum(dim=1).mean()) ** -0.5, rel=0.01)
     router.weight.data *= 8
     torch.testing.assert_close(router(tokens)[0], probs)
 

@@ -15,41 +15,33 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.remoe.routing.router import ReLURouter
 
 
-class LearnedScale(torch.nn.Module):
-    """Multiply gates by s, the parameter `weight` `[1]`, and c, the number `start`."""
-
-    def __init__(self, router: TopKRouter) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones_like(router.weight[0, :1]))
-        self.weight.sequence_parallel = router.config.sequence_parallel  # type: ignore[attr-defined]
-        logits = torch.randn(100_000, router.num_experts, generator=torch.Generator().manual_seed(1))
-        largest = normalize(logits, dim=-1).relu().topk(router.topk, dim=-1).values
-        self.start = float(largest.square().sum(dim=-1).mean().rsqrt())
-
-    def forward(self, gates: torch.Tensor) -> torch.Tensor:
-        """Return the scaled gates, in their dtype."""
-        return gates * (self.weight * self.start).to(gates.dtype)
-
-
-class NormalizedReLURouter(ReLURouter):
-    """ReLU routing of normalized logits; L1 takes the gates before they are scaled."""
+class ScaledRouter(TopKRouter):
+    """Multiplies gates by s, the parameter `scale` `[1]`, and c, the number `start`."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.scale = LearnedScale(self)
+        self.scale = torch.nn.Parameter(torch.ones_like(self.weight[0, :1]))
+        self.scale.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
+        logits = torch.randn(10_000, self.num_experts, generator=torch.Generator().manual_seed(1))
+        largest = normalize(logits, dim=-1).relu().topk(self.topk, dim=-1).values
+        self.start = float(largest.square().sum(dim=-1).mean().rsqrt())
+
+    def scaled(self, gates: torch.Tensor) -> torch.Tensor:
+        """Return the scaled gates, in their dtype."""
+        return gates * (self.scale * self.start).to(gates.dtype)
+
+
+class NormalizedReLURouter(ScaledRouter, ReLURouter):
+    """ReLU routing of normalized logits; L1 takes the gates before they are scaled."""
 
     def routing(self, logits: torch.Tensor, *given: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Route as `ReLURouter` does with the normalized logits."""
         gates_TE, map_TE = super().routing(normalize(logits, dim=-1), *given, **named)
-        return self.scale(gates_TE), map_TE
+        return self.scaled(gates_TE), map_TE
 
 
-class NormalizedTopKRouter(TopKRouter):
+class NormalizedTopKRouter(ScaledRouter):
     """Top-k of normalized ReLU gates, some of which may be 0, with Megatron's auxiliary loss of a micro-batch."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.scale = LearnedScale(self)
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_unused: Any
@@ -60,7 +52,7 @@ class NormalizedTopKRouter(TopKRouter):
         map_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, logits_TE.topk(self.topk).indices, True)
         if padding_mask_T is not None:
             map_TE = map_TE & ~padding_mask_T.unsqueeze(-1)
-        scores_TE = self.scale(normalize(logits_TE, dim=-1).relu())
+        scores_TE = self.scaled(normalize(logits_TE, dim=-1).relu())
         probs_TE = torch.where(map_TE, scores_TE, 0.0)
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
             probs_TE = self._apply_aux_loss(probs_TE, scores_TE, map_TE, with_padding_mask=padding_mask is not None)

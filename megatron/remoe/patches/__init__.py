@@ -29,7 +29,7 @@ PATCHES = (
     checkpoints.name_relu_routers,
     checkpoints.keep_saving_possible,
     checkpoints.report_write_errors,
-    fsdp.list_all_optimizer_states,
+    fsdp.adapt_fsdp_checkpoints,
     fsdp.find_parameters_in_fp32,
     fsdp.keep_loaded_main_weights,
     fsdp.scale_once_per_step,

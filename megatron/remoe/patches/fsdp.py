@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.tensor import DTensor
 
 from megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp import MegatronFSDP
@@ -23,16 +22,16 @@ OPTIMIZER = "core/optimizer/distrib_optimizer.py"
 
 
 @patch(
-    changes="training/checkpointing.py: preprocess_fsdp_dtensor_state_dict; set_up_planner of PyTorch's planner",
+    changes="training/checkpointing.py: preprocess_fsdp_dtensor_state_dict",
     provides="saving with Megatron-FSDP on several ranks, which hangs; checkpoints that no program loads as top-k",
-    ends="Megatron lists the same optimizer states on all ranks (NVIDIA/Megatron-LM issue 4910)",
+    ends="Megatron lists the same optimizer states on all ranks (NVIDIA/Megatron-LM issue 4910) and compares routings",
 )
-def list_all_optimizer_states() -> None:
-    """Add an empty optimizer state for each parameter without rows on this rank.
+def adapt_fsdp_checkpoints() -> None:
+    """Add an empty optimizer state for each parameter without rows on this rank, and name ReLU routers.
 
     Ranks exchange the places of their rows tensor by tensor. Optimizers keep no state for a parameter without rows, so
-    ranks would wait for each other forever, or exchange places of different tensors.
-    Also store a ReLU router's weight as `relu_weight`, as `name_relu_routers` does in Megatron's own format.
+    ranks would wait for each other forever, or exchange places of different tensors. A ReLU router's weight is stored
+    as `relu_weight`, as `name_relu_routers` does in Megatron's own format.
     """
 
     @replace(checkpointing, "preprocess_fsdp_dtensor_state_dict")
@@ -45,13 +44,6 @@ def list_all_optimizer_states() -> None:
         for router in routers:
             state["model"][f"{router}relu_weight"] = state["model"].pop(f"{router}weight")
         return state
-
-    @replace(DefaultLoadPlanner, "set_up_planner")
-    def set_up(stock: Any, self: DefaultLoadPlanner, state: dict[str, Any], metadata: Any, *rest: Any) -> None:
-        for key in [*state.get("model", ())]:  # checkpoints of earlier versions have Megatron's name
-            if key.endswith(".router.relu_weight") and f"model.{key}" not in metadata.state_dict_metadata:
-                state["model"][key.replace("relu_weight", "weight")] = state["model"].pop(key)
-        stock(self, state, metadata, *rest)
 
 
 def _with_all_states(optimizer: dict[str, Any], parameters: dict[str, torch.Tensor]) -> dict[str, Any]:
