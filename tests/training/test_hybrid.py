@@ -39,7 +39,7 @@ class Runs:
         """Train, and return each step's printed fields with all digits; layers have GPTModel's numbers."""
         processes = 2 if any("model-parallel" in flag for flag in flags) else 1
         given = [*TINY, "--train-iters", str(END), "--data-path", str(self.data), *flags]
-        code, output = self.entry.run(given, processes=processes, limit=600)
+        code, output = self.entry.run(given, processes=processes, limit=240)
         assert code == 0, output[-3000:]
         steps = records(output)
         for step in steps.values():
