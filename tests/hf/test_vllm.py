@@ -117,8 +117,6 @@ def test_text_and_probabilities(kind: str, most: int, trust: bool, server: str, 
     prompts = [text[:60], text[60:67], text[99:200]]
     with serving(words, tmp_path / "site", tmp_path / "log") as address:
         choices = complete(address, prompts, echo=True, logprobs=0, return_token_ids=True)
-        start = time.perf_counter()
-        rate = 16 * len(complete(address, prompts * 40)) / (time.perf_counter() - start)
     model, largest = AutoModelForCausalLM.from_pretrained(tmp_path / "folder"), 0.0
     with torch.no_grad(), count_experts(model) as histograms:
         for prompt, choice in zip(prompts, choices, strict=True):
@@ -129,4 +127,4 @@ def test_text_and_probabilities(kind: str, most: int, trust: bool, server: str, 
             largest = max(largest, float((expected.gather(1, ids[0, 1:, None])[:, 0] - given).abs().max()))
     assert largest < 1e-4
     assert "relu" not in kind or any(histogram[0] for histogram in histograms.values())
-    print(f"{kind}, K = {most}: {rate:.0f} tokens/s, largest difference of log-probabilities {largest:.1e}")
+    print(f"{kind}, K = {most}: largest difference of log-probabilities {largest:.1e}")
