@@ -1,5 +1,7 @@
 """Prepare Megatron for tools that run on the CPU."""
 
+import warnings
+
 from megatron.remoe import cpu
 from megatron.remoe.start import console, machine
 
@@ -7,5 +9,7 @@ from megatron.remoe.start import console, machine
 def megatron_on_cpu() -> None:
     """Prepare for importing Megatron on the CPU, even if there is an accelerator."""
     console.hide_unhelpful_warnings()
+    # Advice for training; these tools open trained models.
+    warnings.filterwarnings("ignore", message="Using a large number of experts")
     machine.disable_unavailable(on_cpu=True)
     cpu.install()

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..console.places import run_folder
 
-BY_LAYER = "by layer: mean, 99 %, largest"
+BY_LAYER = "mean/99%/largest by layer"
 EXPLAINED = "Experts per token: the mean; the most that 99 % of the tokens have; the largest."
 Results = tuple[tuple[str, ...], list[list[str]]]  # titles of the columns, and rows, of one kind of result
 
@@ -27,8 +27,8 @@ def _on_text(models: dict[str, Any]) -> Results:
             for bound, one in bounds.items():
                 loss, layers = one["loss"], one["experts"].values()
                 mean = f"{sum(layer['mean'] for layer in layers) / len(layers):.3f}" if layers else ""
-                each = (f"{layer['mean']:.2f}, {layer['percentile_99']}, {layer['largest']}" for layer in layers)
-                rows.append([model, data_set, bound, f"{loss:.5f}", f"{math.exp(loss):.4f}", mean, "; ".join(each)])
+                each = (f"{layer['mean']:.2f}/{layer['percentile_99']}/{layer['largest']}" for layer in layers)
+                rows.append([model, data_set, bound, f"{loss:.5f}", f"{math.exp(loss):.4f}", mean, " ".join(each)])
     titles = ("model", "data set", "K", "nats/token", "perplexity", "experts", BY_LAYER)
     return titles, rows
 

@@ -18,7 +18,7 @@ from ..measuring import find_blocks
 from ..text import read_sequences
 from . import findings, pictures
 
-TITLES = "layer,experts per token,none,99 %,largest,sparsity,imbalance,dead,inactive,domain bits".split(",")
+TITLES = "layer,mean,none,99 %,most,sparsity,imbalance,dead,inactive,domain bits".split(",")
 
 
 def layer_numbers(opened: OpenedModel) -> list[int]:
@@ -45,6 +45,7 @@ def show(results: dict[str, Any]) -> None:
         row += [f"{balance['imbalance']:.2f}" if balance["imbalance"] else ""]
         row += [str(len(balance["dead"])), str(len(balance["inactive"]))]
         rows.append([*row, f"{special[layer]['bits']:.4f}" if special else ""])
+    print("Experts per token: the mean, the share of tokens without any, the most of 99 % of the tokens, and of all.")
     print_table(TITLES, rows, text=0)
 
 
