@@ -38,10 +38,14 @@ def stock(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Any:
 
 
 def test_all_are_named_and_take_a_place_once() -> None:
+    def negate(stock: Any, value: int) -> int:
+        return -int(stock(value))
+
     counted = SimpleNamespace(function=lambda value: value)
     for _ in range(2):
         replace_once(counted, "function")(lambda stock, value: stock(value) + 1)
-    assert counted.function(1) == 2
+        replace_once(counted, "function")(negate)
+    assert counted.function(1) == -2
     for patch in patches.PATCHES:
         file, _, what = patch.changes.partition(": ")
         assert what and (patch.provides and patch.ends), patch
@@ -51,6 +55,7 @@ def test_all_are_named_and_take_a_place_once() -> None:
 
 def test_another_version_is_left_alone(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
     applied: list[str] = []
+    monkeypatch.delenv("REMOE_TRY_MEGATRON", raising=False)
     counted = [replace(patch, apply=partial(applied.append, patch.changes)) for patch in patches.PATCHES]
     monkeypatch.setattr(patches, "PATCHES", counted)
     monkeypatch.setattr(importlib.metadata, "version", lambda _name: "0.99.0")

@@ -11,7 +11,6 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -32,6 +31,7 @@ SIZES = "--hidden-size 128 --num-attention-heads 2 --num-query-groups 1 --kv-cha
 SIZES += "--max-position-embeddings 256 --train-iters 60 --save-interval 60 --no-save-optim".split()
 SPARSE = [*RELU, "--moe-relu-l1-reg-coeff-init", "1e-3"]
 SHARED = ["--moe-shared-expert-intermediate-size", "64", "--moe-layer-freq", "[0,1]"]
+REQUEST = {"model": "model", "max_tokens": 16, "temperature": 0, "ignore_eos": True, "echo": True, "logprobs": 0}
 KINDS = {"dense": [], "relu": SPARSE, "relu, shared": [*SPARSE, *SHARED], "top-k": TOPK, "shared": [*TOPK, *SHARED]}
 
 
@@ -89,14 +89,6 @@ def serving(words: list[str], site: Path, log: Path) -> Iterator[str]:
         process.wait()
 
 
-def complete(address: str, prompts: list[list[int]], **options: Any) -> list[dict[str, Any]]:
-    """Return greedy continuations by 16 tokens."""
-    request = {"model": "model", "prompt": prompts, "max_tokens": 16, "temperature": 0, "ignore_eos": True} | options
-    call = urllib.request.Request(address, json.dumps(request).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(call) as answer:
-        return json.load(answer)["choices"]
-
-
 @pytest.mark.parametrize(
     ("kind", "most", "trust"),
     [("relu", 1, True), ("relu", 4, False), ("relu", 8, True), ("relu, shared", 4, False), ("dense", 0, True)]
@@ -116,7 +108,10 @@ def test_text_and_probabilities(kind: str, most: int, trust: bool, server: str, 
     text = [*data.with_suffix(".bin").read_bytes()[::2]]
     prompts = [text[:60], text[60:67], text[99:200]]
     with serving(words, tmp_path / "site", tmp_path / "log") as address:
-        choices = complete(address, prompts, echo=True, logprobs=0, return_token_ids=True)
+        request = json.dumps(REQUEST | {"prompt": prompts, "return_token_ids": True}).encode()
+        call = urllib.request.Request(address, request, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(call) as answer:
+            choices = json.load(answer)["choices"]
     model, largest = AutoModelForCausalLM.from_pretrained(tmp_path / "folder"), 0.0
     with torch.no_grad(), count_experts(model) as histograms:
         for prompt, choice in zip(prompts, choices, strict=True):

@@ -35,7 +35,7 @@ def patch(changes: str, provides: str, ends: str, for_saving: bool = False) -> C
 
 
 def replace(owner: Any, name: str) -> Callable[[Callable[..., Any]], None]:
-    """Return a decorator that replaces `owner.name` by a function, once.
+    """Return a decorator that replaces `owner.name` by a function; it replaces nothing if it was applied before.
 
     The function gets the replaced one as its first argument.
 
@@ -45,15 +45,15 @@ def replace(owner: Any, name: str) -> Callable[[Callable[..., Any]], None]:
     """
 
     def put(function: Callable[..., Any]) -> None:
-        stock = getattr(owner, name)
-        if getattr(stock, "is_patched", False):
+        stock, applied = getattr(owner, name), f"{function.__module__}.{function.__qualname__}"
+        if applied in (names := getattr(stock, "patches", ())):
             return
 
         @wraps(stock)
         def patched(*arguments: Any, **options: Any) -> Any:
             return function(stock, *arguments, **options)
 
-        patched.is_patched = True  # type: ignore[attr-defined]
+        patched.patches = (*names, applied)  # type: ignore[attr-defined]
         is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
         setattr(owner, name, staticmethod(patched) if is_static else patched)
 
