@@ -93,6 +93,16 @@ def series(output: str, field: str) -> list[float]:
     return [float(record[field]) for _, record in sorted(records(output).items())]
 
 
+def without(words: list[str], *flags: str) -> list[str]:
+    """Return the words without these flags and the value after each."""
+    return [word for flag, word in zip(["", *words], words, strict=False) if not {flag, word} & {*flags}]
+
+
+def logged(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """Return the lines of a kind in a run's metrics.jsonl."""
+    return [line for line in read_run_log(folder / "metrics.jsonl") if line["kind"] == kind]
+
+
 def figures(folder: Path, interval: int) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl at multiples of `interval`, without starts, timings and parameter counts."""
     left_out = ("time", "seconds_per_iteration", "tokens_per_second", "parameters")

@@ -41,14 +41,10 @@ def load_stock_model(run_folder: Path) -> GPTModel:
     return model
 
 
-@pytest.mark.parametrize(
-    "form",
-    [pytest.param("", marks=pytest.mark.bulk), "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"],
-)
-def test_only_old_checkpoints_load_as_top_k(form: str, data: Path, tmp_path: Path, process_groups: None) -> None:
+def test_only_old_checkpoints_load_as_top_k(data: Path, tmp_path: Path, process_groups: None) -> None:
     """Old ones also resume, with the same numbers, and their next checkpoint is safe."""
     (script := tmp_path / "old.py").write_text(OLD)
-    more = form.split()
+    more = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
     run(training(data, tmp_path / "old", *more, "--exit-interval", "4"), script=script)
     load_stock_model(tmp_path / "old")  # the fault: a ReMoE becomes a top-k model without an error
     run(training(data, tmp_path / "old", *more))

@@ -12,7 +12,6 @@ TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one process": (1, []),
     "one process, distributed optimizer": (1, ["--use-distributed-optimizer"]),
-    "EP2": (2, ["--expert-model-parallel-size", "2"]),
     "PP2": (2, ["--pipeline-model-parallel-size", "2"]),
     "DP2, distributed optimizer": (
         2,
@@ -24,7 +23,6 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "expert TP2": (2, [*TP2, "--expert-tensor-parallel-size", "2"]),
 }
 CHANGES = [
-    ("experts one by one", "EP2"),
     ("PP2", "one process"),
     ("DP2, distributed optimizer", "one process, distributed optimizer"),
     ("DP2, reshardable", "TP2, reshardable"),
