@@ -2,7 +2,9 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,14 +41,14 @@ class Saved:
             assert torch.equal(right[key], actual[key]), key
 
 
-class Malicious:
-    """An object that makes a folder when it is unpickled."""
+class Calls:
+    """An object that calls a function when it is unpickled."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = function, arguments
 
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.call
 
 
 def truncate(path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from megatron.remoe import cpu
 from megatron.remoe.start import console
-from tests.data_sets import write_real_text
+from tests.data_sets import real_text, write_documents
 from tests.entry import Entry, shared_entry
 
 console.hide_unhelpful_warnings()
@@ -94,7 +94,7 @@ def fresh_metrics() -> Iterator[None]:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a small Megatron data set of real text, and return its prefix."""
     prefix = tmp_path_factory.mktemp("data") / "stdlib"
-    write_real_text(prefix)
+    write_documents(prefix, real_text())
     return prefix
 
 
