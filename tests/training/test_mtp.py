@@ -1,41 +1,75 @@
 """Test multi-token prediction: its layers' routers work like all others, in both model classes."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.remoe.layer.layer import ReMoELayer
 from megatron.remoe.routing.controller import SparsityController
 from megatron.remoe.routing.router import ReLURouter
 from megatron.remoe.training import hooks
 from megatron.remoe.transformer.attention import FusedDotProductAttention
-from tests.gpu.runs import FP32_GPU
+from megatron.training.models.base import compose_hooks
+from megatron.training.models.gpt import GPTModelConfig
+from megatron.training.models.hybrid import HybridModelConfig
+from tests.layers import make_config
 from tests.tiny_model import RELU
 from tests.training_runs import TINY, records, run
 from tools.models.export import main as export
-from tools.recipes.megatron_values import make_parser
+
+ARGS = argparse.Namespace(
+    moe_relu_routing=True,
+    log_interval=1,
+    tensorboard_log_interval=1,
+    save=None,
+    transformer_impl="local",
+    local_layer_fusion=True,
+    reset_attention_mask=False,
+    sequence_parallel=False,
+    use_megatron_fsdp=False,
+    num_experts=4,
+    add_bias_linear=False,
+    expert_model_parallel_size=1,
+    moe_baseline_router=None,
+    moe_warmup_topk=None,
+    optimizer="adam",
+    multi_latent_attention=False,
+    qk_layernorm_all_heads=False,
+    iteration=0,
+    mtp_num_layers=None,
+)
 
 
-def built(*flags: str) -> Any:
-    """Build a tiny ReMoE with two layers of multi-token prediction, for training."""
-    args = make_parser().parse_args(
-        [*TINY, *RELU, "--num-experts", "4", "--moe-router-load-balancing-type", "none", *FP32_GPU, *flags]
+def built(model_cfg: GPTModelConfig | HybridModelConfig) -> Any:
+    """Build the model with this project's routing and local layers, before it is wrapped."""
+    hooks.install_routing(ARGS, model_cfg)
+    hooks.install_local_layers(ARGS, model_cfg)
+    model = model_cfg.get_builder_cls()(model_cfg).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    (model,) = compose_hooks(model_cfg.pre_wrap_hooks)([model])
+    return model
+
+
+def make_settings(num_layers: int, **changes: Any) -> dict[str, Any]:
+    config = make_config(
+        num_layers=num_layers, mtp_num_layers=2, normalization="RMSNorm", transformer_impl="local", **changes
     )
-    args.padded_vocab_size, args.params_dtype, args.iteration, args.rank = 384, torch.float32, 0, 0
-    return hooks.build_model(args)
+    return {"transformer": config, "vocab_size": 128, "position_embedding_type": "rope"}
 
 
 @pytest.mark.usefixtures("process_groups")
 def test_megatron_still_specifies_the_layers_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Megatron builds MTP layers with its own router, so hooks rebuild them. If this fails, remove the rebuilding."""
-    with monkeypatch.context() as unpatched:
-        unpatched.setattr(hooks, "rebuild_prediction_layers", lambda _change, chunks: chunks)
-        stock = built("--mtp-num-layers", "2")
+    settings = make_settings(2)
+    monkeypatch.setattr(hooks, "rebuild_prediction_layers", lambda _change, chunks: chunks)
+    stock: GPTModel = built(GPTModelConfig(**settings))
     assert [type(layer.mtp_model_layer.mlp.router) for layer in stock.mtp.layers] == [TopKRouter] * 2
-    model = built("--mtp-num-layers", "2")
+    monkeypatch.undo()
+    model: GPTModel = built(GPTModelConfig(**settings))
     for layer, decoder_layer in zip(model.mtp.layers, model.decoder.layers, strict=True):
         layer = layer.mtp_model_layer
         assert type(layer.mlp) is ReMoELayer and type(layer.mlp.router) is ReLURouter
@@ -45,15 +79,17 @@ def test_megatron_still_specifies_the_layers_itself(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("process_groups")
-@pytest.mark.parametrize(
-    ("flags", "layers"),
-    [(["--mtp-num-layers", "2"], [1, 2, 3, 4]), (["--hybrid-layer-pattern", "*E*E/*E/*E"], [2, 4, 5, 6])],
-    ids=["GPT", "hybrid"],
-)
-def test_each_router_has_a_row_of_its_own(flags: list[str], layers: list[int]) -> None:
+@pytest.mark.parametrize("is_hybrid", [False, True], ids=["GPT", "hybrid"])
+def test_each_router_has_a_row_of_its_own(is_hybrid: bool) -> None:
     """In a hybrid, Megatron numbers layers from 1 at each depth, and routers do not know that they belong to MTP."""
-    model = built(*flags)
-    controller = SparsityController([model], model.config)
+    if is_hybrid:
+        settings = make_settings(4, is_hybrid_model=True)
+        model = built(HybridModelConfig(**settings, hybrid_layer_pattern="*E*E/*E/*E"))
+        layers = [2, 4, 5, 6]
+    else:
+        settings, layers = make_settings(2), [1, 2, 3, 4]
+        model = built(GPTModelConfig(**settings))
+    controller = SparsityController([model], settings["transformer"])
     for router, pairs in zip(controller.routers, (1, 2, 3, 4), strict=True):
         router.weight.data.fill_(-1.0)[:pairs] = 1.0
         router(router.weight.new_ones(5, 1, router.weight.shape[1]))
