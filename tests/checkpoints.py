@@ -6,11 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron.remoe.start.checkpoint_index import INDEX
 from tests.tiny_model import RELU
-from tests.training_runs import TINY, weights
+from tests.training_runs import TINY, assert_equal, weights
 
 
 def training(data: Path, folder: Path, *more: str) -> list[str]:
@@ -35,10 +33,7 @@ class Saved:
         (self[iteration] / INDEX).write_bytes(content)
 
     def assert_same_weights(self, other: "Saved", iteration: int) -> None:
-        right, actual = weights(self.root, iteration), weights(other.root, iteration)
-        assert right.keys() == actual.keys()
-        for key in right:
-            assert torch.equal(right[key], actual[key]), key
+        assert_equal(weights(other.root, iteration), weights(self.root, iteration))
 
 
 class Calls:

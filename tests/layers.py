@@ -63,15 +63,18 @@ def _settings() -> dict[str, Any]:
     }
 
 
-def make_layer(config: TransformerConfig, fused: bool = False, router: type | None = None) -> ReMoELayer:
+def make_layer(
+    config: TransformerConfig, fused: bool = False, router: type | None = None, spec: Any = None
+) -> ReMoELayer:
     """Build a ReMoE or top-k layer from Megatron's layer specification, with number 1 and the configuration's dtype.
 
     Args:
         config: from `make_config`, or `make_topk_config`.
         fused: with grouped experts instead of one small layer per expert.
         router: a class in place of the ReLU or top-k router.
+        spec: in place of Megatron's specification of its own layers.
     """
-    spec = get_gpt_layer_local_spec(config.num_moe_experts, False, normalization="RMSNorm")
+    spec = spec or get_gpt_layer_local_spec(config.num_moe_experts, False, normalization="RMSNorm")
     if router is not None:
         spec = with_router(spec, router)
     elif getattr(config, "moe_relu_routing", False):

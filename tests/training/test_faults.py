@@ -12,16 +12,10 @@ from megatron.remoe.start.checkpoint_files import check_is_whole
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
 from tests.checkpoints import training
 from tests.tiny_model import RELU
-from tests.training_runs import TINY, records, run, series, start
+from tests.training_runs import TINY, last_error, records, run, series, start
 
 ENDS_WITHIN = 60.0  # seconds, as in docs/checkpoints.md: torchrun waits 30 for the other ranks, then kills them
 LOADERS = ["--num-workers", "2"]  # the default; these processes must end with their rank
-
-
-def last_words(output: str) -> str:
-    """Return the output from the entry's first error message on, up to 1,000 characters."""
-    assert "pretrain_gpt.py: error: " in output, output[-3000:]
-    return output[output.index("pretrain_gpt.py: error: ") :][:1000]
 
 
 @pytest.mark.timeout(150)
@@ -42,8 +36,7 @@ def test_a_rank_that_dies_ends_the_others(data: Path, tmp_path: Path) -> None:
     took = time.monotonic() - died
     print(f"ended {took:.1f} s after the kill")
     assert died and code != 0 and took < ENDS_WITHIN, output[-3000:]
-    message = last_words(output)
-    assert "rank 1: " in message and "Another rank has ended" in message, message
+    assert "pretrain_gpt.py: error: rank 1: " in output and "Another rank has ended" in output, output[-3000:]
     report = output[output.index("Root Cause (first observed failure)") :]
     assert "rank      : 0 " in report and "Signal 9 (SIGKILL)" in report
     commands = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
@@ -59,7 +52,7 @@ def test_file_that_cannot_grow(data: Path, tmp_path: Path) -> None:
     half = max(file.stat().st_size for file in (tmp_path / "iter_0000002").iterdir()) // 2
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (half, half))
     output, _ = process.communicate(timeout=100)
-    message = last_words(output)
+    message = last_error(output)
     assert process.returncode == 1 and "File too large" in message and "Make room for what is saved" in message
     with pytest.raises(BrokenCheckpointError):
         check_is_whole(tmp_path / "iter_0000004")

@@ -28,11 +28,6 @@ def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Saved
     return Saved(folder)
 
 
-@pytest.fixture
-def saved(uninterrupted: Saved, tmp_path: Path) -> Saved:
-    return uninterrupted.copy(tmp_path / "checkpoints")
-
-
 def words(data: Path, folder: Path, *more: str, split: str = EP2) -> list[str]:
     return training(data, folder, *FSDP.split(), *split.split(), *more)
 

@@ -12,7 +12,7 @@ from megatron.remoe.layer.layer import ReMoELayer
 from megatron.remoe.layer.specs import with_relu_routing
 from megatron.remoe.routing.router import ReLURouter
 from tests.tiny_model import RELU, TOPK
-from tests.training_runs import REPOSITORY, TINY, logged, records, run
+from tests.training_runs import REPOSITORY, TINY, assert_equal, logged, records, run
 from tools.console.display import Display
 from tools.console.errors import ConversionError
 from tools.models.analyze.command import layer_numbers
@@ -65,8 +65,7 @@ def test_one_training_in_two_classes(pattern: str, gpt: str, both: list[str], da
     )
     assert len(whole) >= END and ("l1 coefficient" in whole[END]) == ("--moe-relu-routing" in both)
     assert hybrid == whole
-    weights, others = exported(tmp_path / "gpt"), exported(tmp_path / "hybrid")
-    assert weights.keys() == others.keys() and all(torch.equal(weights[key], others[key]) for key in weights)
+    assert_equal(exported(tmp_path / "hybrid"), exported(tmp_path / "gpt"))
     expected = resumed("gpt", "gpt")
     for source, model in (("gpt", "hybrid"), ("hybrid", "gpt")):
         places = ["--load", str(tmp_path / source), "--save", str(tmp_path / f"as {model}"), "--ckpt-step", str(SAVED)]
