@@ -49,7 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 FAST = """
 tools/test_common.py tools/test_corpus.py tools/test_encoding.py tools/test_run_figures.py
 files kernels/test_plan.py kernels/test_token_sums.py kernels/test_swiglu.py layer/test_grouped_swiglu.py
-layer/test_order.py layer/test_moe_layer.py layer/test_bounded_memory.py layer/test_host_syncs.py start/test_codes.py
+layer/test_moe_layer.py layer/test_bounded_memory.py layer/test_host_syncs.py start/test_codes.py
 start/test_data.py start/test_messages.py start/test_saved_settings.py routing
 scripts/test_launch_commands.py test_rooms.py test_static_checks.py training/test_arguments.py
 tools/test_rehearse_command.py tools/test_time_model.py hf/test_modeling.py hf/test_servers.py tools/test_fitting.py

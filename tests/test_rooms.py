@@ -1,10 +1,13 @@
 """Test that the imports of each room follow the table in docs/design.md."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from megatron import remoe
 from tests.training_runs import REPOSITORY
 
 PACKAGE = REPOSITORY / "megatron" / "remoe"
@@ -86,17 +89,12 @@ def test_imports_point_downwards(room: str) -> None:
 
 @pytest.mark.parametrize("room", PURE)
 def test_the_method_needs_torch_and_megatron_alone(room: str) -> None:
-    import sys
-
     for path in files(room):
         packages = {module.split(".")[0] for module in imports(path)} - sys.stdlib_module_names
         assert packages <= PURE[room], path
 
 
 def test_importing_the_package_or_the_entry_changes_nothing() -> None:
-    import subprocess
-    import sys
-
     lines = "import sys, signal, os; before = dict(os.environ), signal.getsignal(signal.SIGTERM)"
     lines += "; import megatron.remoe.pretrain"
     lines += "; assert before == (dict(os.environ), signal.getsignal(signal.SIGTERM))"
@@ -105,8 +103,6 @@ def test_importing_the_package_or_the_entry_changes_nothing() -> None:
 
 
 def test_public_names_are_there() -> None:
-    import megatron.remoe as remoe
-
     for name in remoe.__all__:
         assert getattr(remoe, name).__module__.startswith("megatron.remoe."), name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
