@@ -2,13 +2,13 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from megatron.remoe.start.checkpoint_index import INDEX
 from tests.tiny_model import RELU
-from tests.training_runs import TINY, weights
+from tests.training_runs import TINY, assert_equal, weights
 
 
 def training(data: Path, folder: Path, *more: str) -> list[str]:
@@ -33,20 +33,17 @@ class Saved:
         (self[iteration] / INDEX).write_bytes(content)
 
     def assert_same_weights(self, other: "Saved", iteration: int) -> None:
-        right, actual = weights(self.root, iteration), weights(other.root, iteration)
-        assert right.keys() == actual.keys()
-        for key in right:
-            assert torch.equal(right[key], actual[key]), key
+        assert_equal(weights(other.root, iteration), weights(self.root, iteration))
 
 
-class Malicious:
-    """An object that makes a folder when it is unpickled."""
+class Calls:
+    """An object that calls a function when it is unpickled."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = function, arguments
 
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.call
 
 
 def truncate(path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from megatron.remoe import cpu
 from megatron.remoe.start import console
-from tests.data_sets import write_real_text
+from tests.data_sets import real_text, write_documents
 from tests.entry import Entry, shared_entry
 
 console.hide_unhelpful_warnings()
@@ -49,7 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 FAST = """
 tools/test_common.py tools/test_corpus.py tools/test_encoding.py tools/test_run_figures.py
 files kernels/test_plan.py kernels/test_token_sums.py kernels/test_swiglu.py layer/test_grouped_swiglu.py
-layer/test_order.py layer/test_moe_layer.py layer/test_bounded_memory.py layer/test_host_syncs.py start/test_codes.py
+layer/test_moe_layer.py layer/test_bounded_memory.py layer/test_host_syncs.py start/test_codes.py
 start/test_data.py start/test_messages.py start/test_saved_settings.py routing
 scripts/test_launch_commands.py test_rooms.py test_static_checks.py training/test_arguments.py
 tools/test_rehearse_command.py tools/test_time_model.py hf/test_modeling.py hf/test_servers.py tools/test_fitting.py
@@ -94,7 +94,7 @@ def fresh_metrics() -> Iterator[None]:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a small Megatron data set of real text, and return its prefix."""
     prefix = tmp_path_factory.mktemp("data") / "stdlib"
-    write_real_text(prefix)
+    write_documents(prefix, real_text())
     return prefix
 
 

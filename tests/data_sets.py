@@ -28,11 +28,6 @@ def real_text() -> list[bytes]:
     return [path.read_bytes() for path in sorted(Path(asyncio.__file__).parent.glob("*.py"))]
 
 
-def write_real_text(prefix: Path) -> None:
-    """Write the documents of `real_text`."""
-    write_documents(prefix, real_text())
-
-
 def write_small_corpus(folder: Path) -> None:
     """Write a few documents of the mixed corpus; its tools accept them as the whole corpus."""
     sources = {"code": corpus.code_documents, "docs": corpus.docs_documents}

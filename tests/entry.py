@@ -8,8 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from tools.console.places import ROOT
@@ -61,16 +60,6 @@ class Entry:
                 if line.startswith(f"answer {number} "):  # not a late answer to a test that ran out of time
                     return json.loads(line.split()[2]), output.read()
         raise AssertionError("the server of the entry has ended")
-
-
-@contextmanager
-def entry_with(folder: Path) -> Iterator[Entry]:
-    """Yield an entry that can also import the modules of a folder."""
-    entry = Entry(PYTHONPATH=str(folder))
-    try:
-        yield entry
-    finally:
-        entry.process.kill()
 
 
 @functools.cache

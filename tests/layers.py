@@ -9,7 +9,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.layer.experts import GroupedExperts
 from megatron.remoe.layer.layer import ReMoELayer
-from megatron.remoe.layer.specs import with_fused_layers, with_relu_routing
+from megatron.remoe.layer.specs import with_fused_layers, with_relu_routing, with_router
 from megatron.remoe.routing.config import ReMoEConfig
 
 HIDDEN, FFN = 16, 12
@@ -63,15 +63,22 @@ def _settings() -> dict[str, Any]:
     }
 
 
-def make_layer(config: TransformerConfig, fused: bool = False) -> ReMoELayer:
+def make_layer(
+    config: TransformerConfig, fused: bool = False, router: type | None = None, spec: Any = None
+) -> ReMoELayer:
     """Build a ReMoE or top-k layer from Megatron's layer specification, with number 1 and the configuration's dtype.
 
     Args:
         config: from `make_config`, or `make_topk_config`.
         fused: with grouped experts instead of one small layer per expert.
+        router: a class in place of the ReLU or top-k router.
+        spec: in place of Megatron's specification of its own layers.
     """
-    spec = get_gpt_layer_local_spec(config.num_moe_experts, False, normalization="RMSNorm")
-    spec = with_relu_routing(spec) if getattr(config, "moe_relu_routing", False) else spec
+    spec = spec or get_gpt_layer_local_spec(config.num_moe_experts, False, normalization="RMSNorm")
+    if router is not None:
+        spec = with_router(spec, router)
+    elif getattr(config, "moe_relu_routing", False):
+        spec = with_relu_routing(spec)
     spec = with_fused_layers(spec) if fused else spec
     layer = spec.submodules.mlp(config=config, layer_number=1)  # type: ignore[union-attr]
     layer.set_layer_number(1)

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import io
+import os
 import queue
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 from megatron.remoe import patches
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
 from megatron.training import checkpointing, training
-from tests.checkpoints import Malicious
+from tests.checkpoints import Calls
 from tests.training_runs import in_another_process
 
 
@@ -28,23 +29,18 @@ def saved(value: object) -> io.BytesIO:
     return file
 
 
-def planner() -> tuple[MCoreLoadPlanner, SimpleNamespace]:
-    """Return a planner that loads the object "rng_state", and the object's item."""
-    planner = MCoreLoadPlanner.__new__(MCoreLoadPlanner)
-    planner.state_dict, planner.flatten_state_dict = {}, False
-    return planner, SimpleNamespace(dest_index=SimpleNamespace(fqn="rng_state"))
-
-
 def test_megatron_still_executes_what_a_checkpoint_holds(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     load_bytes = getattr(DefaultLoadPlanner.load_bytes, "__wrapped__", DefaultLoadPlanner.load_bytes)
     monkeypatch.setattr(DefaultLoadPlanner, "load_bytes", load_bytes)
-    loader, item = planner()
-    loader.load_bytes(item, saved(Malicious(tmp_path / "made by stock")))
+    loader, item = MCoreLoadPlanner.__new__(MCoreLoadPlanner), SimpleNamespace()
+    loader.state_dict, loader.flatten_state_dict = {}, False
+    item.dest_index = SimpleNamespace(fqn="rng_state")
+    loader.load_bytes(item, saved(Calls(os.mkdir, str(tmp_path / "made by stock"))))
     assert (tmp_path / "made by stock").is_dir(), "the released Megatron no longer needs the patch"
 
     patches.checkpoints.load_objects_unexecuted()
     with pytest.raises(BrokenCheckpointError, match="rng_state in the checkpoint refers to .*mkdir"):
-        loader.load_bytes(item, saved(Malicious(tmp_path / "made by patched")))
+        loader.load_bytes(item, saved(Calls(os.mkdir, str(tmp_path / "made by patched"))))
     assert not (tmp_path / "made by patched").exists()
     whole = saved({"step": torch.ones(3)}).getvalue()
     with pytest.raises(BrokenCheckpointError, match="rng_state in the checkpoint is damaged") as damaged:

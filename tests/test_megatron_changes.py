@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron.training import global_vars
-from tests.entry import entry_with, shared_entry
+from tests.entry import Entry, shared_entry
 from tests.tiny_model import RELU
 from tests.training_runs import REPOSITORY, TINY, records
 
@@ -75,13 +75,17 @@ def test_changes_are_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(hasattr(global_vars, "initialize_runtime_services"), reason="this Megatron has #7418's split")
-@pytest.mark.parametrize("program", ["pretrain_gpt.py", "examples/own_training_script.py", "tools/__main__.py"])
-def test_services_start_apart_from_parsing(program: str, data: Path, tmp_path: Path) -> None:
+def test_services_start_apart_from_parsing(data: Path, tmp_path: Path) -> None:
     write_changed(tmp_path, "training", SPLIT)
     flags = [*TINY, *RELU, *f"--data-path {data} --train-iters 3 --cpu".split()]
-    flags = ["cost", "--gpus", "2", "--", *flags] if program == "tools/__main__.py" else flags
-    with entry_with(tmp_path) as split_entry:
-        results = [entry.run(flags, script=REPOSITORY / program) for entry in (shared_entry(), split_entry)]
-    (code, released), (split_code, split) = results
-    assert code == split_code == 0, split[-3000:]
-    assert (records(split) or split) == (records(released) or released)
+    programs = {"pretrain_gpt.py": [], "examples/own_training_script.py": []}
+    programs["tools/__main__.py"] = ["cost", "--gpus", "2", "--"]
+    split_entry = Entry(PYTHONPATH=str(tmp_path))
+    try:
+        for program, words in programs.items():
+            results = [one.run([*words, *flags], script=REPOSITORY / program) for one in (shared_entry(), split_entry)]
+            (code, released), (split_code, split) = results
+            assert code == split_code == 0, split[-3000:]
+            assert (records(split) or split) == (records(released) or released)
+    finally:
+        split_entry.process.kill()

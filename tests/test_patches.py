@@ -264,21 +264,18 @@ def test_megatron_still_tells_the_console_alone(
 def test_megatron_still_asks_a_group_of_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reduce = stock(monkeypatch, training, name)
     asked: list[int] = []
-    monkeypatch.setattr(
-        torch.distributed, "all_reduce", lambda *_arguments, group, **_options: asked.append(group.size())
-    )
-    alone, two = SimpleNamespace(size=lambda: 1), SimpleNamespace(size=lambda: 2)
-    before = reduce(True, group=alone), reduce(1.5, group=alone) if "stat" in name else None
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, group, **_options: asked.append(group.size()))
+    # With Transformer Engine the norm is a tensor, but a number is logged.
+    values = [1.5, torch.tensor([1.5])] if "stat" in name else [True]
+    single, pair = SimpleNamespace(size=lambda: 1), SimpleNamespace(size=lambda: 2)
+    before = [reduce(value, group=single) for value in values]
+    assert asked == [1] * len(values), "Megatron's own does without"
     patches.waits.skip_single_rank_reductions()
     patched = getattr(training, name)
-    assert (patched(True, group=alone), patched(1.5, group=alone) if "stat" in name else None) == before
-    if "stat" in name:  # with Transformer Engine the norm is a tensor, but a number is logged
-        assert (
-            type(patched(torch.tensor([1.5]), group=alone)) is type(reduce(torch.tensor([1.5]), group=alone)) is float
-        )
-        assert asked.pop() == 1
-    patched(True, group=two)
-    assert asked == [1] * (1 + ("stat" in name)) + [2], "Megatron's own does without"
+    after = [patched(value, group=single) for value in values]
+    assert after == before and [*map(type, after)] == [*map(type, before)]
+    patched(values[0], group=pair)
+    assert asked == [1] * len(values) + [2]
 
 
 def test_megatron_still_prints_no_time_left(monkeypatch: pytest.MonkeyPatch) -> None:

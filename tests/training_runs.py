@@ -93,6 +93,35 @@ def series(output: str, field: str) -> list[float]:
     return [float(record[field]) for _, record in sorted(records(output).items())]
 
 
+def without(words: list[str], *flags: str) -> list[str]:
+    """Return the words without these flags and the value after each."""
+    return [word for flag, word in zip(["", *words], words, strict=False) if not {flag, word} & {*flags}]
+
+
+def logged(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """Return the lines of a kind in a run's metrics.jsonl."""
+    return [line for line in read_run_log(folder / "metrics.jsonl") if line["kind"] == kind]
+
+
+def step_losses(output: str) -> list[float]:
+    """Return each step's loss. The second line after a start has the mean of the first two."""
+    losses = series(output, "lm loss")
+    losses[1] = 2 * losses[1] - losses[0]
+    return losses
+
+
+def last_error(output: str) -> str:
+    """Return the output from the entry's last error message on."""
+    assert "pretrain_gpt.py: error: " in output, output[-3000:]
+    return output[output.rindex("pretrain_gpt.py: error: ") :]
+
+
+def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Assert that tensors are equal bit for bit."""
+    assert actual.keys() == expected.keys()
+    assert [key for key in expected if not torch.equal(actual[key], expected[key])] == []
+
+
 def figures(folder: Path, interval: int) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl at multiples of `interval`, without starts, timings and parameter counts."""
     left_out = ("time", "seconds_per_iteration", "tokens_per_second", "parameters")

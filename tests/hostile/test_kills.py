@@ -12,7 +12,7 @@ from megatron.remoe.start.checkpoint_files import newest_whole
 from megatron.remoe.start.run_lock import LOCK
 from tests.entry import shared_entry
 from tests.tiny_model import RELU
-from tests.training_runs import TINY, figures, weights
+from tests.training_runs import TINY, assert_equal, figures, weights
 
 KILLS, FEW_KILLS = 30, 3  # per run; FEW_KILLS without bulk tests
 LIMIT = 300.0  # seconds; longer is a hang
@@ -79,8 +79,7 @@ def test_killed_at_random_moments(layout: str, wanted: int, data: Path, tmp_path
         kills += code != 0
     code, output = entry.run(make_flags(data, folder, steps, *more), limit=LIMIT)
     assert code == 0, output[-3000:]
-    right, mine = tensors(expected, steps), tensors(folder, steps)
-    assert right.keys() == mine.keys() and all(torch.equal(right[key], mine[key]) for key in right)
+    assert_equal(tensors(folder, steps), tensors(expected, steps))
     lines, expected_lines = figures(folder, 2), figures(expected, 2)
     if "--exit-signal-handler" in more:  # it saves between two lines, so the next line's mean is over other steps
         for line in lines + expected_lines:

@@ -11,27 +11,16 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from megatron.remoe.start.checkpoint_index import INDEX, BrokenCheckpointError, check_object, read_index
-from tests.checkpoints import training
+from tests.checkpoints import Calls, training
 from tests.training_runs import run
 from tools.models.export import main as export
 
 NEWEST = "iter_0000002"
-
-
-class Calls:
-    """An object that calls a function when it is unpickled."""
-
-    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return self.call
 
 
 def by_name(module: str, name: str, argument: str) -> bytes:

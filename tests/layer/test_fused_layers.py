@@ -1,20 +1,16 @@
 """Test attention and experts of PyTorch's fused kernels against Megatron's: values, gradients and training runs."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.remoe.layer.experts import GroupedExperts
-from megatron.remoe.layer.layer import ReMoELayer
-from megatron.remoe.layer.specs import with_fused_layers
 from megatron.remoe.transformer.attention import FusedDotProductAttention
 from megatron.remoe.transformer.norm import SequenceParallelTorchNorm
 from tests.layers import HIDDEN, make_config, make_layer
@@ -67,24 +63,20 @@ def test_attention_dropout_follows_megatrons_generator() -> None:
     assert attend.eval()(*tensors, None).std() < 1e-12
 
 
-def experts(kind: str, num_experts: int = 3) -> torch.nn.Module:
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    model_parallel_cuda_manual_seed(5)
-    config = make_config(num_moe_experts=num_experts)
-    return make_layer(config, fused=kind == "grouped").experts
-
-
 @needs_groups
 @pytest.mark.parametrize("sizes", [[4, 0, 3], [0, 0, 0], [0, 7, 0]], ids=str)
 def test_experts_are_megatrons(sizes: list[int]) -> None:
     torch.manual_seed(2)
     rows = torch.randn(sum(sizes), HIDDEN, dtype=torch.float64, device=DEVICE, requires_grad=True)
     gates = torch.rand(sum(sizes), dtype=torch.float64, device=DEVICE, requires_grad=True)
-    sequential, grouped = experts("sequential"), experts("grouped")
+    modules = []
+    for fused in (False, True):
+        model_parallel_cuda_manual_seed(5)
+        modules.append(make_layer(make_config(num_moe_experts=3), fused).experts)
+    sequential, grouped = modules
     assert isinstance(sequential, SequentialMLP) and isinstance(grouped, GroupedExperts)
     results = []
-    for module in (sequential, grouped):
+    for module in modules:
         output, bias = module(rows, torch.tensor(sizes), gates)
         assert bias is None
         output.sin().sum().backward()
@@ -102,21 +94,6 @@ def test_experts_are_megatrons(sizes: list[int]) -> None:
                 rtol=1e-12,
                 atol=1e-12,
             )
-
-
-@needs_groups
-def test_gradients_go_into_megatrons_buffer() -> None:
-    torch.manual_seed(3)
-    rows = torch.randn(7, HIDDEN, dtype=torch.float64, device=DEVICE)
-    gates, sizes = torch.rand(7, dtype=torch.float64, device=DEVICE), torch.tensor([4, 0, 3])
-    plain, buffered = experts("grouped"), experts("grouped")
-    for weight in buffered.parameters():
-        weight.main_grad, weight.grad_added_to_main_grad = torch.ones_like(weight), False
-    for module in (plain, buffered):
-        module(rows, sizes, gates)[0].sin().sum().backward()
-    for right, weight in zip(plain.parameters(), buffered.parameters(), strict=True):
-        assert weight.grad_added_to_main_grad and weight.grad is not None
-        torch.testing.assert_close(weight.main_grad, right.grad + 1, rtol=1e-12, atol=1e-12)
 
 
 @needs_groups
@@ -159,26 +136,11 @@ def test_norms_refuse_weights_centered_at_zero() -> None:
         SequenceParallelTorchNorm(make_config(layernorm_zero_centered_gamma=True), HIDDEN)
 
 
-def test_specification_keeps_what_it_does_not_know() -> None:
-    stock = get_gpt_layer_local_spec(4, False, normalization="RMSNorm")
-    fused = with_fused_layers(stock)
-    assert fused.submodules.self_attention.submodules.core_attention is FusedDotProductAttention
-    assert isinstance(fused.submodules.mlp, partial) and fused.submodules.mlp.func is ReMoELayer
-    assert stock.submodules.mlp.func is MoELayer, "the original is left alone"
-    assert fused.submodules.input_layernorm is stock.submodules.input_layernorm
-    dense = get_gpt_layer_local_spec(None, False, normalization="RMSNorm").submodules.mlp
-    kept = with_fused_layers(dense)
-    assert (kept.func, kept.keywords) == (dense.func, dense.keywords)
-
-
-KINDS = {"ReMoE": RELU, "top-k": TOPK, "dense": [], "top-k, k = 3": [*TOPK, "--moe-router-topk", "3"]}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_same_training(kind: str, data: Path) -> None:
+@pytest.mark.parametrize("routing", [RELU, [*TOPK, "--moe-router-topk", "3"]], ids=["ReMoE", "top-k, k = 3"])
+def test_same_training(routing: list[str], data: Path) -> None:
     """Whole steps with the optimizer, from the same initial weights, have the same losses as with Megatron's layers."""
     losses = [
-        series(run([*TINY, *KINDS[kind], "--data-path", str(data), "--train-iters", "4", *flags]), "lm loss")
+        series(run([*TINY, *routing, "--data-path", str(data), "--train-iters", "4", *flags]), "lm loss")
         for flags in ([], ["--no-local-layer-fusion"])
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 4

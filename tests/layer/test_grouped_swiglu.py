@@ -63,31 +63,6 @@ def some_rows(sizes: list[int], gathers: bool) -> tuple[int, torch.Tensor | None
     return (num_tokens, torch.cat(rows)) if gathers else (sum(sizes), None)
 
 
-def make_leaves(num_tokens: int, sizes: list[int], accumulates: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return tokens, gates (exact in fp32), fc1 and fc2 twice; ours are parameters, with a buffer if accumulating."""
-    inputs = [torch.randn(num_tokens, HIDDEN, device=DEVICE), torch.rand(sum(sizes), device=DEVICE)]
-    inputs += [torch.randn(len(sizes), *shape, device=DEVICE) for shape in ((2 * FFN, HIDDEN), (HIDDEN, FFN))]
-    ours, right = ([value.double().requires_grad_() for value in inputs] for _ in range(2))
-    ours[2:] = [torch.nn.Parameter(weight.detach()) for weight in ours[2:]]
-    if accumulates:
-        for weight in ours[2:]:
-            weight.main_grad, weight.grad_added_to_main_grad = torch.ones_like(weight), False
-    return ours, right
-
-
-def compare(
-    output: torch.Tensor, expected: torch.Tensor, ours: list[torch.Tensor], right: list[torch.Tensor], accumulates: bool
-) -> None:
-    """Compare outputs and gradients; buffers start at 1."""
-    torch.testing.assert_close(output, expected, rtol=1e-11, atol=1e-11)
-    direction = torch.randn_like(output)
-    (output * direction).sum().backward()
-    (expected * direction).sum().backward()
-    for number, (mine, theirs) in enumerate(zip(ours, right, strict=True)):
-        gradient = mine.main_grad - 1 if accumulates and number >= 2 else mine.grad
-        torch.testing.assert_close(gradient, theirs.grad, rtol=1e-10, atol=1e-10)
-
-
 def test_matrices_of_their_own_keep_no_copy_for_the_backward_pass() -> None:
     torch.manual_seed(5)
     sizes = SIZES["few rows"]
@@ -111,9 +86,19 @@ def test_matrices_of_their_own_keep_no_copy_for_the_backward_pass() -> None:
 def test_values_and_gradients(sizes: list[int], accumulates: bool, gathers: bool) -> None:
     torch.manual_seed(len(sizes))
     num_tokens, rows = some_rows(sizes, gathers)
-    ours, right = make_leaves(num_tokens, sizes, accumulates)
-    output = grouped_swiglu(*ours, sizes, make_order(rows), PYTORCH)
-    compare(output, one_by_one(*right, sizes, rows), ours, right, accumulates)
+    inputs = [torch.randn(num_tokens, HIDDEN, device=DEVICE), torch.rand(sum(sizes), device=DEVICE)]  # gates: fp32
+    inputs += [torch.randn(len(sizes), *shape, device=DEVICE) for shape in ((2 * FFN, HIDDEN), (HIDDEN, FFN))]
+    ours, right = ([value.double().requires_grad_() for value in inputs] for _ in range(2))
+    for weight in ours[2:] if accumulates else ():
+        weight.main_grad, weight.grad_added_to_main_grad = torch.ones_like(weight), False
+    output, expected = grouped_swiglu(*ours, sizes, make_order(rows), PYTORCH), one_by_one(*right, sizes, rows)
+    torch.testing.assert_close(output, expected, rtol=1e-11, atol=1e-11)
+    direction = torch.randn_like(output)
+    for result in (output, expected):
+        (result * direction).sum().backward()
+    for number, (mine, theirs) in enumerate(zip(ours, right, strict=True)):
+        gradient = mine.main_grad - 1 if accumulates and number >= 2 else mine.grad
+        torch.testing.assert_close(gradient, theirs.grad, rtol=1e-10, atol=1e-10)
 
 
 @both_orders

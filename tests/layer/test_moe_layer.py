@@ -182,19 +182,3 @@ def test_the_dispatcher_is_chosen_when_the_layer_is_built() -> None:
         topk = make_topk_config()
         setattr(topk, name, value)  # set later: the constructor would ask for Transformer Engine
         assert not takes_plans(topk)
-
-
-def test_recompute_counts_once_and_keeps_gradients() -> None:
-    """tests/layer/test_bounded_memory.py has selective recomputation."""
-    from megatron.core.tensor_parallel import checkpoint
-
-    layer, actual = make_layer(make_config(moe_relu_l1_reg_coeff_init=0.2)), []
-    tokens = torch.randn(5, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
-    for forward in (layer, lambda hidden: [checkpoint(lambda hidden: layer(hidden)[0], False, hidden)]):
-        layer.router.counts = None
-        output = forward(tokens)[0]
-        output.pow(2).sum().backward()
-        actual.append((output.detach(), tokens.grad, layer.router.weight.grad, layer.router.counts.table))
-        tokens.grad = layer.router.weight.grad = None
-    for plain, recomputed in zip(*actual, strict=True):
-        torch.testing.assert_close(plain, recomputed)

@@ -91,12 +91,10 @@ def test_engine_experts_equal_oracle(engine_spec: ModuleSpec, topk: int, dispatc
         moe_relu_activation_limit=limit,
         moe_relu_l1_reg_coeff_init=1e-30,
     )
-    layer = with_relu_routing(engine_spec).submodules.mlp(config=config, layer_number=1)
-    layer.set_layer_number(1)
-    layer.to(torch.float64)
+    layer = make_layer(config, spec=engine_spec)
     assert type(layer.experts) is TEGroupedMLP
     pairs_of_weights = list(zip(layer.experts.linear_fc1.weights, layer.experts.linear_fc2.weights, strict=True))
-    tokens = torch.randn(9, 2, HIDDEN, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randn(9, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
     weights = [tokens, layer.router.weight, *layer.experts.parameters()]
     direction = torch.randn_like(tokens)
     output, _ = layer(tokens)
@@ -124,13 +122,12 @@ def test_activations_are_recomputed_in_chunks_and_without(
         config = make_config(
             moe_token_dispatcher_type=dispatcher, moe_grouped_gemm=True, moe_relu_activation_limit=1.0, **recompute
         )
-        layer = with_relu_routing(engine_spec).submodules.mlp(config=config, layer_number=1)
-        layer.set_layer_number(1)
-        weights = weights or layer.to(torch.float64).state_dict()
-        layer.to(torch.float64).load_state_dict(weights)
+        layer = make_layer(config, spec=engine_spec)
+        weights = weights or layer.state_dict()
+        layer.load_state_dict(weights)
         for number_active in (4, 1):
             layer.router.weight.data.abs_()[number_active:].neg_()
-            output, _ = layer(copy := tokens.clone().requires_grad_())
+            output, _ = layer(copy := tokens.clone().to(layer.router.weight.device).requires_grad_())
             assert layer.experts.activation_recompute == (bool(recompute) and number_active == 1)
             output.square().sum().backward()
             results.append([copy.grad, *(parameter.grad.clone() for parameter in layer.parameters())])

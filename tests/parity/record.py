@@ -1,4 +1,7 @@
-"""Train, and also write counts, router gradients and exponents of λ to a file per rank in $PARITY_RECORD."""
+"""Train, and also write counts, router gradients and exponents of λ to a file per rank.
+
+python record.py FOLDER ...    the other words go to the training entry
+"""
 
 import json
 import os
@@ -72,9 +75,9 @@ def observe(model_cfg: Any) -> None:
 
 
 def _write(record: dict[str, Any]) -> None:
-    path = Path(os.environ["PARITY_RECORD"]) / f"rank{os.environ['RANK']}.json"
-    path.write_text(json.dumps(record))
+    (FOLDER / f"rank{os.environ['RANK']}.json").write_text(json.dumps(record))
 
 
 if __name__ == "__main__":
+    FOLDER = Path(sys.argv.pop(1))
     pretrain.main(observe)

@@ -4,7 +4,6 @@ import argparse
 
 import pytest
 
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig
 from megatron.remoe.training.arguments import add_remoe_arguments
 from tests.layers import make_config, make_layer, make_topk_config
@@ -46,7 +45,3 @@ def test_the_router_has_no_bias() -> None:
     """Megatron gives its router one if other linear layers have one."""
     router = make_layer(make_config(add_bias_linear=True)).router
     assert set(router.state_dict()) == {"weight", "l1_exponent", "guarded"}
-
-
-def test_megatrons_configuration_is_enough_for_dense_models() -> None:
-    assert type(make_topk_config()) is TransformerConfig

@@ -4,14 +4,12 @@ import re
 
 import pytest
 
-from tests.scripts.launching import SIZES, dry_run
+from tests.scripts.launching import dry_run
 
-PAPER = {"182m": (777, 995), "469m": (2580, 2873), "978m": (5730, 5991)}  # 10^6 parameters, GFLOPs per sequence
+PAPER = {"182m": (777, 995), "978m": (5730, 5991)}  # 10^6 parameters, GFLOPs per sequence
 
 
-@pytest.mark.parametrize(
-    ("size", "routing"), [*((size, "remoe") for size in SIZES), ("182m", "dense"), ("182m", "moe")]
-)
+@pytest.mark.parametrize(("size", "routing"), [("978m", "remoe"), ("182m", "dense"), ("182m", "moe")])
 def test_cost_is_the_papers(size: str, routing: str) -> None:
     """The program accepts each script's flags, without data too; model and cost are the paper's."""
     estimate, _, command_line = dry_run(f"{size}_{routing}").partition("\nCommand:\n")

@@ -1,16 +1,14 @@
-"""Test the wheel: its contents, the installed command, and the versions of its dependencies."""
+"""Test the wheel: its contents, and the installed command."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 
 from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 from tests.tiny_model import SIZES
@@ -78,11 +76,3 @@ def test_the_installed_command_does_all_without_a_clone(wheel: Path, tmp_path: P
     trained = remoe("train", "182m", "remoe", "1", "2", "2", "--", *small, DATA_PATH="data_text_document",
                     VOCAB_FILE="vocab.json", MERGE_FILE="merges.txt")  # fmt: skip
     assert len(read_log(trained)) == 2
-
-
-def test_training_needs_few_packages() -> None:
-    """More, or an upper bound of torch, would exclude environments of megatron-bridge and vLLM."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    ours = {requirement.name: requirement.specifier for requirement in map(Requirement, project["dependencies"])}
-    assert set(ours) == {"torch", "numpy", "megatron-core", "filelock", "psutil"}
-    assert ours["torch"].contains("2.10") and ours["torch"].contains("2.14") and not str(ours["numpy"])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.tiny_model import RELU
-from tests.training_runs import TINY
+from tests.training_runs import TINY, without
 
 Arguments = Callable[["User"], list[str]]
 
@@ -48,15 +48,7 @@ def on(prefix: str, flags: str = "") -> Arguments:
 
 def lacking(names: str, flags: str = "") -> Arguments:
     """Return the arguments of a ReMoE without these flags and their values."""
-
-    def arguments(user: User) -> list[str]:
-        words = on("text", flags)(user)
-        for name in names.split():
-            at = words.index(name)
-            del words[at : at + 2]
-        return words
-
-    return arguments
+    return lambda user: without(on("text", flags)(user), *names.split())
 
 
 def resumed(flags: str = "", routing: list[str] = RELU, run: str = "remoe") -> Arguments:

@@ -15,6 +15,7 @@ from tests.data_sets import write_documents
 from tests.entry import LIMIT, Entry
 from tests.start.mistakes import ENTRY, HYBRID, User, on, plain
 from tests.tiny_model import RELU, TOPK
+from tests.training_runs import last_error
 
 LINES = 3
 
@@ -62,13 +63,6 @@ def used_port() -> Iterator[str]:
         yield str(server.getsockname()[1])
 
 
-def last_message(output: str) -> str:
-    """Return the output from the last error on."""
-    start = output.rfind("pretrain_gpt.py: error: ")
-    assert start >= 0, output[-2000:]
-    return output[start:]
-
-
 @pytest.mark.timeout(3 * LIMIT)
 @pytest.mark.parametrize("name", ENTRY)
 def test_entry(name: str, entry: Entry, user: User, used_port: str) -> None:
@@ -76,7 +70,7 @@ def test_entry(name: str, entry: Entry, user: User, used_port: str) -> None:
     environment = {key: value or used_port for key, value in (case.environment or {}).items()}
     code, output = entry.run(case.arguments(user), environment, list(case.unset))
     assert code is not None, f"hangs: {output[-2000:]}"
-    message = last_message(output)
+    message = last_error(output)
     assert code == case.code and message.count("\n") <= LINES and len(message) < 1000, message
     for part in case.message.split("|"):
         assert part in message

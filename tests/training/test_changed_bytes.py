@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
 from megatron.remoe.start.checkpoint_files import TRACKER
 from tests.checkpoints import Saved, flip, tensors, training, truncate
-from tests.training_runs import records, run
+from tests.training_runs import records, run, without
 
 VERIFIED = "--verify-integrity"
 
@@ -42,9 +42,7 @@ def test_one_file_per_rank(data: Path, tmp_path: Path) -> None:
 
 
 def test_whole_checkpoints_are_not_overwritten_by_another_start(saved: Saved, data: Path, tmp_path: Path) -> None:
-    words, base = training(data, saved.root), saved.copy(tmp_path / "base")
-    at = words.index("--load")
-    del words[at : at + 2]
+    words, base = without(training(data, saved.root), "--load"), saved.copy(tmp_path / "base")
     for iteration in (4, 6):
         shutil.rmtree(base[iteration])
     (base.root / TRACKER).write_text("2")

@@ -12,14 +12,6 @@ from megatron.remoe.start.environment import check_flips
 from megatron.remoe.training.flips import FlipMeter, _aside
 from tests.layers import HIDDEN, make_config, make_layer, make_topk_config
 
-ARGUMENTS = {
-    "moe_log_flips_interval": 3,
-    "eval_micro_batch_size": 2,
-    "seq_length": 5,
-    "decoder_seq_length": None,
-    "seed": 1,
-}
-
 
 class Model(torch.nn.Module):
     """A model of one MoE layer, with the interface that Megatron's schedules need."""
@@ -56,7 +48,9 @@ def test_what_an_update_changes_is_counted(kind: str) -> None:
     weight, model = layer.router.weight.data, Model(layer)
     weight.zero_()
     weight[0], weight[1] = 1.0, -1.0  # one of the two is active for each token
-    meter = FlipMeter(argparse.Namespace(**ARGUMENTS), lambda data, model: (model(next(data)["tokens"]), None))
+    args = argparse.Namespace(moe_log_flips_interval=3, eval_micro_batch_size=2, seq_length=5, seed=1)
+    args.decoder_seq_length = None
+    meter = FlipMeter(args, lambda data, model: (model(next(data)["tokens"]), None))
     meter.chunks = [model]
     sequence = {"tokens": torch.randn(5, HIDDEN, dtype=torch.float64, device=weight.device)}
     meter.calibrate([[sequence] * 3, None])

@@ -11,10 +11,8 @@ from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.remoe.layer.layer import ReMoELayer
 from megatron.remoe.layer.specs import with_relu_routing
 from megatron.remoe.routing.router import ReLURouter
-from megatron.remoe.training.run_log import read_run_log
-from tests.entry import Entry
 from tests.tiny_model import RELU, TOPK
-from tests.training_runs import REPOSITORY, TINY, records, run
+from tests.training_runs import REPOSITORY, TINY, assert_equal, logged, records, run
 from tools.console.display import Display
 from tools.console.errors import ConversionError
 from tools.models.analyze.command import layer_numbers
@@ -29,48 +27,20 @@ RUN = [*RELU, "--moe-relu-l1-reg-coeff-init", "1e-3"]
 SAVED, END = 2, 4
 
 
-class Runs:
-    """Training runs of both classes that save checkpoints."""
-
-    def __init__(self, entry: Entry, data: Path, folder: Path) -> None:
-        self.entry, self.data, self.folder = entry, data, folder
-
-    def run(self, *flags: str) -> dict[int, dict[str, str]]:
-        """Train, and return each step's printed fields with all digits; layers have GPTModel's numbers."""
-        processes = 2 if any("model-parallel" in flag for flag in flags) else 1
-        given = [*TINY, "--train-iters", str(END), "--data-path", str(self.data), *flags]
-        code, output = self.entry.run(given, processes=processes, limit=240)
-        assert code == 0, output[-3000:]
-        steps = records(output)
-        for step in steps.values():
-            if "--hybrid-layer-pattern" in flags and (guarded := step.get("guarded layers")):
-                step["guarded layers"] = ",".join(str(int(number) // 2) for number in guarded.split(","))
-        return steps
-
-    def saving(self, name: str, *flags: str) -> dict[int, dict[str, str]]:
-        """Make a whole run that saves every `SAVED` steps."""
-        return self.run(*flags, "--save", str(self.folder / name), "--save-interval", str(SAVED))
-
-    def resumed(self, name: str, *flags: str) -> dict[int, dict[str, str]]:
-        """Resume from step `SAVED`, and return the steps after it."""
-        return self.run(*flags, "--load", str(self.folder / name), "--ckpt-step", str(SAVED))
-
-    def exported(self, name: str) -> dict[str, torch.Tensor]:
-        """Return the weights of step `SAVED` in the model for transformers."""
-        run = open_run(self.folder / name, SAVED)
-        return convert_model(run.model, run.config).state_dict()
-
-    def converted(self, name: str, model: str) -> str:
-        """Convert the checkpoint of step `SAVED` to the other class, and return its name."""
-        places = ["--load", str(self.folder / name), "--save", str(self.folder / f"{name}-as-{model}")]
-        flags = ["--model", model, *places, "--ckpt-step", str(SAVED)]
-        run(["convert", *flags], script=REPOSITORY / "tools" / "__main__.py")
-        return f"{name}-as-{model}"
+def train(data: Path, *flags: str) -> dict[int, dict[str, str]]:
+    """Train, and return each step's printed fields with all digits; layers have GPTModel's numbers."""
+    processes = 2 if any("model-parallel" in flag for flag in flags) else 1
+    steps = records(run([*TINY, "--train-iters", str(END), "--data-path", str(data), *flags], processes))
+    for step in steps.values():
+        if "--hybrid-layer-pattern" in flags and (guarded := step.get("guarded layers")):
+            step["guarded layers"] = ",".join(str(int(number) // 2) for number in guarded.split(","))
+    return steps
 
 
-@pytest.fixture(scope="module")
-def runs(entry: Entry, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(entry, data, tmp_path_factory.mktemp("hybrid"))
+def exported(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of step `SAVED` in the model for transformers."""
+    run = open_run(folder, SAVED)
+    return convert_model(run.model, run.config).state_dict()
 
 
 SPLITS = ("", "--tensor-model-parallel-size 2 --sequence-parallel", "--pipeline-model-parallel-size 2")
@@ -82,52 +52,51 @@ for split in SPLITS:  # 50 steps after the conversion
 
 
 @pytest.mark.parametrize(("pattern", "gpt", "both"), CASES)
-def test_one_training_in_two_classes(
-    pattern: str, gpt: str, both: list[str], entry: Entry, data: Path, tmp_path: Path
-) -> None:
+def test_one_training_in_two_classes(pattern: str, gpt: str, both: list[str], data: Path, tmp_path: Path) -> None:
     """Losses, norms, S and λ agree to the last digit. Each class resumes from the other's converted checkpoint."""
-    runs, name = Runs(entry, data, tmp_path), "run"
-    hybrid, alike = [*both, "--hybrid-layer-pattern", pattern], not gpt
-    gpt = [*both, *gpt.split()]
-    expected = runs.saving(f"{name}-gpt", *gpt)
-    assert len(expected) >= END and ("l1 coefficient" in expected[END]) == ("--moe-relu-routing" in both)
-    assert runs.saving(f"{name}-hybrid", *hybrid) == expected
-    weights = [runs.exported(f"{name}-{model}") for model in ("gpt", "hybrid")]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(one, weights[1][key]) for key, one in weights[0].items())
-    expected = runs.resumed(f"{name}-gpt", *gpt)
-    of_gpt, of_hybrid = (runs.converted(f"{name}-{a}", b) for a, b in (("gpt", "hybrid"), ("hybrid", "gpt")))
-    assert runs.resumed(of_gpt, *hybrid) == expected
-    assert runs.resumed(of_hybrid, *gpt) == expected
-    if alike:  # Megatron can load it unconverted if all layers are alike
-        assert runs.resumed(f"{name}-gpt", *hybrid) == expected
+    models = {"gpt": [*both, *gpt.split()], "hybrid": [*both, "--hybrid-layer-pattern", pattern]}
+
+    def resumed(folder: str, model: str) -> dict[int, dict[str, str]]:
+        return train(data, *models[model], "--load", str(tmp_path / folder), "--ckpt-step", str(SAVED))
+
+    whole, hybrid = (
+        train(data, *flags, "--save", str(tmp_path / model), "--save-interval", str(SAVED))
+        for model, flags in models.items()
+    )
+    assert len(whole) >= END and ("l1 coefficient" in whole[END]) == ("--moe-relu-routing" in both)
+    assert hybrid == whole
+    assert_equal(exported(tmp_path / "hybrid"), exported(tmp_path / "gpt"))
+    expected = resumed("gpt", "gpt")
+    for source, model in (("gpt", "hybrid"), ("hybrid", "gpt")):
+        places = ["--load", str(tmp_path / source), "--save", str(tmp_path / f"as {model}"), "--ckpt-step", str(SAVED)]
+        run(["convert", "--model", model, *places], script=REPOSITORY / "tools" / "__main__.py")
+        assert resumed(f"as {model}", model) == expected
+    if not gpt:  # Megatron can load it unconverted if all layers are alike
+        assert resumed("gpt", "hybrid") == expected
 
 
 WITH = {  # features of layers, and other routings
     "shared expert and granularity": [*RUN, *"--moe-shared-expert-intermediate-size 64 --moe-granularity 2".split()],
-    "MoE recompute in chunks": [
-        *RUN,
+    "Megatron's layers in bf16, recomputed in chunks": [
+        *[*RUN, "--no-local-layer-fusion", "--bf16"],
         *"--recompute-granularity selective --recompute-modules moe --moe-relu-activation-limit 1".split(),
     ],
-    "Megatron's layers in bf16": [*RUN, "--no-local-layer-fusion", "--bf16"],
     "top-k": TOPK,
 }
 
 
 @pytest.mark.parametrize("kind", WITH)
-def test_with_what_layers_can_do(kind: str, runs: Runs) -> None:
+def test_features_of_layers(kind: str, data: Path) -> None:
     flags = [*WITH[kind], "--train-iters", "3"]
-    assert runs.run(*flags, "--hybrid-layer-pattern", "*E*E") == runs.run(*flags)
+    assert train(data, *flags, "--hybrid-layer-pattern", "*E*E") == train(data, *flags)
 
 
-def test_multi_token_prediction(runs: Runs) -> None:
+def test_multi_token_prediction(data: Path, tmp_path: Path) -> None:
     """Megatron numbers MTP layers from 1 again, but only the decoder's flips count. MTP layers are not converted."""
-    folder = runs.folder / "flips"
-    runs.run(
-        *[*RUN, "--hybrid-layer-pattern", "*E*E/*E", "--train-iters", "2", "--moe-log-flips-interval", "1"],
-        *["--save", str(folder), "--save-interval", "9"],
-    )
-    (flips,) = [record for record in read_run_log(folder / "metrics.jsonl") if record["kind"] == "flips"]
+    folder = tmp_path / "flips"
+    flags = ["--hybrid-layer-pattern", "*E*E/*E", "--train-iters", "2", "--moe-log-flips-interval", "1"]
+    train(data, *RUN, *flags, "--save", str(folder), "--save-interval", "9")
+    (flips,) = logged(folder, "flips")
     assert flips["layer_rate"].keys() == {"2", "4"}
     assert flips["rate"] == pytest.approx(sum(flips["layer_rate"].values()) / 2)
     options = parse_convert(["--load", str(folder), "--save", str(folder / "gpt"), "--model", "gpt"])

@@ -11,7 +11,7 @@ import pytest
 
 from megatron.remoe.training.run_log import RunLog, read_run_log
 from tests.tiny_model import RELU
-from tests.training_runs import TINY, records, run
+from tests.training_runs import TINY, logged, records, run
 
 FILE = "metrics.jsonl"
 
@@ -33,12 +33,8 @@ def validation(iteration: int, **figures: Any) -> dict[str, Any]:
     return {"kind": "validation", "iteration": iteration, "lm_loss": 2.0, **figures}
 
 
-def read(folder: Path, kind: str) -> list[dict[str, Any]]:
-    return [record for record in read_run_log(folder / FILE) if record["kind"] == kind]
-
-
 def iterations(folder: Path, kind: str = "log") -> list[int]:
-    return [record["iteration"] for record in read(folder, kind)]
+    return [record["iteration"] for record in logged(folder, kind)]
 
 
 def test_a_line_of_the_log_with_the_figures_that_belong_to_it(tmp_path: Path) -> None:
@@ -78,12 +74,12 @@ def test_running_sums_go_on(tmp_path: Path) -> None:
 
     tell(make_log(tmp_path), line(10, **sums(40, 10)), {"kind": "checkpoint", "iteration": 15, **sums(50, 15)})
     tell(make_log(tmp_path, iteration=15), sums(5, 5), line(20))
-    assert read(tmp_path, "log")[-1]["total_active_pairs"] == 55
-    assert read(tmp_path, "log")[-1]["total_layer_tokens"] == 20
+    assert logged(tmp_path, "log")[-1]["total_active_pairs"] == 55
+    assert logged(tmp_path, "log")[-1]["total_layer_tokens"] == 20
 
     # The steps between 15 and 17 were not counted. No sum is better than a wrong one.
     tell(make_log(tmp_path, iteration=17), line(20, **sums(5, 5)))
-    assert "total_active_pairs" not in read(tmp_path, "log")[-1]
+    assert "total_active_pairs" not in logged(tmp_path, "log")[-1]
 
 
 def test_a_run_that_has_nothing_to_do_adds_what_its_last_evaluation_lacks(tmp_path: Path) -> None:
@@ -93,7 +89,7 @@ def test_a_run_that_has_nothing_to_do_adds_what_its_last_evaluation_lacks(tmp_pa
     tell(log, validation(100, set="code"))
     assert (tmp_path / FILE).read_text() == before
     tell(log, validation(100, set="docs"), validation(100, set="docs"))
-    assert [record["set"] for record in read(tmp_path, "validation")] == ["code", "docs"]
+    assert [record["set"] for record in logged(tmp_path, "validation")] == ["code", "docs"]
     assert (tmp_path / FILE).read_text().startswith(before)
 
 
@@ -141,7 +137,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
 
 def test_a_training_run_writes_numbers(whole: tuple[Path, str]) -> None:
     folder, printed = whole
-    lines = read(folder, "log")
+    lines = logged(folder, "log")
     assert [each["iteration"] for each in lines] == [*records(printed)] == [1, 2, 4, 6, 8]
     counted = int(printed.partition("number of parameters on")[2].splitlines()[0].rpartition(":")[2])
     assert [each.get("parameters") for each in lines] == [counted, *[None] * 4]
@@ -155,9 +151,9 @@ def test_a_training_run_writes_numbers(whole: tuple[Path, str]) -> None:
         assert each["tokens_per_second"] == pytest.approx(8 * 64 / each["seconds_per_iteration"], rel=1e-3)
     values = [float(part.partition(" ")[0]) for part in printed.split(" elapsed time per iteration (ms): ")[1:]]
     assert [1000 * each["seconds_per_iteration"] for each in lines] == pytest.approx(values, abs=0.051)
-    actual = [(each["iteration"], each.get("set"), each.get("final")) for each in read(folder, "validation")]
+    actual = [(each["iteration"], each.get("set"), each.get("final")) for each in logged(folder, "validation")]
     assert actual == [(4, None, None), (8, None, None), (8, None, True), (8, "test", True)]
-    assert {each["tokens"] for each in read(folder, "validation")} == {8 * 64}, "one batch"
+    assert {each["tokens"] for each in logged(folder, "validation")} == {8 * 64}, "one batch"
 
 
 def test_parts_and_a_missing_last_evaluation(data: Path, whole: tuple[Path, str], tmp_path: Path) -> None:
@@ -165,7 +161,7 @@ def test_parts_and_a_missing_last_evaluation(data: Path, whole: tuple[Path, str]
     train(data, tmp_path, "--log-interval", "2", "--exit-interval", "3")
     train(data, tmp_path, "--log-interval", "2")
     assert iterations(tmp_path, "checkpoint") == [3, 8] and not iterations(tmp_path, "validation")
-    expected, lines = read(whole[0], "log")[-1], read(tmp_path, "log")[-1]
+    expected, lines = logged(whole[0], "log")[-1], logged(tmp_path, "log")[-1]
     assert expected["total_layer_tokens"] == 8 * 8 * 64 * 2, "steps, sequences, tokens, MoE layers"
     assert all(lines[name] == expected[name] for name in ("total_active_pairs", "total_layer_tokens"))
     for _ in range(2):

@@ -1,6 +1,5 @@
 """Test GPT-2's vocabulary from two files, without network, in Megatron's own tokenizer."""
 
-import argparse
 import json
 import os
 import random
@@ -13,22 +12,15 @@ from megatron.remoe.files.errors import DataError
 from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder, use_local_gpt2_files
 from tests.gpt2_reference import gpt2_files, random_text
+from tools.recipes.megatron_values import make_parser
 
 TEXT = "Hello world, it's 3.14!\n\n  naïve 漢字 👩‍👩‍👧 <|endoftext|> \x00\ttail  "
 
 
-def tokenizer_arguments(**given: object) -> argparse.Namespace:
-    """Return the arguments that Megatron's build_tokenizer reads, with Megatron's defaults."""
-    defaults = dict.fromkeys(("vocab_file", "merge_file", "tokenizer_model", "special_tokens", "chat_template"))
-    defaults |= dict.fromkeys(("tokenizer_hf_no_use_fast", "tokenizer_hf_no_include_special_tokens"), False)
-    defaults |= dict.fromkeys(("trust_remote_code", "pad_vocab_size"), False) | {"metadata_path": None}
-    return argparse.Namespace(**(defaults | given))
+def test_megatron_builds_it_without_network(tmp_path, monkeypatch) -> None:
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
-
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Make every network access fail; return the list of attempts, including those whose error is caught."""
-    attempts: list[object] = []
+    attempts: list[object] = []  # including those whose error is caught
 
     def refuse(*arguments: object, **options: object) -> None:
         attempts.append(arguments)
@@ -40,27 +32,21 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         monkeypatch.setattr(socket, name, refuse)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    return attempts
-
-
-def test_megatron_builds_it_without_network(no_network, tmp_path, monkeypatch) -> None:
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     vocab_file, merge_file = gpt2_files()
-    args = tokenizer_arguments(
-        tokenizer_type="GPT2BPETokenizer", vocab_file=str(vocab_file), merge_file=str(merge_file)
-    )
+    files = ["--vocab-file", str(vocab_file), "--merge-file", str(merge_file)]
+    args = make_parser().parse_args(["--tokenizer-type", "GPT2BPETokenizer", *files])
+    args.pad_vocab_size = False
     use_local_gpt2_files(args)
     assert args.tokenizer_type == "HuggingFaceTokenizer" and args.vocab_file is None and args.merge_file is None
     tokenizer = build_tokenizer(args)
-    assert not no_network
+    assert not attempts
     assert tokenizer.vocab_size == 50257 and tokenizer.eod == 50256
     assert tokenizer.tokenize("Hello world<|endoftext|>") == [15496, 995, 50256]
     assert tokenizer.detokenize(tokenizer.tokenize(TEXT)) == TEXT
 
 
-def test_bytes_as_a_vocabulary(no_network, tmp_path) -> None:
+def test_bytes_as_a_vocabulary(tmp_path) -> None:
     from transformers import AutoTokenizer
 
     from tools.text.preprocessing.encoding import gpt2_encoder
@@ -79,7 +65,6 @@ def test_bytes_as_a_vocabulary(no_network, tmp_path) -> None:
         assert tokenizer(text).input_ids == ids.tolist()
         assert tokenizer.decode(ids.tolist()) == encoder.decode(ids) == text
         assert len(ids) == len(text.replace("<|endoftext|>", "e").encode())
-    assert not no_network
 
 
 def test_cache_that_cannot_be_written(tmp_path, monkeypatch) -> None:

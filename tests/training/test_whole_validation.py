@@ -9,12 +9,11 @@ from types import SimpleNamespace
 import pytest
 
 from megatron.remoe.patches import validation
-from megatron.remoe.training.run_log import read_run_log
 from megatron.training import training
 from megatron.training.datasets.data_samplers import MegatronFullValidationSampler
 from tests.data_sets import real_text, write_documents
 from tests.tiny_model import RELU
-from tests.training_runs import TINY, run
+from tests.training_runs import TINY, logged, run, without
 
 MODEL = [*TINY, *RELU, "--num-layers", "4"]
 LAYOUTS = {
@@ -29,15 +28,15 @@ LAYOUTS = {
 
 def evaluated(folder: Path, processes: int, *flags: str) -> dict[str, tuple[float, int]]:
     """Train one step; return set → printed loss and logged tokens."""
-    words, run_folder = [word for word in MODEL if word not in ("--split", "90,10,0")], folder / "run"
+    words, run_folder = without(MODEL, "--split"), folder / "run"
     words += f"--train-data-path {folder}/long --valid-data-path {folder}/long {folder}/short --full-validation".split()
     words += f"--multiple-validation-sets --validation-set-names long short --load {folder}/start --finetune".split()
     words += f"--save {run_folder} --save-interval 1 --no-save-optim --train-iters 1 --lr-decay-iters 8".split()
     output = run([*words, *flags], processes)
     losses = dict(re.findall(r"validation-(\w+) loss at iteration 1 on .*\| lm loss value: (\S+)", output))
-    records = [one for one in read_run_log(run_folder / "metrics.jsonl") if one["kind"] == "validation"]
+    lines = logged(run_folder, "validation")
     shutil.rmtree(run_folder)
-    return {one["set"]: (float(losses[one["set"]]), one["tokens"]) for one in records}
+    return {line["set"]: (float(losses[line["set"]]), line["tokens"]) for line in lines}
 
 
 @pytest.fixture(scope="module")
