@@ -95,15 +95,11 @@ def choose_tile(num_tokens: int, num_experts: int) -> tuple[int, int]:
     return block, min(next_power_of_2(num_experts), max(1, TILE_COUNTS // max(2 * block, MOST_BLOCKS)))
 
 
-def _fill_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
+def _fill_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, int]:
+    """Return the bytes that a launch moves: of `probs_TE` it reads one gate for each pair."""
     pairs = args["gates_P"].numel() * (2 * args["gates_P"].element_size() + 4)
     once = args["map_TE"].numel() + 4 * (args["counts_EB"].numel() + args["by_token"].numel())
-    return {"name": "plan: fill", "bytes": once + pairs}
-
-
-def _spread_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
-    gates = (args["d_gates_P"].numel() + args["d_probs_TE"].numel()) * args["d_gates_P"].element_size()
-    return {"name": "plan: gates' gradient", "bytes": gates + args["map_TE"].numel() + 4 * args["by_token"].numel()}
+    return {"bytes": once + pairs}
 
 
 @triton.jit
@@ -153,7 +149,7 @@ def _fill(
         expert_start += tl.sum(total)
 
 
-@triton.jit(launch_metadata=_spread_bytes, do_not_specialize=["num_pairs"])
+@triton.jit(do_not_specialize=["num_pairs"])
 def _spread(
     d_gates_P, map_TE, by_token, d_probs_TE, num_tokens, num_experts, num_pairs, BLOCK: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
