@@ -119,18 +119,18 @@ def _fill(
     BLOCK: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    of_token = tl.zeros([BLOCK], tl.int32)
+    pairs_per_token = tl.zeros([BLOCK], tl.int32)
     before = 0  # pairs of the blocks before
     for first in range(0, num_experts, TILE):
         expert = first + tl.arange(0, TILE)
-        of_token += tl.sum(_active(map_TE, token, expert, num_tokens, num_experts), axis=1)
+        pairs_per_token += tl.sum(_active(map_TE, token, expert, num_tokens, num_experts), axis=1)
         _, in_blocks_before = _counted(counts_EB, expert, num_experts, num_blocks, BLOCKS)
         before += tl.sum(in_blocks_before)
     last = num_tokens + 1 + num_pairs
-    ends = num_tokens + 1 + before + tl.cumsum(of_token, axis=0)
+    ends = num_tokens + 1 + before + tl.cumsum(pairs_per_token, axis=0)
     tl.store(by_token + 1 + token, tl.minimum(ends, last), mask=token < num_tokens)
     tl.store(by_token, num_tokens + 1, mask=tl.program_id(0) == 0)
-    place = ends - of_token
+    place = ends - pairs_per_token
     expert_start = 0
     for first in range(0, num_experts, TILE):
         expert = first + tl.arange(0, TILE)
