@@ -15,7 +15,7 @@ AutoModelForCausalLM.register(RemoeConfig, RemoeForCausalLM, exist_ok=True)
 
 
 def register_with_vllm() -> None:
-    """Register the class with vLLM, which looks for it in transformers. The entry point of vllm.general_plugins."""
+    """Register the class with vLLM, which looks for it in transformers. Entry point: vllm.general_plugins."""
     import transformers  # which replaces its module object while it is imported
 
     transformers.RemoeForCausalLM = RemoeForCausalLM  # type: ignore[attr-defined]

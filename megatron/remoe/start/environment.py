@@ -14,7 +14,7 @@ from megatron.remoe.routing.refusals import shown
 
 
 def check_required_flags(args: argparse.Namespace) -> None:
-    """Refuse missing flags that Megatron would notice late, or without naming them."""
+    """Require the flags whose absence Megatron reports late, or without naming them."""
     needed = {
         "--seq-length": args.seq_length or args.encoder_seq_length,
         "--micro-batch-size": args.micro_batch_size,

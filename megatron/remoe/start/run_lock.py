@@ -69,7 +69,7 @@ def _acquire(lease: SoftFileLease, lock: Path, lease_seconds: float) -> None:
         if before not in (0, beat) or waited > lease_seconds + SPARE_SECONDS:
             raise UsageError(
                 f"--save {lock.parent}: another run writes there ({holder}). Wait until it ends, stop it, or give a "
-                f"different --save. If no run does, remove {lock}.",
+                f"different --save. If there is no such run, remove {lock}.",
                 "REMOE-E103",
             )
         if not before:

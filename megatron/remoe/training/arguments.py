@@ -141,7 +141,8 @@ def load_saved_args(args: argparse.Namespace) -> None:
         return
     tokenizer, resume = args.tokenizer_type, choose_checkpoint(args)  # also refuses code in it
     if resume is None:
-        raise BrokenCheckpointError("--use-checkpoint-args needs a checkpoint in --load; there is none.", "REMOE-E404")
+        problem = "--use-checkpoint-args: there is no checkpoint in --load or --pretrained-checkpoint."
+        raise BrokenCheckpointError(problem, "REMOE-E404")
     resume.apply(args)
     load_args_from_checkpoint(args, load_arg=resume.flag.removeprefix("--").replace("-", "_"))
     saved = resume.saved
