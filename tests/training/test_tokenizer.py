@@ -60,14 +60,13 @@ def test_megatron_builds_it_without_network(no_network, tmp_path, monkeypatch) -
     assert tokenizer.detokenize(tokenizer.tokenize(TEXT)) == TEXT
 
 
-def test_bytes_as_a_vocabulary(no_network, tmp_path, monkeypatch) -> None:
+def test_bytes_as_a_vocabulary(no_network, tmp_path) -> None:
     from transformers import AutoTokenizer
 
     from tools.text.preprocessing.encoding import gpt2_encoder
 
     files = byte_level_vocabulary(tmp_path / "bytes")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tokenizer = AutoTokenizer.from_pretrained(gpt2_tokenizer_folder(*files))
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_tokenizer_folder(*files, cache_dir=tmp_path))
     encoder = gpt2_encoder(*files)
     assert len(tokenizer) == encoder.vocabulary_size == 257 and tokenizer.eos_token_id == 256
     generator = random.Random(7)

@@ -40,19 +40,20 @@ def use_local_gpt2_files(args: argparse.Namespace) -> None:
         args.vocab_file = args.merge_file = None
 
 
-def gpt2_tokenizer_folder(vocab_file: Place | None, merge_file: Place | None) -> Path:
+def gpt2_tokenizer_folder(vocab_file: Place | None, merge_file: Place | None, cache_dir: Place | None = None) -> Path:
     """Return a folder with these files for --tokenizer-type HuggingFaceTokenizer --tokenizer-model.
 
-    It is in megatron-remoe in the user's cache ($XDG_CACHE_HOME or ~/.cache), or in the temporary folder if that cannot
-    be written. Its name is a hash of its contents. Several processes can call this at the same time.
+    The folder's name is a hash of its contents. Several processes can call this at the same time.
 
     Args:
         vocab_file: GPT-2's encoder.json or vocab.json.
         merge_file: GPT-2's vocab.bpe or merges.txt.
+        cache_dir: where to keep the folder; defaults to megatron-remoe in the user's cache ($XDG_CACHE_HOME or
+            ~/.cache), or in the temporary folder if that cannot be written.
 
     Raises:
         DataError: a file is missing or wrong; the message names flag, path and remedy.
-        OSError: no folder can be written.
+        OSError: `cache_dir` was given and cannot be written.
     """
     read_gpt2_vocabulary(vocab_file, merge_file)
     assert vocab_file and merge_file, "it refuses them otherwise"
@@ -64,6 +65,8 @@ def gpt2_tokenizer_folder(vocab_file: Place | None, merge_file: Place | None) ->
     }
     digest = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents.values())).hexdigest()
     name = f"gpt2-{digest[:16]}"
+    if cache_dir is not None:
+        return _write_missing(contents, Path(cache_dir) / name)
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return _write_missing(contents, cache / "megatron-remoe" / name)
