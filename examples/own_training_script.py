@@ -25,7 +25,6 @@ from megatron.remoe.start.messages import usage_errors
 from megatron.remoe.training.gpt import dataset_config, get_batch
 from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
-from megatron.training.utils import get_blend_and_blend_per_split
 
 
 def my_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -58,7 +57,7 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
 
 args = remoe.parse_and_validate_args(my_arguments, adapt=cpu.adapt_arguments if ON_CPU else None)
 with usage_errors():  # one message instead of a traceback
-    remoe.check_data(args, get_blend_and_blend_per_split)
+    remoe.check_data(args)
 remoe.apply_patches(saves=bool(args.save))
 model_cfg = remoe.model_config_from_args(args)  # a GPTModel or, with --hybrid-layer-pattern, a HybridModel
 remoe.install_routing(args, model_cfg)  # the router, its update after each step, and its figures in the log

@@ -120,7 +120,6 @@ def checked_arguments(on_cpu: bool, at_the_end: ExitStack) -> "argparse.Namespac
     from megatron.remoe.training.arguments import load_saved_args, parse_args
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
-    from megatron.training.utils import get_blend_and_blend_per_split
 
     args = parse_args(cpu.add_cpu_argument, {"tokenizer_type": "GPT2BPETokenizer"})
     if on_cpu:
@@ -134,11 +133,11 @@ def checked_arguments(on_cpu: bool, at_the_end: ExitStack) -> "argparse.Namespac
     environment.check_required_flags(args)
     validate_args(args, {})
     environment.check_settings(args)
-    data.check_data(args, get_blend_and_blend_per_split)
+    data.check_data(args)
     environment.make_output_folders(args)
     set_global_variables(args)
     args.override_opt_param_scheduler |= saved_settings.check_loaded_run(args, resume)
-    data.check_vocabulary(args, get_blend_and_blend_per_split)
+    data.check_vocabulary(args)
     return args
 
 

@@ -114,7 +114,7 @@ def test_lines_that_are_no_records_are_left_out(tmp_path: Path) -> None:
 
 def test_a_training_outlives_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / FILE).mkdir()
-    with pytest.warns(UserWarning, match=r"metrics\.jsonl.* The training goes on"):
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl.* Training continues"):
         tell(make_log(tmp_path, iteration=1), line(2))
 
 

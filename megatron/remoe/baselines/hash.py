@@ -56,13 +56,13 @@ def pass_token_ids(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]
     modules = [module for chunk in model_chunks for module in chunk.modules()]
     routers = [module for module in modules if isinstance(module, HashRouter)]
 
-    def tell(_embedding: torch.nn.Module, inputs: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
+    def pass_ids(_embedding: torch.nn.Module, inputs: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
         for router in routers:
             router.token_ids = named["input_ids"] if "input_ids" in named else inputs[0]
 
     for module in modules if routers else []:
         if isinstance(module, LanguageModelEmbedding):
-            module.register_forward_pre_hook(tell, with_kwargs=True)
+            module.register_forward_pre_hook(pass_ids, with_kwargs=True)
     return model_chunks
 
 

@@ -15,7 +15,7 @@ AutoModelForCausalLM.register(RemoeConfig, RemoeForCausalLM, exist_ok=True)
 
 
 def register_with_vllm() -> None:
-    """Put the class where vLLM looks for those of transformers. The package's entry point vllm.general_plugins."""
+    """Register the class with vLLM, which looks for it in transformers. Entry point: vllm.general_plugins."""
     import transformers  # which replaces its module object while it is imported
 
     transformers.RemoeForCausalLM = RemoeForCausalLM  # type: ignore[attr-defined]

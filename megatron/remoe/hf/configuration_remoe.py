@@ -75,7 +75,7 @@ class RemoeConfig(LlamaConfig):
             self.head_dim, self.qk_head_dim = self.qk_rope_head_dim, self.qk_nope_head_dim + self.qk_rope_head_dim
         super().__post_init__(**kwargs)
         if self.kv_lora_rank is not None or self.qk_norm == "all_heads":
-            self.base_model_tp_plan = None  # type: ignore[misc,assignment]  # Llama's splits by heads what they need whole
+            self.base_model_tp_plan = None  # type: ignore[misc,assignment]  # Llama's plan splits heads that they need whole
 
     @property
     def mean_experts_per_token(self) -> int:

@@ -1,6 +1,6 @@
 """A ReMoE (arXiv 2412.14711) for transformers: Llama with experts chosen by ReLU routing, or top-k, or none.
 
-Its attention can be that of Qwen3, OLMoE or DeepSeek.
+It supports the attention of Qwen3, OLMoE and DeepSeek.
 """
 
 from dataclasses import dataclass

@@ -20,7 +20,7 @@ class Order(Protocol):
         """Return each token's sum over its pairs, `[T, H]` of the same type, added up in fp32 at least."""
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        """The tensors that it is built from, for the backward pass to save."""
+        """Yield the tensors that it is built from; autograd saves them for the backward pass."""
 
 
 @dataclass(frozen=True)

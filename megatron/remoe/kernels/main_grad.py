@@ -14,7 +14,7 @@ def find_main_grad(weight: torch.Tensor) -> torch.Tensor | None:
 
 
 def mark_as_added(weight: torch.Tensor) -> torch.Tensor:
-    """Tell Megatron that `main_grad` has the gradient of `weight`; to be called in the backward pass.
+    """Tell Megatron that `main_grad` has the gradient of `weight`. Call it in the backward pass.
 
     Returns:
         A gradient for autograd, which Megatron never reads: sparse and empty, so that chunks of a layer neither hold

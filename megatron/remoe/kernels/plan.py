@@ -95,15 +95,11 @@ def choose_tile(num_tokens: int, num_experts: int) -> tuple[int, int]:
     return block, min(next_power_of_2(num_experts), max(1, TILE_COUNTS // max(2 * block, MOST_BLOCKS)))
 
 
-def _fill_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
+def _fill_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, int]:
+    """Return the bytes that a launch moves: of `probs_TE` it reads one gate for each pair."""
     pairs = args["gates_P"].numel() * (2 * args["gates_P"].element_size() + 4)
     once = args["map_TE"].numel() + 4 * (args["counts_EB"].numel() + args["by_token"].numel())
-    return {"name": "plan: fill", "bytes": once + pairs}
-
-
-def _spread_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
-    gates = (args["d_gates_P"].numel() + args["d_probs_TE"].numel()) * args["d_gates_P"].element_size()
-    return {"name": "plan: gates' gradient", "bytes": gates + args["map_TE"].numel() + 4 * args["by_token"].numel()}
+    return {"bytes": once + pairs}
 
 
 @triton.jit
@@ -123,18 +119,18 @@ def _fill(
     BLOCK: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    of_token = tl.zeros([BLOCK], tl.int32)
+    pairs_per_token = tl.zeros([BLOCK], tl.int32)
     before = 0  # pairs of the blocks before
     for first in range(0, num_experts, TILE):
         expert = first + tl.arange(0, TILE)
-        of_token += tl.sum(_active(map_TE, token, expert, num_tokens, num_experts), axis=1)
+        pairs_per_token += tl.sum(_active(map_TE, token, expert, num_tokens, num_experts), axis=1)
         _, in_blocks_before = _counted(counts_EB, expert, num_experts, num_blocks, BLOCKS)
         before += tl.sum(in_blocks_before)
     last = num_tokens + 1 + num_pairs
-    ends = num_tokens + 1 + before + tl.cumsum(of_token, axis=0)
+    ends = num_tokens + 1 + before + tl.cumsum(pairs_per_token, axis=0)
     tl.store(by_token + 1 + token, tl.minimum(ends, last), mask=token < num_tokens)
     tl.store(by_token, num_tokens + 1, mask=tl.program_id(0) == 0)
-    place = ends - of_token
+    place = ends - pairs_per_token
     expert_start = 0
     for first in range(0, num_experts, TILE):
         expert = first + tl.arange(0, TILE)
@@ -153,7 +149,7 @@ def _fill(
         expert_start += tl.sum(total)
 
 
-@triton.jit(launch_metadata=_spread_bytes, do_not_specialize=["num_pairs"])
+@triton.jit(do_not_specialize=["num_pairs"])
 def _spread(
     d_gates_P, map_TE, by_token, d_probs_TE, num_tokens, num_experts, num_pairs, BLOCK: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip

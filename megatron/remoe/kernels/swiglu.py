@@ -3,7 +3,6 @@
 P pairs, F the experts' FFN size; a program works on a few pairs, in the backward pass on whole ones.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -44,14 +43,14 @@ def _tile(activated: torch.Tensor) -> tuple[int, int]:
     return TILE // width, width
 
 
-def _bytes(name: str, columns: int, grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
+def _backward_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, int]:
+    """Return the bytes that a launch moves: `activated_PF` is read and written."""
     hidden, gates = args["hidden_PF"], args["gates_P"]
-    moved = hidden.numel() // 2 * columns * hidden.element_size() + gates.numel() * gates.element_size()
-    return {"name": name, "bytes": moved}
+    return {"bytes": 3 * hidden.numel() * hidden.element_size() + gates.numel() * gates.element_size()}
 
 
 # The number of pairs changes with each launch: specialized by it, both kernels would compile again in mid-training.
-@triton.jit(launch_metadata=partial(_bytes, "swiglu: forward", 3), do_not_specialize=["num_pairs"])
+@triton.jit(do_not_specialize=["num_pairs"])
 def _activate(hidden_PF, gates_P, activated_PF, num_pairs, ffn, PAIRS: tl.constexpr, WIDTH: tl.constexpr):
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -60,7 +59,7 @@ def _activate(hidden_PF, gates_P, activated_PF, num_pairs, ffn, PAIRS: tl.conste
     tl.store(activated_PF + pair[:, None] * ffn + column[None, :], left * tl.sigmoid(left) * right * gate, mask=inside)
 
 
-@triton.jit(launch_metadata=partial(_bytes, "swiglu: backward", 6), do_not_specialize=["num_pairs"])
+@triton.jit(launch_metadata=_backward_bytes, do_not_specialize=["num_pairs"])
 def _activate_backward(
     hidden_PF, gates_P, activated_PF, d_hidden_PF, d_gates_P, num_pairs, ffn,
     PAIRS: tl.constexpr, WIDTH: tl.constexpr,

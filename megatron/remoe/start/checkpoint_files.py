@@ -121,7 +121,7 @@ def check_is_whole(folder: Path) -> dict[str, Any]:
         folder: `iter_...` of one iteration, as torch_dist, as fsdp_dtensor, or with one file per rank.
 
     Returns:
-        What `common_state` returns.
+        The settings, as `common_state` returns them.
 
     Raises:
         BrokenCheckpointError: names the file and the problem.
@@ -137,16 +137,12 @@ def check_is_whole(folder: Path) -> dict[str, Any]:
                 json.loads((folder / CONFIG).read_bytes())
             except (OSError, ValueError) as error:
                 raise BrokenCheckpointError(f"{folder / CONFIG} is missing or empty: saving was cut off") from error
-        check_sizes(folder, index)
+        _check_sizes(folder, index)
     return common_state(folder)
 
 
-def check_sizes(folder: Path, index: Metadata) -> None:
-    """Check that all files in a checkpoint's index exist and have their length.
-
-    Raises:
-        BrokenCheckpointError: names the first that does not.
-    """
+def _check_sizes(folder: Path, index: Metadata) -> None:
+    """Check that all files in a checkpoint's index exist and have their length."""
     ends: dict[str, int] = {}
     for entry in index.storage_data.values():
         ends[entry.relative_path] = max(ends.get(entry.relative_path, 0), entry.offset + entry.length)

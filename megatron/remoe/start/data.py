@@ -5,7 +5,7 @@ data. Data in other formats is left to Megatron.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,21 +16,20 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 )
 from megatron.remoe.files.errors import DataError
 from megatron.remoe.files.indexed import IndexedReader
+from megatron.training.utils import get_blend_and_blend_per_split
 
 TOKENS_SAMPLED, PLACES_SAMPLED = 2_000_000, 8
 SPLITS = ("training", "validation", "test")
 Blend = tuple[list[str], list[float] | None]
-BlendReader = Callable[[argparse.Namespace], tuple[Blend | None, list[Blend | None] | None]]
 
 
-def check_data(args: argparse.Namespace, read_blends: BlendReader) -> None:
+def check_data(args: argparse.Namespace) -> None:
     """Check that the data sets exist, are complete, and leave no split empty.
 
     Megatron would loop forever over an empty split.
 
     Args:
         args: Megatron's arguments, validated.
-        read_blends: Megatron's `get_blend_and_blend_per_split`.
 
     Raises:
         DataError: names flag, data set, reason and remedy.
@@ -38,7 +37,7 @@ def check_data(args: argparse.Namespace, read_blends: BlendReader) -> None:
     if args.mock_data or args.perform_rl_step:
         return
     present = set()
-    for flag, (prefixes, _), split in _blends(args, read_blends):
+    for flag, (prefixes, _), split in _blends(args):
         present |= {number for number, share in enumerate(split) if share is not None}
         if any("://" in prefix for prefix in prefixes):
             continue
@@ -56,12 +55,11 @@ def check_data(args: argparse.Namespace, read_blends: BlendReader) -> None:
             )
 
 
-def check_vocabulary(args: argparse.Namespace, read_blends: BlendReader) -> None:
+def check_vocabulary(args: argparse.Namespace) -> None:
     """Check a sample of each data set's token ids against the model's vocabulary.
 
     Args:
         args: Megatron's arguments, after it has built the tokenizer.
-        read_blends: Megatron's `get_blend_and_blend_per_split`.
 
     Raises:
         DataError: names data set, id, the vocabulary's size and the remedy.
@@ -69,8 +67,7 @@ def check_vocabulary(args: argparse.Namespace, read_blends: BlendReader) -> None
     size = args.padded_vocab_size
     if args.mock_data or args.perform_rl_step or not size:
         return
-    given = _blends(args, read_blends)
-    blends = [(flag, prefix) for flag, (prefixes, _), _ in given for prefix in prefixes if "://" not in prefix]
+    blends = [(flag, prefix) for flag, (prefixes, _), _ in _blends(args) for prefix in prefixes if "://" not in prefix]
     for flag, prefix in blends:
         data = _open(prefix, flag)
         if not data.tokens or data.dtype.kind not in "iu":
@@ -117,12 +114,10 @@ def _check_split(
         )
 
 
-def _blends(
-    args: argparse.Namespace, read_blends: BlendReader
-) -> Iterator[tuple[str, Blend, list[tuple[float, float] | None]]]:
+def _blends(args: argparse.Namespace) -> Iterator[tuple[str, Blend, list[tuple[float, float] | None]]]:
     """Yield flag, data sets and split matrix of each blend."""
     try:
-        blend, per_split = read_blends(args)
+        blend, per_split = get_blend_and_blend_per_split(args)
     except (AssertionError, LookupError, OSError, TypeError, ValueError) as error:
         given = args.data_args_path or args.per_split_data_args_path or "--data-path and the like"
         raise DataError(
@@ -134,10 +129,10 @@ def _blends(
         split = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
         yield "--data-path" if args.data_path else "--data-args-path", blend, split
     elif per_split is not None and any(per_split):
-        for number, (name, one) in enumerate(zip(("train", "valid", "test"), per_split, strict=True)):
-            if one is not None:
+        for number, (name, part) in enumerate(zip(("train", "valid", "test"), per_split, strict=True)):
+            if part is not None:
                 flag = f"--{name}-data-path" if args.per_split_data_args_path is None else "--per-split-data-args-path"
-                yield flag, one, [(0.0, 1.0) if i == number else None for i in range(len(SPLITS))]
+                yield flag, part, [(0.0, 1.0) if i == number else None for i in range(len(SPLITS))]
     else:
         raise DataError(
             "--data-path is missing: give the prefix of a .bin/.idx pair, without suffix (tools/preprocess_data.py "

@@ -14,7 +14,7 @@ from megatron.remoe.routing.refusals import shown
 
 
 def check_required_flags(args: argparse.Namespace) -> None:
-    """Check that flags are given whose absence Megatron notices late, or without naming the flag."""
+    """Require the flags whose absence Megatron reports late, or without naming them."""
     needed = {
         "--seq-length": args.seq_length or args.encoder_seq_length,
         "--micro-batch-size": args.micro_batch_size,
@@ -125,5 +125,5 @@ def make_writable_folder(flag: str, folder: str) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise DataError(
-            f"{flag} {folder}: cannot be written ({error.strerror or error}). Give a folder that can.", "REMOE-E105"
+            f"{flag} {folder}: cannot be written ({error.strerror or error}). Give a writable folder.", "REMOE-E105"
         ) from error

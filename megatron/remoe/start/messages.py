@@ -24,15 +24,15 @@ REMEDIES = {
     "there, and the same command resumes from it.",
     r"EADDRINUSE|address already in use": "The port is in use: choose a different MASTER_PORT, or unset RANK.",
     r"Connection (reset by peer|closed by peer|was likely closed)|remote process exited|"
-    r"NCCL.*(abort|remote|unhandled system)": "Another rank has ended: its last words, or its exit code in torchrun's "
-    "report, say why.",
-    r"divisible by eval_micro_batch_size": "If not given, both are those of --global-batch-size, --micro-batch-size.",
+    r"NCCL.*(abort|remote|unhandled system)": "Another rank has ended: its last lines, or its exit code in torchrun's "
+    "report, show the reason.",
+    r"divisible by eval_micro_batch_size": "If not given, they equal --global-batch-size and --micro-batch-size.",
     r"DistStoreError|DistNetworkError": "Not all ranks reached each other: start WORLD_SIZE of them, "
     "and check that all can reach MASTER_ADDR and MASTER_PORT of the first node.",
     r"gloo.*timed out|Watchdog caught collective": "Another rank has stopped or hangs: its log says where.",
     r"out of memory|can't allocate memory": "Use a smaller --micro-batch-size, more devices, or "
     "--recompute-granularity full with its flags.",
-    r"No space left on device|Disk quota exceeded|File too large": "Make room for what is saved: the last whole "
+    r"No space left on device|Disk quota exceeded|File too large": "Free some space. The last whole "
     "checkpoint is still there, and the same command resumes from it.",
     r"found (NaN|Inf) in|\bnan\b.*(loss|grad)|(loss|grad).*\bnan\b": "Lower --lr, or look at the data. To resume, go "
     "back to an earlier iteration with --ckpt-step and --no-load-optim.",

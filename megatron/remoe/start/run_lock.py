@@ -68,8 +68,8 @@ def _acquire(lease: SoftFileLease, lock: Path, lease_seconds: float) -> None:
             continue  # it has ended
         if before not in (0, beat) or waited > lease_seconds + SPARE_SECONDS:
             raise UsageError(
-                f"--save {lock.parent}: another run writes there ({holder}). Wait until it ends, stop it, or give "
-                f"another --save. If there is none, remove {lock}.",
+                f"--save {lock.parent}: another run writes there ({holder}). Wait until it ends, stop it, or give a "
+                f"different --save. If there is no such run, remove {lock}.",
                 "REMOE-E103",
             )
         if not before:

@@ -12,7 +12,7 @@ from megatron.remoe.files.gpt2_files import GPT2_TOKENIZER
 from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig, ReMoEMLAConfig
 from megatron.remoe.routing.refusals import as_list, relu_routing_problems, shown
-from megatron.remoe.start.checkpoint_files import choose_checkpoint, loaded_checkpoint
+from megatron.remoe.start.checkpoint_files import choose_checkpoint
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
 from megatron.remoe.start.environment import check_flips
 from megatron.remoe.start.messages import explain_flag_errors, usage_errors
@@ -139,12 +139,12 @@ def load_saved_args(args: argparse.Namespace) -> None:
     """
     if not args.use_checkpoint_args:
         return
-    tokenizer, flag = args.tokenizer_type, loaded_checkpoint(args)[0]
-    resume = choose_checkpoint(args)  # also refuses code in it
+    tokenizer, resume = args.tokenizer_type, choose_checkpoint(args)  # also refuses code in it
     if resume is None:
-        raise BrokenCheckpointError(f"{flag}: there is no checkpoint to read settings from.", "REMOE-E404")
+        problem = "--use-checkpoint-args: there is no checkpoint in --load or --pretrained-checkpoint."
+        raise BrokenCheckpointError(problem, "REMOE-E404")
     resume.apply(args)
-    load_args_from_checkpoint(args, load_arg=flag.removeprefix("--").replace("-", "_"))
+    load_args_from_checkpoint(args, load_arg=resume.flag.removeprefix("--").replace("-", "_"))
     saved = resume.saved
     files = getattr(saved, "gpt2_files", None) if args.use_tokenizer_model_from_checkpoint_args else None
     if args.vocab_file:  # it belongs to the flag's tokenizer
@@ -222,7 +222,7 @@ def apply_granularity(args: argparse.Namespace) -> None:
     args.num_experts *= granularity
     args.moe_router_topk *= granularity
     for name in ("moe_warmup_topk", "moe_relu_max_experts"):
-        if getattr(args, name, None) is not None:
+        if getattr(args, name) is not None:
             setattr(args, name, getattr(args, name) * granularity)
 
 
@@ -239,5 +239,5 @@ def transformer_config_from_args(args: argparse.Namespace) -> TransformerConfig:
 
 def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig | HybridModelConfig:
     """Build the configuration of a HybridModel with --hybrid-layer-pattern, otherwise of a GPTModel."""
-    of_class = gpt_config_from_args if args.hybrid_layer_pattern is None else hybrid_config_from_args
-    return of_class(args, config=transformer_config_from_args(args))
+    build = gpt_config_from_args if args.hybrid_layer_pattern is None else hybrid_config_from_args
+    return build(args, config=transformer_config_from_args(args))

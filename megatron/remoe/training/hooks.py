@@ -54,9 +54,9 @@ type ModelConfig = GPTModelConfig | HybridModelConfig
 def install_routing(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
     """Install the router that the flags ask for, and its hooks. Do nothing without such a flag.
 
-    --moe-relu-routing needs an update after each step and the log, --moe-warmup-topk the number of the step, and
-    --moe-baseline-router the count of its pairs, and for hash the tokens' ids. Also apply the patches, if that has not
-    happened yet. With --moe-per-layer-logging top-k's pairs are counted too.
+    Its hooks update λ or a baseline's state after each step, log the figures, set the k of --moe-warmup-topk, and pass
+    token ids to --moe-baseline-router hash. The patches are applied too. With --moe-per-layer-logging the pairs of
+    top-k routing are counted.
 
     Args:
         args: arguments from `parse_and_validate_args`.
@@ -159,12 +159,11 @@ def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> No
         _change_layers(model_cfg, lambda spec, _vp_stage: replace_classes(spec, LATENT_ATTENTION))
     elif args.qk_layernorm_all_heads:
         _change_layers(model_cfg, lambda spec, _vp_stage: replace_classes(spec, NORMS_OF_ALL_HEADS))
-    is_local = args.transformer_impl == "local" and args.local_layer_fusion
-    stacks_experts = args.num_experts and is_local and takes_grouped_experts(model_cfg.transformer)
     if args.transformer_impl != "local":
         if wants_kernels(args):
             _change_layers(model_cfg, lambda spec, _vp_stage: replace_classes(spec, PLANNED_DISPATCH))
         return
+    stacks_experts = args.num_experts and args.local_layer_fusion and takes_grouped_experts(model_cfg.transformer)
     check_local_layers(args, stacks_experts)
     is_hybrid = isinstance(model_cfg, HybridModelConfig)
     if args.local_layer_fusion and not args.reset_attention_mask:

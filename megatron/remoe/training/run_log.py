@@ -60,7 +60,7 @@ class RunLog(logging.Handler):
             assert isinstance(record.msg, dict)
             self._take(record.msg)
         except Exception as error:
-            warnings.warn(f"{self.path}: {error}. The training goes on; this line of its log is missing.", stacklevel=1)
+            warnings.warn(f"{self.path}: {error}. Training continues without this line of the log.", stacklevel=1)
 
     def _take(self, record: Record) -> None:
         if "kind" not in record:
@@ -90,7 +90,7 @@ class RunLog(logging.Handler):
         return record | {name: record[name] + self._totals_before[name] for name in TOTALS if name in record}
 
     def _begin(self) -> None:
-        """Remove the lines after the checkpoint that this training continues from, and add a `start` line."""
+        """Remove the lines after the checkpoint that this run resumes from, and add a `start` line."""
         iteration = self._args.iteration
         if iteration:
             self._cut(iteration)
