@@ -1,6 +1,5 @@
 # shellcheck shell=bash
 # Sourced by the scripts: make .venv from pyproject.toml and requirements.txt. Uses PYTHON and TORCH_INDEX_URL.
-# shellcheck source=scripts/lib/python.sh
 source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
 VENV=$ROOT/.venv STAMP=$ROOT/.venv/remoe-setup SETUP_LOG=$ROOT/runs/setup.log
 
