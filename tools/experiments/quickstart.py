@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 
 from ..console.display import print_table, say
@@ -104,13 +103,9 @@ def summarize(jobs: Sequence[Job], runs: Mapping[str, RunFigures]) -> dict[str, 
 
 def late_sparsity(figures: RunFigures, last: int, experts: int) -> float:
     """Return S over all steps of the last quarter of `last` iterations, from the running sums."""
-
-    def late(name: str) -> NDArray[np.float64]:
-        iterations, values = figures.curve(name)
-        return values[-1] - values[iterations <= 0.75 * last][-1:].sum()
-
-    pairs, tokens = (late(name) for name in TOTALS)
-    return float(1 - pairs / (tokens * experts))
+    iterations = figures.curve(TOTALS[0]).iterations
+    ends = np.append(iterations[iterations <= 0.75 * last][-1:], iterations[-1])
+    return float(1 - figures.experts_per_token(ends)[-1] / experts)
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from ..runs.run_figures import TOTALS, RunFigures
-from .models import Routing, Size
 
 RISING = 0.1  # the dense stage ends after this share of the way from the first S to the target
 
@@ -31,7 +30,7 @@ def flops_per_sequence(args: argparse.Namespace, experts_per_token: float | None
     multiply-adds of a token, times 2 for FLOPs, times 3 for forward and backward.
 
     Args:
-        args: Megatron's validated arguments, or `model_arguments` of a recipe.
+        args: Megatron's validated arguments, or those of them that FLOPs depend on.
         experts_per_token: active experts of a token in each MoE layer; k if None.
 
     Raises:
@@ -92,24 +91,6 @@ def _experts(args: _Defaulting, topk: float, products: int) -> float:
     router = 0 if args.moe_baseline_router == "hash" else hidden * args.num_experts  # which has no weights
     shared = hidden * (products * (args.moe_shared_expert_intermediate_size or 0) + bool(args.moe_shared_expert_gate))
     return router + shared + topk * products * (latent or hidden) * width + 2 * hidden * (latent or 0)
-
-
-def model_arguments(size: Size, routing: Routing, vocabulary: int) -> argparse.Namespace:
-    """Return the arguments of a recipe that FLOPs depend on, under Megatron's names.
-
-    Args:
-        size: of the model.
-        routing: its granularity G multiplies experts and k, and divides their width.
-        vocabulary: words, before Megatron pads them.
-    """
-    has_experts, multiple = routing.kind != "dense", size.vocabulary_multiple
-    return argparse.Namespace(
-        num_layers=size.layers, hidden_size=size.hidden, num_attention_heads=size.heads, swiglu=True,
-        ffn_hidden_size=size.ffn, group_query_attention=True, num_query_groups=size.query_groups,
-        seq_length=size.sequence, num_experts=routing.experts * routing.granularity if has_experts else None,
-        moe_router_topk=routing.topk * routing.granularity, moe_ffn_hidden_size=size.ffn // routing.granularity,
-        padded_vocab_size=-(-vocabulary // multiple) * multiple,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)

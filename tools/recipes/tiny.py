@@ -19,11 +19,6 @@ class TinySize(Size):
     topk: int = 1
     batch: int = TRAINING.micro_batch
 
-    @property
-    def tokens_per_iteration(self) -> int:
-        """Tokens in one optimizer step."""
-        return self.sequence * self.batch
-
 
 SIZE = TinySize(2, 64, 4, 128, query_groups=2, sequence=128, init_std=0.02, vocabulary_multiple=8)
 # By the size of the launch script that each replaces, or by layers and hidden size.
