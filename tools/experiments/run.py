@@ -18,7 +18,7 @@ CAP = 4  # largest number of experts per token of remoe-capped, for k = 1
 DECAY = 0.2  # share of a WSD schedule's steps in which the learning rate falls
 STEP = 5  # steps of a WSD schedule are multiples of it, so that a line of the log has their exact FLOPs
 SAVED = 200  # largest number of steps between two checkpoints of a WSD schedule
-TUNING = "--split 95,5,0 --eval-iters 40"  # a part of the training text that tuning runs are evaluated on
+TUNING = "--split 95,5,0 --eval-iters 40"  # tuning runs are evaluated on a part of the training text
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,11 @@ class Run:
         size = tiny.SIZES[self.size]
         size = replace(size, ffn=size.ffn * self.expansion)
         routing = Routing(self.routing, self.experts, self.granularity, self.topk)
-        flags = tiny.common_flags(size, self.training(), self.seed) + tiny.model_flags(routing, size)
+        flags = tiny.common_flags(size, self.training(), self.seed) + routing.flags(size.ffn)
+        if self.experts:
+            flags.append("--moe-per-layer-logging")
         if self.is_wsd:
-            # Longer runs continue from the checkpoint at the start of the decay; of the others only the newest is kept.
+            # Longer runs continue from the checkpoint at the start of the decay. Only the newest of the others is kept.
             start = self.decay_start
             every = max(steps for steps in range(1, min(SAVED, start) + 1) if start % steps == 0)
             flags += f"--log-interval {STEP} --save-interval {every} --save-retain-interval {start}".split()
@@ -189,7 +191,7 @@ CHOSEN = {
 
 
 def check_flags(given: Sequence[str], runs: Sequence[Run]) -> None:
-    """Refuse Megatron flags behind -- that the runs set themselves.
+    """Refuse Megatron flags after -- that the runs set themselves.
 
     Raises:
         RecipeError: names the flag and the run.
@@ -198,7 +200,7 @@ def check_flags(given: Sequence[str], runs: Sequence[Run]) -> None:
         for run in runs:
             varied = RATES if run.rate != 1 else ()
             if flag in (*CHOSEN, *varied, *group_by_flag(run.added_flags())) or (run.expansion > 1 and "ffn" in flag):
-                raise RecipeError(f"{flag} behind --: {run.name} sets it. Choose it with the options before --.")
+                raise RecipeError(f"{flag} after --: {run.name} sets it. Choose it with the options before --.")
 
 
 def rounded(steps: float) -> int:
