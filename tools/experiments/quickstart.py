@@ -50,7 +50,7 @@ def parse_arguments(arguments: Sequence[str]) -> Namespace:
 
 
 def run(args: Namespace) -> int:
-    """Do all steps and return the exit code; each step reuses the results of an earlier call.
+    """Run the quickstart and return the exit code; each step reuses the results of an earlier call.
 
     Raises:
         ToolError: a run failed; the display has shown the end of its log.
@@ -68,7 +68,7 @@ def run(args: Namespace) -> int:
         grid = Grid(runs, text=text)
         base = Run("dense", args.seed, args.iterations, tiny.QUICKSTART, warmup=warmup, tokens=tokens)
         runs_by_name = {name: replace(base, arm=arm, experts=args.experts, topk=1) for name, arm in ARMS.items()}
-        jobs = [make_job(one, grid, name) for name, one in runs_by_name.items()]
+        jobs = [make_job(each, grid, name) for name, each in runs_by_name.items()]
         if execute(console, grid, jobs, len(jobs), held):
             raise ToolError("A run failed; see above. Fix the cause and run the same command: it continues.")
         figures = {job.run.routing: read_figures(job.folder) for job in jobs}
@@ -150,6 +150,6 @@ def print_next_steps(console: Console, output: Path, runs: Path, domain: str) ->
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the quickstart and return the exit code."""
+    """Parse the command line, run the quickstart and return the exit code."""
     args = parse_arguments(arguments)
     return run_tool("quickstart", lambda: run(args), "stopped. The same command continues from here")

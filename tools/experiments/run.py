@@ -1,4 +1,4 @@
-"""Define a run: a recipe with a routing, its sizes, seed and schedule, and the text that it is trained on."""
+"""Define a run: a recipe with its routing, sizes, seed and schedule, and the training text."""
 
 import json
 import math
@@ -28,7 +28,7 @@ class Text:
     Attributes:
         folder: of the data sets and their vocabulary.
         train_tokens: domain → tokens of its training text.
-        inputs: fingerprint of everything that the data sets were made from.
+        inputs: fingerprint of the sources of the data sets.
         per_byte: set ("" for a part of the training text, else a domain's held-out text) → tokens of a byte.
     """
 
@@ -135,13 +135,13 @@ class Run:
         return f"{self.rate * float(base.lr):g}", f"{self.rate * float(base.min_lr):g}"
 
     def added_flags(self) -> list[str]:
-        """Return the flags that the run adds to its recipe's, for its arm and its setting."""
+        """Return the flags that the run's arm and setting add to its recipe."""
         numbers = {"most": CAP * self.topk * self.granularity, "near_dense": self.experts * 6 // 8}
         words = ARMS[self.arm].flags.format(**numbers).split()
         return [*words, SETTINGS[self.setting].flag, f"{self.value:g}"] if self.setting else words
 
     def tiny_flags(self, text: Text, given: Sequence[str]) -> list[str]:
-        """Return Megatron's flags for a tiny run, without its folders, and with those `given` for all runs."""
+        """Return Megatron's flags for a tiny run, with those `given` for all runs, but without its folders."""
         size = tiny.SIZES[self.size]
         size = replace(size, ffn=size.ffn * self.expansion)
         routing = Routing(self.routing, self.experts, self.granularity, self.topk)
@@ -171,7 +171,7 @@ class Run:
         return [*words, "--", *flags, "--seed", str(self.seed), *self.fitting(given)]
 
     def script_environment(self, given: Mapping[str, str]) -> dict[str, str]:
-        """Return changed variables of the `given` environment: EP is lowered to divide the experts."""
+        """Return variables that replace those of the `given` environment: EP is lowered to divide the experts."""
         if not self.experts or not given.get("EP", "").isdecimal():
             return {}
         fitting = math.gcd(int(given["EP"]), self.experts * self.granularity)
@@ -183,7 +183,7 @@ class Run:
 
 
 RATES = ("--lr", "--min-lr")
-# Set by fields of a run, by its folder, and by Grid.
+# A run's fields, its folder and Grid set these flags.
 CHOSEN = {
     "--seed", "--train-iters", "--num-experts", "--moe-router-topk", "--moe-granularity", "--moe-relu-routing",
     "--micro-batch-size", "--save", "--load", "--tensorboard-dir",

@@ -28,7 +28,7 @@ class LayerActivations(NamedTuple):
 
     Attributes:
         kept: until the layer's backward pass.
-        recomputed: additional ones during the layer's backward pass; one layer at a time.
+        recomputed: added during the layer's backward pass, for one layer at a time.
     """
 
     kept: float
@@ -228,7 +228,7 @@ def _activations(args: argparse.Namespace, stages: list[Stage], index: int, expe
 def _micro_batches_in_flight(args: argparse.Namespace, index: int) -> float:
     """Return how many micro-batches' activations the stage holds at once.
 
-    Those of the warm-up and one more: `get_pp_rank_microbatches` in Megatron's schedules.
+    These are the micro-batches of the warm-up and one more, as in Megatron's `get_pp_rank_microbatches`.
     """
     stages, chunks = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size or 1
     if stages == 1:

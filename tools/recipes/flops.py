@@ -1,7 +1,8 @@
 """Count the training FLOPs of a model and of the stages of a run, for all tools.
 
 Megatron's own `num_floating_point_operations` is not called. It counts attention over half of the square, counts no
-routers, and needs arguments that older logs do not have. Importing it takes the tools that read logs eight seconds.
+routers, and needs arguments that older logs do not have. To import it takes eight seconds, for every tool that reads a
+log.
 tests/tools/test_flops.py compares both for each kind of layer.
 """
 
@@ -66,7 +67,7 @@ class _Defaulting(argparse.Namespace):
 
 def _frequency(frequency: int | list[int] | None, layers: int) -> list[bool]:
     if isinstance(frequency, list):
-        return [bool(one) for one in frequency]
+        return [*map(bool, frequency)]
     return [number % (frequency or 1) == 0 for number in range(layers)]
 
 
@@ -88,14 +89,14 @@ def _experts(args: _Defaulting, topk: float, products: int) -> float:
     """Multiply-adds of a token in a layer of experts, router included."""
     hidden, latent = args.hidden_size, args.moe_latent_size
     width = args.moe_ffn_hidden_size or args.ffn_hidden_size
-    router = 0 if args.moe_baseline_router == "hash" else hidden * args.num_experts  # which has no weights
+    router = 0 if args.moe_baseline_router == "hash" else hidden * args.num_experts  # a hash router has no weights
     shared = hidden * (products * (args.moe_shared_expert_intermediate_size or 0) + bool(args.moe_shared_expert_gate))
     return router + shared + topk * products * (latent or hidden) * width + 2 * hidden * (latent or 0)
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Training FLOPs of a sequence with k experts per token, and of one more in every MoE layer."""
+    """Training FLOPs of a sequence with k experts per token, and those of one more expert in every MoE layer."""
 
     sequence: float
     expert: float
@@ -164,7 +165,7 @@ def stages(figures: RunFigures, flops: Flops) -> list[TrainingStage]:
 
 
 def training_flops(figures: RunFigures) -> float | None:
-    """Return the FLOPs of a whole training; None if its log does not show them or does not have all steps.
+    """Return the FLOPs of a whole run; None if its log lacks the arguments or some steps.
 
     Exact where the log has the running sums of computed pairs, as each line since version 0.1 does.
     """
