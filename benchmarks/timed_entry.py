@@ -82,7 +82,7 @@ class Recorder:
     def __init__(self, on_gpu: bool) -> None:
         self.on_gpu = on_gpu
         self.record: dict[str, Any] = {"steps": [], "host": [], "active": []}
-        self.profiler = torch.profiler.profile(profile_memory=True)  # on a CPU, of one step
+        self.profiler: torch.profiler.profile  # of one step, on a CPU
         self.last: tuple[float, float] | None = None
         self.held = self.count = 0
 
@@ -125,8 +125,8 @@ class Recorder:
             routers = [module for module in modules if isinstance(module, ReLURouter)]
             if counts := [router.counts for router in routers if router.counts is not None]:
                 # A tensor: to read a number would wait for the device, in ReMoE's steps only.
-                pairs = sum(of_router.active for of_router in counts)
-                self.record["active"].append(pairs / sum(of_router["tokens"] for of_router in counts))
+                pairs = sum(count.active for count in counts)
+                self.record["active"].append(pairs / sum(count["tokens"] for count in counts))
             finalize(*arguments, **options)
             self._end_of_step()
 
@@ -158,6 +158,7 @@ class Recorder:
         if self.on_gpu and self.count == PROFILED_STEP + 1:
             self.record["peak_bytes"] = torch.cuda.max_memory_allocated() - self.held
         elif not self.on_gpu and self.count == PROFILED_STEP:
+            self.profiler = torch.profiler.profile(profile_memory=True)
             self.profiler.start()
         elif not self.on_gpu and self.count == PROFILED_STEP + 1:
             self.profiler.stop()
@@ -173,7 +174,7 @@ def give_tokens_a_mean(chunks: list[torch.nn.Module]) -> None:
 
 
 class Fit:
-    """Keeps a router at the target over all tokens seen so far, for the first steps."""
+    """Keeps a router at the target for the first steps, over all tokens seen so far."""
 
     def __init__(self, router: "TopKRouter") -> None:
         self.initial = router.weight.detach().clone()
@@ -194,7 +195,7 @@ class Fit:
 
 
 def find_peak(profiler: torch.profiler.profile) -> int:
-    """Return the peak of PyTorch's host memory in bytes, above that at the start."""
+    """Return the peak of PyTorch's host memory in bytes, above the memory held at the start."""
     held = peak = 0
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     # `profiler.events()` adds what is allocated within an operation to the operation's sum.
