@@ -1,6 +1,6 @@
-"""The training entry, which also measures its steps: a JSON file at $BENCHMARK_RECORD.
+"""Run the training entry and measure its steps; the figures go to the JSON file $BENCHMARK_RECORD.
 
-BENCHMARK_AT_TARGET=1: routers start with an even share of the first batches per expert, ReMoE's at the target.
+BENCHMARK_AT_TARGET=1: routers start with an even load of the first batches, ReMoE's at the target.
 BENCHMARK_SHARE=S: keep remoe cost's forecast for the active share S of the (token, expert) pairs.
 """
 
@@ -51,7 +51,7 @@ def matmul_peak(dtype: torch.dtype, device: str) -> float:
 
 
 def time_call(operation: Callable[[], object], device: str) -> float:
-    """Return the seconds of one call, warm; on a GPU the mean over 20 calls."""
+    """Return the seconds of a warm call; on a GPU, the mean of 20 calls."""
     timer = Timer("operation()", globals={"operation": operation}, num_threads=torch.get_num_threads())
     return timer.timeit(20 if device == "cuda" else 1).mean
 

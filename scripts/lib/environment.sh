@@ -52,8 +52,8 @@ make_environment() {
   describe_environment >"$STAMP"
 }
 
-prepare_environment() { # makes .venv if it is missing, unfinished or out of date; waits for another setup
-  unset PYTHONHOME PYTHONPATH PIP_CONSTRAINT PYTHONDONTWRITEBYTECODE # nothing of another environment gets into .venv
+prepare_environment() { # makes .venv if it is missing, unfinished or out of date; waits for a setup that is running
+  unset PYTHONHOME PYTHONPATH PIP_CONSTRAINT PYTHONDONTWRITEBYTECODE # keep other environments out of .venv
   export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1
   is_ready || (
     if command -v flock >/dev/null; then flock 9; fi

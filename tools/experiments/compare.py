@@ -29,7 +29,7 @@ REFERENCE, NONE = "remoe", "none"
 USUAL = """dense moe moe-lossfree moe-hash moe-expert-threshold moe-topp moe-normalized remoe remoe-capped
     remoe-normalized remoe-deco""".split()
 TUNING_SEED = 1233
-LEAST = 20  # steps of a run
+LEAST = 20  # smallest number of steps
 Choice = tuple[float, int]  # factor on the learning rate, and warm-up steps
 Tuned = Mapping[tuple[int, str], Choice]  # by experts and arm
 

@@ -53,8 +53,8 @@ class Result:
     step_flops: float | None = None
 
 
-Results = Mapping[Run, Result]  # keys that finished runs have
-Row = tuple[Run, Result | None]  # None: no line of a log yet
+Results = Mapping[Run, Result]  # of finished runs
+Row = tuple[Run, Result | None]  # None: the run has no log yet
 
 
 def read_result(folder: Path, per_byte: Mapping[str, float] | None = None) -> Result | None:
