@@ -17,10 +17,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.utils.benchmark import Timer
 
-from megatron.remoe import pretrain
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from megatron.remoe import pretrain  # noqa: E402
 
 if TYPE_CHECKING:
     from megatron.core.transformer.moe.router import TopKRouter
