@@ -9,7 +9,6 @@
 #   PYTHON       the interpreter                                  (default: .venv's, else python3)
 # Arguments go to tools/preprocess_data.py, such as: --on-error skip
 set -euo pipefail
-# shellcheck source=scripts/lib/python.sh
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/lib/python.sh"
 
 die() {

@@ -1,7 +1,6 @@
-"""The training entry, which also measures its steps: a JSON file at $BENCHMARK_RECORD.
+"""Run the training entry and measure its steps; the figures go to the JSON file $BENCHMARK_RECORD.
 
-BENCHMARK_AT_TARGET=1: routers start with an even share of the first batches per expert, ReMoE's at the target.
-BENCHMARK_MEMORY=1: on a CPU, also measure the peak memory of one step, which slows it. A GPU always measures it.
+BENCHMARK_AT_TARGET=1: routers start with an even load of the first batches, ReMoE's at the target.
 BENCHMARK_SHARE=S: keep remoe cost's forecast for the active share S of the (token, expert) pairs.
 """
 
@@ -9,26 +8,35 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from models import FIT_STEPS, on_gpu
 from torch.autograd import DeviceType
 from torch.utils.benchmark import Timer
 
-from megatron.remoe import pretrain
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from megatron.remoe import pretrain  # noqa: E402
 
 if TYPE_CHECKING:
     from megatron.core.transformer.moe.router import TopKRouter
 
+# Steps that bring routers to the target. One batch is not enough: the tokens of a sequence have much in common.
+FIT_STEPS = 4
 PROFILED_STEP = FIT_STEPS + 1
 PEAK_SIZES = {
     "cpu": ((2048, 2048, 2048), (4096, 768, 2048), (4096, 2048, 768)),
     "cuda": ((8192, 8192, 8192), (4096, 4096, 4096), (4096, 768, 8192)),
 }
+
+
+def on_gpu(words: Sequence[str] = ()) -> bool:
+    """Return whether a training run with these flags runs on a GPU; the entry decides by the same rule."""
+    return torch.cuda.is_available() and "--cpu" not in words
 
 
 def matmul_peak(dtype: torch.dtype, device: str) -> float:
@@ -43,7 +51,7 @@ def matmul_peak(dtype: torch.dtype, device: str) -> float:
 
 
 def time_call(operation: Callable[[], object], device: str) -> float:
-    """Return the seconds of one call, warm; on a GPU the mean over 20 calls."""
+    """Return the seconds of a warm call; on a GPU, the mean of 20 calls."""
     timer = Timer("operation()", globals={"operation": operation}, num_threads=torch.get_num_threads())
     return timer.timeit(20 if device == "cuda" else 1).mean
 
@@ -66,7 +74,7 @@ def start_at_target(router: "TopKRouter", hidden: torch.Tensor) -> None:
 
 
 class Recorder:
-    """Measures the time between the ends of two steps' backward passes.
+    """Measures the time between the ends of two steps' backward passes, and the peak memory of one step.
 
     Its methods import Megatron, which the entry has adapted to the machine by then.
     """
@@ -74,7 +82,7 @@ class Recorder:
     def __init__(self, on_gpu: bool) -> None:
         self.on_gpu = on_gpu
         self.record: dict[str, Any] = {"steps": [], "host": [], "active": []}
-        self.profiler: torch.profiler.profile | None = None
+        self.profiler: torch.profiler.profile  # of one step, on a CPU
         self.last: tuple[float, float] | None = None
         self.held = self.count = 0
 
@@ -90,12 +98,20 @@ class Recorder:
         from megatron.remoe.routing.router import ReLURouter
         from megatron.training import get_args
         from tools.plan.rank_entry import describe_model
+        from tools.recipes.flops import Flops
 
         config = get_model_config(chunks[0])
         finalize = config.finalize_model_grads_func or finalize_model_grads
         modules = [module for chunk in chunks for module in chunk.modules()]
         args = get_args()
-        self.record["size"] = {name: getattr(args, name) for name in ("num_layers", "seq_length", "global_batch_size")}
+        batch, flops = args.global_batch_size, Flops.count(vars(args))
+        self.record["model"] = {
+            "layers": args.num_layers,
+            "tokens": batch * args.seq_length,
+            "topk": args.moe_router_topk,
+            "flops": batch * flops.sequence,  # of a step with k experts per token
+            "flops_per_expert": batch * flops.expert,  # of a step, for one more expert per token
+        }
         if share := os.environ.get("BENCHMARK_SHARE"):
             self.record["forecast"] = describe_model(chunks, args, {"now": float(share) * (args.num_experts or 0)})
         if os.environ.get("BENCHMARK_AT_TARGET"):
@@ -109,8 +125,8 @@ class Recorder:
             routers = [module for module in modules if isinstance(module, ReLURouter)]
             if counts := [router.counts for router in routers if router.counts is not None]:
                 # A tensor: to read a number would wait for the device, in ReMoE's steps only.
-                pairs = sum(of_router.active for of_router in counts)
-                self.record["active"].append(pairs / sum(of_router["tokens"] for of_router in counts))
+                pairs = sum(count.active for count in counts)
+                self.record["active"].append(pairs / sum(count["tokens"] for count in counts))
             finalize(*arguments, **options)
             self._end_of_step()
 
@@ -141,13 +157,12 @@ class Recorder:
         self.count += 1
         if self.on_gpu and self.count == PROFILED_STEP + 1:
             self.record["peak_bytes"] = torch.cuda.max_memory_allocated() - self.held
-        elif os.environ.get("BENCHMARK_MEMORY") and not self.on_gpu:
-            if self.count == PROFILED_STEP:
-                self.profiler = torch.profiler.profile(profile_memory=True)
-                self.profiler.__enter__()
-            elif self.count == PROFILED_STEP + 1 and self.profiler is not None:
-                self.profiler.__exit__(None, None, None)
-                self.record["peak_bytes"] = find_peak(self.profiler)
+        elif not self.on_gpu and self.count == PROFILED_STEP:
+            self.profiler = torch.profiler.profile(profile_memory=True)
+            self.profiler.start()
+        elif not self.on_gpu and self.count == PROFILED_STEP + 1:
+            self.profiler.stop()
+            self.record["peak_bytes"] = find_peak(self.profiler)
 
 
 @torch.no_grad()
@@ -159,7 +174,7 @@ def give_tokens_a_mean(chunks: list[torch.nn.Module]) -> None:
 
 
 class Fit:
-    """Keeps a router at the target over all tokens seen so far, for the first steps."""
+    """Keeps a router at the target for the first steps, over all tokens seen so far."""
 
     def __init__(self, router: "TopKRouter") -> None:
         self.initial = router.weight.detach().clone()
@@ -180,7 +195,7 @@ class Fit:
 
 
 def find_peak(profiler: torch.profiler.profile) -> int:
-    """Return the peak of PyTorch's host memory in bytes, above that at the start."""
+    """Return the peak of PyTorch's host memory in bytes, above the memory held at the start."""
     held = peak = 0
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     # `profiler.events()` adds what is allocated within an operation to the operation's sum.

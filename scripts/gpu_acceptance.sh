@@ -6,7 +6,6 @@
 #   OUT=folder                  default: runs/gpu
 #   REHEARSE=1                  run without a GPU, to see that the tests start and end
 set -euo pipefail
-# shellcheck source=scripts/lib/python.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/python.sh"
 answer_help "$@"
 choose_python

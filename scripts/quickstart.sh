@@ -3,7 +3,6 @@
 # Sets up .venv, builds a small corpus, trains and evaluates, and writes a table and a picture to runs/quickstart.
 # A second call reuses finished runs. QUICKSTART_ITERS=N shortens the training. After setup, --help lists the options.
 set -euo pipefail
-# shellcheck source=scripts/lib/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 
 is_ready || answer_help "$@"

@@ -2,7 +2,6 @@
 # Prints the table of docs/design.md: which extras resolve next to which packages, and their versions, on Python 3.12
 # with glibc 2.39. Installs nothing. Needs uv (pip install uv). Arguments replace the packages: vllm==0.33.0 ...
 set -euo pipefail
-# shellcheck source=scripts/lib/python.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/python.sh"
 
 answer_help "$@"

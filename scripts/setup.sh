@@ -3,7 +3,6 @@
 # PYTHON=/path/to/python picks the interpreter (default: python3.13, python3.12 or python3, the first >= 3.12);
 # TORCH_INDEX_URL=... picks the index that torch comes from.
 set -euo pipefail
-# shellcheck source=scripts/lib/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 
 answer_help "$@"

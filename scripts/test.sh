@@ -3,7 +3,6 @@
 #   --fast   only the tests that take seconds (tests/conftest.py lists them) and the static checks; must come first
 # Other arguments go to pytest.
 set -euo pipefail
-# shellcheck source=scripts/lib/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 
 answer_help "$@"

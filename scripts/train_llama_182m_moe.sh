@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Train the paper's 182M model. --help lists arguments and environment variables.
 set -euo pipefail
-# shellcheck source=scripts/lib/python.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/python.sh"
 run_tool train 182m moe "$@"

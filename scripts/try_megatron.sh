@@ -3,7 +3,6 @@
 #   scripts/try_megatron.sh ~/Megatron-LM d98e8a64dd tests/layer
 # Version and compiled helper are the installed release's. FOLDER=... keeps the sources for tests.megatron_changes.
 set -euo pipefail
-# shellcheck source=scripts/lib/python.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/python.sh"
 
 [[ $# -ge 2 ]] || set -- --help

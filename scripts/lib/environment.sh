@@ -1,6 +1,5 @@
 # shellcheck shell=bash
 # Sourced by the scripts: make .venv from pyproject.toml and requirements.txt. Uses PYTHON and TORCH_INDEX_URL.
-# shellcheck source=scripts/lib/python.sh
 source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
 VENV=$ROOT/.venv STAMP=$ROOT/.venv/remoe-setup SETUP_LOG=$ROOT/runs/setup.log
 
@@ -53,8 +52,8 @@ make_environment() {
   describe_environment >"$STAMP"
 }
 
-prepare_environment() { # makes .venv if it is missing, unfinished or out of date; waits for another setup
-  unset PYTHONHOME PYTHONPATH PIP_CONSTRAINT PYTHONDONTWRITEBYTECODE # nothing of another environment gets into .venv
+prepare_environment() { # makes .venv if it is missing, unfinished or out of date; waits for a setup that is running
+  unset PYTHONHOME PYTHONPATH PIP_CONSTRAINT PYTHONDONTWRITEBYTECODE # keep other environments out of .venv
   export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1
   is_ready || (
     if command -v flock >/dev/null; then flock 9; fi

@@ -1,5 +1,6 @@
 """Start the sweep as a user does, and write runs that were never trained."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -14,8 +15,7 @@ from tests.training_runs import REPOSITORY
 from tools.experiments import jobs, results
 from tools.experiments.run import Run, Text
 from tools.experiments.sweep import main
-from tools.recipes.flops import model_arguments
-from tools.recipes.models import Routing
+from tools.recipes.models import Routing, Size
 from tools.recipes.tiny import SIZE
 
 TEXT = Text(Path("text"), {"code": 30, "docs": 10}, "text", {"code": 1.0, "docs": 1.0, "": 1.0})
@@ -68,6 +68,24 @@ def write_run(folder: Path, train_iters: int, *records: dict[str, object], **arg
     args = {"train_iters": train_iters, "seq_length": 64, "global_batch_size": 4} | args
     lines = [{"kind": "start", "iteration": 0, "args": args}, *records]
     (folder / "checkpoints" / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+
+
+def model_arguments(size: Size, routing: Routing, vocabulary: int) -> argparse.Namespace:
+    """Return the arguments of a recipe that FLOPs depend on, under Megatron's names.
+
+    Args:
+        size: of the model.
+        routing: its granularity G multiplies experts and k, and divides their width.
+        vocabulary: words, before Megatron pads them.
+    """
+    has_experts, multiple = routing.kind != "dense", size.vocabulary_multiple
+    return argparse.Namespace(
+        num_layers=size.layers, hidden_size=size.hidden, num_attention_heads=size.heads, swiglu=True,
+        ffn_hidden_size=size.ffn, group_query_attention=True, num_query_groups=size.query_groups,
+        seq_length=size.sequence, num_experts=routing.experts * routing.granularity if has_experts else None,
+        moe_router_topk=routing.topk * routing.granularity, moe_ffn_hidden_size=size.ffn // routing.granularity,
+        padded_vocab_size=-(-vocabulary // multiple) * multiple,
+    )  # fmt: skip
 
 
 def finish_run(grid: jobs.Grid, run: Run, loss: float = 2.0, **args: object) -> jobs.Job:

@@ -3,8 +3,9 @@
 import pytest
 
 from megatron.training.training import num_floating_point_operations
+from tests.tools.sweeping import model_arguments
 from tests.tools.test_cost import arguments
-from tools.recipes.flops import flops_per_sequence, model_arguments
+from tools.recipes.flops import flops_per_sequence
 from tools.recipes.models import PAPER, Routing
 
 COUNTED = {

@@ -1,4 +1,4 @@
-"""Name the routings and the settings that experiments compare, with the flags that each adds to its recipe."""
+"""Define the routings and settings that experiments compare, with the flags that each adds to its recipe."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ class Arm:
         title: for pictures and tables.
         marker: Matplotlib's, for pictures.
         flags: for Megatron, after the recipe's; {most} is 4 experts per token for k = 1, {near_dense} 6 of 8 experts.
-        router: name of its color, if it differs from its routing's.
+        router: key of its color, if this is not its routing.
     """
 
     title: str
@@ -64,7 +64,7 @@ class Setting:
         base: the value without any flag.
         values: to compare by default.
         arms: that have it.
-        flag: Megatron's; the learning rate is part of the recipe and has none here.
+        flag: Megatron's; empty for the learning rate, which is part of the recipe.
     """
 
     label: str

@@ -1,13 +1,14 @@
-"""Compare ReMoE with other routings, by length, at equal steps and at equal FLOPs, each at its own learning rate.
+"""Compare ReMoE with other routings, by length, at equal steps and at equal FLOPs, each at its best learning rate.
 
 remoe compare --experts 8 --arms moe --steps 400 1200 --seeds 1 2 3   # about an hour on 2 cores
 remoe compare                                                        # everything: days
 remoe compare --collect                                              # tables and picture so far
 
 The learning rate is constant and falls in the last fifth of each run. A longer run continues a shorter one from the
-step at which its rate began to fall. Every other arm has one more run for each length, which has used the FLOPs of
-one arm at that length. First, the rate and the warm-up of each arm are tuned for each number of experts, on a different
-part of the text and with a different seed, in equally many runs. The same command continues after a stop.
+step at which its rate began to fall. For each length, every arm but the one of --equal-flops has one more run, which
+uses as many FLOPs as that arm. First, the rate and the warm-up of each arm are tuned for each number of experts, on a
+different part of the text, with a different seed, and with the same number of runs for each arm. After a stop, the same
+command continues.
 """
 
 import argparse
@@ -28,7 +29,7 @@ REFERENCE, NONE = "remoe", "none"
 USUAL = """dense moe moe-lossfree moe-hash moe-expert-threshold moe-topp moe-normalized remoe remoe-capped
     remoe-normalized remoe-deco""".split()
 TUNING_SEED = 1233
-LEAST = 20  # steps of a run
+LEAST = 20  # smallest number of steps
 Choice = tuple[float, int]  # factor on the learning rate, and warm-up steps
 Tuned = Mapping[tuple[int, str], Choice]  # by experts and arm
 
@@ -40,7 +41,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     text = f"of {', '.join(ARMS)}"
     add("--arms", nargs="+", choices=ARMS, default=USUAL, metavar="ARM", help=f"{text} {default}")
     add("--reference", choices=ARMS, default=REFERENCE, metavar="ARM", help=f"measure gaps from this arm {default}")
-    text = f"also train every other arm to the FLOPs of this one, or {NONE}"
+    text = f"also train the other arms to the FLOPs of this arm, or {NONE}"
     add("--equal-flops", choices=(*ARMS, NONE), default=REFERENCE, metavar="ARM", help=f"{text} {default}")
     add("--experts", nargs="+", type=number, default=[8, 32, 128], metavar="E", help=f"of a layer {default}")
     add("--granularity", type=number, default=1, metavar="G", help=f"smaller experts of each {default}")
@@ -102,9 +103,9 @@ def choose_rates(args: argparse.Namespace, results: Results) -> dict[tuple[int, 
 
 
 def planned_runs(args: argparse.Namespace, tuned: Tuned, experts: int) -> Iterator[tuple[Run, Run]]:
-    """Yield the tuned runs with `experts` experts, each with the one of the same seed and length that sets its FLOPs.
+    """Yield the tuned runs with `experts` experts, each with the run of the same seed and length that sets its FLOPs.
 
-    That arm's come first; with `--equal-flops none` each sets its own.
+    The runs of the arm that sets FLOPs come first. With `--equal-flops none` each run is paired with itself.
     """
 
     def tuned_run(arm: str, seed: int, steps: int) -> Run | None:
@@ -122,7 +123,7 @@ def planned_runs(args: argparse.Namespace, tuned: Tuned, experts: int) -> Iterat
 
 
 def run_of_equal_flops(run: Run, reference: Run, results: Results) -> Run | None:
-    """Return the run that has used the FLOPs of `reference`; None without both, or if it would be a shorter one.
+    """Return the run that has used the FLOPs of `reference`; None without both results, or if it would be shorter.
 
     Steps beyond the end of the run are assumed to compute as many experts per token as its last ones.
     """
@@ -160,7 +161,7 @@ def tuning_lines(args: argparse.Namespace, results: Results, experts: int) -> It
 
 
 def make_panel(lines: Sequence[Line], experts: int) -> Panel:
-    """Return a panel of the gaps at equal FLOPs, or at equal steps if there are no others, over the length."""
+    """Return a panel of the gaps by length, at equal FLOPs, or at equal steps if there are no gaps at equal FLOPs."""
     differences = gaps(lines)
     kind = EQUAL_FLOPS if any(kind == EQUAL_FLOPS for _, kind in differences) else EQUAL_STEPS
     drawn: dict[tuple[str, str], dict[float, list[float]]] = {}

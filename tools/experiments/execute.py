@@ -27,10 +27,9 @@ def execute(console: Console, grid: Grid, jobs: Sequence[Job], processes: int, h
     Args:
         console: shows their progress.
         grid: of the jobs.
-        jobs: WSD runs that differ only in their steps run one after another, shortest first: each
-            continues from the one before.
+        jobs: WSD runs that differ only in their steps run in turn, shortest first, and each continues the one before.
         processes: number of runs at once.
-        held: a file whose lock the runs hold too.
+        held: a locked file; the runs keep the lock too.
 
     Returns:
         The names of unfinished runs.
@@ -100,7 +99,7 @@ def _train(job: Job, line: ShownTraining, display: TrainingDisplay) -> bool:
 
 
 def state(job: Job, queued: Mapping[str, str]) -> str:
-    """Return the state of a run, given folder → number of the Slurm jobs that wait or run."""
+    """Return the state of a run; `queued` maps folders to numbers of waiting or running Slurm jobs."""
     if job.loss is not None:
         return "finished"
     if number := queued.get(str(job.folder)):
@@ -118,7 +117,7 @@ def submit(console: Console, grid: Grid, jobs: Sequence[Job]) -> None:
     Raises:
         ToolError: sbatch or squeue is missing or refuses.
     """
-    queued = queued_jobs()  # before the results: a job may just have finished
+    queued = queued_jobs()  # before the results are read: a job can finish in between
     for job in jobs:
         if job.loss is not None or str(job.folder) in queued:
             say(console, f"  {job.folder.name}: {state(job, queued)}")

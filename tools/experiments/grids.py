@@ -25,7 +25,7 @@ from .run import Run, Text, check_flags
 
 
 def grid_parser(name: str, description: str | None, seeds: Sequence[int]) -> argparse.ArgumentParser:
-    """Return a parser with the options of every grid; without others, it is one of tiny models."""
+    """Return a parser with the options that all grids share. Its defaults are those of tiny models."""
     parser = tool_parser(name, description)
     parser.set_defaults(tiny=True, gpus_per_node=8, micro_batch_size=None, slurm=None)
     parser.usage = "%(prog)s [options] [-- Megatron flags]"
@@ -59,7 +59,7 @@ def parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> argpar
 
 
 def prepare_text(args: argparse.Namespace, console: Console) -> Text:
-    """Return the text of tiny runs; make it if it is not there, unless nothing is run."""
+    """Return the text of tiny runs; make it first if it is missing, unless this is a dry run."""
     folder = (args.text_dir or home() / dataset.FOLDERS[args.corpus]).expanduser().resolve()
     place = folder / dataset.TOKENS[args.tokens]
     if not args.dry_run and not (place / "manifest.json").exists():
@@ -79,7 +79,7 @@ def run_grid(
     Args:
         name: of the command.
         args: the command line.
-        rounds: returns lists of runs; each is asked for when the runs before it are done.
+        rounds: returns lists of runs; each list is requested when the runs of the previous list are done.
         show: writes the page of all runs.
     """
     console, folder = Console(), args.output_dir
@@ -120,7 +120,7 @@ def run_grid(
 
 
 def list_commands(jobs: Sequence[Job], grid: Grid) -> None:
-    """Print the state and the command of each run, in a form that a shell can read."""
+    """Print the state and the command of each run as shell commands with comments."""
     queued = {} if grid.sbatch_flags is None else queued_jobs()
     states = [state(job, queued) for job in jobs]
     for job, now in zip(jobs, states, strict=True):

@@ -1,4 +1,4 @@
-"""Turn runs into commands, and keep each in a folder that says what its result depends on."""
+"""Turn runs into commands, and stamp each run's folder with the settings that its result depends on."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from .run import Run, Text
 
 SAVES, TRACKER = "checkpoints", "latest_checkpointed_iteration.txt"
 LAYOUT = (*NAMES, "NNODES")
-# Places, intervals, layout and hardware, which do not change the result.
+# Paths, intervals, layout and hardware do not change the result.
 NOT_COMPARED = {
     *group_by_flag([*GPU_FLAGS, *PLAIN_PYTORCH, *TRITON]),
     *"""
@@ -35,7 +35,7 @@ NOT_COMPARED = {
     --moe-grouped-gemm --no-gradient-accumulation-fusion --no-rope-fusion
     """.split(),
 }
-# A tiny run's text is compared by the fingerprint of its sources, not by its place.
+# A tiny run's text is compared by the fingerprint of its sources, not by its path.
 PLACES = {"--data-path", "--train-data-path", "--valid-data-path", "--vocab-file", "--merge-file"}
 
 
@@ -65,8 +65,8 @@ class Job:
 
     Attributes:
         stamp: content of `STAMP`: the run, and the text and the settings that its result depends on.
-        words: that start it: a program and its arguments.
-        environment: variables that it adds.
+        words: the command: a program and its arguments.
+        environment: variables that the command needs.
     """
 
     run: Run
@@ -77,7 +77,7 @@ class Job:
 
     @property
     def differences(self) -> list[str]:
-        """Return the differences of the run in the folder from this one; none if the folder holds no run."""
+        """Return how the run in the folder differs from this run; an empty list if the folder holds no run."""
         path = self.folder / STAMP
         if not path.exists():
             return []
@@ -126,7 +126,7 @@ def make_job(run: Run, grid: Grid, name: str = "") -> Job:
     if run.is_tiny:
         assert grid.text is not None
         flags = run.tiny_flags(grid.text, grid.flags)
-        saves = [*("--save", str(folder / SAVES), "--load", str(folder / SAVES))]
+        saves = ["--save", str(folder / SAVES), "--load", str(folder / SAVES)]
         saves += ["--tensorboard-dir", str(folder / "tensorboard")]
         saves += ["--data-cache-path", str(folder / "cache")]  # runs side by side must not read a half-written one
         words, environment = [sys.executable, *entry(), *flags, *saves], {"OMP_NUM_THREADS": "1"}
@@ -152,7 +152,7 @@ def make_job(run: Run, grid: Grid, name: str = "") -> Job:
 
 
 def check_conflicts(jobs: Sequence[Job]) -> None:
-    """Refuse runs whose folder holds a result or a checkpoint with other settings.
+    """Refuse runs whose folder holds a result or a checkpoint of other settings.
 
     Raises:
         RecipeError: names the first such folder, the differences, and the remedy.
@@ -174,9 +174,9 @@ def prepare(job: Job, grid: Grid) -> None:
 
 
 def _go_on_from_shorter(job: Job, grid: Grid) -> None:
-    """Copy the checkpoint at the start of the decay of a run that differs in its steps only: both are equal until then.
+    """Copy the checkpoint at the start of the decay of a run that differs only in its steps: both are equal until then.
 
-    The run's log continues too, so that its running sums include all steps.
+    The log is copied too, so that its running sums include all steps.
     """
     shorter = {}
     for path in grid.output.glob(f"*/{STAMP}"):

@@ -1,4 +1,4 @@
-"""Draw losses, or their gaps, along one number: a panel for each, a line for each arm, a dot for each seed."""
+"""Draw losses or gaps over a setting: a panel for each setting, a line for each arm, a dot for each seed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ class Panel:
 
     Attributes:
         title, label: of the panel, and of its horizontal axis.
-        lines: arm, and words for lines that differ otherwise → place on the horizontal axis → values of the seeds.
+        lines: arm and a note → place on the horizontal axis → values of the seeds.
         ticks: place → label.
         is_log: whether the horizontal axis is logarithmic.
     """

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 
 from ..console.display import print_table, say
@@ -51,7 +50,7 @@ def parse_arguments(arguments: Sequence[str]) -> Namespace:
 
 
 def run(args: Namespace) -> int:
-    """Do all steps and return the exit code; each step reuses the results of an earlier call.
+    """Run the quickstart and return the exit code; each step reuses the results of an earlier call.
 
     Raises:
         ToolError: a run failed; the display has shown the end of its log.
@@ -69,7 +68,7 @@ def run(args: Namespace) -> int:
         grid = Grid(runs, text=text)
         base = Run("dense", args.seed, args.iterations, tiny.QUICKSTART, warmup=warmup, tokens=tokens)
         runs_by_name = {name: replace(base, arm=arm, experts=args.experts, topk=1) for name, arm in ARMS.items()}
-        jobs = [make_job(one, grid, name) for name, one in runs_by_name.items()]
+        jobs = [make_job(each, grid, name) for name, each in runs_by_name.items()]
         if execute(console, grid, jobs, len(jobs), held):
             raise ToolError("A run failed; see above. Fix the cause and run the same command: it continues.")
         figures = {job.run.routing: read_figures(job.folder) for job in jobs}
@@ -104,13 +103,9 @@ def summarize(jobs: Sequence[Job], runs: Mapping[str, RunFigures]) -> dict[str, 
 
 def late_sparsity(figures: RunFigures, last: int, experts: int) -> float:
     """Return S over all steps of the last quarter of `last` iterations, from the running sums."""
-
-    def late(name: str) -> NDArray[np.float64]:
-        iterations, values = figures.curve(name)
-        return values[-1] - values[iterations <= 0.75 * last][-1:].sum()
-
-    pairs, tokens = (late(name) for name in TOTALS)
-    return float(1 - pairs / (tokens * experts))
+    iterations = figures.curve(TOTALS[0]).iterations
+    ends = np.append(iterations[iterations <= 0.75 * last][-1:], iterations[-1])
+    return float(1 - figures.experts_per_token(ends)[-1] / experts)
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
@@ -155,6 +150,6 @@ def print_next_steps(console: Console, output: Path, runs: Path, domain: str) ->
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the quickstart and return the exit code."""
+    """Parse the command line, run the quickstart and return the exit code."""
     args = parse_arguments(arguments)
     return run_tool("quickstart", lambda: run(args), "stopped. The same command continues from here")

@@ -1,4 +1,4 @@
-"""Read what runs have reached, and keep it in one file."""
+"""Read the results of runs, and keep them in one file."""
 
 import json
 from argparse import Namespace
@@ -32,10 +32,10 @@ class Result:
         first_near: the first logged iteration with S within 1 % of its target.
         settled: the first logged iteration from which S stays there.
         flip_rate, flip_count: of the routing decisions, median over the log's second half.
-        experts_per_token: computed, mean over layers and over the steps since the log's second last line.
+        experts_per_token: those computed, mean over layers and over the steps since the log's second last line.
         inactive: number of experts of each layer that are inactive at the end.
-        training_seconds: of the iterations only, from the log's time per iteration.
-        flops: of the whole run, with the experts that were computed.
+        training_seconds: without evaluations and saves, from the log's time per iteration.
+        flops: of the whole run, with the computed experts.
         step_flops: of a step, with `experts_per_token`.
     """
 
@@ -53,8 +53,8 @@ class Result:
     step_flops: float | None = None
 
 
-Results = Mapping[Run, Result]  # keys that finished runs have
-Row = tuple[Run, Result | None]  # None: no line of a log yet
+Results = Mapping[Run, Result]  # of finished runs
+Row = tuple[Run, Result | None]  # None: the run has no log yet
 
 
 def read_result(folder: Path, per_byte: Mapping[str, float] | None = None) -> Result | None:
@@ -95,7 +95,7 @@ def read_result(folder: Path, per_byte: Mapping[str, float] | None = None) -> Re
 
 
 def _mean_loss(figures: RunFigures, losses: Mapping[str, float], per_byte: Mapping[str, float]) -> float | None:
-    """Return the loss over all sets, weighted by their text; None if one has none yet."""
+    """Return the mean loss of all sets, weighted by their text; None until every set has a loss."""
     wanted = figures.args.get("validation_set_names") or [""]
     if not losses.keys() >= {*wanted}:
         return None
@@ -125,12 +125,12 @@ def finished(rows: Sequence[Row]) -> Results:
 
 
 def write_results(path: Path, rows: Sequence[Row]) -> None:
-    """Write runs and their results, one a line."""
+    """Write runs and their results, a line each."""
     lines = (json.dumps({"run": asdict(run), "result": asdict(result) if result else None}) for run, result in rows)
     write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def read_results(path: Path) -> list[Row]:
-    """Read what `write_results` wrote."""
+    """Read a file of `write_results`."""
     entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     return [(run_from_fields(each["run"]), each["result"] and Result(**each["result"])) for each in entries]

@@ -1,4 +1,4 @@
-"""Define a run: a recipe with a routing, its sizes, seed and schedule, and the text that it is trained on."""
+"""Define a run: a recipe with its routing, sizes, seed and schedule, and the training text."""
 
 import json
 import math
@@ -18,7 +18,7 @@ CAP = 4  # largest number of experts per token of remoe-capped, for k = 1
 DECAY = 0.2  # share of a WSD schedule's steps in which the learning rate falls
 STEP = 5  # steps of a WSD schedule are multiples of it, so that a line of the log has their exact FLOPs
 SAVED = 200  # largest number of steps between two checkpoints of a WSD schedule
-TUNING = "--split 95,5,0 --eval-iters 40"  # a part of the training text that tuning runs are evaluated on
+TUNING = "--split 95,5,0 --eval-iters 40"  # tuning runs are evaluated on a part of the training text
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Text:
     Attributes:
         folder: of the data sets and their vocabulary.
         train_tokens: domain → tokens of its training text.
-        inputs: fingerprint of everything that the data sets were made from.
+        inputs: fingerprint of the sources of the data sets.
         per_byte: set ("" for a part of the training text, else a domain's held-out text) → tokens of a byte.
     """
 
@@ -135,19 +135,21 @@ class Run:
         return f"{self.rate * float(base.lr):g}", f"{self.rate * float(base.min_lr):g}"
 
     def added_flags(self) -> list[str]:
-        """Return the flags that the run adds to its recipe's, for its arm and its setting."""
+        """Return the flags that the run's arm and setting add to its recipe."""
         numbers = {"most": CAP * self.topk * self.granularity, "near_dense": self.experts * 6 // 8}
         words = ARMS[self.arm].flags.format(**numbers).split()
         return [*words, SETTINGS[self.setting].flag, f"{self.value:g}"] if self.setting else words
 
     def tiny_flags(self, text: Text, given: Sequence[str]) -> list[str]:
-        """Return Megatron's flags for a tiny run, without its folders, and with those `given` for all runs."""
+        """Return Megatron's flags for a tiny run, with those `given` for all runs, but without its folders."""
         size = tiny.SIZES[self.size]
         size = replace(size, ffn=size.ffn * self.expansion)
         routing = Routing(self.routing, self.experts, self.granularity, self.topk)
-        flags = tiny.common_flags(size, self.training(), self.seed) + tiny.model_flags(routing, size)
+        flags = tiny.common_flags(size, self.training(), self.seed) + routing.flags(size.ffn)
+        if self.experts:
+            flags.append("--moe-per-layer-logging")
         if self.is_wsd:
-            # Longer runs continue from the checkpoint at the start of the decay; of the others only the newest is kept.
+            # Longer runs continue from the checkpoint at the start of the decay. Only the newest of the others is kept.
             start = self.decay_start
             every = max(steps for steps in range(1, min(SAVED, start) + 1) if start % steps == 0)
             flags += f"--log-interval {STEP} --save-interval {every} --save-retain-interval {start}".split()
@@ -169,7 +171,7 @@ class Run:
         return [*words, "--", *flags, "--seed", str(self.seed), *self.fitting(given)]
 
     def script_environment(self, given: Mapping[str, str]) -> dict[str, str]:
-        """Return changed variables of the `given` environment: EP is lowered to divide the experts."""
+        """Return variables that replace those of the `given` environment: EP is lowered to divide the experts."""
         if not self.experts or not given.get("EP", "").isdecimal():
             return {}
         fitting = math.gcd(int(given["EP"]), self.experts * self.granularity)
@@ -181,7 +183,7 @@ class Run:
 
 
 RATES = ("--lr", "--min-lr")
-# Set by fields of a run, by its folder, and by Grid.
+# A run's fields, its folder and Grid set these flags.
 CHOSEN = {
     "--seed", "--train-iters", "--num-experts", "--moe-router-topk", "--moe-granularity", "--moe-relu-routing",
     "--micro-batch-size", "--save", "--load", "--tensorboard-dir",
@@ -189,7 +191,7 @@ CHOSEN = {
 
 
 def check_flags(given: Sequence[str], runs: Sequence[Run]) -> None:
-    """Refuse Megatron flags behind -- that the runs set themselves.
+    """Refuse Megatron flags after -- that the runs set themselves.
 
     Raises:
         RecipeError: names the flag and the run.
@@ -198,7 +200,7 @@ def check_flags(given: Sequence[str], runs: Sequence[Run]) -> None:
         for run in runs:
             varied = RATES if run.rate != 1 else ()
             if flag in (*CHOSEN, *varied, *group_by_flag(run.added_flags())) or (run.expansion > 1 and "ffn" in flag):
-                raise RecipeError(f"{flag} behind --: {run.name} sets it. Choose it with the options before --.")
+                raise RecipeError(f"{flag} after --: {run.name} sets it. Choose it with the options before --.")
 
 
 def rounded(steps: float) -> int:

@@ -1,4 +1,4 @@
-"""Decide what a table of losses shows: intervals, corrected p-values, equivalence, and the seeds needed.
+"""Test the differences in a table of losses: intervals, corrected p-values, equivalence, and the seeds needed.
 
 Two arms with the same seed see the same text in the same order, so paired t-tests compare them seed by seed. Spreads
 are not pooled: rows of a table share the reference's losses, which makes pooled intervals too narrow. Holm's
@@ -25,7 +25,7 @@ class Difference:
 
     Attributes:
         mean: the arm's minus its reference's, in the unit of the losses.
-        half: half of the 95 % interval, of this comparison alone; infinite with one seed.
+        half: half of the 95 % interval, not corrected for other comparisons; infinite with one seed.
         p_different: of two equal arms.
         p_equivalent: of two arms whose difference is at least `margin` (TOST).
         p_worse: of an arm that is worse by at least `margin` (the upper one of TOST's two tests).
@@ -41,7 +41,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Return the first that holds: one seed, equivalent, higher, lower, no worse; else inconclusive."""
+        """Return the first verdict that holds: one seed, equivalent, higher, lower, no worse; else inconclusive."""
         if not math.isfinite(self.half):
             return "one seed"
         if self.p_equivalent < LEVEL:
@@ -54,7 +54,7 @@ class Difference:
 
 
 def compare[Row: Hashable](rows: Mapping[Row, Sequence[float]], margin: float) -> dict[Row, Difference]:
-    """Compare arms with their references, given the difference of each seed; one of at most `margin` counts as none."""
+    """Compare arms with their references, given the differences by seed; one up to `margin` counts as none."""
     different = holm([_p(values, 0.0, "two-sided") for values in rows.values()])
     worse = [_p(values, margin, "less") for values in rows.values()]
     better = [_p(values, -margin, "greater") for values in rows.values()]
@@ -70,7 +70,7 @@ def half_width(values: Sequence[float]) -> float:
 
 def _p(values: Sequence[float], mean: float, alternative: str) -> float:
     """Return the p-value of a t-test; 1 for one value, and for equal values at `mean`."""
-    with warnings.catch_warnings(action="ignore"):  # the values may be equal
+    with warnings.catch_warnings(action="ignore"):  # of equal values
         p = float(stats.ttest_1samp(values, mean, alternative=alternative).pvalue)
     return 1.0 if math.isnan(p) else p
 

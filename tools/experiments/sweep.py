@@ -2,7 +2,7 @@
 
 Runs scripts/train_llama_*.sh one after another (--tiny: tiny models, side by side), or submits them as Slurm jobs.
 Finished runs are skipped, interrupted ones are resumed. The output folder gets results.json, results.md and
-results.png. Data and layout come from the environment, as for these scripts: DATA_DIR or DATA_PATH, VOCAB_FILE,
+results.png. As for these scripts, data and layout come from the environment: DATA_DIR or DATA_PATH, VOCAB_FILE,
 MERGE_FILE, MODEL, TP, PP, VPP, EP, CP. docs/baselines.md has examples.
 """
 
@@ -62,7 +62,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     text = f"of each run (default: {Training().iterations}, or {tiny.ITERATIONS} with --tiny)"
     add("--train-iters", "--steps", type=whole_number(1), dest="steps", metavar="N", help=text)
     add("--gpus-per-node", type=whole_number(1), default=8, metavar="N", help="(default: %(default)s)")
-    text = "sequences that a process takes at once (default: the script's)"
+    text = "sequences per process and micro-batch (default: the script's)"
     add("--micro-batch-size", type=whole_number(1), metavar="N", help=text)
     add = group.add_mutually_exclusive_group().add_argument
     text = "train tiny models on the CPU, on the quickstart's text"
@@ -76,7 +76,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
 
 
 def plan_runs(args: argparse.Namespace) -> dict[str, list[tuple[Run, float, str]]]:
-    """Return figure → its runs, each with its place on the figure's axis and the label there.
+    """Return figure → its runs, each with its place on the figure's axis and the label of that place.
 
     Raises:
         RecipeError: there are no runs.
@@ -134,7 +134,7 @@ def make_panel(figure: str, planned: Iterable[tuple[Run, float, str]], results: 
 
 
 def make_lines(results: Results) -> list[Line]:
-    """Return a line of the table for the finished runs that differ in their seeds only; gaps are from ReMoE."""
+    """Return the lines of the table, one for finished runs that differ only in their seeds; gaps are from ReMoE."""
     lines: dict[Run, Line] = {}
     for run, result in results.items():
         key, experts = replace(run, seed=0), run.experts or BASE.experts

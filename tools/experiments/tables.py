@@ -25,8 +25,8 @@ class Line:
     Attributes:
         titles: one for each of the table's first columns.
         seeds: seed → figures of the run.
-        matched: seed → figures of the run with equal FLOPs; for the arm that sets them, the same as `seeds`.
-        reference: titles of the line that gaps are measured from; None for the reference itself.
+        matched: seed → figures of the run with equal FLOPs; equals `seeds` for the arm that sets them.
+        reference: titles of the line from which gaps are measured; None for the reference itself.
     """
 
     titles: tuple[str, ...]
@@ -44,7 +44,7 @@ def interval(values: Sequence[float], sign: str = "", digits: int = 4) -> str:
 
 
 def gaps(lines: Sequence[Line]) -> dict[tuple[tuple[str, ...], str], list[float]]:
-    """Return titles, and whether at equal steps or FLOPs → loss minus the reference's, for each seed that both have."""
+    """Return titles and kind of gap → loss minus the reference's loss, for each seed that both have."""
     by_titles = {line.titles: line for line in lines}
     values_of_lines = {}
     for line in lines:
@@ -62,8 +62,8 @@ def gaps(lines: Sequence[Line]) -> dict[tuple[tuple[str, ...], str], list[float]
 def markdown(header: Sequence[str], lines: Sequence[Line], margin: float) -> Iterator[str]:
     """Yield the lines of a table, without columns that have no values, and a note on its comparisons.
 
-    All gaps of the table are one family of comparisons. Inactive experts are means by layer; S is reached at the
-    median step of the seeds that reach it, whose number follows if it is not all of them.
+    All gaps of the table are one family of comparisons. Inactive experts are means by layer. The steps at which S is
+    first near and settles are medians of the seeds that reach it; their number follows if some seeds do not.
     """
     differences = gaps(lines)
     verdicts = compare(differences, margin)

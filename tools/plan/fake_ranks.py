@@ -1,4 +1,4 @@
-"""Let one process simulate one rank of many: without other ranks, and with made-up values read from the device."""
+"""Simulate one rank of many in one process: no other rank exists, and values read from the device are made up."""
 
 import ctypes
 import os
@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-_UNIQUE_ID = 128  # bytes by which NCCL's ranks find each other
+_UNIQUE_ID = 128  # bytes of NCCL's identifier of a communicator
 SPREAD = 0.1  # largest relative deviation of an expert's share from the mean
 
 
 def join(rank: int, world: int, gpus_per_node: int) -> None:
-    """Make torch.distributed believe that all ranks exist. Call it before Megatron is imported."""
+    """Make torch.distributed act as if all ranks existed. Call it before Megatron is imported."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank % gpus_per_node), WORLD_SIZE=str(world),
         LOCAL_WORLD_SIZE=str(gpus_per_node), MASTER_ADDR="127.0.0.1", MASTER_PORT="1",
@@ -41,14 +41,14 @@ def join(rank: int, world: int, gpus_per_node: int) -> None:
     def gather_own(obj: Any, object_gather_list: list[Any] | None = None, *_: Any, **__: Any) -> None:
         all_gather_own(object_gather_list or [], obj)
 
-    alone = {
+    replacements = {
         "init_process_group": init_alone,
         "new_group": new_group_alone,
         "barrier": lambda *_, **__: None,
         "all_gather_object": all_gather_own,
         "gather_object": gather_own,
     }
-    for name, function in alone.items():
+    for name, function in replacements.items():
         setattr(distributed, name, function)
         setattr(distributed.distributed_c10d, name, function)
 
@@ -71,7 +71,7 @@ class _StoreOfOne(torch.distributed.Store):
         return int(self._values[key])
 
     def check(self, keys: list[str]) -> bool:
-        # NCCL's watchdog looks here for the news that a rank has failed, and then waits for that rank's dump.
+        # NCCL's watchdog looks here for failed ranks, and would wait for a failed rank's dump.
         return all(key in self._values for key in keys)
 
     def wait(self, *_arguments: Any) -> None:
@@ -82,7 +82,7 @@ class _StoreOfOne(torch.distributed.Store):
 
 
 class Pairs:
-    """Replaces the counts that the host reads from routing maps.
+    """Made-up counts, for those that the host reads from routing maps.
 
     Attributes:
         share: active share of (token, expert) pairs, 0 to 1.
@@ -93,7 +93,7 @@ class Pairs:
         self._random = random.Random(1234)
 
     def install(self) -> None:
-        """Patch the readers; call this when Megatron is imported."""
+        """Replace the functions that read. Call this after Megatron is imported."""
         from megatron.core.transformer.moe import token_dispatcher
         from megatron.remoe.layer import counting
 
@@ -102,19 +102,19 @@ class Pairs:
         item, truth = torch.Tensor.item, torch.Tensor.__bool__
 
         def read(tensor: torch.Tensor) -> Any:
-            """Read losses and norms as 1: their memory is uninitialized."""
+            """Return 1 for losses and norms: their memory is uninitialized."""
             value = item(tensor)
             return 1.0 if tensor.is_cuda and tensor.is_floating_point() else value
 
         def read_truth(tensor: torch.Tensor) -> bool:
-            """Read every truth value on the device as false: its memory may hold bytes of an earlier copy."""
+            """Return False for every tensor on the device: its memory may hold bytes of an earlier copy."""
             return truth(tensor) and not tensor.is_cuda
 
         for name, function in {"item": read, "__bool__": read_truth}.items():
             setattr(torch.Tensor, name, function)
 
     def counted(self, real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        """Return `read_pairs` with the numbers of this share, about evenly over the experts."""
+        """Return a `read_pairs` whose counts have this share, nearly even over the experts."""
 
         def read_pairs(routing_map: torch.Tensor, chunks: int, *how: Any) -> torch.Tensor:
             pairs = real(routing_map, chunks, *how)
@@ -126,11 +126,11 @@ class Pairs:
         return read_pairs
 
     def _draw_pairs(self, tokens: int) -> int:
-        off = self._random.uniform(-SPREAD, SPREAD)
-        return min(tokens, max(0, round(tokens * self.share * (1 + off))))
+        deviation = self._random.uniform(-SPREAD, SPREAD)
+        return min(tokens, max(0, round(tokens * self.share * (1 + deviation))))
 
     def _moved(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap the function through which Megatron's own dispatchers read: they get the numbers of an even load."""
+        """Wrap the function with which Megatron's own dispatchers read; it returns the counts of an even load."""
         from megatron.training import get_args
 
         def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -141,7 +141,7 @@ class Pairs:
             tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
             tokens //= args.tensor_model_parallel_size if args.sequence_parallel else 1
             pairs = int(tokens * args.num_experts * self.share)
-            # Scalar: all pairs. Row: its share for each entry. Table: pairs of each rank for each expert.
+            # A scalar: all pairs. A row: an even part in each entry. A table: the pairs of each rank for each expert.
             moved[...] = pairs // (1, max(1, len(tensor.shape) and tensor.shape[0]), args.num_experts)[tensor.dim()]
             return moved
 

@@ -38,13 +38,13 @@ GPUS = {
     "b200": Gpu(2250, 180, "NVIDIA B200", "10.0", 148, 8.0, 900),
 }
 GPUS_PER_NODE = 8
-CONTEXT = 0.6  # GiB that the driver's context takes of a GPU
+CONTEXT = 0.6  # GiB of a GPU that the driver's context uses
 # Shares of the data sheet's figures, until --rate gives measured rates. Bandwidth: copies on H100 and H200 with PyTorch
 # 2.11 reach 3.0 and 4.3 TB/s. Grouped: Transformer Engine's product of 8 experts, 509 to 650 TFLOP/s on H100
 # (NVIDIA/TransformerEngine#2045). Products and attention at head size 128 are assumed between published ones.
 SHARES = {"products": 0.57, "grouped": 0.57, "attention": 0.46, "bandwidth": 0.9, "link": 0.8}
 NETWORK = 50.0  # GB/s and direction of each GPU to other nodes: 400 Gbit/s
-SMALLEST = 2.3  # microseconds that any kernel takes
+SMALLEST = 2.3  # microseconds of the shortest kernel
 # Microseconds of a collective for each doubling of its ranks, as in a tree, within a node and over nodes: assumed.
 LATENCY, NETWORK_LATENCY = 5.0, 10.0
 # Microseconds of the host for each call of a Python function, and for each launch with PyTorch's work around it:
@@ -54,7 +54,6 @@ LATENCY, NETWORK_LATENCY = 5.0, 10.0
 # 5.2 (vllm-project/vllm#34838). DRIVER, the launch itself, is assumed.
 FRAME, LAUNCH, HOST, DRIVER = 0.8, 9.0, 1.3, 2.0
 
-SCHEDULE = "--step-batch-size-schedule"
 WITHOUT_FILES = "--tokenizer-type NullTokenizer --vocab-size 50257".split()  # GPT-2's number of words
 
 
@@ -109,16 +108,16 @@ def parse_plan(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tup
 def planned_flags(flags: Sequence[str], values: argparse.Namespace) -> list[str]:
     """Return the flags with the last batch size of --step-batch-size-schedule for all steps.
 
-    If GPT-2's files are not given or not there yet, the flags have a vocabulary of the same size.
+    If GPT-2's files are not given or do not exist yet, the flags set a vocabulary of the same size.
 
     Args:
         flags: Megatron's.
-        values: theirs, by `read_values`.
+        values: the values of `flags`, from `read_values`.
     """
     planned = [*flags]
     if values.step_batch_size_schedule is not None:
         last = values.step_batch_size_schedule.rpartition(":")[2]
-        planned = [*without(flags, SCHEDULE.__eq__), "--global-batch-size", last]
+        planned = [*without(flags, "--step-batch-size-schedule".__eq__), "--global-batch-size", last]
     are_there = all(file and os.path.isfile(file) for file in (values.vocab_file, values.merge_file))
     needs_files = values.tokenizer_type in (None, "GPT2BPETokenizer")
     return [*planned, *WITHOUT_FILES] if needs_files and not are_there else planned

@@ -28,7 +28,7 @@ class LayerActivations(NamedTuple):
 
     Attributes:
         kept: until the layer's backward pass.
-        recomputed: additional ones during the layer's backward pass; one layer at a time.
+        recomputed: added during the layer's backward pass, for one layer at a time.
     """
 
     kept: float
@@ -79,16 +79,16 @@ def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: flo
         elif local:  # keys and values are repeated to all heads; the softmax's output is kept
             parts["attention"] = 3 * query * tokens * size / tp
             parts["scores"] = args.num_attention_heads * tokens * args.seq_length * size / tp
-        if args.qk_layernorm:  # the queries before it, and keys that are no view; of all heads, both in fp32 and normed
+        if args.qk_layernorm:  # queries before the norm, and keys that are no view; for all heads in fp32 and normed
             normed = (query + key_value / 2) * (4 / size + 1) if args.qk_layernorm_all_heads else query
             parts["attention"] += (normed + key_value / 2) * tokens * size / tp
     if "-" in sublayers:
-        parts["mlp"] = _mlp(args, args.ffn_hidden_size) * tokens * size / tp
+        parts["mlp"] = sum(_mlp_tensors(args)) * args.ffn_hidden_size * tokens * size / tp
     if "E" not in sublayers:
         return parts
 
     pairs = experts_per_token * split
-    # Grouped experts recompute all that follows the first product, and pick tokens by their numbers if they can.
+    # Grouped experts recompute everything after the first product. If they can, they gather tokens by their numbers.
     gathers = args.expert_model_parallel_size == args.expert_tensor_parallel_size == 1
     gathers = gathers and fused and args.swiglu and args.moe_token_dispatcher_type == "alltoall"
     gathers = gathers and not (args.moe_permute_fusion or args.moe_pad_expert_input_to_capacity)
@@ -98,7 +98,8 @@ def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: flo
     parts["expert hidden"] = hidden_tensors * args.moe_ffn_hidden_size * pairs * size
     parts["expert activations"] = activations * args.moe_ffn_hidden_size * pairs * size
     if args.moe_shared_expert_intermediate_size:
-        parts["shared experts"] = _mlp(args, args.moe_shared_expert_intermediate_size) * tokens * size / tp
+        shared = sum(_mlp_tensors(args)) * args.moe_shared_expert_intermediate_size
+        parts["shared experts"] = shared * tokens * size / tp
         if args.moe_shared_expert_gate:
             parts["shared experts"] += hidden * split * size
     return parts
@@ -134,10 +135,6 @@ def _mlp_tensors(args: argparse.Namespace, gated: bool = False) -> tuple[int, in
         return before, 1
     unfused = 3 if args.swiglu else 1
     return before, unfused + 1 if gated else unfused
-
-
-def _mlp(args: argparse.Namespace, size: int) -> int:
-    return sum(_mlp_tensors(args)) * size
 
 
 def layer_activations(args: argparse.Namespace, sublayers: str, experts_per_token: float) -> LayerActivations:
@@ -219,19 +216,19 @@ def _activations(args: argparse.Namespace, stages: list[Stage], index: int, expe
         tokens, tensor_parallel = tokens_per_gpu(args), args.tensor_model_parallel_size
         split = tokens / tensor_parallel if args.sequence_parallel else tokens
         size, predictions = element_size(args), args.mtp_num_layers or 0
-        # Before and after the last norm. Multi-token prediction keeps its embeddings, these with the hidden state, two
-        # more norms' inputs, and all outputs again in one tensor.
+        # Before and after the last norm. Multi-token prediction also keeps its embeddings, the embeddings joined with
+        # the hidden state, the inputs of two more norms, and a tensor with all outputs.
         total += (2 + 6 * predictions) * args.hidden_size * split * size
-        softmax = size if args.cross_entropy_loss_fusion else 4  # fused, the logits' gradient in their place
-        of_logit = softmax * (1 + predictions) + size * (softmax > size)
-        total += of_logit * args.padded_vocab_size * tokens / tensor_parallel
+        softmax = size if args.cross_entropy_loss_fusion else 4  # fused: the logits' gradient replaces them
+        per_logit = softmax * (1 + predictions) + size * (softmax > size)
+        total += per_logit * args.padded_vocab_size * tokens / tensor_parallel
     return total
 
 
 def _micro_batches_in_flight(args: argparse.Namespace, index: int) -> float:
     """Return how many micro-batches' activations the stage holds at once.
 
-    Those of the warm-up and one more: `get_pp_rank_microbatches` in Megatron's schedules.
+    These are the micro-batches of the warm-up and one more, as in Megatron's `get_pp_rank_microbatches`.
     """
     stages, chunks = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size or 1
     if stages == 1:

@@ -1,4 +1,4 @@
-"""Build the no-op CUDA from `cuda/`, when it is first needed; see cuda/stub.h."""
+"""Build the no-op CUDA from `cuda/` at its first use; see cuda/stub.h."""
 
 import hashlib
 import os
@@ -21,7 +21,7 @@ NAME, MANAGEMENT_NAME = "libcuda.so.1", "libnvidia-ml.so.1"
 # Symbols of CUDA's family in the libraries of PyTorch.
 FAMILY = re.compile(r"(cuda[A-Z]|__cuda|cublas|nccl[A-Z]|cu[A-Z]|nvrtc[A-Z])\w*")
 OTHERS = re.compile(r"cuFile|cudnn")
-# These only look up names; torch's own libraries do that.
+# These only look up names. The real functions in torch's libraries do that.
 REAL = {"cudaGetErrorName", "cudaGetErrorString", "cublasGetStatusString", "ncclGetErrorString", "cublasLtGetVersion"}
 # Functions that the C++ files do not define: parameters and body → their names. All others return 0.
 ANSWERS = {
@@ -82,7 +82,7 @@ def build_libraries() -> list[Path]:
 
 
 def environment(gpu: str, devices: int) -> dict[str, str]:
-    """Return the environment in which a process sees the no-op CUDA, on top of this process's.
+    """Return the environment variables that make a process see the no-op CUDA.
 
     Args:
         gpu: the kind of card, a key of `GPUS`.

@@ -20,7 +20,7 @@ from megatron.remoe.training.hooks import install_local_layers, install_routing
 
 LAYOUT = "tensor_model pipeline_model virtual_pipeline_model context expert_model expert_tensor".split()
 UNEVEN = "pipeline_model_parallel_layout decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers".split()
-# Some kinds of these need Transformer Engine, and none changes the parameters.
+# Some values of these need Transformer Engine. None changes the parameters.
 BUILT_WITHOUT = """recompute_granularity fp8 fp8_param_gather fp8_output_proj moe_router_padding_for_fp8
 moe_router_padding_for_quantization""".split()
 
@@ -32,8 +32,8 @@ class Stage:
     Attributes:
         shared: parameters outside of experts, after tensor parallelism.
         experts: parameters of experts, after expert and expert tensor parallelism.
-        layers: the sublayers of each of its transformer layers, those of multi-token prediction last, in the letters of
-            --hybrid-layer-pattern: two in GPTModel, one in HybridModel.
+        layers: sublayers of each transformer layer, in the letters of --hybrid-layer-pattern: two in GPTModel, one in
+            HybridModel. The layers of multi-token prediction come last.
     """
 
     shared: int
@@ -61,11 +61,11 @@ def count_stages(args: argparse.Namespace) -> list[Stage]:
 
 def count_whole_model(args: argparse.Namespace) -> tuple[int, int]:
     """Return the parameters of the whole model, and of its routed experts."""
-    one: dict[str, Any] = dict.fromkeys([f"{kind}_parallel_size" for kind in LAYOUT], 1)
-    one |= {"world_size": 1, "sequence_parallel": False, "virtual_pipeline_model_parallel_size": None}
-    one |= dict.fromkeys(UNEVEN)
+    one_gpu: dict[str, Any] = dict.fromkeys([f"{kind}_parallel_size" for kind in LAYOUT], 1)
+    one_gpu |= {"world_size": 1, "sequence_parallel": False, "virtual_pipeline_model_parallel_size": None}
+    one_gpu |= dict.fromkeys(UNEVEN)
     pattern = args.hybrid_layer_pattern and args.hybrid_layer_pattern.replace("|", "")
-    (stage,) = count_stages(argparse.Namespace(**vars(args) | one | {"hybrid_layer_pattern": pattern}))
+    (stage,) = count_stages(argparse.Namespace(**vars(args) | one_gpu | {"hybrid_layer_pattern": pattern}))
     return stage.shared + stage.experts, stage.experts
 
 
@@ -97,7 +97,7 @@ def _stage(args: argparse.Namespace, rank: int) -> Stage:
 
 
 def count(models: list[torch.nn.Module]) -> Stage:
-    """Count the parameters and the layers of a stage with these chunks. A layer counts as often as it is used."""
+    """Count the parameters and layers of a stage from its model chunks. A layer counts as often as it is used."""
     sizes = {True: 0, False: 0}
     for name, parameter in (item for model in models for item in model.named_parameters()):
         sizes[".mlp.experts." in name] += parameter.numel()

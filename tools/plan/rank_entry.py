@@ -1,7 +1,6 @@
-"""Run the training entry as one rank of many, on simulated GPUs; `rehearse` starts it.
+"""Run the training entry as one rank of many, on simulated GPUs; `rehearse.simulate` starts it.
 
-python -m tools.plan.rank_entry OPTIONS <Megatron flags>, where OPTIONS is JSON: see `rehearse.simulate`. It writes each
-step's figures to the file OPTIONS["record"].
+python -m tools.plan.rank_entry OPTIONS <Megatron flags>: OPTIONS is JSON, and figures go to the file OPTIONS["record"].
 """
 
 import argparse
@@ -29,7 +28,7 @@ from .roofline import Calls, Roofline
 from .step_time import experts_by_phase
 
 GIB = 2**30
-# torch.distributed's functions: which argument's bytes each rank handles, by position or name.
+# Functions of torch.distributed: position and name of the argument whose bytes a rank handles.
 COLLECTIVES = {
     "all_reduce": (0, "tensor"),
     "broadcast": (0, "tensor"),
@@ -51,7 +50,7 @@ def plan_steps(phases: dict[str, float]) -> list[tuple[str, str]]:
 
 
 class Collectives:
-    """The calls of torch.distributed, by kind and group: how many "times", and the "bytes" that a rank handles."""
+    """Counts calls of torch.distributed by kind and group: how many "times", and the "bytes" that a rank handles."""
 
     def __init__(self) -> None:
         self.calls: dict[tuple[str, str], dict[str, Any]] = {}  # by kind and group
@@ -71,7 +70,7 @@ class Collectives:
         def watched(*arguments: Any, **options: Any) -> Any:
             tensor = arguments[position] if len(arguments) > position else options.get(keyword)
             if self.is_counting and torch.is_tensor(tensor) and tensor.is_cuda:
-                groups = [one for one in arguments if isinstance(one, torch.distributed.ProcessGroup)]
+                groups = [value for value in arguments if isinstance(value, torch.distributed.ProcessGroup)]
                 group = next(iter(groups), options.get("group")) or torch.distributed.group.WORLD
                 assert group is not None
                 ranks = torch.distributed.get_process_group_ranks(group)
@@ -108,7 +107,7 @@ def watching_waits() -> Iterator[collections.Counter[str]]:
     show, places = warnings.showwarning, collections.Counter[str]()
 
     def take(message: Any, *arguments: Any, **options: Any) -> None:
-        if "called a synchronizing" in str(message):  # and not the first warning, of the mode itself
+        if "called a synchronizing" in str(message):  # the mode itself warns once, with other words
             places[_place()] += 1
         else:
             show(message, *arguments, **options)
@@ -122,7 +121,7 @@ def watching_waits() -> Iterator[collections.Counter[str]]:
 
 
 def _place() -> str:
-    """Return file and line of the innermost frames of Megatron and of this project that led here; calls nothing."""
+    """Return file and line of the two innermost frames of Megatron and of this project."""
     here, folder = os.path.dirname(__file__), f"{os.sep}megatron{os.sep}"
     frame: FrameType | None = sys._getframe(1)
     named: list[str] = []
@@ -135,7 +134,7 @@ def _place() -> str:
 
 
 class Rehearsal:
-    """Simulates steps; each measures one thing."""
+    """Simulates steps. Each step measures one thing."""
 
     def __init__(self, options: dict[str, Any], collectives: Collectives) -> None:
         self.options, self.collectives = options, collectives
@@ -150,7 +149,7 @@ class Rehearsal:
         from megatron.training import get_args, training
 
         args = get_args()
-        args.do_train = True  # a stage without data would hear it from the first rank
+        args.do_train = True  # in a real run, the first rank sends this to stages without data
         self.phases = experts_by_phase(args)
         if wanted := self.options["stage"]:
             self.phases = {wanted: self.phases[wanted]}
@@ -239,7 +238,7 @@ def main() -> None:
     """Simulate the rank."""
     options = json.loads(sys.argv[1])
     sys.argv = ["pretrain_gpt.py", *sys.argv[2:]]
-    torch.backends.cudnn.enabled = False  # the only library without a no-op version
+    torch.backends.cudnn.enabled = False  # the no-op CUDA does not have this library
     torch.backends.cuda.enable_cudnn_sdp(False)
     collectives = Collectives()
     collectives.watch(options["gpus_per_node"])

@@ -11,12 +11,16 @@ MEMORY = {"peak_allocated_gib": "allocated at most", "peak_reserved_gib": "reser
 
 
 def summarize(records: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
-    """Return the memory of the rank that needs most, and the step of the slowest; each rank's record is in "ranks"."""
-    fullest = max(records, key=lambda one: max((s["peak_allocated_gib"] for s in one["stages"].values()), default=0))
+    """Return the memory of the fullest rank and the step of the slowest rank; "ranks" has all records."""
+
+    def peak(record: dict[str, Any]) -> float:
+        return max((stage["peak_allocated_gib"] for stage in record["stages"].values()), default=0)
+
+    fullest = max(records, key=peak)
     figures = fullest | {"gpus": options.gpus, "gpu": options.gpu, "rates": options.rates, "ranks": records}
     figures |= {"starts": records[-1]["starts"], "error": records[-1]["error"]}
     times = [_model_time(record, options) for record in records if "roofline" in record]
-    return figures | max(times, key=lambda one: one["roofline"]["all"]["seconds"], default={})
+    return figures | max(times, key=lambda time: time["roofline"]["all"]["seconds"], default={})
 
 
 def _model_time(record: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -75,9 +79,10 @@ def _step_lines(figures: dict[str, Any], time: StepTime) -> Iterator[str]:
     yield f"\nThe host waits for the device {sum(waits.values())} times in a step"
     yield from (f"  {times:4d} x {where}" for where, times in waits.items())
     yield f"\n{'Collectives of a step':<58}{'ranks':>6}{'times':>7}{'GB':>10}{'ms':>9}"
-    for one in figures["collectives"]:
-        title = f"  {one['kind']}, {one['group']}{'' if one['within_node'] else ' (over nodes)'}"
-        yield f"{title:<58}{one['ranks']:>6}{one['times']:>7}{one['bytes'] / 1e9:>10.3f}{one['seconds'] * 1e3:>9.2f}"
+    for call in figures["collectives"]:
+        title = f"  {call['kind']}, {call['group']}{'' if call['within_node'] else ' (over nodes)'}"
+        size = f"{call['bytes'] / 1e9:>10.3f}{call['seconds'] * 1e3:>9.2f}"
+        yield f"{title:<58}{call['ranks']:>6}{call['times']:>7}{size}"
     yield "\nA model of the step's time, not a measurement: no operation overlaps another"
     yield "  rates (--rate): " + ", ".join(f"{name} {value:g}" for name, value in figures["rates"].items())
     yield "  in TFLOP/s (products, grouped, attention), TB/s (bandwidth), GB/s (link, network), microseconds (smallest,"

@@ -19,6 +19,7 @@ from ..console.errors import ToolError
 from ..console.files import write_json
 from ..console.flags import without
 from ..recipes.megatron_values import child_environment, read_values
+from ..recipes.process import last_error
 from ..runs.running import run_tool
 from . import no_op_cuda, rehearsal_report
 from .gpus import parse_plan, plan_parser, planned_flags
@@ -26,8 +27,8 @@ from .step_time import TITLES
 
 PROGRESS = "rehearsal:"
 MOST_STEPS = 6  # of `rank_entry.plan_steps`
-LINES_OF_ERROR = 6
-# Nothing is saved, loaded or reported, and the number of steps is the rehearsal's: Megatron's defaults are right.
+LINES_OF_ERROR = 12  # shown if the program has printed no error
+# A rehearsal saves, loads and reports nothing, and sets the number of steps. Megatron's defaults are right for these.
 LEFT_OUT = set(
     "--save --load --pretrained-checkpoint --save-interval --ckpt-step --finetune --tensorboard-dir --wandb-project "
     "--wandb-exp-name --wandb-save-dir --wandb-entity --async-save --data-path --data-args-path --train-data-path "
@@ -51,7 +52,7 @@ def choose_ranks(stages: int, world: int) -> dict[int, str]:
 
 
 def simulate(rank: int, options: argparse.Namespace, flags: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Simulate one rank with its `flags`; return its record, with "rank", "starts" and "error"."""
+    """Simulate a rank with Megatron's `flags`; return its record, with "rank", "starts" and "error"."""
     record, lines = folder / f"rank{rank}.json", list[str]()
     request = {"rank": rank, "world": options.gpus, "gpus_per_node": options.gpus_per_node, "record": str(record)}
     request |= {"stage": options.stage, "rates": options.rates}
@@ -65,20 +66,14 @@ def simulate(rank: int, options: argparse.Namespace, flags: Sequence[str], folde
     assert process.stdout is not None
     with process:
         for line in process.stdout:
-            lines.append(line.rstrip("\n"))
+            lines.append(line)
             if line.startswith(PROGRESS):
                 print(line, end="", file=sys.stderr, flush=True)
     figures = json.loads(record.read_text()) if record.exists() else {"stages": {}}
     starts = process.returncode == 0 and "roofline" in figures
-    error = None if starts else _last_error(lines, process.returncode)
+    end = f"exit code {process.returncode}; the end of its output:\n{''.join(lines[-LINES_OF_ERROR:])}"
+    error = None if starts else last_error("".join(lines)) or end.rstrip()
     return figures | {"rank": rank, "starts": starts, "error": error}
-
-
-def _last_error(lines: list[str], code: int) -> str:
-    starts = [number for number, line in enumerate(lines) if line.startswith("pretrain_gpt.py: error: ")]
-    if starts:
-        return "\n".join(lines[starts[-1] : starts[-1] + LINES_OF_ERROR])
-    return f"exit code {code}; the end of its output:\n" + "\n".join(lines[-2 * LINES_OF_ERROR :])
 
 
 def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:

@@ -1,6 +1,6 @@
 """Count the operations of a step by kind, with the bytes and FLOPs of each; step_time.py has their times.
 
-Transformer Engine's calls are watched, and cuDNN's attention is simulated.
+Calls of Transformer Engine are counted where Python makes them. cuDNN's attention is replaced.
 """
 
 import argparse
@@ -30,7 +30,8 @@ ATTENTION = ("fused_attn_fwd", "fused_attn_bwd")
 ENGINE_PRODUCTS = {"generic_gemm": "products", "te_general_grouped_gemm": "grouped"}
 ACCUMULATE, WORKSPACE = 14, 12  # arguments of both products
 ENGINE_FREE = {"bulk_allocate"}
-HOLDERS = ("transformer_engine", "transformer_engine_torch", "megatron")  # modules that may have imported them by name
+# Packages whose modules can have imported these functions by name.
+HOLDERS = ("transformer_engine", "transformer_engine_torch", "megatron")
 
 
 class Roofline(TorchDispatchMode):
@@ -51,10 +52,10 @@ class Roofline(TorchDispatchMode):
         self.parts: dict[str, dict[str, float]] = {}
 
     def __enter__(self) -> "Roofline":
-        """Watch the functions that bypass PyTorch's dispatch, until the process ends."""
+        """Also count the calls that bypass PyTorch's dispatch, until the process ends."""
         from triton.compiler import CompiledKernel
 
-        self._engine.tell = self.add
+        self._engine.report = self.add
         CompiledKernel.launch_metadata = self._watched(CompiledKernel.launch_metadata)
         return super().__enter__()
 
@@ -132,11 +133,11 @@ class Calls:
     """Watches Transformer Engine's C++ functions, which bypass PyTorch's dispatch.
 
     Attributes:
-        tell: called with each call's bytes, FLOPs and the rate of these.
+        report: is given each call's bytes, its FLOPs, and the rate that applies to the FLOPs.
     """
 
     def __init__(self) -> None:
-        self.tell: Callable[[float, float, str], None] | None = None
+        self.report: Callable[[float, float, str], None] | None = None
 
     def watch(self) -> None:
         """Start watching, if the engine is installed. Call it once Megatron is imported, before it builds a model."""
@@ -146,7 +147,7 @@ class Calls:
             return
         import transformer_engine_torch as functions
 
-        _play_attention(functions)
+        _replace_attention(functions)
         watched = {
             id(value): self._watched(name, value)
             for name, value in vars(functions).items()
@@ -161,17 +162,17 @@ class Calls:
         @functools.wraps(function)
         def call(*arguments: Any, **options: Any) -> Any:
             result = function(*arguments, **options)
-            if self.tell is not None:
+            if self.report is not None:
                 tensors = call_tensors(name, arguments, options, result)
-                if any(one.is_cuda and one.numel() for one in tensors):
-                    self.tell(*measure_work(name, arguments, tensors))
+                if any(tensor.is_cuda and tensor.numel() for tensor in tensors):
+                    self.report(*measure_work(name, arguments, tensors))
             return result
 
         return call
 
 
-def _play_attention(functions: Any) -> None:
-    """Route every attention to cuDNN's functions, and replace them: they cannot be simulated below Python."""
+def _replace_attention(functions: Any) -> None:
+    """Make Transformer Engine choose cuDNN's attention, and replace it: it cannot be simulated below Python."""
     chosen = functions.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
     functions.get_fused_attn_backend = lambda *_, **__: (chosen, "")
     functions.fused_attn_fwd, functions.fused_attn_bwd = _attend, _attend_backward
@@ -180,45 +181,47 @@ def _play_attention(functions: Any) -> None:
 def call_tensors(name: str, arguments: Sequence[Any], options: dict[str, Any], result: Any) -> list[torch.Tensor]:
     """Return a call's tensors, each once, without a product's workspace."""
     given = [*arguments[:WORKSPACE], *arguments[WORKSPACE + 1 :]] if name in ENGINE_PRODUCTS else arguments
-    return list({id(one): one for one in iterate_tensors([given, list(options.values()), result])}.values())
+    tensors = iterate_tensors([given, list(options.values()), result])
+    return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 def measure_work(name: str, arguments: Sequence[Any], tensors: list[torch.Tensor]) -> tuple[float, float, str]:
-    """Return the bytes that a call moves, its FLOPs, and the rate that applies to these."""
-    moved = float(sum(one.nbytes for one in tensors))
+    """Return the bytes that a call moves, its FLOPs, and the rate that applies to the FLOPs."""
+    moved = float(sum(tensor.nbytes for tensor in tensors))
     if name in ATTENTION:
         # Causal attention over at most arguments[1] keys: half of the products.
         passes = 2.0 if name == ATTENTION[0] else 5.0
         return moved, passes * _heads(arguments)[0].numel() * arguments[1], "attention"
     if name in ENGINE_PRODUCTS:
         if arguments[ACCUMULATE]:
-            moved += sum(one.nbytes for one in iterate_tensors([arguments[4]]))
+            moved += sum(tensor.nbytes for tensor in iterate_tensors([arguments[4]]))
         flops = 0.0
         for left, right in zip(iterate_tensors([arguments[0]]), iterate_tensors([arguments[2]]), strict=True):
             common = left.shape[-1] if arguments[1] else left.numel() // left.shape[-1]
             flops += 2.0 * left.numel() * right.numel() / max(common, 1)
         return moved, flops, ENGINE_PRODUCTS[name]
     if name.startswith("multi_tensor_adam"):
-        moved += sum(one.nbytes for one in iterate_tensors(arguments[2][1:]))  # also written, except for the gradients
+        # All but the gradients are also written.
+        moved += sum(tensor.nbytes for tensor in iterate_tensors(arguments[2][1:]))
     return moved, 0.0, ""
 
 
 def _heads(arguments: Sequence[Any]) -> list[torch.Tensor]:
     """Return queries, keys, values, and in the backward pass output and gradient: `[sequence, batch, heads, size]`."""
-    return [one for one in arguments if torch.is_tensor(one) and one.dim() >= 3]
+    return [value for value in arguments if torch.is_tensor(value) and value.dim() >= 3]
 
 
 def _attend(*arguments: Any, **_options: Any) -> list[torch.Tensor]:
     query, _, value = _heads(arguments)[:3]
-    sequences = next(one for one in arguments if torch.is_tensor(one)).numel() - 1  # where they begin, and the end
+    offsets = next(value for value in arguments if torch.is_tensor(value))  # start of each sequence, and the end
     _launch()
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
-    sums = query.new_empty((sequences, query.shape[-2], arguments[0], 1), dtype=torch.float32)
+    sums = query.new_empty((offsets.numel() - 1, query.shape[-2], arguments[0], 1), dtype=torch.float32)
     return [output, sums, query.new_empty(2, dtype=torch.int64)]
 
 
 def _attend_backward(*arguments: Any, **_options: Any) -> list[torch.Tensor | None]:
-    for _ in range(3):  # kernels: for sums, gradients and queries
+    for _ in range(3):  # the kernels of sums, gradients and queries
         _launch()
     return [*map(torch.empty_like, _heads(arguments)[:3]), None, None]
 

@@ -95,7 +95,7 @@ def estimate_step(
 
 
 def _products(args: argparse.Namespace, flops: float) -> dict[str, float]:
-    """Return FLOPs of a GPU in a step by the rate that applies to them, given the model's; full recomputation is in."""
+    """Return a GPU's FLOPs in a step by rate, given the model's FLOPs; those of full recomputation are added."""
     sequences = args.global_batch_size / args.world_size
     longer = flops_per_sequence(argparse.Namespace(**vars(args) | {"seq_length": 2 * args.seq_length}))
     attention = sequences * longer / 2 - flops  # grows with the square of the length
@@ -109,7 +109,7 @@ def _products(args: argparse.Namespace, flops: float) -> dict[str, float]:
 
 
 def estimate_collectives(args: argparse.Namespace, stages: list[Stage], gpus_per_node: int) -> Iterator[dict[str, Any]]:
-    """Yield a GPU's collectives in a step, as `collective_seconds` takes them; context parallelism has none here."""
+    """Yield a GPU's collectives in a step for `collective_seconds`; those of context parallelism are left out."""
     tp, pp, size = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, element_size(args)
     per_stage, micro_batches = args.world_size // pp, get_num_microbatches()
     hidden = args.hidden_size * tokens_per_gpu(args) * size  # bytes of the hidden states of a micro-batch

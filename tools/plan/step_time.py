@@ -1,7 +1,7 @@
 """Model the time of a training step on a GPU. Nothing is measured, and no operation overlaps another.
 
 An operation takes the time of its bytes or of its FLOPs, whichever is longer. The host launches operations one after
-another, and the GPU may wait for it. A rehearsal counts operations, launches and collectives; `step_estimate`
+another, and the GPU can wait for it. A rehearsal counts operations, launches and collectives; `step_estimate`
 calculates them from Megatron's arguments.
 """
 
@@ -17,8 +17,8 @@ HALF_RATE_EXPERT = 800
 # Attention is bound by its exponentials below this head size: cuDNN's causal one at 64 and sequence 1024 reaches 288
 # TFLOP/s forward (FlashAttention-3, arXiv 2407.08608, figure 5), and backward about 220.
 FULL_RATE_HEAD = 128
-# GPU's waits as a share of the host's work, while the host is faster than the GPU: between 0.09 and 0.13 where the
-# launches of a step of the 182M, 469M and 978M, with 1 to 8 micro-batches, were played in order.
+# The GPU's waits as a share of the host's work, while the host is faster than the GPU. Simulating a step's launches in
+# order gave 0.09 to 0.13, for the 182M, 469M and 978M with 1 to 8 micro-batches.
 STALLS = 0.11
 RINGS = {"all_reduce": 2.0}  # how often a ring sends (n - 1)/n of the bytes; others once
 POINT_TO_POINT = ("isend", "irecv")
@@ -52,7 +52,7 @@ class StepTime:
     Attributes:
         products: matrix products and attention.
         traffic: memory-bound operations.
-        waiting: for the host.
+        waiting: waits for the host.
         links, network: collectives within a node, and between nodes.
         bubble: how many times as long the pipeline's idle time makes the GPU's work.
     """

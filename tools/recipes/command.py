@@ -23,8 +23,8 @@ from .process import run_training
 
 ARGUMENTS = {"dense": "[ffn_expansion]", "moe": "[num_experts] [granularity]", "remoe": "[num_experts] [granularity]"}
 ENVIRONMENT = """\
-Environment variables; only the data are required:
-  DATA_PATH      prefixes of the data (of .bin/.idx), with weights if you like; one a line if they contain blanks
+Environment variables; only the data is required:
+  DATA_PATH      prefixes of the data (of .bin/.idx), with or without weights; one per line if they contain blanks
   DATA_DIR       instead of it, a folder: the Pile's shards 01 to 29 if it has them, else every *_document.bin, with
                  equal weights
   VOCAB_FILE, MERGE_FILE   GPT-2's encoder.json and vocab.bpe, or gpt2-vocab.json and gpt2-merges.txt (default: in
@@ -39,8 +39,8 @@ Environment variables; only the data are required:
   WANDB_API_KEY  if set, figures also go to Weights & Biases
   CUDA_DEVICE_MAX_CONNECTIONS, PYTORCH_CUDA_ALLOC_CONF   set for GPUs, unless you set them
   PYTHON         the interpreter (default: .venv's, else python3)
-  DRY_RUN=1      print what the training costs on GPUs, and the command; DRY_RUN=command: only the command
-  REHEARSE=1     simulate the training on GPUs that are not there: whether it starts, its memory, waits and launches
+  DRY_RUN=1      print the cost of the run on GPUs, and the command; DRY_RUN=command: only the command
+  REHEARSE=1     simulate the run without GPUs: whether it starts, its memory, waits and launches
   GPU            kind of GPU for both (default: h100)
   REHEARSE_JSON  a file for the rehearsal's figures
 """

@@ -12,7 +12,7 @@ from ..console.flags import group_by_flag
 from .layout import RecipeError
 
 PLACEHOLDER = "PREFIX"  # the data of a plan that is given none
-SPLITS = ("969,30,1", "98,1,1", "90,5,5", "80,10,10", "34,33,33")  # the paper's, and for fewer and fewer documents
+SPLITS = ("969,30,1", "98,1,1", "90,5,5", "80,10,10", "34,33,33")  # the paper's, then for ever fewer documents
 _SHARD = re.compile(r"(?:pile_)?([0-2]\d)_text_document")
 
 
@@ -26,7 +26,7 @@ def find_data(environment: Mapping[str, str], planned: bool) -> list[str]:
 
     Args:
         environment: has DATA_PATH or DATA_DIR.
-        planned: nothing is trained, so files need not be there.
+        planned: nothing is trained, so files need not exist.
 
     Raises:
         RecipeError: there are no data.
@@ -41,7 +41,7 @@ def find_data(environment: Mapping[str, str], planned: bool) -> list[str]:
 
 
 def split_data_path(given: str) -> list[str]:
-    """Return weights and prefixes: `given` is one prefix, or words, or lines of "[weight] prefix"."""
+    """Return weights and prefixes. `given` is a prefix, or words of both, or lines of "[weight] prefix"."""
     if os.path.isfile(f"{given}.bin"):
         return [given]
     if "\n" in given:
@@ -76,7 +76,7 @@ def choose_split(data_path: Sequence[str]) -> str:
     """Return the paper's --split, or one that leaves no part empty if there are few documents.
 
     Args:
-        data_path: weights and prefixes. If one cannot be read, the run says why; nothing is chosen here.
+        data_path: weights and prefixes. If a data set cannot be read, the paper's split is returned; the run says why.
     """
     from megatron.remoe.files.errors import DataError
     from megatron.remoe.files.indexed import IndexedReader

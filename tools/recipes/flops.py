@@ -1,7 +1,8 @@
 """Count the training FLOPs of a model and of the stages of a run, for all tools.
 
 Megatron's own `num_floating_point_operations` is not called. It counts attention over half of the square, counts no
-routers, and needs arguments that older logs do not have. Importing it takes the tools that read logs eight seconds.
+routers, and needs arguments that older logs do not have. To import it takes eight seconds, for every tool that reads a
+log.
 tests/tools/test_flops.py compares both for each kind of layer.
 """
 
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from ..runs.run_figures import TOTALS, RunFigures
-from .models import Routing, Size
 
 RISING = 0.1  # the dense stage ends after this share of the way from the first S to the target
 
@@ -31,7 +31,7 @@ def flops_per_sequence(args: argparse.Namespace, experts_per_token: float | None
     multiply-adds of a token, times 2 for FLOPs, times 3 for forward and backward.
 
     Args:
-        args: Megatron's validated arguments, or `model_arguments` of a recipe.
+        args: Megatron's validated arguments, or those of them that FLOPs depend on.
         experts_per_token: active experts of a token in each MoE layer; k if None.
 
     Raises:
@@ -67,7 +67,7 @@ class _Defaulting(argparse.Namespace):
 
 def _frequency(frequency: int | list[int] | None, layers: int) -> list[bool]:
     if isinstance(frequency, list):
-        return [bool(one) for one in frequency]
+        return [*map(bool, frequency)]
     return [number % (frequency or 1) == 0 for number in range(layers)]
 
 
@@ -89,32 +89,14 @@ def _experts(args: _Defaulting, topk: float, products: int) -> float:
     """Multiply-adds of a token in a layer of experts, router included."""
     hidden, latent = args.hidden_size, args.moe_latent_size
     width = args.moe_ffn_hidden_size or args.ffn_hidden_size
-    router = 0 if args.moe_baseline_router == "hash" else hidden * args.num_experts  # which has no weights
+    router = 0 if args.moe_baseline_router == "hash" else hidden * args.num_experts  # a hash router has no weights
     shared = hidden * (products * (args.moe_shared_expert_intermediate_size or 0) + bool(args.moe_shared_expert_gate))
     return router + shared + topk * products * (latent or hidden) * width + 2 * hidden * (latent or 0)
 
 
-def model_arguments(size: Size, routing: Routing, vocabulary: int) -> argparse.Namespace:
-    """Return the arguments of a recipe that FLOPs depend on, under Megatron's names.
-
-    Args:
-        size: of the model.
-        routing: its granularity G multiplies experts and k, and divides their width.
-        vocabulary: words, before Megatron pads them.
-    """
-    has_experts, multiple = routing.kind != "dense", size.vocabulary_multiple
-    return argparse.Namespace(
-        num_layers=size.layers, hidden_size=size.hidden, num_attention_heads=size.heads, swiglu=True,
-        ffn_hidden_size=size.ffn, group_query_attention=True, num_query_groups=size.query_groups,
-        seq_length=size.sequence, num_experts=routing.experts * routing.granularity if has_experts else None,
-        moe_router_topk=routing.topk * routing.granularity, moe_ffn_hidden_size=size.ffn // routing.granularity,
-        padded_vocab_size=-(-vocabulary // multiple) * multiple,
-    )  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Flops:
-    """Training FLOPs of a sequence with k experts per token, and of one more in every MoE layer."""
+    """Training FLOPs of a sequence with k experts per token, and those of one more expert in every MoE layer."""
 
     sequence: float
     expert: float
@@ -183,7 +165,7 @@ def stages(figures: RunFigures, flops: Flops) -> list[TrainingStage]:
 
 
 def training_flops(figures: RunFigures) -> float | None:
-    """Return the FLOPs of a whole training; None if its log does not show them or does not have all steps.
+    """Return the FLOPs of a whole run; None if its log lacks the arguments or some steps.
 
     Exact where the log has the running sums of computed pairs, as each line since version 0.1 does.
     """

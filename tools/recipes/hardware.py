@@ -18,15 +18,8 @@ _WITHOUT_CONNECTIONS = {"--use-torch-fsdp2", "--use-megatron-fsdp", "--overlap-m
 _WITHOUT_SEGMENTS = {"--use-nccl-ub", "--use-persistent-ckpt-worker"}
 
 
-def kernel_flags(kernels: str) -> list[str]:
-    """Return the flags of KERNELS; raise RecipeError if it is neither empty nor triton."""
-    if kernels not in ("", "triton"):
-        raise RecipeError(f"KERNELS={kernels}: choose triton, or leave it unset")
-    return TRITON if kernels else []
-
-
 def check_gpus(wanted: int, interpreter: str) -> None:
-    """Raise RecipeError if PyTorch sees fewer GPUs than are wanted: each process would train on the CPU."""
+    """Raise RecipeError if PyTorch sees fewer GPUs than `wanted`: the processes would train on the CPU."""
     printed = run([interpreter, "-c", "import torch; print(torch.cuda.device_count())"]).stdout.split()
     present = int(printed[-1]) if printed else 0
     if present < wanted:
@@ -39,8 +32,8 @@ def run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, errors="replace")
 
 
-def find_problem(interpreter: str) -> str | None:
-    """Return why Transformer Engine cannot be imported; None if it can. A separate process tries it: it may crash."""
+def why_no_transformer_engine(interpreter: str) -> str | None:
+    """Return why Transformer Engine cannot be imported; None if it can. A new process tries it, as it may crash."""
     if importlib.util.find_spec("transformer_engine") is None:
         return "not installed"
     result = run([interpreter, "-c", "import transformer_engine.pytorch"])
@@ -48,7 +41,7 @@ def find_problem(interpreter: str) -> str | None:
 
 
 def deciding_values(layout: Layout, flags: Sequence[str]) -> dict[str, Any]:
-    """Return the values of flags that decide on others: the recipe's, or the user's."""
+    """Return the values of flags on which other flags depend: the user's, else the recipe's."""
     decided: dict[str, Any] = {"--transformer-impl": None, "--cuda-graph-impl": "none"}
     decided |= {"--tensor-model-parallel-size": layout.tp, "--context-parallel-size": layout.cp}
     given = decided.keys() & group_by_flag(flags)
@@ -57,20 +50,20 @@ def deciding_values(layout: Layout, flags: Sequence[str]) -> dict[str, Any]:
 
 
 def gpu_flags(has_experts: bool, kernels: str, values: Mapping[str, Any], interpreter: str) -> tuple[list[str], str]:
-    """Return the flags for a training run on GPUs, and which layers they choose and why.
+    """Return the flags for a training run on GPUs, and a line that names the layers that they choose.
 
     Args:
         has_experts: whether the model has experts.
         kernels: KERNELS of the environment.
         values: see `deciding_values`.
-        interpreter: starts the run; empty to ask for no packages and choose plain PyTorch.
+        interpreter: starts the run; if empty, no package is looked for, and plain PyTorch is chosen.
 
     Raises:
         RecipeError: context parallelism would run in plain PyTorch, which does not have it.
     """
     problem: str | None = "not asked for"
     if interpreter and values["--transformer-impl"] != "local":
-        problem = find_problem(interpreter)
+        problem = why_no_transformer_engine(interpreter)
     if problem is None:
         engine, chosen = "Transformer Engine", ["--transformer-impl", "transformer_engine"]
         if has_experts:
@@ -83,8 +76,8 @@ def gpu_flags(has_experts: bool, kernels: str, values: Mapping[str, Any], interp
             )
         engine = f"plain PyTorch (Transformer Engine: {problem})"
         chosen = [*PLAIN_PYTORCH, "--no-rope-fusion"]
-    # Without apex, PyTorch's product has to add weight gradients, in Megatron's output layer at least, and no GPU has
-    # run that yet.
+    # Without apex, PyTorch's product adds weight gradients, at least in Megatron's output layer. This is not yet tested
+    # on a GPU.
     if not kernels and (not interpreter or importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None):
         chosen.append("--no-gradient-accumulation-fusion")
     return [*GPU_FLAGS, *chosen], engine
@@ -93,10 +86,10 @@ def gpu_flags(has_experts: bool, kernels: str, values: Mapping[str, Any], interp
 def gpu_settings(
     flags: Sequence[str], values: Mapping[str, Any], environment: Mapping[str, str], gpu: str | None
 ) -> dict[str, str]:
-    """Return the environment variables of a training run on GPUs; the user's own stay.
+    """Return the environment variables of a training run on GPUs; they do not change what the user has set.
 
-    `flags` are the user's, `values` come from `deciding_values`. `gpu` is the kind that a plan is for; None for this
-    machine's.
+    `flags` are the user's, `values` come from `deciding_values`. `gpu` is the kind of GPU that a plan is for; None for
+    this machine's.
     """
     chosen, question = {}, ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     if gpu is None:

@@ -23,7 +23,7 @@ class Launch:
         flags: Megatron's flags.
         settings: environment variables that it needs.
         output: folder of the run.
-        layout: how its processes share the work.
+        layout: parallel sizes.
         notes: lines about the choices.
     """
 
@@ -47,7 +47,7 @@ class Launch:
 
 
 def read_arguments(routing: str, given: Sequence[str]) -> tuple[dict[str, int], str]:
-    """Return a script's numbers by name, and the project's name; missing and empty arguments have their defaults.
+    """Return a script's numbers by name, and the project's name; missing and empty arguments get their defaults.
 
     Raises:
         RecipeError: an argument is wrong.
@@ -55,7 +55,7 @@ def read_arguments(routing: str, given: Sequence[str]) -> tuple[dict[str, int], 
     last = {"ffn_expansion": 1} if routing == "dense" else {"num_experts": Routing.experts, "granularity": 1}
     defaults = {"gpus_per_node": 8, "train_iters": Training.iterations, "micro_batch_size": Training.micro_batch} | last
     if len(given) > len(defaults) + 1:
-        raise RecipeError(f"too many arguments: {' '.join(given[len(defaults) + 1 :])}. Put Megatron's flags behind --")
+        raise RecipeError(f"too many arguments: {' '.join(given[len(defaults) + 1 :])}. Put Megatron's flags after --")
     project = next(iter(given[len(defaults) :]), "") or PROJECT
     numbers = dict(defaults)
     for name, text in zip(defaults, given, strict=False):
@@ -67,7 +67,7 @@ def read_arguments(routing: str, given: Sequence[str]) -> tuple[dict[str, int], 
 def plan(
     size: str, routing: str, arguments: Sequence[str], environment: Mapping[str, str], ask_for_packages: bool = True
 ) -> Launch:
-    """Return the run that a launch script would start, given its arguments, also behind --, and environment.
+    """Return the run that a launch script would start, given its arguments (those after -- too) and environment.
 
     `ask_for_packages` looks for Transformer Engine and apex, which takes seconds if they are installed.
 
@@ -88,7 +88,9 @@ def plan(
     parts = data.choose_split([] if "--split" in group_by_flag(extra) else data_path)
     tokenizer = data.find_vocabulary(environment, extra, planned)
     interpreter, kernels = environment.get("PYTHON") or default_interpreter(), environment.get("KERNELS", "")
-    fast = hardware.kernel_flags(kernels)
+    if kernels not in ("", "triton"):
+        raise RecipeError(f"KERNELS={kernels}: choose triton, or leave it unset")
+    fast = hardware.TRITON if kernels else []
     layout = Layout.read(numbers["gpus_per_node"], environment)
 
     depth = _depth_flags(model, routing, layout, environment.get("MODEL") or "gpt", extra)

@@ -24,7 +24,7 @@ def whole_number(name: str, text: str) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """Processes, one a GPU, and parallel sizes: tensor, pipeline, virtual stages of each, expert, context."""
+    """Processes (one per GPU), and parallel sizes: tensor, pipeline, virtual stages of each, expert, context."""
 
     gpus_per_node: int
     nodes: int = 1
@@ -39,7 +39,7 @@ class Layout:
         """Return the layout that environment variables ask for.
 
         Raises:
-            RecipeError: one is no whole number of at least 1.
+            RecipeError: a variable is not a whole number of at least 1.
         """
         nodes = environment.get("NNODES") or environment.get("SLURM_NNODES") or "1"
         sizes = {field: whole_number(name, environment.get(name) or "1") for name, field in NAMES.items()}
@@ -64,7 +64,7 @@ class Layout:
         """Return torchrun's words in front of the program.
 
         Raises:
-            RecipeError: there are several nodes, and the first one's name or this one's rank is missing.
+            RecipeError: there are several nodes, and MASTER_ADDR or this node's rank is missing.
         """
         words = [interpreter, "-m", "torch.distributed.run", "--nproc-per-node", str(self.gpus_per_node)]
         words += ["--nnodes", str(self.nodes)]
@@ -79,7 +79,7 @@ class Layout:
         """Return this node's rank; in a plan, a node without a rank is the first.
 
         Raises:
-            RecipeError: there are several nodes, and this one's rank is missing.
+            RecipeError: there are several nodes, and this node's rank is missing or too large.
         """
         if self.nodes == 1:
             return 0

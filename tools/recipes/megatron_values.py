@@ -1,6 +1,6 @@
 """Read the values of Megatron's flags with Megatron's parser.
 
-Importing Megatron takes seconds, so commands that need no value do not come here.
+To import Megatron takes seconds, so commands that need no value do not use this module.
 """
 
 import argparse
@@ -29,8 +29,8 @@ def make_parser() -> argparse.ArgumentParser:
 def read_values(words: Sequence[str]) -> argparse.Namespace:
     """Return the values of all of Megatron's flags, not validated; unknown flags are left to the training run.
 
-    If this process has not imported Megatron, a new one does, because Megatron on the CPU would change this process
-    and the runs that it starts.
+    If this process has not imported Megatron, a new process reads the values: Megatron on the CPU would change this
+    process and the runs that it starts.
 
     Raises:
         SystemExit: Megatron's parser refuses a value and has printed why.
@@ -45,7 +45,7 @@ def read_values(words: Sequence[str]) -> argparse.Namespace:
 
 
 def child_environment() -> dict[str, str]:
-    """Return this process's environment, in which a new one finds the project's modules."""
+    """Return this process's environment, extended so that a new process finds the project's modules."""
     if not is_clone():
         return dict(os.environ)
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))

@@ -14,7 +14,7 @@ from types import FrameType
 import psutil
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-LAST_BYTES = 2**16  # end of a log that is searched for the program's last message
+LAST_BYTES = 2**16  # the end of a log that is searched for the program's last error
 STOPPED = 143  # exit code of a training run that saved at a signal
 
 
@@ -48,17 +48,14 @@ def _ignore_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the training processes inherit this
 
 
-def _last_error(log: Path, start: int) -> str:
-    """Return the program's last message in a log after `start`; torchrun prints a hundred lines below it."""
-    with log.open("rb") as file:
-        file.seek(max(start, log.stat().st_size - LAST_BYTES))
-        text = file.read().decode(errors="replace")
+def last_error(text: str) -> str:
+    """Return the program's last error in its output, "" if there is none; torchrun prints a hundred lines below it."""
     errors = re.findall(r"^\S+\.py: error: .*?(?=^[EW]\d{4} |^Traceback |\Z)", text, re.MULTILINE | re.DOTALL)
     return errors[-1].strip() if errors else ""
 
 
 def run_training(command: Sequence[str], log: Path) -> int:
-    """Train to the end.
+    """Run the command of a training run to its end.
 
     Args:
         command: its words.
@@ -68,7 +65,7 @@ def run_training(command: Sequence[str], log: Path) -> int:
         Its exit code; `STOPPED` if Ctrl-C or SIGTERM ended it without an error.
     """
     start, stopping = log.stat().st_size if log.exists() else 0, False
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until there is something to stop
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until there is a run to stop
     # The run and tee get a process group each: a terminal's Ctrl-C reaches only this process. They ignore signals:
     # tee has to write the last line, and torchrun would limit the time for saving.
     job = subprocess.Popen(
@@ -96,7 +93,12 @@ def run_training(command: Sequence[str], log: Path) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     code = job.wait()
     tee.wait()
-    if code and (error := _last_error(log, start)):
+    error = ""
+    if code:
+        with log.open("rb") as file:
+            file.seek(max(start, log.stat().st_size - LAST_BYTES))
+            error = last_error(file.read().decode(errors="replace"))
+    if error:
         print(f"\n{error}", file=sys.stderr, flush=True)
     elif stopping:
         print(f"Stopped. The same command continues from the last checkpoint; the log is {log}", flush=True)

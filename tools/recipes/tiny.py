@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from .models import Routing, Size, Training
+from .models import Size, Training
 
 # The rate rises for longer than the dense start of about 100 steps, in which experts die at the full rate.
 TRAINING = Training(1200, 32, 32, "4e-3", "4e-4", 0.95, 0.1, warmup=0.25)
@@ -19,19 +19,14 @@ class TinySize(Size):
     topk: int = 1
     batch: int = TRAINING.micro_batch
 
-    @property
-    def tokens_per_iteration(self) -> int:
-        """Tokens in one optimizer step."""
-        return self.sequence * self.batch
-
 
 SIZE = TinySize(2, 64, 4, 128, query_groups=2, sequence=128, init_std=0.02, vocabulary_multiple=8)
-# By the size of the launch script that each replaces, or by layers and hidden size.
+# Key: the size of the launch script that a model replaces, or layers and hidden size.
 SIZES: Mapping[str, TinySize] = {
     BASE_SIZE: SIZE,
     "469m": replace(SIZE, layers=4, hidden=80, ffn=160),
     "978m": replace(SIZE, layers=4, hidden=128, ffn=256),
-    # For subwords, whose output layer takes most of a step: half of the tokens.
+    # For subwords. Their output layer needs most of a step's time, so a step has half of the tokens.
     QUICKSTART: replace(SIZE, experts=32, batch=16),
     "2x128": replace(SIZE, hidden=128, ffn=256, batch=16),
     "2x256": replace(SIZE, hidden=256, ffn=512, batch=16),
@@ -54,9 +49,3 @@ def common_flags(size: TinySize, training: Training, seed: int) -> list[str]:
         --save-interval {save_interval} --save-retain-interval {100 * save_interval} --exit-signal-handler
     """
     return ["--cpu", *size.layer_flags("dense"), *size.flags(), *training.flags(), *rest.split()]
-
-
-def model_flags(routing: Routing, size: TinySize) -> list[str]:
-    """Return the flags of a routing; none for a dense model."""
-    flags = routing.flags(size.ffn)
-    return [*flags, "--moe-per-layer-logging"] if flags else []

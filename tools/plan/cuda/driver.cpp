@@ -1,12 +1,12 @@
-// The driver, which Triton and CUTLASS call beside the runtime, and NVRTC, whose programs are empty.
+// The driver, which Triton and CUTLASS call next to the runtime, and NVRTC, whose programs are empty.
 #include "stub.h"
 #include <cstring>
 #include <dlfcn.h>
 
 static CUresult nothing(...) { return CUDA_SUCCESS; }
 static void* function_called(const char* name) {
-  void* found = dlsym(RTLD_DEFAULT, name);
-  return found ? found : (void*)nothing;
+  void* address = dlsym(RTLD_DEFAULT, name);
+  return address ? address : (void*)nothing;
 }
 
 ANSWER(cudaError_t) cudaGetDriverEntryPointByVersion(

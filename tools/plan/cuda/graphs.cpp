@@ -1,4 +1,4 @@
-// CUDA graphs: a capture keeps nothing, and refuses what a GPU's refuses. There is one at a time, over all streams.
+// CUDA graphs: a capture records nothing, and refuses the same calls as on a GPU. There is one at a time, over all streams.
 #include "stub.h"
 #include <atomic>
 
@@ -30,7 +30,7 @@ ANSWER(cudaError_t) cudaStreamGetCaptureInfo(
 ANSWER(cudaError_t) cudaGraphGetNodes(cudaGraph_t, cudaGraphNode_t*, size_t* size) { *size = 1; return cudaSuccess; }
 ANSWER(cudaError_t) cudaGraphLaunch(cudaGraphExec_t, cudaStream_t) { rehearsal_launched(); return cudaSuccess; }
 
-// The host cannot wait for what a capture only records.
+// During a capture the host cannot wait: work is only recorded.
 static cudaError_t waited() { return capturing ? cudaErrorStreamCaptureUnsupported : cudaSuccess; }
 ANSWER(cudaError_t) cudaDeviceSynchronize() { return waited(); }
 ANSWER(cudaError_t) cudaStreamSynchronize(cudaStream_t) { return waited(); }

@@ -1,4 +1,4 @@
-// cuBLAS and NCCL. Small results of collectives are as if all ranks had the same; no_op_cuda.py's ANSWERS has the others.
+// cuBLAS and NCCL. Small results of collectives are as if all ranks had equal values. no_op_cuda.py has the other functions.
 #include "stub.h"
 #include <cstring>
 #include <cublasLt.h>
@@ -14,7 +14,7 @@ ANSWER(cublasStatus_t) cublasLtMatmulAlgoGetHeuristic(
 }
 
 struct Communicator { int ranks, rank; };
-// How large the next communicator is that is split off; Python says so, for NCCL would ask the others.
+// The size of the next communicator that is split off. Python sets it, because the real NCCL would ask the other ranks.
 static Communicator next;
 ANSWER(void) rehearsal_next_communicator(int ranks, int rank) { next = {ranks, rank}; }
 

@@ -1,4 +1,4 @@
-// NVML, a library of its own (libnvidia-ml.so.1): PyTorch asks it whether GPUs of several nodes share memory. They do not.
+// NVML, a separate library (libnvidia-ml.so.1): PyTorch asks it whether GPUs of several nodes share memory. They do not.
 #define ANSWER(name) extern "C" __attribute__((visibility("default"))) int name
 
 ANSWER(nvmlInit_v2)() { return 0; }

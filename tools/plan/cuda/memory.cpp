@@ -82,7 +82,7 @@ ANSWER(cudaError_t) cudaMemGetInfo(size_t* left, size_t* total) {
   return cudaSuccess;
 }
 
-// Pinned memory of the host is memory.
+// Pinned memory is ordinary memory of the host.
 ANSWER(cudaError_t) cudaMallocHost(void** address, size_t bytes) { *address = calloc(1, bytes + 1); return cudaSuccess; }
 ANSWER(cudaError_t) cudaHostAlloc(void** address, size_t bytes, unsigned) { return cudaMallocHost(address, bytes); }
 ANSWER(cudaError_t) cudaFreeHost(void* address) { free(address); return cudaSuccess; }

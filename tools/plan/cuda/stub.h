@@ -1,5 +1,5 @@
 // A no-op CUDA, for a machine without a GPU: device memory is address space, kernels are counted and not run.
-// The files here answer what needs more than no_op_cuda.py's tables, which have the rest of what PyTorch's libraries ask for.
+// These files define the functions that need more than a line; no_op_cuda.py's tables have the rest.
 #pragma once
 #define __CUDA_INTERNAL_SKIP_CPP_HEADERS__
 #include <cstddef>
@@ -8,10 +8,10 @@
 #include <cuda_runtime_api.h>
 #include <string>
 
-// Marks an answer; no_op_cuda.py looks for it.
+// Marks a function of CUDA; no_op_cuda.py looks for it.
 #define ANSWER(type) extern "C" __attribute__((visibility("default"))) type
 
-// The card that is played, from the environment; see device.cpp.
+// The simulated card, from the environment; see device.cpp.
 struct Card {
   std::string name;
   int major, minor, multiprocessors, devices;
@@ -22,9 +22,9 @@ int current_device();
 
 // A kernel, product, collective, fill or copy.
 extern "C" void rehearsal_launched();
-// An address that stands for a stream, an event, a module or the like.
+// A new address, used as a stream, an event, a module or the like.
 extern "C" void* rehearsal_handle();
 
-// Copies what is small enough to hold numbers that the host may read; the rest of device memory is never touched.
+// Copies small blocks only: they can hold numbers that the host reads. The rest of device memory is never touched.
 constexpr size_t SMALL = 1 << 16;
 void copy_small(void* to, const void* from, size_t bytes);
