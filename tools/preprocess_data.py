@@ -20,7 +20,7 @@ from megatron.remoe.files.errors import DataError
 
 from .console.display import duration
 from .console.flags import number_of_cores, tool_parser, whole_number
-from .runs.running import run_tool
+from .runs.running import make_main
 from .text.preprocessing.encoding import TOKENIZER_TYPES, load_encoder
 from .text.preprocessing.pipeline import Job, Progress, preprocess
 
@@ -75,6 +75,8 @@ def rates(state: Progress, seconds: float) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Preprocess, with progress on standard error and a summary on standard output."""
+    # The library tokenizers makes as many threads as there are cores otherwise.
+    os.environ.setdefault("RAYON_NUM_THREADS", str(args.workers))
     skip_bad = args.on_error == "skip"
     keys = list(dict.fromkeys(args.json_keys))
     job = Job(args.input, args.output_prefix, keys, args.append_eod, args.workers, skip_bad, args.overwrite)
@@ -97,9 +99,4 @@ def run(args: argparse.Namespace) -> None:
     print(f"{', '.join(str(job.prefix(key)) for key in job.json_keys)}: {'; '.join(notes)}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0, 1 after an error, 130 after an interruption."""
-    args = parse_arguments(arguments)
-    # The library tokenizers makes as many threads as there are cores otherwise.
-    os.environ.setdefault("RAYON_NUM_THREADS", str(args.workers))
-    return run_tool("preprocess", lambda: run(args), "interrupted; nothing was written")
+main = make_main("preprocess", parse_arguments, run, "interrupted; nothing was written")

@@ -15,7 +15,6 @@ from megatron.remoe.training.run_log import read_run_log
 from tests.entry import Entry
 from tests.tiny_model import RELU, TOPK
 from tests.training_runs import REPOSITORY, TINY, records, run
-from tools.console.display import Display
 from tools.console.errors import ConversionError
 from tools.models.analyze.command import layer_numbers
 from tools.models.arguments import parse_convert
@@ -132,7 +131,7 @@ def test_multi_token_prediction(runs: Runs) -> None:
     assert flips["rate"] == pytest.approx(sum(flips["layer_rate"].values()) / 2)
     options = parse_convert(["--load", str(folder), "--save", str(folder / "gpt"), "--model", "gpt"])
     with pytest.raises(ConversionError, match="multi-token prediction are not converted"):
-        convert_class(options, Display())
+        convert_class(options)
     looked_at = layer_numbers(open_model(folder, needs_tokenizer=False))
     assert [*map(str, looked_at)] == [*flips["layer_rate"]], "remoe analyze has the log's numbers"
 

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from megatron.remoe.hf import RemoeForCausalLM
 
 from ..console.errors import ToolError
-from ..runs.running import run_tool
+from ..runs.running import make_main
 from .arguments import parse_generate
 from .hf.opening import open_model
 from .measuring import count_experts, mean_experts
@@ -76,7 +76,4 @@ def generate(args: argparse.Namespace) -> None:
         print(continue_text(model, tokenizer, prompt, args), file=sys.stderr, flush=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0; 1 if something is wrong; 130 if it was stopped."""
-    args = parse_generate(arguments)
-    return run_tool("generate", lambda: generate(args))
+main = make_main("generate", parse_generate, generate)

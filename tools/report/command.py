@@ -17,7 +17,7 @@ from ..console.flags import tool_parser, whole_number
 from ..runs.evaluations import names_of_models
 from ..runs.figure_reader import read_figures
 from ..runs.run_figures import RunFigures
-from ..runs.running import run_tool
+from ..runs.running import make_main
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -59,7 +59,4 @@ def report(args: argparse.Namespace) -> None:
     print(output)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the report. Exit code: 0; 1 after an error; 130 if it was stopped."""
-    args = parse_arguments(arguments)
-    return run_tool("report", lambda: report(args))
+main = make_main("report", parse_arguments, report)

@@ -17,7 +17,6 @@ from megatron.remoe.start.checkpoint_files import check_is_whole
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, read_index
 from megatron.remoe.training.arguments import apply_granularity, drop_ignored_fork_flags
 
-from ...console.display import Display
 from ...console.errors import ConversionError
 from ..checkpoints import LAYOUT, find_folder, rename_expert_norm
 from ..hf.settings import complete
@@ -29,7 +28,7 @@ STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?P<kind>fp32_param|exp
 KEPT = ("checkpoint_version", "iteration", "opt_param_scheduler", "num_floating_point_operations_so_far")
 
 
-def convert_fork(options: argparse.Namespace, display: Display) -> None:
+def convert_fork(options: argparse.Namespace) -> None:
     """Write the fork's checkpoint under `options.load` as one of this project to `options.save`.
 
     Raises:
@@ -53,14 +52,14 @@ def convert_fork(options: argparse.Namespace, display: Display) -> None:
     args = _arguments(saved)
     content = _rename_weights(_join_state(read_content(folder, index), folder), args)
     if args.moe_relu_routing:
-        values = {"l1_exponent": _exponent(state, args, display), "guarded": 0}
+        values = {"l1_exponent": _exponent(state, args), "guarded": 0}
         for layer, has_experts in enumerate(moe_layer_pattern(args)):
             for name, value in values.items() if has_experts else ():
                 content[f"decoder.layers.{layer}.mlp.router.{name}"] = torch.tensor(value)
     if args.moe_layer_freq == 1:
         content = stack_layers(content, args.num_layers)
     write_content(content, _common(state, args), options.save, folder.name)
-    display.say(f"wrote {options.save}, {folder.name}; continue the run with its flags and --load {options.save}")
+    print(f"wrote {options.save}, {folder.name}; continue the run with its flags and --load {options.save}")
 
 
 def _arguments(saved: argparse.Namespace) -> argparse.Namespace:
@@ -177,7 +176,7 @@ def _optimizer(saved: dict[Any, Any], args: argparse.Namespace) -> dict[Any, Any
     return {0: optimizer(others), 1: optimizer(of_experts)}
 
 
-def _exponent(state: dict[str, Any], args: argparse.Namespace, display: Display) -> int:
+def _exponent(state: dict[str, Any], args: argparse.Namespace) -> int:
     """Return n of λ = λ₀ · αⁿ, rounded, for the λ of the fork."""
     # Of several virtual stages, only the last one's λ is used and changed.
     chunks = sorted(name for name in state if re.fullmatch(r"model\d*", name) and COEFFICIENT in state[name])
@@ -189,7 +188,7 @@ def _exponent(state: dict[str, Any], args: argparse.Namespace, display: Display)
         raise ConversionError(f"--load: λ is {coefficient}, λ₀ {first} and α {factor}; there is no such power of α.")
     exact = math.log(coefficient / first) / math.log(factor)
     rounded = first * factor ** round(exact)
-    display.say(
+    print(
         f"λ {coefficient:.6e} of the fork is {first:g} · {factor:g}^{exact:.4f}; "
         f"here it is {rounded:.6e}, with the exponent {round(exact)}"
     )

@@ -8,7 +8,6 @@ import torch
 from megatron.remoe.start.checkpoint_files import check_is_whole, is_of_fsdp
 from megatron.remoe.start.checkpoint_index import read_index
 
-from ...console.display import Display
 from ...console.errors import ConversionError
 from ..checkpoints import NORMS, find_folder, read_tensors, reading, save
 from ..hf.settings import complete
@@ -18,7 +17,7 @@ PREFIX = "model.module."
 NAMES = NORMS | {".router.weight": ".router.relu_weight"}
 
 
-def convert_fsdp(options: argparse.Namespace, display: Display) -> None:
+def convert_fsdp(options: argparse.Namespace) -> None:
     """Write the model under `options.load` to `options.save`, λ included, without optimizer state.
 
     Raises:
@@ -39,7 +38,7 @@ def convert_fsdp(options: argparse.Namespace, display: Display) -> None:
                 parts |= _stored(name, tensor, index.state_dict_metadata)
         read_tensors(folder, index, parts)
         save(model, args, options.save)
-    display.say(f"wrote {options.save}; train with --pretrained-checkpoint {options.save}")
+    print(f"wrote {options.save}; train with --pretrained-checkpoint {options.save}")
 
 
 def _stored(name: str, tensor: torch.Tensor, keys: Mapping[str, object]) -> dict[str, torch.Tensor]:

@@ -1,13 +1,12 @@
 """Measure, show and write the results of trained models."""
 
 import argparse
-from collections.abc import Sequence
 from typing import Any
 
 from ...console.display import Display, print_table
 from ...console.files import write_json
 from ...runs import evaluations
-from ...runs.running import run_tool
+from ...runs.running import make_main
 from ..arguments import parse_evaluate
 from ..hf.opening import open_model
 from .tasks import score
@@ -49,7 +48,4 @@ def evaluate(args: argparse.Namespace) -> None:
             write_json(args.output, results)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0; 1 if something is wrong; 130 if it was stopped."""
-    args = parse_evaluate(arguments)
-    return run_tool("evaluate", lambda: evaluate(args))
+main = make_main("evaluate", parse_evaluate, evaluate)
