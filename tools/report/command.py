@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron.remoe.files.files import write_text
 
 from ..console.flags import tool_parser, whole_number
-from ..runs.evaluations import names_of_models
+from ..runs.evaluations import name_models
 from ..runs.figure_reader import read_figures
 from ..runs.run_figures import RunFigures
 from ..runs.running import make_main
@@ -45,7 +45,7 @@ def report(args: argparse.Namespace) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
 
     def write(reload_after: int | None) -> list[RunFigures]:
-        runs = [read_figures(place, name) for place, name in zip(places, names_of_models(places), strict=True)]
+        runs = [read_figures(place, name) for place, name in zip(places, name_models(places), strict=True)]
         write_text(output, page(runs, reload_after))
         return runs
 

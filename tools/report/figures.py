@@ -122,7 +122,7 @@ def _sparsity(figures: RunFigures) -> Drawn:
 
 
 def _experts(figures: RunFigures) -> Drawn:
-    # A baseline's router logs only running sums; the authors' fork logs only S.
+    # A baseline's router logs only running sums; a run with --load from a different folder logs only S.
     experts, iterations = figures.num_experts, figures.curves.get(TOTALS[0], figures.curve("sparsity")).iterations
     if not experts or not len(iterations):
         return Drawn()

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from ...console.display import Display, print_table
 from ...console.errors import ToolError
 from ...console.files import write_json
-from ...runs.evaluations import names_of_data_sets
+from ...runs.evaluations import name_data_sets
 from ...runs.running import make_main
 from ..arguments import parse_analyze
 from ..hf.opening import OpenedModel, open_model
@@ -64,7 +64,7 @@ def analyze(args: argparse.Namespace) -> None:
     texts = [read_sequences(prefix, length, args.seed, model.config.vocab_size) for prefix in args.data_path]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     counts = findings.count_routing(model, texts, layers, args.sequences, Display())
-    names = names_of_data_sets(args.data_path)
+    names = name_data_sets(args.data_path)
     results = {
         "experts_per_token": findings.experts_per_token(counts),
         "load": findings.load(counts, names, topk / experts, partial(token_text, opened.tokenizer)),

@@ -13,12 +13,10 @@ from typing import Any
 import numpy
 import torch
 
-from megatron.remoe.start.checkpoint_files import check_is_whole
-from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, read_index
 from megatron.remoe.training.arguments import apply_granularity, drop_ignored_fork_flags
 
 from ...console.errors import ConversionError
-from ..checkpoints import LAYOUT, find_folder, rename_expert_norm
+from ..checkpoints import LAYOUT, open_folder, rename_expert_norm
 from ..hf.settings import complete
 from ..hybrid import moe_layer_pattern
 from .rewriting import LAYER, Content, read_content, stack_layers, write_content
@@ -34,13 +32,7 @@ def convert_fork(options: argparse.Namespace) -> None:
     Raises:
         ConversionError: it is no checkpoint of the fork, cannot be read, or cannot be written.
     """
-    folder = find_folder(options.load, options.ckpt_step)
-    try:
-        state, index = check_is_whole(folder), read_index(folder)
-    except BrokenCheckpointError as error:
-        raise ConversionError(
-            f"--load {options.load}: {error}. Choose a different iteration with --ckpt-step."
-        ) from error
+    folder, state, index = open_folder(options.load, options.ckpt_step)
     saved: Any = state.get("args")
     if not hasattr(saved, "moe_relu_routing") or hasattr(saved, "moe_relu_layer_floor"):
         raise ConversionError(f"--load {folder}: is not a checkpoint of the authors' fork.")

@@ -5,11 +5,10 @@ from collections.abc import Mapping
 
 import torch
 
-from megatron.remoe.start.checkpoint_files import check_is_whole, is_of_fsdp
-from megatron.remoe.start.checkpoint_index import read_index
+from megatron.remoe.start.checkpoint_files import is_of_fsdp
 
 from ...console.errors import ConversionError
-from ..checkpoints import NORMS, find_folder, read_tensors, reading, save
+from ..checkpoints import NORMS, open_folder, read_tensors, save
 from ..hf.settings import complete
 from ..megatron_model import EXPERT, build, one_process
 
@@ -23,12 +22,10 @@ def convert_fsdp(options: argparse.Namespace) -> None:
     Raises:
         ConversionError: it has a different format, cannot be read, or the output cannot be written.
     """
-    folder = find_folder(options.load, options.ckpt_step)
-    with reading(folder):
-        common, index = check_is_whole(folder), read_index(folder)
-        if not is_of_fsdp(index):
-            raise ConversionError(f"{folder}: is not in Megatron-FSDP's format (fsdp_dtensor): leave out --from-fsdp.")
-        args = complete(common["args"])
+    folder, common, index = open_folder(options.load, options.ckpt_step)
+    if not is_of_fsdp(index):
+        raise ConversionError(f"{folder}: is not in Megatron-FSDP's format (fsdp_dtensor): leave out --from-fsdp.")
+    args = complete(common["args"])
     args.use_megatron_fsdp, args.ckpt_format = False, "torch_dist"
     with one_process(args.seed):
         model = build(args)
