@@ -49,25 +49,25 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def show_progress(start: float) -> Callable[[Progress], None]:
-    """Return a function that prints left-out lines, and the state at intervals that grow with the run's time."""
-    next_line, room = SECONDS_TO_FIRST_LINE, PROBLEMS_SHOWN
+    """Return a function that prints the first left-out lines, and the progress at growing intervals."""
+    next_line, unshown = SECONDS_TO_FIRST_LINE, PROBLEMS_SHOWN
 
     def show(state: Progress) -> None:
-        nonlocal next_line, room
-        for message in state.messages[:room]:
-            room -= 1
+        nonlocal next_line, unshown
+        for message in state.messages[:unshown]:
+            unshown -= 1
             print(f"left out: {message}", file=sys.stderr, flush=True)
         seconds = time.monotonic() - start
         if seconds > next_line:
             next_line = seconds + max(SECONDS_TO_FIRST_LINE, SHARE_BETWEEN_LINES * seconds)
             share = state.done_bytes / state.total_bytes
             done, left = f"{share:.0%}, {state.documents:,} documents", duration(seconds * (1 - share) / share)
-            print(f"{done}  {rates(state, seconds)}  {left} left", file=sys.stderr, flush=True)
+            print(f"{done}  {format_rates(state, seconds)}  {left} left", file=sys.stderr, flush=True)
 
     return show
 
 
-def rates(state: Progress, seconds: float) -> str:
+def format_rates(state: Progress, seconds: float) -> str:
     """Return megabytes of text and tokens per second as text."""
     seconds = max(seconds, 1e-9)
     return f"{state.text_bytes / 1e6 / seconds:.1f} MB/s  {state.tokens / 1e6 / seconds:.2f}M tokens/s"
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     notes = [f"{state.documents:,} documents{empty}, {state.tokens:,} tokens"]
     if state.left_out:
         notes.append(f"left out {state.left_out:,} lines")
-    notes.append(f"{duration(seconds)}, {rates(state, seconds)} with {encoder.engine}")
+    notes.append(f"{duration(seconds)}, {format_rates(state, seconds)} with {encoder.engine}")
     print(f"{', '.join(str(job.prefix(key)) for key in job.json_keys)}: {'; '.join(notes)}")
 
 

@@ -17,7 +17,7 @@ from .checkpoints import check_output, new_folder, save
 from .evaluate.text import bound_experts, check_bound
 from .hf.opening import open_run, read_folder
 from .hf.public import describe_public
-from .hf.settings import compute_experts, make_flags, parse_flags, vocabulary_flags
+from .hf.settings import make_flags, parse_flags, set_bound, vocabulary_flags
 from .hf.tokenizer import find_folder_tokenizer, find_training_tokenizer, generation_config
 from .hf.weights import convert_model, fill_megatron
 from .measuring import (
@@ -110,9 +110,9 @@ def export(options: argparse.Namespace) -> None:
     with torch.no_grad():
         logits = [compute_logits(run.model, batch) for batch in split_batches(ids)]
     trained_bound = config.max_experts_per_token or config.num_experts
-    if (most := options.max_experts_per_token) is not None:
-        check_bound(f"--load {options.load}", config, most)
-        compute_experts(config, most)
+    if (bound := options.max_experts_per_token) is not None:
+        check_bound(f"--load {options.load}", config, bound)
+        set_bound(config, bound)
     elif config.num_experts and config.moe_relu_routing and config.max_experts_per_token is None:
         print("vLLM and SGLang need a fixed number of experts per token: give --max-experts-per-token.", flush=True)
     model = convert_model(run.model, config)
@@ -128,13 +128,13 @@ def export(options: argparse.Namespace) -> None:
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
         written = read_folder(aside, (config.model_type,), torch.float32)
-        with bound_experts(written, most and trained_bound), count_experts(written) as histograms:
+        with bound_experts(written, bound and trained_bound), count_experts(written) as histograms:
             difference = describe_difference(compare_models(written, logits, ids), ids, name)
         print(difference, flush=True)
         loss, tokens = measure_loss(written, split_batches(text))
         results = {f"loss on {tokens:,} {name}": f"{loss:.4f} nats per token", "compared with Megatron": difference}
-        if most is not None and name != RANDOM:
-            results |= measure_bounds(written, text, {1, 2, 4, 8, most, trained_bound})
+        if bound is not None and name != RANDOM:
+            results |= measure_bounds(written, text, {1, 2, 4, 8, bound, trained_bound})
         if histograms and config.moe_relu_routing:
             active, target = mean_experts(histograms.values()), config.mean_experts_per_token
             shares = [1 - experts / config.num_experts for experts in (active, target)]
@@ -146,10 +146,10 @@ def export(options: argparse.Namespace) -> None:
 def measure_bounds(model: RemoeForCausalLM, text: torch.Tensor, bounds: set[int]) -> dict[str, str]:
     """Print the loss with only the K largest gates, for each K that the model has; return rows for the card."""
     rows = {}
-    for most in sorted(bound for bound in bounds if bound <= model.config.num_experts):
-        with bound_experts(model, most):
+    for bound in sorted(bound for bound in bounds if bound <= model.config.num_experts):
+        with bound_experts(model, bound):
             loss, _ = measure_loss(model, split_batches(text))
-        rows[f"loss with K = {most}"] = f"{loss:.4f}"
+        rows[f"loss with K = {bound}"] = f"{loss:.4f}"
     print(", ".join(f"{row}: {loss}" for row, loss in rows.items()))
     return rows
 

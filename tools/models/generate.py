@@ -17,7 +17,7 @@ from .hf.opening import open_model
 from .measuring import count_experts, mean_experts
 
 
-def prompts(args: argparse.Namespace) -> Iterator[str]:
+def read_prompts(args: argparse.Namespace) -> Iterator[str]:
     """Yield the texts to continue: the given one, or the lines of standard input."""
     if args.prompt is not None:
         yield args.prompt
@@ -72,7 +72,7 @@ def generate(args: argparse.Namespace) -> None:
     model, tokenizer, _ = open_model(args.load, args.ckpt_step, args.tokenizer_model)
     assert tokenizer is not None
     torch.manual_seed(args.seed)
-    for prompt in prompts(args):
+    for prompt in read_prompts(args):
         print(continue_text(model, tokenizer, prompt, args), file=sys.stderr, flush=True)
 
 

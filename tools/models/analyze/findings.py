@@ -65,15 +65,15 @@ class Counts:
 
 @torch.inference_mode()
 def count_routing(
-    model: RemoeForCausalLM, texts: Sequence["GPTDataset"], layers: list[int], most: int | None, display: Display
+    model: RemoeForCausalLM, texts: Sequence["GPTDataset"], layers: list[int], limit: int | None, display: Display
 ) -> Counts:
-    """Run the model over at most `most` sequences of each domain's text, and return its counts."""
+    """Run the model over at most `limit` sequences of each domain's text, and return its counts."""
     counts = Counts(layers, len(texts), model.config.num_experts, model.config.vocab_size)
     seen: list[torch.Tensor] = []
     with watch_routers(model, lambda _number, active: seen.append(active.cpu())):
         for domain, text in enumerate(texts):
-            with display.step(Path(text.dataset_path).name, min(len(text), most or len(text))):
-                for batch in read_batches(text, most, model.config.vocab_size):
+            with display.step(Path(text.dataset_path).name, min(len(text), limit or len(text))):
+                for batch in read_batches(text, limit, model.config.vocab_size):
                     ids = batch[:, :-1]
                     compute_logits(model, ids.to(model.device))
                     for place, active in enumerate(seen):
@@ -151,10 +151,10 @@ def information(routed: torch.Tensor) -> torch.Tensor:
     """
     pairs = routed.double()
     total = pairs.sum(dim=-1, keepdim=True)
-    share, some = pairs / total.clamp(min=1), (total > 0).sum(dim=0).clamp(min=1)
-    mean = share.sum(dim=0) / some
+    share, filled = pairs / total.clamp(min=1), (total > 0).sum(dim=0).clamp(min=1)
+    mean = share.sum(dim=0) / filled
     terms = torch.where(share > 0, share * (share / mean).log2(), 0.0)
-    return terms.sum(dim=(0, 2)) / some[:, 0]
+    return terms.sum(dim=(0, 2)) / filled[:, 0]
 
 
 def _list_tokens(counts: Counts, place: int, token_text: Callable[[int], str | None]) -> list[list[Numbers]]:

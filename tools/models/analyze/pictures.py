@@ -25,8 +25,8 @@ def _experts_per_token(figure: Any, numbers: Numbers) -> None:
     layers, frequency = numbers["layers"], numbers["by_frequency"]
     figure.set_size_inches(11, _height(layers))
     table, points = figure.subplots(1, 2)
-    largest = max(one["largest"] for one in layers.values())
-    shares = numpy.array([one["histogram"][: largest + 1] for one in layers.values()])
+    largest = max(layer["largest"] for layer in layers.values())
+    shares = numpy.array([layer["histogram"][: largest + 1] for layer in layers.values()])
     table.set(title="Tokens by their number of experts")
     figure.colorbar(_cells(table, shares, layers, "experts of a token", cmap="Blues", vmin=0), ax=table, label="share")
 
@@ -59,7 +59,9 @@ def _load(figure: Any, numbers: Numbers) -> None:
         axes.set_axis_off()
     _relative_bar(above, image, list(grid), f"1: even ({numbers['even']:.1%})")
     experts, *others = below.subplots(1, 2 if special else 1, squeeze=False)[0]
-    by_layer = {layer: {name: one["experts_per_token"][layer] for name, one in domains.items()} for layer in layers}
+    by_layer = {
+        layer: {name: domain["experts_per_token"][layer] for name, domain in domains.items()} for layer in layers
+    }
     _dots(experts, by_layer, [(name, DOMAINS[n % len(DOMAINS)], name) for n, name in enumerate(domains)])
     experts.set(title="Experts per token, by domain", xlabel="experts, mean of tokens")
     if special:
@@ -80,7 +82,7 @@ def _balance(figure: Any, numbers: Numbers) -> None:
     panels[1].set(title="Largest load over even", xlabel="even = 1")
     for axes in panels[:2]:
         axes.margins(x=0.2)
-    relative = numpy.array([one["relative_load"] for one in layers.values()])
+    relative = numpy.array([layer["relative_load"] for layer in layers.values()])
     panels[2].set(title="Load of experts")
     image = _relative(panels[2], relative, layers)
     _relative_bar(figure, image, [panels[2]], "relative to even")
@@ -133,7 +135,7 @@ def _dots(axes: Any, layers: Layers, drawn: Sequence[tuple[str, str, str]]) -> N
         drawn: key, color and label of each figure.
     """
     for key, color, label in drawn:
-        values = [numpy.nan if one[key] is None else one[key] for one in layers.values()]
+        values = [numpy.nan if layer[key] is None else layer[key] for layer in layers.values()]
         axes.plot(values, range(len(layers)), "o", color=color, label=label)
     axes.set_yticks(*_ticks([*layers]))
     axes.set(ylim=(len(layers) - 0.5, -0.5), ylabel="layer")
@@ -146,7 +148,7 @@ def _legend(axes: Any) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=3.5, ncols=3)
 
 
-def _ticks(labels: Sequence[int], most: int = 24) -> tuple[Sequence[int], Sequence[int]]:
-    """Return at most `most` places and their labels."""
-    step = max(1, -(-len(labels) // most))
+def _ticks(labels: Sequence[int], limit: int = 24) -> tuple[Sequence[int], Sequence[int]]:
+    """Return at most `limit` places and their labels."""
+    step = max(1, -(-len(labels) // limit))
     return range(0, len(labels), step), labels[::step]

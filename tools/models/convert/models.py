@@ -50,8 +50,8 @@ def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argp
         _keep_mixture(target, options)
     target.moe_relu_routing = True
     target.moe_router_load_balancing_type, target.moe_token_dispatcher_type = "none", "alltoall"
-    defaults = make_parser().parse_args([])
-    vars(target).update({name: getattr(defaults, name) for name in TOPK_ONLY})
+    defaults = vars(make_parser().parse_args([]))
+    vars(target).update({name: defaults.get(name) for name in TOPK_ONLY})  # checkpoints can have former flags
     vars(target).update(consumed_train_samples=0, skipped_train_samples=0, consumed_valid_samples=0, iteration=0)
     problems = relu_routing_problems(argparse.Namespace(**(vars(target) | HERE)))  # layout and speed are free
     if problems:

@@ -120,14 +120,14 @@ def make_config(args: argparse.Namespace) -> RemoeConfig:
         "AutoModelForCausalLM": "modeling_remoe.RemoeForCausalLM",
     }
     if config.max_experts_per_token:
-        compute_experts(config, config.max_experts_per_token)
+        set_bound(config, config.max_experts_per_token)
     return config
 
 
-def compute_experts(config: RemoeConfig, most: int) -> None:
-    """Compute the K = `most` largest gates of each token, and write K where servers read it. k is kept."""
+def set_bound(config: RemoeConfig, bound: int) -> None:
+    """Compute only the K = `bound` largest gates of each token. Write K where servers read it; keep k."""
     config.target_experts_per_token = config.mean_experts_per_token
-    config.max_experts_per_token = config.num_experts_per_tok = most
+    config.max_experts_per_token = config.num_experts_per_tok = bound
 
 
 def _expert_fields(args: argparse.Namespace) -> dict[str, Any]:
