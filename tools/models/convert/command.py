@@ -47,7 +47,7 @@ def convert(options: argparse.Namespace) -> None:
     blend = choose_blend(args, options.data_path)
     to_fit, to_measure = sample(blend, 2 * sequences, args.seq_length, args.padded_vocab_size, options.seed).chunk(2)
     with one_process(options.seed):
-        target, loss_before = _fitted(options, display, checkpoint, args, new_args, to_fit, to_measure)
+        target, loss_before = _fit_routers(options, display, checkpoint, args, new_args, to_fit, to_measure)
         with display.step("running the ReMoE", len(to_measure)), count_experts(target) as histograms:
             loss_after, _ = measure_loss(target, split_batches(to_measure), display)
         sparsity = 1 - mean_experts(histograms.values()) / new_args.num_experts
@@ -64,7 +64,7 @@ def convert(options: argparse.Namespace) -> None:
     display.say(f"wrote {options.save}; train with {training_flags(new_args, options.save)}")
 
 
-def _fitted(
+def _fit_routers(
     options: argparse.Namespace,
     display: Display,
     checkpoint: Checkpoint,

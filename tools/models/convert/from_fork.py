@@ -41,7 +41,7 @@ def convert_fork(options: argparse.Namespace) -> None:
             f"{folder}: the optimizer's state was saved with --no-ckpt-fully-parallel-save, by ranks. Load and save it "
             "with the fork once more without that flag."
         )
-    args = _arguments(saved)
+    args = _complete_arguments(saved)
     content = _rename_weights(_join_state(read_content(folder, index), folder), args)
     if args.moe_relu_routing:
         values = {"l1_exponent": _exponent(state, args), "guarded": 0}
@@ -50,11 +50,11 @@ def convert_fork(options: argparse.Namespace) -> None:
                 content[f"decoder.layers.{layer}.mlp.router.{name}"] = torch.tensor(value)
     if args.moe_layer_freq == 1:
         content = stack_layers(content, args.num_layers)
-    write_content(content, _common(state, args), options.save, folder.name)
+    write_content(content, _collect_settings(state, args), options.save, folder.name)
     print(f"wrote {options.save}, {folder.name}; continue the run with its flags and --load {options.save}")
 
 
-def _arguments(saved: argparse.Namespace) -> argparse.Namespace:
+def _complete_arguments(saved: argparse.Namespace) -> argparse.Namespace:
     """Return the fork's arguments as this project's training would have saved them."""
     args = complete(saved)
     if not args.num_experts:  # the fork gives dense models a size of experts, which Megatron now refuses
@@ -119,7 +119,7 @@ def _refresh_object(key: str, value: Any) -> Any:
         return torch.load(value, weights_only=True)
 
 
-def _common(state: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+def _collect_settings(state: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Return settings and counters."""
     layout: dict[str, Any] = dict(LAYOUT)
     if args.use_distributed_optimizer:
@@ -127,11 +127,11 @@ def _common(state: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         layout["distrib_optim_fully_reshardable_mem_efficient"] = False
     common = {name: state[name] for name in KEPT if name in state}
     if "optimizer" in state:
-        common["optimizer"] = _optimizer(state["optimizer"], args)
+        common["optimizer"] = _convert_optimizer(state["optimizer"], args)
     return common | {"args": args, "content_metadata": layout}
 
 
-def _optimizer(saved: dict[Any, Any], args: argparse.Namespace) -> dict[Any, Any]:
+def _convert_optimizer(saved: dict[Any, Any], args: argparse.Namespace) -> dict[Any, Any]:
     """Return the optimizer's settings: experts have groups of their own here, also without expert parallelism."""
     parts = [saved[number] for number in sorted(saved)] if 0 in saved else [saved]
     inner = [part.get("optimizer", part) for part in parts]
@@ -159,13 +159,13 @@ def _optimizer(saved: dict[Any, Any], args: argparse.Namespace) -> dict[Any, Any
 
     if not args.num_experts:
         return optimizer(groups)
-    others = [group for group in groups if not group["is_expert_parallel"]]
-    of_experts = [group for group in groups if group["is_expert_parallel"]] or [
+    other_groups = [group for group in groups if not group["is_expert_parallel"]]
+    expert_groups = [group for group in groups if group["is_expert_parallel"]] or [
         group | {"is_expert_parallel": True}
-        for group in others
+        for group in other_groups
         if (group["wd_mult"] or args.add_bias_linear) and not group["is_decoupled_lr"]
     ]
-    return {0: optimizer(others), 1: optimizer(of_experts)}
+    return {0: optimizer(other_groups), 1: optimizer(expert_groups)}
 
 
 def _exponent(state: dict[str, Any], args: argparse.Namespace) -> int:

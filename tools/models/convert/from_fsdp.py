@@ -32,13 +32,13 @@ def convert_fsdp(options: argparse.Namespace) -> None:
         parts: dict[str, torch.Tensor] = {}
         for name, tensor in model.state_dict().items():
             if torch.is_tensor(tensor):
-                parts |= _stored(name, tensor, index.state_dict_metadata)
+                parts |= _match_keys(name, tensor, index.state_dict_metadata)
         read_tensors(folder, index, parts)
         save(model, args, options.save)
     print(f"wrote {options.save}; train with --pretrained-checkpoint {options.save}")
 
 
-def _stored(name: str, tensor: torch.Tensor, keys: Mapping[str, object]) -> dict[str, torch.Tensor]:
+def _match_keys(name: str, tensor: torch.Tensor, keys: Mapping[str, object]) -> dict[str, torch.Tensor]:
     """Return the checkpoint's keys of a tensor, each with the part to fill; SwiGLU's halves have a key each."""
     names = [name, *(name.replace(local, stored) for local, stored in NAMES.items())]
     if expert := EXPERT.fullmatch(name):

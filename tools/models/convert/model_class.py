@@ -27,7 +27,7 @@ def convert_class(options: argparse.Namespace) -> None:
     """
     checkpoint = find(options.load, options.ckpt_step)
     folder, saved = checkpoint.folder, checkpoint.args
-    _check(checkpoint, options.model)
+    _check_convertible(checkpoint, options.model)
     args = as_hybrid(saved) if options.model == "hybrid" else as_gpt(saved, folder)
     content = read_content(folder, checkpoint.index)
     content = _convert_to_hybrid(content) if options.model == "hybrid" else _convert_to_gpt(content, args)
@@ -58,7 +58,7 @@ def _rename(key: str, source: str, target: str) -> str:
     return f"{layer['before']}{number}.{layer['rest']}"
 
 
-def _check(checkpoint: Checkpoint, model: str) -> None:
+def _check_convertible(checkpoint: Checkpoint, model: str) -> None:
     args, folder = checkpoint.args, checkpoint.folder
     if (model == "hybrid") == bool(getattr(args, "hybrid_layer_pattern", None)):
         raise ConversionError(f"{folder}: is a {model} model already (--model {model}).")
