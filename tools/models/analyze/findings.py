@@ -18,7 +18,7 @@ from ..text import read_batches
 if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDataset
 
-LEAST = 10  # occurrences of a token that is shown by itself
+MIN_OCCURRENCES = 10  # of a token that is shown by itself
 SHOWN_TOKENS = 8
 
 Numbers = dict[str, Any]
@@ -102,13 +102,13 @@ def experts_per_token(counts: Counts) -> Numbers:
 
 
 def _by_frequency(counts: Counts) -> Numbers:
-    shown = (counts.occurrences >= LEAST).nonzero()[:, 0]
+    shown = (counts.occurrences >= MIN_OCCURRENCES).nonzero()[:, 0]
     occurrences = counts.occurrences[shown]
     frequency = occurrences.double() / counts.occurrences.sum()
     experts = counts.by_token.sum(dim=-1)[:, shown] / occurrences.double()
     experts = torch.cat([experts, experts.mean(dim=0, keepdim=True)])
     tokens = by_layer(shown.tolist(), frequency=frequency, experts=experts[-1])
-    result: Numbers = {"least_occurrences": LEAST}
+    result: Numbers = {"least_occurrences": MIN_OCCURRENCES}
     result["tokens"] = [{"token": token} | values for token, values in tokens.items()]
     if len(frequency.unique()) > 1 and experts.min() < experts.max():  # top-k gives all tokens the same
         tenfold = frequency.log10() - frequency.log10().mean()
@@ -160,7 +160,7 @@ def information(routed: torch.Tensor) -> torch.Tensor:
 def _list_tokens(counts: Counts, place: int, token_text: Callable[[int], str | None]) -> list[list[Numbers]]:
     """Return for each expert of a layer the tokens with the largest share going to it, frequent ones first."""
     often = counts.occurrences.argsort(descending=True, stable=True)
-    often = often[counts.occurrences[often] >= LEAST]
+    often = often[counts.occurrences[often] >= MIN_OCCURRENCES]
     shares = counts.by_token[place][often].double() / counts.occurrences[often, None]
     first = shares.argsort(dim=0, descending=True, stable=True)[:SHOWN_TOKENS]
     return [

@@ -8,7 +8,7 @@ import torch
 from megatron.remoe.start.checkpoint_files import is_of_fsdp
 
 from ...console.errors import ConversionError
-from ..checkpoints import NORMS, open_folder, read_tensors, save
+from ..checkpoints import NORMS, open_folder, read_tensors, reading, save
 from ..hf.settings import complete
 from ..megatron_model import EXPERT, build, one_process
 
@@ -25,7 +25,8 @@ def convert_fsdp(options: argparse.Namespace) -> None:
     folder, common, index = open_folder(options.load, options.ckpt_step)
     if not is_of_fsdp(index):
         raise ConversionError(f"{folder}: is not in Megatron-FSDP's format (fsdp_dtensor): leave out --from-fsdp.")
-    args = complete(common["args"])
+    with reading(folder):
+        args = complete(common["args"])
     args.use_megatron_fsdp, args.ckpt_format = False, "torch_dist"
     with one_process(args.seed):
         model = build(args)
