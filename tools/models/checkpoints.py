@@ -82,10 +82,10 @@ def find(root: Path, step: int | None) -> Checkpoint:
         raise ConversionError(f"{folder}: is Megatron-FSDP's. Use remoe convert --from-fsdp first.")
     args = common.get("args")
     if args is None:
-        raise ConversionError(f"{folder}: holds no arguments of its training, so the model's shape is unknown.")
+        raise ConversionError(f"{folder}: holds no training arguments, so the model's shape is unknown.")
     embedding = index.state_dict_metadata.get(EMBEDDING)
     if not isinstance(embedding, TensorStorageMetadata):
-        raise ConversionError(f"{folder}: has no {EMBEDDING}; it is no GPT model's.")
+        raise ConversionError(f"{folder}: has no {EMBEDDING}, so it is not a GPT model.")
     args.padded_vocab_size = embedding.size[0]
     return Checkpoint(
         folder=folder,
@@ -102,7 +102,7 @@ def load(checkpoint: Checkpoint, model: GPTModel) -> None:
     Raises:
         ConversionError: a tensor is missing, has a different shape, cannot be read, or holds NaN or infinity.
     """
-    # Leave out objects: they are Transformer Engine's state for FP8.
+    # Objects are Transformer Engine's state for FP8, which no tool needs.
     sharded = _sharded(model, checkpoint.layout)
     _, wanted = extract_matching_values(sharded, lambda value: isinstance(value, ShardedObject))
     for tensor in _tensors(wanted):
@@ -211,7 +211,7 @@ def new_folder(output: Path, size: int) -> Iterator[Path]:
 
 
 def check_output(output: Path) -> None:
-    """Raise ConversionError for a folder that is not empty, or something else than a folder."""
+    """Raise ConversionError if something other than an empty folder exists there."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConversionError(
             f"--save {output}: exists and is not an empty folder. Give a different one, or remove it.", "REMOE-E105"

@@ -1,4 +1,4 @@
-"""Write a folder from a checkpoint, or a checkpoint from a folder."""
+"""Export a checkpoint to a folder for transformers, or write a checkpoint from a folder."""
 
 import argparse
 import shlex
@@ -70,7 +70,7 @@ PAPER = "ReLU routing: [arXiv 2412.14711](https://arxiv.org/abs/2412.14711). "
 
 
 def choose_text(args: argparse.Namespace, data_path: list[str] | None, config: RemoeConfig) -> tuple[torch.Tensor, str]:
-    """Return the text given, else the run's (held-out, if it names some), else random tokens.
+    """Return text of --data-path, else the run's (its held-out text if it has some), else random tokens.
 
     Returns:
         int64 `[sequences, length + 1]`, and a name for them.

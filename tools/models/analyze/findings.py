@@ -1,4 +1,4 @@
-"""Count how a model routes its tokens, and compute statistics: one dictionary for each file and picture."""
+"""Count how a model routes its tokens, and compute the statistics of each file and picture."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -158,7 +158,7 @@ def information(routed: torch.Tensor) -> torch.Tensor:
 
 
 def _list_tokens(counts: Counts, place: int, token_text: Callable[[int], str | None]) -> list[list[Numbers]]:
-    """Return for each expert of a layer the tokens with the largest share going to it, frequent ones first."""
+    """Return, for each expert of a layer, the tokens that it gets most often; ties by frequency."""
     often = counts.occurrences.argsort(descending=True, stable=True)
     often = often[counts.occurrences[often] >= MIN_OCCURRENCES]
     shares = counts.by_token[place][often].double() / counts.occurrences[often, None]
