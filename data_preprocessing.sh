@@ -30,7 +30,7 @@ fetch_vocabulary() {
 }
 
 process() { # SHARD, further arguments to preprocess_data.py; sets RESULT
-  local shard=$1 prefix=$OUTPUT_DIR/pile_$1 input="" suffix report what="was there"
+  local shard=$1 prefix=$OUTPUT_DIR/pile_$1 input="" suffix report state="was there"
   local vocabulary=(--vocab-file "$VOCAB_FILE" --merge-file "$MERGE_FILE")
   local check=("${prefix}_text_document" --documents 0) # never empty: bash 4.3 and macOS's refuse to expand that
   shift
@@ -42,13 +42,13 @@ process() { # SHARD, further arguments to preprocess_data.py; sets RESULT
     if [[ -z $input ]]; then RESULT="no $INPUT_DIR/$shard.jsonl.zst" && return 1; fi
     "$PYTHON" "$ROOT/tools/preprocess_data.py" --input "$input" --output-prefix "$prefix" --append-eod \
       ${WORKERS:+--workers "$WORKERS"} --tokenizer-type GPT2BPETokenizer "${vocabulary[@]}" "$@" || return
-    what=made check+=("${vocabulary[@]}")
+    state=made check+=("${vocabulary[@]}")
   fi
   report=$("$PYTHON" "$ROOT/tools" inspect "${check[@]}") || {
     RESULT="damaged: remove ${prefix}_text_document.bin and .idx, and start again"
     return 1
   }
-  RESULT="$what: $(sed -n 2p <<<"$report")"
+  RESULT="$state: $(sed -n 2p <<<"$report")"
 }
 
 answer_help "$@"

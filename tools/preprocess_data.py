@@ -20,7 +20,7 @@ from megatron.remoe.files.errors import DataError
 
 from .console.display import duration
 from .console.flags import number_of_cores, tool_parser, whole_number
-from .runs.running import run_tool
+from .runs.running import make_main
 from .text.preprocessing.encoding import TOKENIZER_TYPES, load_encoder
 from .text.preprocessing.pipeline import Job, Progress, preprocess
 
@@ -49,25 +49,25 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def show_progress(start: float) -> Callable[[Progress], None]:
-    """Return a function that prints left-out lines, and the state at intervals that grow with the run's time."""
-    next_line, room = SECONDS_TO_FIRST_LINE, PROBLEMS_SHOWN
+    """Return a function that prints the first left-out lines, and the progress at growing intervals."""
+    next_line, unshown = SECONDS_TO_FIRST_LINE, PROBLEMS_SHOWN
 
     def show(state: Progress) -> None:
-        nonlocal next_line, room
-        for message in state.messages[:room]:
-            room -= 1
+        nonlocal next_line, unshown
+        for message in state.messages[:unshown]:
+            unshown -= 1
             print(f"left out: {message}", file=sys.stderr, flush=True)
         seconds = time.monotonic() - start
         if seconds > next_line:
             next_line = seconds + max(SECONDS_TO_FIRST_LINE, SHARE_BETWEEN_LINES * seconds)
             share = state.done_bytes / state.total_bytes
             done, left = f"{share:.0%}, {state.documents:,} documents", duration(seconds * (1 - share) / share)
-            print(f"{done}  {rates(state, seconds)}  {left} left", file=sys.stderr, flush=True)
+            print(f"{done}  {format_rates(state, seconds)}  {left} left", file=sys.stderr, flush=True)
 
     return show
 
 
-def rates(state: Progress, seconds: float) -> str:
+def format_rates(state: Progress, seconds: float) -> str:
     """Return megabytes of text and tokens per second as text."""
     seconds = max(seconds, 1e-9)
     return f"{state.text_bytes / 1e6 / seconds:.1f} MB/s  {state.tokens / 1e6 / seconds:.2f}M tokens/s"
@@ -75,6 +75,8 @@ def rates(state: Progress, seconds: float) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Preprocess, with progress on standard error and a summary on standard output."""
+    # The library tokenizers makes as many threads as there are cores otherwise.
+    os.environ.setdefault("RAYON_NUM_THREADS", str(args.workers))
     skip_bad = args.on_error == "skip"
     keys = list(dict.fromkeys(args.json_keys))
     job = Job(args.input, args.output_prefix, keys, args.append_eod, args.workers, skip_bad, args.overwrite)
@@ -93,13 +95,8 @@ def run(args: argparse.Namespace) -> None:
     notes = [f"{state.documents:,} documents{empty}, {state.tokens:,} tokens"]
     if state.left_out:
         notes.append(f"left out {state.left_out:,} lines")
-    notes.append(f"{duration(seconds)}, {rates(state, seconds)} with {encoder.engine}")
+    notes.append(f"{duration(seconds)}, {format_rates(state, seconds)} with {encoder.engine}")
     print(f"{', '.join(str(job.prefix(key)) for key in job.json_keys)}: {'; '.join(notes)}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0, 1 after an error, 130 after an interruption."""
-    args = parse_arguments(arguments)
-    # The library tokenizers makes as many threads as there are cores otherwise.
-    os.environ.setdefault("RAYON_NUM_THREADS", str(args.workers))
-    return run_tool("preprocess", lambda: run(args), "interrupted; nothing was written")
+main = make_main("preprocess", parse_arguments, run, "interrupted; nothing was written")

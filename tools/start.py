@@ -4,14 +4,12 @@ import difflib
 import importlib.util
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 # Command → module that has `main`, and one line of help.
 COMMANDS = {
-    "train": (
-        "recipes.command",
-        "train a model of the paper: remoe train SIZE ROUTING [arguments of its launch script]",
-    ),
+    "train": ("recipes.command", "train a model of the paper: remoe train SIZE ROUTING [its script's arguments]"),
     "quickstart": ("experiments.quickstart", "train three tiny models on a CPU and compare them"),
     "sweep": ("experiments.sweep", "train the paper's grids of models and tabulate them"),
     "compare": ("experiments.compare", "compare routings at equal steps and equal FLOPs"),
@@ -61,8 +59,6 @@ def _load(command: str, arguments: Sequence[str]) -> Any:
 
 
 def _refuse(problem: str) -> int:
-    from pathlib import Path
-
     root = Path(__file__).resolve().parents[1]
     remedy = f"Use {root}/.venv/bin/python, which bash {root}/scripts/setup.sh makes"
     if __package__ != "tools":

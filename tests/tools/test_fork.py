@@ -171,10 +171,9 @@ def test_lambda_is_rounded_to_a_power(coefficient: float, exponent: int) -> None
     """The exponent is rounded, so λ changes by at most a factor of √α."""
     import argparse
 
-    from tools.console.display import Display
     from tools.models.convert.from_fork import COEFFICIENT, _exponent
 
     args = argparse.Namespace(moe_relu_l1_reg_coeff_init=1e-4, moe_relu_l1_reg_coeff_multiplier=1.2)
     state = {"model": {COEFFICIENT: torch.tensor(1.0)}, "model1": {COEFFICIENT: torch.tensor(coefficient)}}
-    result = _exponent(state, args, Display())
+    result = _exponent(state, args)
     assert result == exponent and abs(math.log(1e-4 * 1.2**result / coefficient)) <= math.log(1.2) / 2 + 1e-6

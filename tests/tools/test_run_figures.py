@@ -66,14 +66,16 @@ def test_experts_per_token_of_a_baseline(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", [None, 0.75])
 def test_a_batch_that_grows(target: float | None, tmp_path: Path) -> None:
-    """FLOPs and tokens follow each line's own batch size, not the batch size that the training was started with."""
+    """FLOPs follow each line's own batch size, not the batch size that the training was started with."""
     args = {"global_batch_size": 16, "seq_length": 10, "num_experts": 8, "moe_router_topk": 2}
     routing = {} if target is None else {"sparsity": target, "target_sparsity": target}
     batches = {10: 4, 20: 8, 30: 16}
     line = {"kind": "log", "seconds_per_iteration": 2.0, **routing}
-    rows = [line | {"iteration": at, "global_batch_size": batch} for at, batch in batches.items()]
+    rows = [
+        line | {"iteration": at, "global_batch_size": batch, "tokens_per_second": 5.0 * batch}
+        for at, batch in batches.items()
+    ]
     figures = read_figures(write_metrics(tmp_path / "run", args, *rows))
-    assert figures.curve("tokens_per_second").values.tolist() == [20.0, 40.0, 80.0]
     assert figures.tokens_per_second == 60.0  # without the first line
     stages = compute_stages(figures, Flops(100.0, 10.0))
     assert sum(stage.flops for stage in stages) == pytest.approx(100.0 * 10 * (4 + 8 + 16))

@@ -13,7 +13,6 @@ from megatron.remoe.layer.specs import with_relu_routing
 from megatron.remoe.routing.router import ReLURouter
 from tests.tiny_model import RELU, TOPK
 from tests.training_runs import REPOSITORY, TINY, assert_equal, logged, records, run
-from tools.console.display import Display
 from tools.console.errors import ConversionError
 from tools.models.analyze.command import layer_numbers
 from tools.models.arguments import parse_convert
@@ -101,7 +100,7 @@ def test_multi_token_prediction(data: Path, tmp_path: Path) -> None:
     assert flips["rate"] == pytest.approx(sum(flips["layer_rate"].values()) / 2)
     options = parse_convert(["--load", str(folder), "--save", str(folder / "gpt"), "--model", "gpt"])
     with pytest.raises(ConversionError, match="multi-token prediction are not converted"):
-        convert_class(options, Display())
+        convert_class(options)
     looked_at = layer_numbers(open_model(folder, needs_tokenizer=False))
     assert [*map(str, looked_at)] == [*flips["layer_rate"]], "remoe analyze has the log's numbers"
 

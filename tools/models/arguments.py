@@ -12,7 +12,7 @@ from ..console.flags import tool_parser, whole_number
 TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "lambada_openai", "piqa", "race")
 FOLDER: dict[str, Any] = {"type": Path, "metavar": "FOLDER"}
 NUMBER: dict[str, Any] = {"type": whole_number(1), "metavar": "N"}
-OF_REMOE = ("num_experts", "moe_router_topk", "moe_granularity", "moe_layer_freq", "data_path", "loss_bound")
+ONLY_FOR_REMOE = ("num_experts", "moe_router_topk", "moe_granularity", "moe_layer_freq", "data_path", "loss_bound")
 
 type Words = Sequence[str] | None
 
@@ -154,9 +154,9 @@ def parse_convert(arguments: Words = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.from_hf and (args.from_fork or args.from_fsdp or args.model or args.ckpt_step is not None):
         parser.error("--from-hf is not the folder of a run: leave out --from-fork, --from-fsdp, --model, --ckpt-step.")
-    given = [f"--{name.replace('_', '-')}" for name in OF_REMOE if getattr(args, name) is not None]
-    if given and (args.from_hf or args.from_fork or args.from_fsdp or args.model):
-        parser.error(f"only a conversion to a ReMoE takes {', '.join(given)}: leave it out, and convert the result.")
+    refused = [f"--{name.replace('_', '-')}" for name in ONLY_FOR_REMOE if getattr(args, name) is not None]
+    if refused and (args.from_hf or args.from_fork or args.from_fsdp or args.model):
+        parser.error(f"only a conversion to a ReMoE takes {', '.join(refused)}: leave it out, and convert the result.")
     return args
 
 

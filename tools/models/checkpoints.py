@@ -77,28 +77,19 @@ def find(root: Path, step: int | None) -> Checkpoint:
     Raises:
         ConversionError: there is no checkpoint, it cannot be read, or it has a different format.
     """
-    folder = find_folder(root, step)
-    root = folder.parent
-    try:
-        with reading(folder):
-            common = check_is_whole(folder)
-            index = read_index(folder)
-    except BrokenCheckpointError as error:
-        whole = newest_whole(root)
-        remedy = "No iteration there is whole." if whole is None else f"--ckpt-step {whole} is whole."
-        raise ConversionError(f"--load {root}: {error}. {remedy}", error.code) from error
+    folder, common, index = open_folder(root, step)
     if is_of_fsdp(index):
         raise ConversionError(f"{folder}: is Megatron-FSDP's. Use remoe convert --from-fsdp first.")
     args = common.get("args")
     if args is None:
-        raise ConversionError(f"{folder}: holds no arguments of its training, so the model's shape is unknown.")
+        raise ConversionError(f"{folder}: holds no training arguments, so the model's shape is unknown.")
     embedding = index.state_dict_metadata.get(EMBEDDING)
     if not isinstance(embedding, TensorStorageMetadata):
-        raise ConversionError(f"{folder}: has no {EMBEDDING}; it is no GPT model's.")
+        raise ConversionError(f"{folder}: has no {EMBEDDING}, so it is not a GPT model.")
     args.padded_vocab_size = embedding.size[0]
     return Checkpoint(
         folder=folder,
-        name=f"{root}, {'release' if folder.name == RELEASE else f'iteration {int(folder.name[5:])}'}",
+        name=f"{folder.parent}, {'release' if folder.name == RELEASE else f'iteration {int(folder.name[5:])}'}",
         args=args,
         layout=dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {},
         index=index,
@@ -111,8 +102,9 @@ def load(checkpoint: Checkpoint, model: GPTModel) -> None:
     Raises:
         ConversionError: a tensor is missing, has a different shape, cannot be read, or holds NaN or infinity.
     """
-    # Leave out objects: they are Transformer Engine's state for FP8.
-    _, wanted = extract_matching_values(_sharded(model, checkpoint.layout), lambda one: isinstance(one, ShardedObject))
+    # Objects are Transformer Engine's state for FP8, which no tool needs.
+    sharded = _sharded(model, checkpoint.layout)
+    _, wanted = extract_matching_values(sharded, lambda value: isinstance(value, ShardedObject))
     for tensor in _tensors(wanted):
         if tensor.key not in checkpoint.index.state_dict_metadata:
             tensor.key = rename_expert_norm(tensor.key)
@@ -219,11 +211,27 @@ def new_folder(output: Path, size: int) -> Iterator[Path]:
 
 
 def check_output(output: Path) -> None:
-    """Raise ConversionError for a folder that is not empty, or something else than a folder."""
+    """Raise ConversionError if something other than an empty folder exists there."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConversionError(
             f"--save {output}: exists and is not an empty folder. Give a different one, or remove it.", "REMOE-E105"
         )
+
+
+def open_folder(root: Path, step: int | None) -> tuple[Path, dict[str, Any], Metadata]:
+    """Return the folder of a run's newest iteration, or of the given one, its settings and counters, and its index.
+
+    Raises:
+        ConversionError: there is none, or it is damaged.
+    """
+    folder = find_folder(root, step)
+    try:
+        with reading(folder):
+            return folder, check_is_whole(folder), read_index(folder)
+    except BrokenCheckpointError as error:
+        whole = newest_whole(folder.parent)
+        remedy = "No iteration there is whole." if whole is None else f"--ckpt-step {whole} is whole."
+        raise ConversionError(f"--load {folder.parent}: {error}. {remedy}", error.code) from error
 
 
 def find_folder(root: Path, step: int | None) -> Path:

@@ -1,8 +1,8 @@
-"""Write a folder from a checkpoint, or a checkpoint from a folder."""
+"""Export a checkpoint to a folder for transformers, or write a checkpoint from a folder."""
 
 import argparse
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -11,14 +11,13 @@ from transformers.utils import logging
 from megatron.remoe.files.errors import UsageError
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 
-from ..console.display import Display
-from ..runs.running import run_tool
+from ..runs.running import make_main
 from .arguments import parse_export
 from .checkpoints import check_output, new_folder, save
 from .evaluate.text import bound_experts, check_bound
 from .hf.opening import open_run, read_folder
 from .hf.public import describe_public
-from .hf.settings import compute_experts, make_flags, parse_flags, vocabulary_flags
+from .hf.settings import make_flags, parse_flags, set_bound, vocabulary_flags
 from .hf.tokenizer import find_folder_tokenizer, find_training_tokenizer, generation_config
 from .hf.weights import convert_model, fill_megatron
 from .measuring import (
@@ -71,7 +70,7 @@ PAPER = "ReLU routing: [arXiv 2412.14711](https://arxiv.org/abs/2412.14711). "
 
 
 def choose_text(args: argparse.Namespace, data_path: list[str] | None, config: RemoeConfig) -> tuple[torch.Tensor, str]:
-    """Return the text given, else the run's (held-out, if it names some), else random tokens.
+    """Return text of --data-path, else the run's (its held-out text if it has some), else random tokens.
 
     Returns:
         int64 `[sequences, length + 1]`, and a name for them.
@@ -95,7 +94,7 @@ def _random_tokens(config: RemoeConfig, *shape: int) -> torch.Tensor:
     return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(SEED))
 
 
-def export(options: argparse.Namespace, display: Display) -> None:
+def export(options: argparse.Namespace) -> None:
     """Write a folder from a checkpoint.
 
     Raises:
@@ -105,21 +104,21 @@ def export(options: argparse.Namespace, display: Display) -> None:
     args, config = run.args, run.config
     tokenizer = find_training_tokenizer(args, options.tokenizer_model, config)
     if tokenizer is None:
-        display.say("no tokenizer: the run had none (NullTokenizer). Give one with --tokenizer-model.")
+        print("no tokenizer: the run had none (NullTokenizer). Give one with --tokenizer-model.", flush=True)
     text, name = choose_text(args, options.data_path, config)
     ids = text[:, :-1]
     with torch.no_grad():
         logits = [compute_logits(run.model, batch) for batch in split_batches(ids)]
     trained_bound = config.max_experts_per_token or config.num_experts
-    if (most := options.max_experts_per_token) is not None:
-        check_bound(f"--load {options.load}", config, most)
-        compute_experts(config, most)
+    if (bound := options.max_experts_per_token) is not None:
+        check_bound(f"--load {options.load}", config, bound)
+        set_bound(config, bound)
     elif config.num_experts and config.moe_relu_routing and config.max_experts_per_token is None:
-        display.say("vLLM and SGLang need a fixed number of experts per token: give --max-experts-per-token.")
+        print("vLLM and SGLang need a fixed number of experts per token: give --max-experts-per-token.", flush=True)
     model = convert_model(run.model, config)
     checkpoint, parameters = run.name, model.num_parameters()
     del run
-    with new_folder(options.save, sum(one.nbytes for one in model.state_dict().values())) as aside:
+    with new_folder(options.save, sum(tensor.nbytes for tensor in model.state_dict().values())) as aside:
         logging.disable_progress_bar()
         model.generation_config = generation_config(config, tokenizer)
         model.save_pretrained(aside)
@@ -129,29 +128,29 @@ def export(options: argparse.Namespace, display: Display) -> None:
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
         written = read_folder(aside, (config.model_type,), torch.float32)
-        with bound_experts(written, most and trained_bound), count_experts(written) as histograms:
+        with bound_experts(written, bound and trained_bound), count_experts(written) as histograms:
             difference = describe_difference(compare_models(written, logits, ids), ids, name)
-        display.say(difference)
+        print(difference, flush=True)
         loss, tokens = measure_loss(written, split_batches(text))
         results = {f"loss on {tokens:,} {name}": f"{loss:.4f} nats per token", "compared with Megatron": difference}
-        if most is not None and name != RANDOM:
-            results |= measure_bounds(written, text, {1, 2, 4, 8, most, trained_bound}, display)
+        if bound is not None and name != RANDOM:
+            results |= measure_bounds(written, text, {1, 2, 4, 8, bound, trained_bound})
         if histograms and config.moe_relu_routing:
             active, target = mean_experts(histograms.values()), config.mean_experts_per_token
             shares = [1 - experts / config.num_experts for experts in (active, target)]
             results["sparsity, target"] = f"{shares[0]:.4f}, {shares[1]:.4f}"
         write_card(aside, args, config, {"checkpoint": checkpoint, "parameters": f"{parameters:,}"} | results)
-    display.say(f"wrote {options.save}: {parameters:,} parameters")
+    print(f"wrote {options.save}: {parameters:,} parameters")
 
 
-def measure_bounds(model: RemoeForCausalLM, text: torch.Tensor, bounds: set[int], display: Display) -> dict[str, str]:
+def measure_bounds(model: RemoeForCausalLM, text: torch.Tensor, bounds: set[int]) -> dict[str, str]:
     """Print the loss with only the K largest gates, for each K that the model has; return rows for the card."""
     rows = {}
-    for most in sorted(bound for bound in bounds if bound <= model.config.num_experts):
-        with bound_experts(model, most):
+    for bound in sorted(bound for bound in bounds if bound <= model.config.num_experts):
+        with bound_experts(model, bound):
             loss, _ = measure_loss(model, split_batches(text))
-        rows[f"loss with K = {most}"] = f"{loss:.4f}"
-    display.say(", ".join(f"{row}: {loss}" for row, loss in rows.items()))
+        rows[f"loss with K = {bound}"] = f"{loss:.4f}"
+    print(", ".join(f"{row}: {loss}" for row, loss in rows.items()))
     return rows
 
 
@@ -170,11 +169,7 @@ def write_card(folder: Path, args: argparse.Namespace, config: RemoeConfig, resu
 
 
 def write_checkpoint(
-    folder: Path,
-    families: Collection[str],
-    output: Path,
-    display: Display,
-    tokenizer_model: Path | None = None,
+    folder: Path, families: Collection[str], output: Path, tokenizer_model: Path | None = None
 ) -> None:
     """Write a folder's model as a checkpoint, if the logits of both models agree on random tokens.
 
@@ -184,7 +179,6 @@ def write_checkpoint(
         folder: of a model for transformers.
         families: accepted values of `model_type`.
         output: folder to write.
-        display: for the results.
         tokenizer_model: folder of a tokenizer to use instead of the model's own.
 
     Raises:
@@ -200,25 +194,21 @@ def write_checkpoint(
     model = build(args)
     fill_megatron(model, source, config)
     ids = _random_tokens(config, 1, min(RANDOM_TOKENS, config.max_position_embeddings))
-    display.say(describe_difference(compare_models(source, model, ids), ids, RANDOM))
+    print(describe_difference(compare_models(source, model, ids), ids, RANDOM))
     del source
     save(model, args, output)
     words = ["--data-path", "DATA", "--pretrained-checkpoint", str(output), *flags]
-    display.say(f"wrote {output}. Train on from it:\n{PROGRAM} {shlex.join(words)}")
+    print(f"wrote {output}. Train on from it:\n{PROGRAM} {shlex.join(words)}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0; 1 if it cannot be done; 130 if it was stopped."""
-    options = parse_export(arguments)
+def run(options: argparse.Namespace) -> None:
+    """Write a folder, or with --reverse a checkpoint."""
+    check_output(options.save)
+    with one_process():
+        if options.reverse:
+            write_checkpoint(options.load, (RemoeConfig.model_type,), options.save, options.tokenizer_model)
+        else:
+            export(options)
 
-    def work() -> None:
-        check_output(options.save)
-        display = Display()
-        with one_process():
-            if options.reverse:
-                families, tokenizer = (RemoeConfig.model_type,), options.tokenizer_model
-                write_checkpoint(options.load, families, options.save, display, tokenizer)
-            else:
-                export(options, display)
 
-    return run_tool("export", work, "stopped; nothing was written")
+main = make_main("export", parse_export, run, "stopped; nothing was written")

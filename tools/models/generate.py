@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from megatron.remoe.hf import RemoeForCausalLM
 
 from ..console.errors import ToolError
-from ..runs.running import run_tool
+from ..runs.running import make_main
 from .arguments import parse_generate
 from .hf.opening import open_model
 from .measuring import count_experts, mean_experts
 
 
-def prompts(args: argparse.Namespace) -> Iterator[str]:
+def read_prompts(args: argparse.Namespace) -> Iterator[str]:
     """Yield the texts to continue: the given one, or the lines of standard input."""
     if args.prompt is not None:
         yield args.prompt
@@ -72,11 +72,8 @@ def generate(args: argparse.Namespace) -> None:
     model, tokenizer, _ = open_model(args.load, args.ckpt_step, args.tokenizer_model)
     assert tokenizer is not None
     torch.manual_seed(args.seed)
-    for prompt in prompts(args):
+    for prompt in read_prompts(args):
         print(continue_text(model, tokenizer, prompt, args), file=sys.stderr, flush=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0; 1 if something is wrong; 130 if it was stopped."""
-    args = parse_generate(arguments)
-    return run_tool("generate", lambda: generate(args))
+main = make_main("generate", parse_generate, generate)

@@ -116,7 +116,7 @@ def watch_routers(model: Any, see: Callable[[int, torch.Tensor], None]) -> Itera
         see: gets the number of a layer with experts, from 1, and bool `[tokens, experts]`, padding included.
     """
 
-    def look(number: int, _router: object, _given: object, routed: tuple[torch.Tensor, ...]) -> None:
+    def look(number: int, _router: object, _inputs: object, routed: tuple[torch.Tensor, ...]) -> None:
         if len(routed) == 2:  # Megatron's gates and routing map
             see(number, routed[1])
         else:  # logits, gates and experts

@@ -28,7 +28,7 @@ OFF = """account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_sp
 moe_shared_expert_overlap overlap_moe_expert_parallel_comm local_layer_fusion fp16 bf16 moe_permute_fusion
 moe_router_fusion moe_router_padding_for_quantization delay_wgrad_compute use_torch_fsdp2 init_model_with_meta_device
 use_te_activation_func fused_single_qkv_rope""".split()
-# One process on the CPU, in single precision, past the warm-up of a saved training and without its noise.
+# One process on the CPU, in single precision, after the run's warm-up and without its noise.
 HERE: dict[str, Any] = {
     **{"rank": 0, "moe_warmup_steps": 0, "cuda_graph_impl": "none", "params_dtype": torch.float32},
     **{"moe_kernels": "torch", "moe_token_dispatcher_type": "alltoall"},

@@ -59,13 +59,13 @@ def read_sequences(prefix: str, length: int, seed: int, vocabulary: int) -> "GPT
         return GPTDataset(data, prefix, documents, None, Split.valid, config)
 
 
-def read_batches(data: "GPTDataset", most: int | None, vocabulary: int) -> Iterator[torch.Tensor]:
-    """Yield the sequences, at most `most`, as int64 `[batch, length + 1]`.
+def read_batches(data: "GPTDataset", limit: int | None, vocabulary: int) -> Iterator[torch.Tensor]:
+    """Yield the sequences, at most `limit`, as int64 `[batch, length + 1]`.
 
     Raises:
         ToolError: a token is not in the model's vocabulary.
     """
-    length, number = data.config.sequence_length, min(len(data), most or len(data))
+    length, number = data.config.sequence_length, min(len(data), limit or len(data))
     size = max(1, TOKENS_PER_FORWARD // length)
     for start in range(0, number, size):
         samples = [data[index] for index in range(start, min(number, start + size))]

@@ -14,10 +14,10 @@ from pathlib import Path
 from megatron.remoe.files.files import write_text
 
 from ..console.flags import tool_parser, whole_number
-from ..runs.evaluations import names_of_models
+from ..runs.evaluations import name_models
 from ..runs.figure_reader import read_figures
 from ..runs.run_figures import RunFigures
-from ..runs.running import run_tool
+from ..runs.running import make_main
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -45,7 +45,7 @@ def report(args: argparse.Namespace) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
 
     def write(reload_after: int | None) -> list[RunFigures]:
-        runs = [read_figures(place, name) for place, name in zip(places, names_of_models(places), strict=True)]
+        runs = [read_figures(place, name) for place, name in zip(places, name_models(places), strict=True)]
         write_text(output, page(runs, reload_after))
         return runs
 
@@ -59,7 +59,4 @@ def report(args: argparse.Namespace) -> None:
     print(output)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the report. Exit code: 0; 1 after an error; 130 if it was stopped."""
-    args = parse_arguments(arguments)
-    return run_tool("report", lambda: report(args))
+main = make_main("report", parse_arguments, report)

@@ -110,7 +110,7 @@ def _range_of_losses(runs: Sequence[RunFigures], first: float) -> dict[str, Rang
 
 
 def _validation(name: str, figures: RunFigures) -> Drawn:
-    losses = {each.iteration: each.loss for each in figures.evaluations.get(name, ())}
+    losses = {evaluation.iteration: evaluation.loss for evaluation in figures.evaluations.get(name, ())}
     curve = Curve(np.array([*losses], np.int64), np.array([*losses.values()]))
     return Drawn(curve, marks=curve)
 
@@ -122,7 +122,7 @@ def _sparsity(figures: RunFigures) -> Drawn:
 
 
 def _experts(figures: RunFigures) -> Drawn:
-    # A baseline's router logs only running sums; the authors' fork logs only S.
+    # A baseline's router logs only running sums; a run with --load from a different folder logs only S.
     experts, iterations = figures.num_experts, figures.curves.get(TOTALS[0], figures.curve("sparsity")).iterations
     if not experts or not len(iterations):
         return Drawn()
@@ -220,8 +220,8 @@ def _add_tooltip(plot: figure, unit: str, form: str, hovered: Sequence[tuple[str
     if len(iterations) > FEW:
         iterations = iterations[np.linspace(0, len(iterations) - 1, FEW).astype(int)]
     values = np.array([_newest_values(curve, iterations) for _, _, curve in hovered])
-    some = np.isfinite(values)
-    means = np.where(some, values / some.sum(axis=0).clip(min=1), 0.0).sum(axis=0)
+    known = np.isfinite(values)
+    means = np.where(known, values / known.sum(axis=0).clip(min=1), 0.0).sum(axis=0)
     source: dict[str, Any] = {"x": iterations, "y": means}
     rows = [("", f"<div>iteration <b>@x{{0,0}}</b> · {_plain(unit)}</div>")]
     for number, (name, color, _) in enumerate(hovered):
@@ -236,13 +236,13 @@ def _add_tooltip(plot: figure, unit: str, form: str, hovered: Sequence[tuple[str
     plot.add_tools(hover)
 
 
-def thin(curve: Curve, most: int) -> Curve:
-    """Return at most `most` points: the lowest and highest of each stretch, so that no spike is lost."""
+def thin(curve: Curve, limit: int) -> Curve:
+    """Return at most `limit` points: the lowest and highest of each stretch, so that no spike is lost."""
     count = len(curve.values)
-    if count <= most:
+    if count <= limit:
         return curve
     kept: list[int] = []
-    edges = np.linspace(0, count, most // 2 + 1).astype(int)
+    edges = np.linspace(0, count, limit // 2 + 1).astype(int)
     for start, end in zip(edges[:-1], edges[1:], strict=True):
         stretch = curve.values[start:end]
         kept += sorted({start + int(stretch.argmin()), start + int(stretch.argmax())})

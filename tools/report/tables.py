@@ -47,7 +47,7 @@ def headline(runs: Sequence[RunFigures]) -> str:
         return ""
     dense = [run.name for run in runs if run.routing == "dense" and run.name in known]
     parts = []
-    for name, loss in sorted(known.items(), key=lambda one: one[1]):
+    for name, loss in sorted(known.items(), key=lambda item: item[1]):
         difference = f", {loss - known[dense[0]]:+.2f} to dense" if len(dense) == 1 and name != dense[0] else ""
         parts.append(f"{name} {loss:.3f}" + difference.replace("-", "−"))
     if len({_measured_iteration(run, kind) for run in runs}) > 1:
@@ -115,13 +115,13 @@ def differences(runs: Sequence[RunFigures]) -> Table:
     names = sorted({name for run in logged for name in run.args if not name.startswith("_")} - LEFT_OUT)
     rows = []
     for name in names:
-        cells = [_flag(run, name) for run in logged]
+        cells = [_format_flag(run, name) for run in logged]
         if len({cell for cell in cells if cell is not None}) > 1:
             rows.append([f"--{name.replace('_', '-')}", *(cell or "" for cell in cells)])
     return Table("Flags that differ", ["", *(run.name for run in logged)], rows)
 
 
-def _flag(run: RunFigures, name: str) -> str | None:
+def _format_flag(run: RunFigures, name: str) -> str | None:
     """Return the value of a flag as text, "" if it is off; None if it has no effect on this run."""
     if name.startswith("moe_") and not run.num_experts:
         return None

@@ -21,7 +21,7 @@ Points = dict[tuple[str, int], tuple[array, array]]  # figure, and layer or 0 â†
 
 
 def read_figures(place: Path, name: str = "") -> RunFigures:
-    """Read the figures of a run; lines that are no record, or an odd one, are counted and skipped.
+    """Read the figures of a run. Count and skip damaged lines.
 
     Args:
         place: a run's folder, its --save, or its metrics.jsonl.
@@ -31,8 +31,8 @@ def read_figures(place: Path, name: str = "") -> RunFigures:
         ToolError: there is no such file, or it is not the log of a run.
         OSError: it cannot be read.
     """
-    places = [place] if place.is_file() else [place / METRICS, place / "checkpoints" / METRICS]
-    path = next((path for path in places if path.is_file()), None)
+    paths = [place] if place.is_file() else [place / METRICS, place / "checkpoints" / METRICS]
+    path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise ToolError(f"{place}: no {METRICS}, nor in checkpoints. Give a run's folder or its --save.", "REMOE-E502")
     figures, has_records = RunFigures(name=name), False
@@ -96,9 +96,4 @@ def _set_curves(figures: RunFigures, points: Points) -> None:
         curves: dict[Any, Curve] = figures.layers.setdefault(name, {}) if layer else figures.curves
         rising, newest = np.unique(np.array(iterations)[::-1], return_index=True)
         curves[layer or name] = Curve(rising, np.array(values)[::-1][newest])
-    figures.loads = {at: loads for at, loads in sorted(figures.loads.items()) if loads}
-    if "tokens_per_second" not in figures.curves and "seconds_per_iteration" in figures.curves:
-        at, seconds = figures.curve("seconds_per_iteration")
-        rates = figures.batches(at) * figures.whole("seq_length") / np.maximum(seconds, 1e-4)
-        if (known := (rates > 0) & np.isfinite(rates)).any():
-            figures.curves["tokens_per_second"] = Curve(at[known], rates[known])
+    figures.loads = {iteration: loads for iteration, loads in sorted(figures.loads.items()) if loads}

@@ -89,11 +89,11 @@ class RunFigures:
     @property
     def done(self) -> bool:
         """Return whether the log is complete."""
-        end, wanted = self.whole("train_iters") or math.inf, "test" if self.args.get("do_test") else None
-        if self.last + (self.whole("log_interval") or 1) <= end:
+        end = self.whole("train_iters")
+        if not end or self.last + (self.whole("log_interval") or 1) <= end:
             return False
-        losses = self.final_losses(int(end))
-        return wanted in losses if wanted else bool(losses or not self.args.get("do_valid"))
+        losses = self.final_losses(end)
+        return "test" in losses if self.args.get("do_test") else bool(losses or not self.args.get("do_valid"))
 
     @property
     def num_experts(self) -> int:
@@ -148,18 +148,18 @@ class RunFigures:
     def validation_loss(self) -> float | None:
         """Return the newest validation loss, in nats per token of all sets; None before the first evaluation."""
         newest = [losses[-1] for name, losses in self.evaluations.items() if name != "test"]
-        are_known = all(each.tokens for each in newest)  # else all sets count the same
-        weights = [each.tokens if are_known else 1 for each in newest]
-        losses = (each.loss * weight for each, weight in zip(newest, weights, strict=True))
+        are_known = all(evaluation.tokens for evaluation in newest)  # else all sets count the same
+        weights = [evaluation.tokens if are_known else 1 for evaluation in newest]
+        losses = (evaluation.loss * weight for evaluation, weight in zip(newest, weights, strict=True))
         return sum(losses) / sum(weights) if newest else None
 
     def final_losses(self, iteration: int) -> dict[str, float]:
         """Return validation set → the newest loss after a run of this length, for sets that have one."""
         return {
-            name: each.loss
-            for name, losses in self.evaluations.items()
-            for each in losses
-            if each.final and each.iteration == iteration
+            name: evaluation.loss
+            for name, evaluations in self.evaluations.items()
+            for evaluation in evaluations
+            if evaluation.final and evaluation.iteration == iteration
         }
 
     def values(self, name: str, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -199,7 +199,7 @@ class RunFigures:
         before, starts = np.append(self.began, iterations[:-1]), np.unique([self.began, *self.starts])
         began = starts[np.searchsorted(starts, iterations).clip(min=1) - 1]
         seconds = (iterations - np.maximum(before, began)) * means
-        # Megatron logs the first step after a start, and includes it in the next line's mean; the fork does not.
+        # Megatron logs the first step after a start, and includes it in the next line's mean.
         second = np.flatnonzero(before == began + 1)
         changed = seconds[second] + means[second] - means[second - 1]
         seconds[second] = np.where(changed > 0, changed, seconds[second])
@@ -212,7 +212,7 @@ class RunFigures:
     def experts_per_token(self, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the experts per token of a ReMoE, averaged over layers and the steps since the previous line.
 
-        Without running sums, it comes from S, which holds only for the logged step.
+        Without running sums (as after --load from a different folder) it comes from S of the logged step.
         """
         pairs, tokens = (np.diff(self.values(name, iterations), prepend=0) for name in TOTALS)
         in_step = self.computed_experts(self.values("sparsity", iterations))

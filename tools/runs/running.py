@@ -1,9 +1,10 @@
 """Run a tool and turn errors and signals into messages and exit codes."""
 
+import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from megatron.remoe.files.errors import UsageError, with_code
 
@@ -35,3 +36,24 @@ def run_tool(tool: str, work: Callable[[], int | None], stopped: str = "stopped"
     except KeyboardInterrupt:
         print(f"{tool}: {stopped}.", file=sys.stderr)
         return 130
+
+
+def make_main(
+    tool: str,
+    parse: Callable[..., argparse.Namespace],
+    work: Callable[[argparse.Namespace], None],
+    stopped: str = "stopped",
+) -> Callable[..., int]:
+    """Return a tool's main function, which parses the arguments (default: the process's) and calls `run_tool`.
+
+    Args:
+        tool, stopped: as in `run_tool`.
+        parse: parses a list of arguments, or those of the process.
+        work: does the tool's work with the parsed arguments.
+    """
+
+    def main(arguments: Sequence[str] | None = None) -> int:
+        args = parse(arguments)
+        return run_tool(tool, lambda: work(args), stopped)
+
+    return main

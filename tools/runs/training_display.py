@@ -37,10 +37,10 @@ class ShownTraining:
 
 
 class TrainingDisplay:
-    """Run training processes together and show them, and the time left for all. Ctrl-C does not reach them directly."""
+    """Run training processes together; show each, and the time left for all. Ctrl-C does not reach them directly."""
 
     def __init__(self, console: Console, trainings: Sequence[ShownTraining], keep_open: IO[str]) -> None:
-        """Show nothing yet.
+        """Prepare the bars without showing them.
 
         Args:
             console: to print to.
@@ -166,7 +166,7 @@ class TrainingDisplay:
             speed = shown.tokens_per_iteration / max(float(fields[MILLISECONDS]), 1e-6)  # thousands a second
             loss = f"loss {float(fields['lm loss']):.3f}  " if "lm loss" in fields else ""
             note = f"{iteration}/{shown.iterations}  {loss}{speed:,.1f}k tokens/s"
-            costs = [(each.cost, each.cost * each.done / each.iterations) for each in self._trainings]
+            costs = [(run.cost, run.cost * run.done / run.iterations) for run in self._trainings]
             total, done = map(sum, zip(*costs, strict=True))
             left = f"{duration((total - done) * (monotonic() - self._began) / max(self._worked, 1e-9))} left"
             self._progress.update(self._bars[shown.title], completed=iteration, note=note)

@@ -13,7 +13,7 @@ from megatron.remoe.files.errors import DataError
 from megatron.remoe.files.indexed import IndexedReader, bin_path, idx_path
 
 from ..console.flags import tool_parser, whole_number
-from ..runs.running import run_tool
+from ..runs.running import make_main
 from .preprocessing.encoding import load_encoder
 
 CHARACTERS = 300  # shown of a document
@@ -67,7 +67,4 @@ def inspect(args: argparse.Namespace) -> None:
         print(f"\ndocument {index:,} ({int(lengths[index]):,} tokens):\n{shown}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0; 1 if the data set is not whole or a flag is wrong; 130 if it was stopped."""
-    args = parse_arguments(arguments)
-    return run_tool("inspect", lambda: inspect(args))
+main = make_main("inspect", parse_arguments, inspect)

@@ -1,7 +1,6 @@
 """Count, write and show how a model routes."""
 
 import argparse
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from ...console.display import Display, print_table
 from ...console.errors import ToolError
 from ...console.files import write_json
-from ...runs.evaluations import names_of_data_sets
-from ...runs.running import run_tool
+from ...runs.evaluations import name_data_sets
+from ...runs.running import make_main
 from ..arguments import parse_analyze
 from ..hf.opening import OpenedModel, open_model
 from ..measuring import find_blocks
@@ -65,7 +64,7 @@ def analyze(args: argparse.Namespace) -> None:
     texts = [read_sequences(prefix, length, args.seed, model.config.vocab_size) for prefix in args.data_path]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     counts = findings.count_routing(model, texts, layers, args.sequences, Display())
-    names = names_of_data_sets(args.data_path)
+    names = name_data_sets(args.data_path)
     results = {
         "experts_per_token": findings.experts_per_token(counts),
         "load": findings.load(counts, names, topk / experts, partial(token_text, opened.tokenizer)),
@@ -78,7 +77,4 @@ def analyze(args: argparse.Namespace) -> None:
     print(f"Pictures and figures: {args.output_dir}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0; 1 if something is wrong; 130 if it was stopped."""
-    args = parse_analyze(arguments)
-    return run_tool("analyze", lambda: analyze(args))
+main = make_main("analyze", parse_analyze, analyze)

@@ -1,4 +1,4 @@
-"""Count how a model routes its tokens, and compute statistics: one dictionary for each file and picture."""
+"""Count how a model routes its tokens, and compute the statistics of each file and picture."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from ..text import read_batches
 if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDataset
 
-LEAST = 10  # occurrences of a token that is shown by itself
+MIN_OCCURRENCES = 10  # of a token that is shown by itself
 SHOWN_TOKENS = 8
 
 Numbers = dict[str, Any]
@@ -65,15 +65,15 @@ class Counts:
 
 @torch.inference_mode()
 def count_routing(
-    model: RemoeForCausalLM, texts: Sequence["GPTDataset"], layers: list[int], most: int | None, display: Display
+    model: RemoeForCausalLM, texts: Sequence["GPTDataset"], layers: list[int], limit: int | None, display: Display
 ) -> Counts:
-    """Run the model over at most `most` sequences of each domain's text, and return its counts."""
+    """Run the model over at most `limit` sequences of each domain's text, and return its counts."""
     counts = Counts(layers, len(texts), model.config.num_experts, model.config.vocab_size)
     seen: list[torch.Tensor] = []
     with watch_routers(model, lambda _number, active: seen.append(active.cpu())):
         for domain, text in enumerate(texts):
-            with display.step(Path(text.dataset_path).name, min(len(text), most or len(text))):
-                for batch in read_batches(text, most, model.config.vocab_size):
+            with display.step(Path(text.dataset_path).name, min(len(text), limit or len(text))):
+                for batch in read_batches(text, limit, model.config.vocab_size):
                     ids = batch[:, :-1]
                     compute_logits(model, ids.to(model.device))
                     for place, active in enumerate(seen):
@@ -102,13 +102,13 @@ def experts_per_token(counts: Counts) -> Numbers:
 
 
 def _by_frequency(counts: Counts) -> Numbers:
-    shown = (counts.occurrences >= LEAST).nonzero()[:, 0]
+    shown = (counts.occurrences >= MIN_OCCURRENCES).nonzero()[:, 0]
     occurrences = counts.occurrences[shown]
     frequency = occurrences.double() / counts.occurrences.sum()
     experts = counts.by_token.sum(dim=-1)[:, shown] / occurrences.double()
     experts = torch.cat([experts, experts.mean(dim=0, keepdim=True)])
     tokens = by_layer(shown.tolist(), frequency=frequency, experts=experts[-1])
-    result: Numbers = {"least_occurrences": LEAST}
+    result: Numbers = {"least_occurrences": MIN_OCCURRENCES}
     result["tokens"] = [{"token": token} | values for token, values in tokens.items()]
     if len(frequency.unique()) > 1 and experts.min() < experts.max():  # top-k gives all tokens the same
         tenfold = frequency.log10() - frequency.log10().mean()
@@ -151,16 +151,16 @@ def information(routed: torch.Tensor) -> torch.Tensor:
     """
     pairs = routed.double()
     total = pairs.sum(dim=-1, keepdim=True)
-    share, some = pairs / total.clamp(min=1), (total > 0).sum(dim=0).clamp(min=1)
-    mean = share.sum(dim=0) / some
+    share, filled = pairs / total.clamp(min=1), (total > 0).sum(dim=0).clamp(min=1)
+    mean = share.sum(dim=0) / filled
     terms = torch.where(share > 0, share * (share / mean).log2(), 0.0)
-    return terms.sum(dim=(0, 2)) / some[:, 0]
+    return terms.sum(dim=(0, 2)) / filled[:, 0]
 
 
 def _list_tokens(counts: Counts, place: int, token_text: Callable[[int], str | None]) -> list[list[Numbers]]:
-    """Return for each expert of a layer the tokens with the largest share going to it, frequent ones first."""
+    """Return, for each expert of a layer, the tokens that it gets most often; ties by frequency."""
     often = counts.occurrences.argsort(descending=True, stable=True)
-    often = often[counts.occurrences[often] >= LEAST]
+    often = often[counts.occurrences[often] >= MIN_OCCURRENCES]
     shares = counts.by_token[place][often].double() / counts.occurrences[often, None]
     first = shares.argsort(dim=0, descending=True, stable=True)[:SHOWN_TOKENS]
     return [

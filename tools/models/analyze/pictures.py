@@ -21,14 +21,15 @@ def draw(path: Path, name: str, numbers: Numbers) -> None:
         DRAWN[name](figure, numbers)
 
 
-def _experts_per_token(figure: Any, numbers: Numbers) -> None:
+def _draw_experts_per_token(figure: Any, numbers: Numbers) -> None:
     layers, frequency = numbers["layers"], numbers["by_frequency"]
     figure.set_size_inches(11, _height(layers))
     table, points = figure.subplots(1, 2)
-    largest = max(one["largest"] for one in layers.values())
-    shares = numpy.array([one["histogram"][: largest + 1] for one in layers.values()])
+    largest = max(layer["largest"] for layer in layers.values())
+    shares = numpy.array([layer["histogram"][: largest + 1] for layer in layers.values()])
     table.set(title="Tokens by their number of experts")
-    figure.colorbar(_cells(table, shares, layers, "experts of a token", cmap="Blues", vmin=0), ax=table, label="share")
+    image = _draw_cells(table, shares, layers, "experts of a token", cmap="Blues", vmin=0)
+    figure.colorbar(image, ax=table, label="share")
 
     x, y = (numpy.array([token[key] for token in frequency["tokens"]]) for key in ("frequency", "experts"))
     points.plot(x, y, "o", color=MEASURED, alpha=0.5, markersize=4, markeredgewidth=0, clip_on=False)
@@ -39,10 +40,10 @@ def _experts_per_token(figure: Any, numbers: Numbers) -> None:
         line = y.mean() + slope * (numpy.log10(ends) - numpy.log10(x).mean())
         label = f"{slope:+.3f} for each tenfold".replace("-", "\N{MINUS SIGN}")
         points.plot(ends, line, color=OTHER, linewidth=2, label=label)
-        _legend(points)
+        _add_legend(points)
 
 
-def _load(figure: Any, numbers: Numbers) -> None:
+def _draw_load(figure: Any, numbers: Numbers) -> None:
     domains, special = numbers["domains"], numbers["specialization"]
     layers = next(iter(domains.values()))["load"]
     columns = min(3, len(domains))
@@ -54,42 +55,44 @@ def _load(figure: Any, numbers: Numbers) -> None:
     for axes, (name, domain) in zip(grid, domains.items(), strict=False):
         shares = numpy.array([*domain["load"].values()])
         axes.set(title=name)
-        image = _relative(axes, shares / numbers["even"], layers)
+        image = _draw_relative(axes, shares / numbers["even"], layers)
     for axes in grid[len(domains) :]:
         axes.set_axis_off()
-    _relative_bar(above, image, list(grid), f"1: even ({numbers['even']:.1%})")
+    _add_relative_bar(above, image, list(grid), f"1: even ({numbers['even']:.1%})")
     experts, *others = below.subplots(1, 2 if special else 1, squeeze=False)[0]
-    by_layer = {layer: {name: one["experts_per_token"][layer] for name, one in domains.items()} for layer in layers}
-    _dots(experts, by_layer, [(name, DOMAINS[n % len(DOMAINS)], name) for n, name in enumerate(domains)])
+    by_layer = {
+        layer: {name: domain["experts_per_token"][layer] for name, domain in domains.items()} for layer in layers
+    }
+    _draw_dots(experts, by_layer, [(name, DOMAINS[n % len(DOMAINS)], name) for n, name in enumerate(domains)])
     experts.set(title="Experts per token, by domain", xlabel="experts, mean of tokens")
     if special:
-        _dots(others[0], special, [("bits", MEASURED, "")])
+        _draw_dots(others[0], special, [("bits", MEASURED, "")])
         others[0].set(title="Information of an expert on the domain", xlabel="mutual information, bits")
         others[0].set_xlim(left=0)
 
 
-def _balance(figure: Any, numbers: Numbers) -> None:
+def _draw_balance(figure: Any, numbers: Numbers) -> None:
     layers = numbers["layers"]
     figure.set_size_inches(15, _height(layers))
     panels = figure.subplots(1, 3, width_ratios=(0.7, 0.7, 1.3))
     panels[0].axvline(numbers["target"], color=OTHER, linestyle="--", label=f"target {numbers['target']:.4g}")
-    _dots(panels[0], layers, [("sparsity", MEASURED, "layer")])
+    _draw_dots(panels[0], layers, [("sparsity", MEASURED, "layer")])
     panels[0].set(title="Sparsity", xlabel="share of pairs that are off")
     panels[1].axvline(1, color=MUTED, linewidth=1)
-    _dots(panels[1], layers, [("imbalance", MEASURED, "")])
+    _draw_dots(panels[1], layers, [("imbalance", MEASURED, "")])
     panels[1].set(title="Largest load over even", xlabel="even = 1")
     for axes in panels[:2]:
         axes.margins(x=0.2)
-    relative = numpy.array([one["relative_load"] for one in layers.values()])
+    relative = numpy.array([layer["relative_load"] for layer in layers.values()])
     panels[2].set(title="Load of experts")
-    image = _relative(panels[2], relative, layers)
-    _relative_bar(figure, image, [panels[2]], "relative to even")
+    image = _draw_relative(panels[2], relative, layers)
+    _add_relative_bar(figure, image, [panels[2]], "relative to even")
 
 
 DRAWN = {
-    "experts_per_token": _experts_per_token,
-    "load": _load,
-    "balance": _balance,
+    "experts_per_token": _draw_experts_per_token,
+    "load": _draw_load,
+    "balance": _draw_balance,
 }
 
 
@@ -98,21 +101,21 @@ def _height(layers: Mapping[int, Any], least: float = 4.0) -> float:
     return max(least, 1.4 + 0.32 * len(layers))
 
 
-def _relative(axes: Any, values: numpy.ndarray, layers: Mapping[int, Any]) -> Any:
+def _draw_relative(axes: Any, values: numpy.ndarray, layers: Mapping[int, Any]) -> Any:
     """Draw a heat map of loads relative to even, from 1/4 to 4, on a logarithmic scale."""
     from matplotlib.colors import LogNorm
 
-    return _cells(axes, values.clip(1 / 4, 4), layers, "expert", cmap="PuOr_r", norm=LogNorm(1 / 4, 4))
+    return _draw_cells(axes, values.clip(1 / 4, 4), layers, "expert", cmap="PuOr_r", norm=LogNorm(1 / 4, 4))
 
 
-def _relative_bar(figure: Any, image: Any, axes: list[Any], label: str) -> None:
+def _add_relative_bar(figure: Any, image: Any, axes: list[Any], label: str) -> None:
     bar = figure.colorbar(image, ax=axes, ticks=[1 / 4, 1 / 2, 1, 2, 4], label=label, shrink=0.8, aspect=30)
     bar.ax.set_yticklabels(["≤ ¼", "½", "1", "2", "≥ 4"])
     bar.ax.minorticks_off()
     bar.outline.set_visible(False)
 
 
-def _cells(axes: Any, values: numpy.ndarray, layers: Mapping[int, Any], xlabel: str, **colors: Any) -> Any:
+def _draw_cells(axes: Any, values: numpy.ndarray, layers: Mapping[int, Any], xlabel: str, **colors: Any) -> Any:
     """Draw a heat map with a row for each layer, and return the image."""
     image = axes.imshow(values, aspect="auto", **colors)
     axes.grid(visible=False)
@@ -124,7 +127,7 @@ def _cells(axes: Any, values: numpy.ndarray, layers: Mapping[int, Any], xlabel: 
     return image
 
 
-def _dots(axes: Any, layers: Layers, drawn: Sequence[tuple[str, str, str]]) -> None:
+def _draw_dots(axes: Any, layers: Layers, drawn: Sequence[tuple[str, str, str]]) -> None:
     """Draw figures of each layer, the first layer at the top.
 
     Args:
@@ -133,20 +136,20 @@ def _dots(axes: Any, layers: Layers, drawn: Sequence[tuple[str, str, str]]) -> N
         drawn: key, color and label of each figure.
     """
     for key, color, label in drawn:
-        values = [numpy.nan if one[key] is None else one[key] for one in layers.values()]
+        values = [numpy.nan if layer[key] is None else layer[key] for layer in layers.values()]
         axes.plot(values, range(len(layers)), "o", color=color, label=label)
     axes.set_yticks(*_ticks([*layers]))
     axes.set(ylim=(len(layers) - 0.5, -0.5), ylabel="layer")
     if any(label for *_, label in drawn):
-        _legend(axes)
+        _add_legend(axes)
 
 
-def _legend(axes: Any) -> None:
+def _add_legend(axes: Any) -> None:
     """Add a legend below the axes."""
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=3.5, ncols=3)
 
 
-def _ticks(labels: Sequence[int], most: int = 24) -> tuple[Sequence[int], Sequence[int]]:
-    """Return at most `most` places and their labels."""
-    step = max(1, -(-len(labels) // most))
+def _ticks(labels: Sequence[int], limit: int = 24) -> tuple[Sequence[int], Sequence[int]]:
+    """Return at most `limit` places and their labels."""
+    step = max(1, -(-len(labels) // limit))
     return range(0, len(labels), step), labels[::step]

@@ -1,7 +1,6 @@
 """Convert a dense or top-k checkpoint to a ReMoE, or start a different conversion."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from ...console.display import Display
 from ...console.errors import ConversionError
-from ...runs.running import run_tool
+from ...runs.running import make_main
 from ..arguments import parse_convert
 from ..checkpoints import Checkpoint, check_output, find, load, save
 from ..export import write_checkpoint
@@ -31,13 +30,13 @@ BOUNDS = {"dense": 0.01, "top-k": 0.05}
 GENTLE = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1.05"
 
 
-def convert(options: argparse.Namespace, display: Display) -> None:
+def convert(options: argparse.Namespace) -> None:
     """Convert a dense or top-k checkpoint to a ReMoE.
 
     Raises:
         ConversionError: something is wrong with the flags, the checkpoint or the data, or the loss grows too much.
     """
-    checkpoint = find(options.load, options.ckpt_step)
+    checkpoint, display = find(options.load, options.ckpt_step), Display()
     if getattr(checkpoint.args, "hybrid_layer_pattern", None):
         raise ConversionError(f"{checkpoint.folder}: is a HybridModel's. Convert it with --model gpt first.")
     args = complete(checkpoint.args)
@@ -48,7 +47,7 @@ def convert(options: argparse.Namespace, display: Display) -> None:
     blend = choose_blend(args, options.data_path)
     to_fit, to_measure = sample(blend, 2 * sequences, args.seq_length, args.padded_vocab_size, options.seed).chunk(2)
     with one_process(options.seed):
-        target, loss_before = _fitted(options, display, checkpoint, args, new_args, to_fit, to_measure)
+        target, loss_before = _fit_routers(options, display, checkpoint, args, new_args, to_fit, to_measure)
         with display.step("running the ReMoE", len(to_measure)), count_experts(target) as histograms:
             loss_after, _ = measure_loss(target, split_batches(to_measure), display)
         sparsity = 1 - mean_experts(histograms.values()) / new_args.num_experts
@@ -65,7 +64,7 @@ def convert(options: argparse.Namespace, display: Display) -> None:
     display.say(f"wrote {options.save}; train with {training_flags(new_args, options.save)}")
 
 
-def _fitted(
+def _fit_routers(
     options: argparse.Namespace,
     display: Display,
     checkpoint: Checkpoint,
@@ -118,23 +117,20 @@ def training_flags(args: argparse.Namespace, output: Path) -> str:
     return f"{flags} {GENTLE}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0; 1 if it cannot be converted; 130 if it was stopped."""
-    options = parse_convert(arguments)
+def run(options: argparse.Namespace) -> None:
+    """Convert in the way that the flags name."""
+    check_output(options.save)
+    if options.from_hf:
+        with one_process(options.seed):
+            write_checkpoint(options.from_hf, FAMILIES, options.save)
+    elif options.from_fork:
+        convert_fork(options)
+    elif options.from_fsdp:
+        convert_fsdp(options)
+    elif options.model:
+        convert_class(options)
+    else:
+        convert(options)
 
-    def work() -> None:
-        check_output(options.save)
-        display = Display()
-        if options.from_hf:
-            with one_process(options.seed):
-                write_checkpoint(options.from_hf, FAMILIES, options.save, display)
-        elif options.from_fork:
-            convert_fork(options, display)
-        elif options.from_fsdp:
-            convert_fsdp(options, display)
-        elif options.model:
-            convert_class(options, display)
-        else:
-            convert(options, display)
 
-    return run_tool("convert", work, "stopped; nothing was written")
+main = make_main("convert", parse_convert, run, "stopped; nothing was written")

@@ -66,7 +66,7 @@ def fit_router(
     generator = torch.Generator().manual_seed(seed)
     functions = targets.shape[1]
     root, whitened = _whiten(inputs)
-    first = _random(whitened, functions * copies, generator) if start is None else start.to(inputs.dtype) @ root
+    first = _draw_weights(whitened, functions * copies, generator) if start is None else start.to(inputs.dtype) @ root
     weight = (first * _best_factor(whitened, targets, first, copies)).detach().requires_grad_()
     scale = targets.square().sum(dim=1).mean()
     optimizer = torch.optim.Adam([weight], lr=LEARNING_RATE * float(weight.detach().square().mean().sqrt()))
@@ -74,7 +74,7 @@ def fit_router(
     for _ in range(STEPS):
         chosen = torch.randint(len(inputs), (min(TOKENS_PER_STEP, len(inputs)),), generator=generator)
         gates = torch.relu(whitened[chosen] @ weight.T)
-        objective = (_sums(gates, copies) - targets[chosen]).square().sum(dim=1).mean() / scale
+        objective = (_sum_copies(gates, copies) - targets[chosen]).square().sum(dim=1).mean() / scale
         if copies > 1:
             uneven = copies * gates.mean(dim=0).square().sum() / scale
             concentrated = gates.square().sum(dim=1).mean() / scale
@@ -86,7 +86,7 @@ def fit_router(
     fitted = weight.detach()
     fitted = fitted * _best_factor(whitened, targets, fitted, copies)
     gates = torch.relu(whitened @ fitted.T)
-    error = (_sums(gates, copies) - targets).square().sum(dim=1).mean() / scale
+    error = (_sum_copies(gates, copies) - targets).square().sum(dim=1).mean() / scale
     weights = torch.linalg.solve_triangular(root.T, fitted.T, upper=True).T.contiguous()
     return weights, float(error.sqrt()), 1.0 - float((gates > 0).double().mean())
 
@@ -119,7 +119,7 @@ def _whiten(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return root, torch.linalg.solve_triangular(root, inputs.T, upper=False).T.contiguous()
 
 
-def _random(inputs: torch.Tensor, experts: int, generator: torch.Generator) -> torch.Tensor:
+def _draw_weights(inputs: torch.Tensor, experts: int, generator: torch.Generator) -> torch.Tensor:
     """Return weights `[experts, hidden]` whose logits have the same mean and about the same variance."""
     mean = inputs.mean(dim=0)
     directions = torch.randn(experts, inputs.shape[1], generator=generator, dtype=inputs.dtype)
@@ -127,12 +127,12 @@ def _random(inputs: torch.Tensor, experts: int, generator: torch.Generator) -> t
     return mean + directions / directions.norm(dim=1, keepdim=True)
 
 
-def _sums(gates: torch.Tensor, copies: int) -> torch.Tensor:
+def _sum_copies(gates: torch.Tensor, copies: int) -> torch.Tensor:
     """`[tokens, num_experts]` → `[tokens, num_experts / copies]`."""
     return gates.view(len(gates), -1, copies).sum(dim=2)
 
 
 def _best_factor(inputs: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor, copies: int) -> torch.Tensor:
     """Return the factor of `weight` that brings the sums closest to their targets in least squares."""
-    sums = _sums(torch.relu(inputs @ weight.T), copies)
+    sums = _sum_copies(torch.relu(inputs @ weight.T), copies)
     return (sums * targets).sum() / sums.square().sum().clamp(min=torch.finfo(sums.dtype).tiny)

@@ -13,13 +13,10 @@ from typing import Any
 import numpy
 import torch
 
-from megatron.remoe.start.checkpoint_files import check_is_whole
-from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, read_index
 from megatron.remoe.training.arguments import apply_granularity, drop_ignored_fork_flags
 
-from ...console.display import Display
 from ...console.errors import ConversionError
-from ..checkpoints import LAYOUT, find_folder, rename_expert_norm
+from ..checkpoints import LAYOUT, open_folder, rename_expert_norm
 from ..hf.settings import complete
 from ..hybrid import moe_layer_pattern
 from .rewriting import LAYER, Content, read_content, stack_layers, write_content
@@ -29,19 +26,13 @@ STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?P<kind>fp32_param|exp
 KEPT = ("checkpoint_version", "iteration", "opt_param_scheduler", "num_floating_point_operations_so_far")
 
 
-def convert_fork(options: argparse.Namespace, display: Display) -> None:
+def convert_fork(options: argparse.Namespace) -> None:
     """Write the fork's checkpoint under `options.load` as one of this project to `options.save`.
 
     Raises:
         ConversionError: it is no checkpoint of the fork, cannot be read, or cannot be written.
     """
-    folder = find_folder(options.load, options.ckpt_step)
-    try:
-        state, index = check_is_whole(folder), read_index(folder)
-    except BrokenCheckpointError as error:
-        raise ConversionError(
-            f"--load {options.load}: {error}. Choose a different iteration with --ckpt-step."
-        ) from error
+    folder, state, index = open_folder(options.load, options.ckpt_step)
     saved: Any = state.get("args")
     if not hasattr(saved, "moe_relu_routing") or hasattr(saved, "moe_relu_layer_floor"):
         raise ConversionError(f"--load {folder}: is not a checkpoint of the authors' fork.")
@@ -50,20 +41,20 @@ def convert_fork(options: argparse.Namespace, display: Display) -> None:
             f"{folder}: the optimizer's state was saved with --no-ckpt-fully-parallel-save, by ranks. Load and save it "
             "with the fork once more without that flag."
         )
-    args = _arguments(saved)
+    args = _complete_arguments(saved)
     content = _rename_weights(_join_state(read_content(folder, index), folder), args)
     if args.moe_relu_routing:
-        values = {"l1_exponent": _exponent(state, args, display), "guarded": 0}
+        values = {"l1_exponent": _exponent(state, args), "guarded": 0}
         for layer, has_experts in enumerate(moe_layer_pattern(args)):
             for name, value in values.items() if has_experts else ():
                 content[f"decoder.layers.{layer}.mlp.router.{name}"] = torch.tensor(value)
     if args.moe_layer_freq == 1:
         content = stack_layers(content, args.num_layers)
-    write_content(content, _common(state, args), options.save, folder.name)
-    display.say(f"wrote {options.save}, {folder.name}; continue the run with its flags and --load {options.save}")
+    write_content(content, _collect_settings(state, args), options.save, folder.name)
+    print(f"wrote {options.save}, {folder.name}; continue the run with its flags and --load {options.save}")
 
 
-def _arguments(saved: argparse.Namespace) -> argparse.Namespace:
+def _complete_arguments(saved: argparse.Namespace) -> argparse.Namespace:
     """Return the fork's arguments as this project's training would have saved them."""
     args = complete(saved)
     if not args.num_experts:  # the fork gives dense models a size of experts, which Megatron now refuses
@@ -128,7 +119,7 @@ def _refresh_object(key: str, value: Any) -> Any:
         return torch.load(value, weights_only=True)
 
 
-def _common(state: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+def _collect_settings(state: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Return settings and counters."""
     layout: dict[str, Any] = dict(LAYOUT)
     if args.use_distributed_optimizer:
@@ -136,11 +127,11 @@ def _common(state: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         layout["distrib_optim_fully_reshardable_mem_efficient"] = False
     common = {name: state[name] for name in KEPT if name in state}
     if "optimizer" in state:
-        common["optimizer"] = _optimizer(state["optimizer"], args)
+        common["optimizer"] = _convert_optimizer(state["optimizer"], args)
     return common | {"args": args, "content_metadata": layout}
 
 
-def _optimizer(saved: dict[Any, Any], args: argparse.Namespace) -> dict[Any, Any]:
+def _convert_optimizer(saved: dict[Any, Any], args: argparse.Namespace) -> dict[Any, Any]:
     """Return the optimizer's settings: experts have groups of their own here, also without expert parallelism."""
     parts = [saved[number] for number in sorted(saved)] if 0 in saved else [saved]
     inner = [part.get("optimizer", part) for part in parts]
@@ -168,16 +159,16 @@ def _optimizer(saved: dict[Any, Any], args: argparse.Namespace) -> dict[Any, Any
 
     if not args.num_experts:
         return optimizer(groups)
-    others = [group for group in groups if not group["is_expert_parallel"]]
-    of_experts = [group for group in groups if group["is_expert_parallel"]] or [
+    other_groups = [group for group in groups if not group["is_expert_parallel"]]
+    expert_groups = [group for group in groups if group["is_expert_parallel"]] or [
         group | {"is_expert_parallel": True}
-        for group in others
+        for group in other_groups
         if (group["wd_mult"] or args.add_bias_linear) and not group["is_decoupled_lr"]
     ]
-    return {0: optimizer(others), 1: optimizer(of_experts)}
+    return {0: optimizer(other_groups), 1: optimizer(expert_groups)}
 
 
-def _exponent(state: dict[str, Any], args: argparse.Namespace, display: Display) -> int:
+def _exponent(state: dict[str, Any], args: argparse.Namespace) -> int:
     """Return n of λ = λ₀ · αⁿ, rounded, for the λ of the fork."""
     # Of several virtual stages, only the last one's λ is used and changed.
     chunks = sorted(name for name in state if re.fullmatch(r"model\d*", name) and COEFFICIENT in state[name])
@@ -189,7 +180,7 @@ def _exponent(state: dict[str, Any], args: argparse.Namespace, display: Display)
         raise ConversionError(f"--load: λ is {coefficient}, λ₀ {first} and α {factor}; there is no such power of α.")
     exact = math.log(coefficient / first) / math.log(factor)
     rounded = first * factor ** round(exact)
-    display.say(
+    print(
         f"λ {coefficient:.6e} of the fork is {first:g} · {factor:g}^{exact:.4f}; "
         f"here it is {rounded:.6e}, with the exponent {round(exact)}"
     )

@@ -5,12 +5,10 @@ from collections.abc import Mapping
 
 import torch
 
-from megatron.remoe.start.checkpoint_files import check_is_whole, is_of_fsdp
-from megatron.remoe.start.checkpoint_index import read_index
+from megatron.remoe.start.checkpoint_files import is_of_fsdp
 
-from ...console.display import Display
 from ...console.errors import ConversionError
-from ..checkpoints import NORMS, find_folder, read_tensors, reading, save
+from ..checkpoints import NORMS, open_folder, read_tensors, reading, save
 from ..hf.settings import complete
 from ..megatron_model import EXPERT, build, one_process
 
@@ -18,17 +16,16 @@ PREFIX = "model.module."
 NAMES = NORMS | {".router.weight": ".router.relu_weight"}
 
 
-def convert_fsdp(options: argparse.Namespace, display: Display) -> None:
+def convert_fsdp(options: argparse.Namespace) -> None:
     """Write the model under `options.load` to `options.save`, λ included, without optimizer state.
 
     Raises:
         ConversionError: it has a different format, cannot be read, or the output cannot be written.
     """
-    folder = find_folder(options.load, options.ckpt_step)
+    folder, common, index = open_folder(options.load, options.ckpt_step)
+    if not is_of_fsdp(index):
+        raise ConversionError(f"{folder}: is not in Megatron-FSDP's format (fsdp_dtensor): leave out --from-fsdp.")
     with reading(folder):
-        common, index = check_is_whole(folder), read_index(folder)
-        if not is_of_fsdp(index):
-            raise ConversionError(f"{folder}: is not in Megatron-FSDP's format (fsdp_dtensor): leave out --from-fsdp.")
         args = complete(common["args"])
     args.use_megatron_fsdp, args.ckpt_format = False, "torch_dist"
     with one_process(args.seed):
@@ -36,13 +33,13 @@ def convert_fsdp(options: argparse.Namespace, display: Display) -> None:
         parts: dict[str, torch.Tensor] = {}
         for name, tensor in model.state_dict().items():
             if torch.is_tensor(tensor):
-                parts |= _stored(name, tensor, index.state_dict_metadata)
+                parts |= _match_keys(name, tensor, index.state_dict_metadata)
         read_tensors(folder, index, parts)
         save(model, args, options.save)
-    display.say(f"wrote {options.save}; train with --pretrained-checkpoint {options.save}")
+    print(f"wrote {options.save}; train with --pretrained-checkpoint {options.save}")
 
 
-def _stored(name: str, tensor: torch.Tensor, keys: Mapping[str, object]) -> dict[str, torch.Tensor]:
+def _match_keys(name: str, tensor: torch.Tensor, keys: Mapping[str, object]) -> dict[str, torch.Tensor]:
     """Return the checkpoint's keys of a tensor, each with the part to fill; SwiGLU's halves have a key each."""
     names = [name, *(name.replace(local, stored) for local, stored in NAMES.items())]
     if expert := EXPERT.fullmatch(name):

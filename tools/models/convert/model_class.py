@@ -8,7 +8,6 @@ import argparse
 
 from megatron.remoe.start.checkpoint_files import common_state
 
-from ...console.display import Display
 from ...console.errors import ConversionError
 from ..checkpoints import Checkpoint, find
 from ..hybrid import FINAL_NORM, as_gpt, as_hybrid, hybrid_layer
@@ -19,7 +18,7 @@ RESHARDABLE = ("fully_reshardable", "fully_sharded_model_space")
 ONLY_HYBRID = "output_layer._extra_state/shard_0_1"  # an empty object that GPTModel does not have
 
 
-def convert_class(options: argparse.Namespace, display: Display) -> None:
+def convert_class(options: argparse.Namespace) -> None:
     """Write the checkpoint under `options.load` for the other class, `options.model`, to `options.save`.
 
     Raises:
@@ -28,7 +27,7 @@ def convert_class(options: argparse.Namespace, display: Display) -> None:
     """
     checkpoint = find(options.load, options.ckpt_step)
     folder, saved = checkpoint.folder, checkpoint.args
-    _check(checkpoint, options.model)
+    _check_convertible(checkpoint, options.model)
     args = as_hybrid(saved) if options.model == "hybrid" else as_gpt(saved, folder)
     content = read_content(folder, checkpoint.index)
     content = _convert_to_hybrid(content) if options.model == "hybrid" else _convert_to_gpt(content, args)
@@ -37,7 +36,7 @@ def convert_class(options: argparse.Namespace, display: Display) -> None:
     flags = pattern if options.model == "hybrid" else f"--num-layers {args.num_layers}"
     if options.model == "gpt" and isinstance(args.moe_layer_freq, list):
         flags += f" --moe-layer-freq '{str(args.moe_layer_freq).replace(' ', '')}'"
-    display.say(f"wrote {options.save}, {folder.name}; continue the run with --load {options.save} {flags}")
+    print(f"wrote {options.save}, {folder.name}; continue the run with --load {options.save} {flags}")
 
 
 def _convert_to_hybrid(content: Content) -> Content:
@@ -59,7 +58,7 @@ def _rename(key: str, source: str, target: str) -> str:
     return f"{layer['before']}{number}.{layer['rest']}"
 
 
-def _check(checkpoint: Checkpoint, model: str) -> None:
+def _check_convertible(checkpoint: Checkpoint, model: str) -> None:
     args, folder = checkpoint.args, checkpoint.folder
     if (model == "hybrid") == bool(getattr(args, "hybrid_layer_pattern", None)):
         raise ConversionError(f"{folder}: is a {model} model already (--model {model}).")

@@ -17,28 +17,15 @@ from megatron.remoe.training.arguments import apply_granularity
 from megatron.training.arguments import moe_freq_type
 
 from ...console.errors import ConversionError
+from ...recipes.megatron_values import make_parser
 from ..hybrid import moe_layer_pattern
 from ..megatron_model import EXPERT, HERE
 from .fitting import split_mlp
 
-# Settings that only top-k routing uses.
-TOPK_ONLY: dict[str, Any] = {
-    "moe_router_load_balancing_type": "none",
-    "moe_aux_loss_coeff": 0.0,
-    "moe_router_score_function": "softmax",
-    "moe_router_enable_expert_bias": False,
-    "moe_router_topk_scaling_factor": None,
-    "moe_router_num_groups": None,
-    "moe_router_group_topk": None,
-    "moe_router_topk_limited_devices": None,
-    "moe_router_fusion": False,
-    "moe_expert_capacity_factor": None,
-    "moe_pad_expert_input_to_capacity": False,
-    "moe_token_dispatcher_type": "alltoall",
-    "moe_enable_deepep": False,
-    "moe_warmup_topk": None,
-    "moe_warmup_steps": 0,
-}
+# Settings that only top-k routing uses; a ReMoE has their defaults.
+TOPK_ONLY = """moe_aux_loss_coeff moe_router_score_function moe_router_enable_expert_bias moe_router_topk_scaling_factor
+moe_router_num_groups moe_router_group_topk moe_router_topk_limited_devices moe_router_fusion moe_expert_capacity_factor
+moe_pad_expert_input_to_capacity moe_enable_deepep moe_warmup_topk moe_warmup_steps""".split()
 FLAGS = "REMOE-E501"  # they do not fit
 ROUTER = re.compile(r".*\.layers\.(?P<layer>\d+)\.mlp\.router\.(?P<name>\w+)")
 
@@ -62,7 +49,9 @@ def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argp
     else:
         _keep_mixture(target, options)
     target.moe_relu_routing = True
-    vars(target).update(TOPK_ONLY)
+    target.moe_router_load_balancing_type, target.moe_token_dispatcher_type = "none", "alltoall"
+    defaults = vars(make_parser().parse_args([]))
+    vars(target).update({name: defaults.get(name) for name in TOPK_ONLY})  # checkpoints can have former flags
     vars(target).update(consumed_train_samples=0, skipped_train_samples=0, consumed_valid_samples=0, iteration=0)
     problems = relu_routing_problems(argparse.Namespace(**(vars(target) | HERE)))  # layout and speed are free
     if problems:

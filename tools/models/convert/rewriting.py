@@ -1,4 +1,4 @@
-"""Read the whole content of a torch_dist checkpoint, change the names in it, and write it again.
+"""Read the whole content of a torch_dist checkpoint, change its names, and write it again.
 
 The content is held in memory, optimizer state included: name → a tensor, or the bytes of an object.
 """

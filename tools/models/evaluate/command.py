@@ -1,13 +1,12 @@
 """Measure, show and write the results of trained models."""
 
 import argparse
-from collections.abc import Sequence
 from typing import Any
 
 from ...console.display import Display, print_table
 from ...console.files import write_json
 from ...runs import evaluations
-from ...runs.running import run_tool
+from ...runs.running import make_main
 from ..arguments import parse_evaluate
 from ..hf.opening import open_model
 from .tasks import score
@@ -16,14 +15,14 @@ from .text import measure_speed, measure_text
 
 def show(results: dict[str, Any]) -> None:
     """Print the results as tables."""
-    for titles, rows in evaluations.tables(results):
+    for titles, rows in evaluations.make_tables(results):
         print_table(titles, rows, text=len(titles))
         if evaluations.BY_LAYER in titles and any(row[-1] for row in rows):
             print(evaluations.EXPLAINED)
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Measure, show and write the results; after an error or a stop, the finished ones.
+    """Measure, show and write the results; after an error or a stop, only those that are complete.
 
     Raises:
         ToolError: something is wrong with the flags, a model or the data.
@@ -33,8 +32,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        given = args.ckpt_step, args.tokenizer_model, args.tasks is not None
-        models = {str(place): open_model(place, *given) for place in args.load}
+        options = args.ckpt_step, args.tokenizer_model, args.tasks is not None
+        models = {str(place): open_model(place, *options) for place in args.load}
         if args.data_path:
             measure_text(args, models, Display(), results)
             if args.speed:
@@ -49,7 +48,4 @@ def evaluate(args: argparse.Namespace) -> None:
             write_json(args.output, results)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0; 1 if something is wrong; 130 if it was stopped."""
-    args = parse_evaluate(arguments)
-    return run_tool("evaluate", lambda: evaluate(args))
+main = make_main("evaluate", parse_evaluate, evaluate)

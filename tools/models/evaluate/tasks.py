@@ -68,7 +68,7 @@ def read_scores(scored: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             metric, _, processing = key.partition(",")
             if processing and not metric.endswith("_stderr"):
                 deviation = results.get(f"{metric}_stderr,{processing}", "N/A")
-                one = {"task": task, "metric": key.removesuffix(",none"), "value": value}
-                one["error"] = None if deviation == "N/A" else deviation
-                scores.append(one | {"documents": results["sample_len"]})
+                row = {"task": task, "metric": key.removesuffix(",none"), "value": value}
+                row["error"] = None if deviation == "N/A" else deviation
+                scores.append(row | {"documents": results["sample_len"]})
     return scores

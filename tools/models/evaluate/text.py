@@ -27,22 +27,22 @@ PROMPTS, ROUNDS, NEW_TOKENS = 8, 5, 32  # for the measurement of speed
 MASKS = ("eod_mask_loss", "reset_attention_mask", "reset_position_ids")  # applied only in a run's validation
 
 
-def check_bound(name: str, config: RemoeConfig, most: int) -> None:
-    """Check that a model can use only its K largest gates.
+def check_bound(name: str, config: RemoeConfig, bound: int) -> None:
+    """Check that a model can use only its K = `bound` largest gates.
 
     Raises:
         ToolError: it has no ReLU router, or fewer experts.
     """
-    if not (config.moe_relu_routing and 1 <= most <= config.num_experts):
+    if not (config.moe_relu_routing and 1 <= bound <= config.num_experts):
         problem = f"{name} has no ReLU routing, or {config.num_experts} experts"
-        raise ToolError(f"--max-experts-per-token {most}: {problem}.", "REMOE-E501")
+        raise ToolError(f"--max-experts-per-token {bound}: {problem}.", "REMOE-E501")
 
 
 @contextmanager
-def bound_experts(model: RemoeForCausalLM, most: int | None) -> Iterator[None]:
-    """Use only the K largest gates inside the block, or the model's own bound (None)."""
+def bound_experts(model: RemoeForCausalLM, bound: int | None) -> Iterator[None]:
+    """Use only the K = `bound` largest gates inside the block; None keeps the model's own bound."""
     before = model.config.max_experts_per_token
-    model.config.max_experts_per_token = most or before
+    model.config.max_experts_per_token = bound or before
     yield
     model.config.max_experts_per_token = before
 
@@ -66,8 +66,8 @@ def measure_text(
         ToolError: a model does not take a bound, before anything is measured; a data set does not fit the model.
     """
     for name, opened in models.items():
-        for most in args.max_experts_per_token:
-            check_bound(name, opened.model.config, most)
+        for bound in args.max_experts_per_token:
+            check_bound(name, opened.model.config, bound)
     measured = results["text"] = {name: {prefix: {} for prefix in args.data_path} for name in models}
     for name, opened in models.items():
         if ignored := [flag(mask) for mask in MASKS if getattr(opened.args, mask, False)]:
@@ -75,17 +75,17 @@ def measure_text(
         model = opened.model
         for prefix in args.data_path:
             data = read_text(args, opened, prefix)
-            for most in [None, *args.max_experts_per_token]:
+            for bound in [None, *args.max_experts_per_token]:
                 with (
                     display.step(f"{name}, {Path(prefix).name}", min(len(data), args.sequences or len(data))),
-                    bound_experts(model, most),
+                    bound_experts(model, bound),
                     count_experts(model) as counts,
                 ):
                     batches = read_batches(data, args.sequences, model.config.vocab_size)
                     loss, tokens = measure_loss(model, batches, display)
                 experts = {layer: summarize_experts(histogram) for layer, histogram in counts.items()}
-                one = {"loss": loss, "tokens": tokens, "experts": experts}
-                measured[name][prefix]["none" if most is None else str(most)] = one
+                result = {"loss": loss, "tokens": tokens, "experts": experts}
+                measured[name][prefix]["none" if bound is None else str(bound)] = result
 
 
 @torch.inference_mode()

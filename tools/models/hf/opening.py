@@ -46,16 +46,16 @@ class OpenedModel(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None
     args: argparse.Namespace | None
 
-    def sequence_length(self, given: int | None) -> int:
+    def sequence_length(self, length: int | None) -> int:
         """Return --seq-length or, without it, the model's context.
 
         Raises:
             ToolError: it is longer than the context.
         """
         context: int = self.model.config.max_position_embeddings
-        if (given or 0) > context:
-            raise ToolError(f"--seq-length {given}: the model's context is {context}. Give at most that.", "REMOE-E501")
-        return given or context
+        if (length or 0) > context:
+            raise ToolError(f"--seq-length {length}: give at most the model's context, {context}.", "REMOE-E501")
+        return length or context
 
 
 def read_folder(folder: Path, families: Collection[str], dtype: torch.dtype | None = None) -> Any:

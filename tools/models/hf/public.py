@@ -44,6 +44,7 @@ def describe_public(config: Any) -> RemoeConfig:
         raise _inexpressible(config, "rms_norm_eps")  # its norms of latents have this one, and Megatron has one for all
     named = {"num_experts": "n_routed_experts"} if is_latent else {}  # transformers before 5.16 does not map it
     fields = {name: getattr(config, named.get(name, name)) for name in SAME}
+    fields["moe_intermediate_size"] = getattr(config, "moe_intermediate_size", config.intermediate_size)
     fields["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     coefficient = getattr(config, "router_aux_loss_coef", 0.001)
     return RemoeConfig(
@@ -63,20 +64,10 @@ def _inexpressible(config: PreTrainedConfig, name: str) -> ConversionError:
     )
 
 
-def _mixtral(config: Any) -> dict[str, Any]:
-    return {"moe_intermediate_size": config.intermediate_size, "norm_topk_prob": True}
-
-
-def _olmoe(config: Any) -> dict[str, Any]:
-    fields = {"moe_intermediate_size": config.intermediate_size, "norm_topk_prob": config.norm_topk_prob}
-    return fields | {"qk_norm": "all_heads"}
-
-
 def _qwen3(config: Any) -> dict[str, Any]:
     step, dense = config.decoder_sparse_step, config.mlp_only_layers or []
     layers = range(config.num_hidden_layers)
     return {
-        "moe_intermediate_size": config.moe_intermediate_size,
         "norm_topk_prob": config.norm_topk_prob,
         "qk_norm": "head",
         "mlp_only_layers": [layer for layer in layers if layer in dense or (layer + 1) % step],
@@ -86,7 +77,6 @@ def _qwen3(config: Any) -> dict[str, Any]:
 def _deepseek(config: Any) -> dict[str, Any]:
     return {
         **{name: getattr(config, name) for name in LATENT},
-        "moe_intermediate_size": config.moe_intermediate_size,
         "shared_expert_intermediate_size": config.n_shared_experts * config.moe_intermediate_size,
         "mlp_only_layers": [*range(config.first_k_dense_replace)],
         "router_dtype": "float32",
@@ -94,8 +84,8 @@ def _deepseek(config: Any) -> dict[str, Any]:
 
 
 FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "olmoe": _olmoe,
+    "olmoe": lambda config: {"norm_topk_prob": config.norm_topk_prob, "qk_norm": "all_heads"},
     "qwen3_moe": _qwen3,
-    "mixtral": _mixtral,
+    "mixtral": lambda config: {"norm_topk_prob": True},
     "deepseek_v2": _deepseek,
 }

@@ -120,14 +120,14 @@ def make_config(args: argparse.Namespace) -> RemoeConfig:
         "AutoModelForCausalLM": "modeling_remoe.RemoeForCausalLM",
     }
     if config.max_experts_per_token:
-        compute_experts(config, config.max_experts_per_token)
+        set_bound(config, config.max_experts_per_token)
     return config
 
 
-def compute_experts(config: RemoeConfig, most: int) -> None:
-    """Compute the K = `most` largest gates of each token, and write K where servers read it. k is kept."""
+def set_bound(config: RemoeConfig, bound: int) -> None:
+    """Compute only the K = `bound` largest gates of each token. Write K where servers read it; keep k."""
     config.target_experts_per_token = config.mean_experts_per_token
-    config.max_experts_per_token = config.num_experts_per_tok = most
+    config.max_experts_per_token = config.num_experts_per_tok = bound
 
 
 def _expert_fields(args: argparse.Namespace) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def make_flags(config: RemoeConfig, seq_length: int) -> list[str]:
     values = {table[field]: None if NOTHING.get(field) == value else value for field, value in same.items()}
     values["moe_router_topk"] = config.mean_experts_per_token if config.num_experts else None
     values |= {"seq_length": seq_length, "hidden_dropout": 0.0, "normalization": "RMSNorm", "swiglu": True}
-    values |= {"add_bias_linear": False, "position_embedding_type": "rope", **_rope(config)}
+    values |= {"add_bias_linear": False, "position_embedding_type": "rope", **_make_rope(config)}
     values["untie_embeddings_and_output_weights"] = not config.tie_word_embeddings
     if config.dtype in DTYPES:
         values[DTYPES[config.dtype]] = True
@@ -172,10 +172,10 @@ def make_flags(config: RemoeConfig, seq_length: int) -> list[str]:
     else:  # the size of a head is not used, but a start compares it
         values |= {"multi_latent_attention": True, "qk_layernorm": True}
         values["kv_channels"] = config.hidden_size // config.num_attention_heads
-    return _words(values | (_expert_arguments(config) if config.num_experts else {}))
+    return _make_words(values | (_expert_arguments(config) if config.num_experts else {}))
 
 
-def _rope(config: RemoeConfig) -> dict[str, Any]:
+def _make_rope(config: RemoeConfig) -> dict[str, Any]:
     rope: dict[str, Any] = dict(config.rope_parameters or {})
     values: dict[str, Any] = {"rotary_base": int(rope["rope_theta"])}
     if config.kv_lora_rank is None:
@@ -210,7 +210,7 @@ def _expert_arguments(config: RemoeConfig) -> dict[str, Any]:
     return values
 
 
-def _words(values: dict[str, Any]) -> list[str]:
+def _make_words(values: dict[str, Any]) -> list[str]:
     """Return the flags that set Megatron's arguments to these values; None and switches' defaults are left out."""
     words = []
     for action in make_parser()._actions:

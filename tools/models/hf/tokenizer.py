@@ -57,42 +57,42 @@ def _gpt2_files(folder: Path) -> list[Path]:
     return next((pair for pair in pairs if all(path.is_file() for path in pair)), [])
 
 
-def find_folder_tokenizer(folder: Path, given: Path | None, config: RemoeConfig) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer in a model's folder, or in the one `given` instead; None if there is none.
+def find_folder_tokenizer(folder: Path, other: Path | None, config: RemoeConfig) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer in a model's folder, or in the `other` folder of --tokenizer-model; None if there is none.
 
     Raises:
         ConversionError: it cannot be read, or has more tokens than the model.
     """
-    if given is None and not (folder / "tokenizer_config.json").is_file():
+    if other is None and not (folder / "tokenizer_config.json").is_file():
         return None
-    return read_tokenizer(given or folder, f"--tokenizer-model {given}" if given else str(folder), config)
+    return read_tokenizer(other or folder, f"--tokenizer-model {other}" if other else str(folder), config)
 
 
 def find_training_tokenizer(
-    args: argparse.Namespace, given: Path | None, config: RemoeConfig
+    args: argparse.Namespace, other: Path | None, config: RemoeConfig
 ) -> PreTrainedTokenizerBase | None:
-    """Return the run's tokenizer, or the one in a folder, set up for generation; None if there is none.
+    """Return the run's tokenizer, or that in the `other` folder, set up for generation; None if there is none.
 
     Sets the tokens for the start and end of a text in the configuration.
 
     Raises:
         ConversionError: it is missing, transformers cannot read it, or it has more tokens than the model.
     """
-    kind, place, files = args.tokenizer_type, given or args.tokenizer_model, (args.vocab_file, args.merge_file)
+    kind, place, files = args.tokenizer_type, other or args.tokenizer_model, (args.vocab_file, args.merge_file)
     if kind == FOLDER_TOKENIZER and hasattr(args, "gpt2_files") and not Path(place).is_dir():
         kind, files = GPT2_TOKENIZER, args.gpt2_files  # the folder was in the cache of a different machine
-    if given is None and kind == "NullTokenizer":
+    if other is None and kind == "NullTokenizer":
         return None
-    if given is None and kind == GPT2_TOKENIZER and all(files):
+    if other is None and kind == GPT2_TOKENIZER and all(files):
         try:
             place = gpt2_tokenizer_folder(*files)
         except DataError as error:
             raise ConversionError(f"--load: its tokenizer cannot be read ({error}) {REMEDY}", CODE) from error
-    elif given is None and kind != FOLDER_TOKENIZER:
+    elif other is None and kind != FOLDER_TOKENIZER:
         raise ConversionError(
             f"--load: was trained with --tokenizer-type {kind}, which cannot be exported. {REMEDY}", CODE
         )
-    name = f"--tokenizer-model {place}" if given else f"--load: its --tokenizer-model {place}"
+    name = f"--tokenizer-model {place}" if other else f"--load: its --tokenizer-model {place}"
     options = {"padding_side": "left", "model_max_length": args.max_position_embeddings}
     tokenizer = read_tokenizer(Path(place), name, config, **options)
     # Not pad_token_id: the embedding would not train that token.

@@ -51,8 +51,9 @@ def fill_megatron(model: GPTModel, source: PreTrainedModel, config: RemoeConfig)
 
     λ's exponent stays 0: the flags' λ₀ is the model's λ.
     """
-    named = {name.replace(".shared_experts.", ".shared_expert."): one for name, one in source.state_dict().items()}
-    for tensor, other in match_parts(model.state_dict(), named, config):
+    state = source.state_dict()
+    renamed = {name.replace(".shared_experts.", ".shared_expert."): tensor for name, tensor in state.items()}
+    for tensor, other in match_parts(model.state_dict(), renamed, config):
         tensor.copy_(other)
 
 
