@@ -1,4 +1,4 @@
-"""Test the import of public models, their export, and the training of a ReMoE with fewer experts from a top-k model."""
+"""Test the import of public models, their export, and further training by the printed command."""
 
 import json
 import math
@@ -19,12 +19,7 @@ from tools.models.hf.opening import open_model
 from tools.models.hf.settings import complete
 from tools.models.megatron_model import build
 
-pytestmark = [
-    pytest.mark.usefixtures("process_groups"),
-    pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:torch.distributed"),
-    pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning"),
-]
+pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 SIZES = {
     **{"vocab_size": 257, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
     **{"num_key_value_heads": 2, "max_position_embeddings": 128, "num_experts_per_tok": 2},
