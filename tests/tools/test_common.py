@@ -2,8 +2,6 @@
 
 import os
 import pty
-import runpy
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +10,6 @@ import pytest
 
 from megatron.remoe.files.files import write_aside
 from tests.training_runs import REPOSITORY
-from tools.console import places
 from tools.console.errors import ToolError
 from tools.console.files import lock, new_folder, write_json
 from tools.start import COMMANDS, IMPORT_TORCH
@@ -24,15 +21,6 @@ def run(*words: str | Path, **settings: object) -> subprocess.CompletedProcess[s
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     settings = {"env": environment, "text": True, "timeout": 100, "capture_output": True} | settings
     return subprocess.run([sys.executable, *map(str, words)], **settings)
-
-
-@pytest.mark.parametrize("folder", ["clone", "remoe"])
-def test_a_clone_can_have_any_name(folder: str, tmp_path: Path) -> None:
-    copy = tmp_path / folder / "tools" / "common" / "places.py"
-    copy.parent.mkdir(parents=True)
-    shutil.copy(places.__file__, copy)
-    (tmp_path / folder / "pretrain_gpt.py").touch()
-    assert runpy.run_path(str(copy))["PACKAGE"] == tmp_path / folder / "megatron" / "remoe"
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "preprocess_data.py"])

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarni
 
 @pytest.fixture(scope="module")
 def places(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Write a model as a run's checkpoint and as a folder, a dense model, and one without a tokenizer."""
+    """Write a model as a run's checkpoint and as a folder, and a dense model."""
     root = tmp_path_factory.mktemp("models")
     model = make("relu", vocab_size=264, max_position_embeddings=24)
     args = args_of(model.config)
@@ -30,7 +30,6 @@ def places(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     for name, one in {"folder": model, "dense": make("dense", vocab_size=264)}.items():
         one.save_pretrained(root / name)
         AutoTokenizer.from_pretrained(tokenizer, model_input_names=names).save_pretrained(root / name)
-    make("dense").save_pretrained(root / "no tokenizer")
     return {path.name: path for path in root.iterdir()}
 
 
@@ -66,7 +65,6 @@ def test_run_and_folder_say_the_same(
         ("folder", ["--prompt", ""], "E501"),
         ("folder", ["--prompt", "a" * 24], "E501"),
         ("folder", ["--prompt-file", "/nowhere"], "E300"),
-        ("no tokenizer", ["--prompt", "a"], "E513"),
     ],
 )
 def test_refusals(

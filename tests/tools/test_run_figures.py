@@ -152,10 +152,3 @@ def test_a_long_log_is_bounded(tmp_path: Path) -> None:
     (training,) = panels([run])["Loss"]
     drawn = [renderer.data_source.data for renderer in training.plot.renderers]
     assert max(len(data["x"]) for data in drawn) <= 1000 and max(drawn[0]["y"]) == 99.0
-
-
-def test_the_sparsity_settles_once_it_stays_near_its_target() -> None:
-    values = np.array([0.5, 0.749, 0.7, 0.751, 0.75])
-    target = Curve(np.array([5]), np.array([0.75]))
-    figures = RunFigures(curves={"sparsity": Curve(np.arange(1, 6), values), "target_sparsity": target})
-    assert (figures.first_near, figures.settled) == (2, 4)
