@@ -24,6 +24,7 @@ SIZES = {
     **{"vocab_size": 257, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
     **{"num_key_value_heads": 2, "max_position_embeddings": 128, "num_experts_per_tok": 2},
 }
+QWEN = SIZES | {"num_experts": 4, "moe_intermediate_size": 48, "head_dim": 32}
 LATENT = SIZES | {
     **{"num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 2, "moe_intermediate_size": 48},
     **{"first_k_dense_replace": 1, "q_lora_rank": None, "kv_lora_rank": 32, "v_head_dim": 16},
@@ -34,12 +35,8 @@ YARN |= {"beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 40
 MODELS: dict[str, Callable[[], Any]] = {
     "Mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4),
     "OLMoE": lambda: OlmoeConfig(**SIZES, num_experts=4, eos_token_id=None),
-    "Qwen3-MoE": lambda: QwenConfig(
-        **SIZES, num_experts=4, moe_intermediate_size=48, head_dim=32, norm_topk_prob=True, mlp_only_layers=[1]
-    ),
-    "Qwen3-MoE, tied": lambda: QwenConfig(
-        **SIZES, num_experts=4, moe_intermediate_size=48, head_dim=32, norm_topk_prob=False, tie_word_embeddings=True
-    ),
+    "Qwen3-MoE": lambda: QwenConfig(**QWEN, norm_topk_prob=True, mlp_only_layers=[1]),
+    "Qwen3-MoE, tied": lambda: QwenConfig(**QWEN, norm_topk_prob=False, tie_word_embeddings=True),
     "DeepSeek-V2-Lite": lambda: DeepseekV2Config(**LATENT),
     "DeepSeek-V2": lambda: DeepseekV2Config(**(LATENT | {"q_lora_rank": 24, "routed_scaling_factor": 1.5})),
     "DeepSeek-V2-Lite, YaRN": lambda: DeepseekV2Config(
