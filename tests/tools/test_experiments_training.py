@@ -20,7 +20,7 @@ from tests.entry import shared_entry
 from tests.tools.sweeping import start, sweep
 from tests.training_runs import REPOSITORY, SMALL, finish, records
 from tools.experiments import compare
-from tools.experiments.arms import ARMS, SETTINGS
+from tools.experiments.arms import ARMS, RATE, SETTINGS
 from tools.experiments.results import read_folder
 from tools.experiments.run import Run, Text
 from tools.runs.training_display import ShownTraining, TrainingDisplay
@@ -78,7 +78,6 @@ def test_a_second_interrupt_ends_all_at_once(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- launch scripts
 
 
-@pytest.mark.slow
 def test_launch_scripts_train_once(data: Path, tmp_path: Path) -> None:
     """A finished run is not trained again, and refused with other settings.
 
@@ -115,7 +114,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_a_small_comparison(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,12 +142,15 @@ def test_a_small_comparison(
     assert compare.main(words) == 0 and {path: path.stat().st_mtime_ns for path in before} == before
 
 
-@pytest.mark.slow
+# The quickstart's test and test_a_small_comparison train these arms; the latter also varies the learning rate.
+TRAINED, VARIED = {"dense", "moe", "remoe", "remoe-capped"}, {RATE}
+
+
 @pytest.mark.parametrize(
     "run",
     [
-        *map(Run, ARMS),
-        *(Run(setting.arms[0]).vary(name, setting.values[-1]) for name, setting in SETTINGS.items()),
+        *(Run(arm) for arm in ARMS if arm not in TRAINED),
+        *(Run(each.arms[0]).vary(name, each.values[-1]) for name, each in SETTINGS.items() if name not in VARIED),
     ],
     ids=lambda run: run.name,
 )
