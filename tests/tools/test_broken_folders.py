@@ -66,10 +66,7 @@ def open_with_all(folder: Path, capfd: pytest.CaptureFixture[str]) -> list[str]:
     return errors
 
 
-Tensors = dict[str, torch.Tensor]
-
-
-def change_tensors(change: Callable[[Tensors], object]) -> Callable[[Path], object]:
+def change_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
     def work(folder: Path) -> None:
         tensors = load_file(folder / WEIGHTS)
         change(tensors)
@@ -96,10 +93,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "not finite": (change_tensors(lambda one: one[NORM].fill_(NAN)), NORM),
     "pickle": (pickled, "safetensors"),
     "truncated": (lambda folder: os.truncate(folder / WEIGHTS, 9_000), "cannot be read"),
-    "a string for a number": (set_field("num_attention_heads", "4"), "num_attention_heads"),
-    "too many experts": (set_field("max_experts_per_token", 9), "max_experts_per_token"),
-    "quantized": (set_field("quantization_config", {"quant_method": "bitsandbytes"}), "config.json"),
-    "another model": (set_field("model_type", "llama"), "config.json"),
+    "a string for a number": (set_field("num_attention_heads", "4"), "REMOE-E51"),
+    "too many experts": (set_field("max_experts_per_token", 9), "REMOE-E51"),
+    "quantized": (set_field("quantization_config", {"quant_method": "bitsandbytes"}), "REMOE-E51"),
+    "another model": (set_field("model_type", "llama"), "REMOE-E51"),
     "config is cut off": (write("config.json", '{"model_type": "remoe",'), "config.json"),
     "adapter": (write("adapter_config.json", "{}"), "adapter"),
     "tokenizer is empty": (write("tokenizer.json", "{}"), "tokenizer"),
