@@ -153,18 +153,18 @@ def test_tasks_through_lm_eval(tokenizer: Path, tmp_path: Path, monkeypatch: pyt
     model = make("relu", vocab_size=264, max_position_embeddings=64)
     for part in (loaded, model):
         part.save_pretrained(tmp_path / "model")
-    own = tmp_path / "own"
-    own.mkdir()
-    (own / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     lambada = Path(lm_eval.__file__).parent / "tasks" / "lambada" / "lambada_openai.yaml"
-    (own / lambada.name).write_text(lambada.read_text())
-    task = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(own / "texts.jsonl")}}}
-    task |= {"task": "texts", "dataset_name": None, "include": str(own / lambada.name)}
-    (own / "texts.yaml").write_text(json.dumps(task))
+    (folder / lambada.name).write_text(lambada.read_text())
+    task = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "texts.jsonl")}}}
+    task |= {"task": "texts", "dataset_name": None, "include": str(folder / lambada.name)}
+    (folder / "texts.yaml").write_text(json.dumps(task))
 
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     assert {*TASKS} <= set(TaskManager().all_tasks)
-    scores = evaluate(tmp_path, "--load", tmp_path / "model", "--task-data", own, "--tasks", "texts")
+    scores = evaluate(tmp_path, "--load", tmp_path / "model", "--task-data", folder, "--tasks", "texts")
     of_words = []  # the summed log-probabilities of each last word's tokens, bytes here, and of the space before it
     for text in TEXTS:
         ids = loaded(text, return_tensors="pt").input_ids
