@@ -96,7 +96,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a string for a number": (set_field("num_attention_heads", "4"), "REMOE-E51"),
     "too many experts": (set_field("max_experts_per_token", 9), "REMOE-E51"),
     "quantized": (set_field("quantization_config", {"quant_method": "bitsandbytes"}), "REMOE-E51"),
-    "another model": (set_field("model_type", "llama"), "REMOE-E51"),
+    "a different model": (set_field("model_type", "llama"), "REMOE-E51"),
     "config is cut off": (write("config.json", '{"model_type": "remoe",'), "config.json"),
     "adapter": (write("adapter_config.json", "{}"), "adapter"),
     "tokenizer is empty": (write("tokenizer.json", "{}"), "tokenizer"),

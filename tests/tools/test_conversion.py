@@ -40,7 +40,7 @@ def dense(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
 
 
 def validation_loss(output: str) -> float:
-    """Return the loss of the first evaluation, which sees the same text in every training."""
+    """Return the loss of the first evaluation, which reads the same text in every run."""
     match = re.search(r"validation loss at iteration \d+ \| lm loss value: (\S+)", output)
     assert match
     return float(match[1])
@@ -139,7 +139,7 @@ def test_damaged_checkpoints(dense: tuple[Path, str], tmp_path: Path, capfd: pyt
     error = capfd.readouterr().err
     assert f"it is truncated. --ckpt-step {STEPS_BEFORE // 2} is whole." in error and error.count("\n") == 1
 
-    # The conversion to another class reads while it writes. The error must name the folder that is read.
+    # The conversion to a different class reads while it writes. The error must name the folder that is read.
     whole = broken / f"iter_{STEPS_BEFORE // 2:07d}"
     place = next(place for piece, place in read_index(whole).storage_data.items() if piece.fqn == checkpoints.EMBEDDING)
     with (whole / place.relative_path).open("r+b") as file:

@@ -54,7 +54,7 @@ def test_a_second_interrupt_ends_all_at_once(tmp_path: Path) -> None:
             display.run(shown[place], command, os.environ | {"PYTHONPATH": str(REPOSITORY)}, log)
 
     def interrupt_twice() -> None:
-        while not all((tmp_path / f"{place}.log").exists() for place in (0, 1)):  # tee and the training have started
+        while not all((tmp_path / f"{place}.log").exists() for place in (0, 1)):  # tee and the run have started
             time.sleep(0.05)
         for _ in range(2):
             time.sleep(1.0)

@@ -92,11 +92,11 @@ def test_printed_command_trains_on(name: str, data: Path, tmp_path: Path, capfd:
 
 
 FOREIGN: dict[str, tuple[dict[str, Any], str]] = {
-    "another model": ({"model_type": "llama"}, "E511|'llama'"),
+    "a different model": ({"model_type": "llama"}, "E511|'llama'"),
     "groups that do not fit": ({"num_key_value_heads": 3}, "E51"),
     "a window": ({"sliding_window": 64}, "E512|sliding_window 64"),
     "scaled positions": ({"rope_parameters": {**YARN, "rope_type": "linear"}}, "E512|linear"),
-    "another activation": ({"hidden_act": "gelu"}, "E512|hidden_act"),
+    "a different activation": ({"hidden_act": "gelu"}, "E512|hidden_act"),
 }
 
 

@@ -56,7 +56,7 @@ def test_end_to_end(tmp_path: Path) -> None:
     write_small_corpus(output_dir / "corpus")
     runs = output_dir / f"iterations-{ITERATIONS}"
 
-    # Interrupt the first training once it has a checkpoint.
+    # Interrupt the first run once it has a checkpoint.
     process = start(*arguments, folder=tmp_path)
     while process.poll() is None and not saved_iteration(runs / "dense"):
         time.sleep(0.01)
@@ -91,7 +91,7 @@ def test_end_to_end(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in runs.glob("*/**/*") if path.is_file()} == before
     assert output.count(": reused, ") == 3 and re.search(r"against dense +[+-]0\.\d{3} +[+-]0\.\d{3}\n", output)
     assert json.loads((runs / "summary.json").read_text()) == summary
-    assert not (output_dir / "summary.json").exists(), "that is the place of a whole training's"
+    assert not (output_dir / "summary.json").exists(), "its place after the default number of iterations"
 
     # What it says to try next can be parsed, and the files are there.
     commands = [shlex.split(line) for line in output.partition("To try next")[2].splitlines()[1:]]

@@ -1,4 +1,4 @@
-"""Test the report of a tiny training: what it reads, what the page shows, and how it looks in a browser."""
+"""Test the report of a tiny run: the figures on the page, its look in a browser, and errors."""
 
 import json
 import os

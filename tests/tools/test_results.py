@@ -57,7 +57,7 @@ def test_figures_of_a_resumed_run(tmp_path: Path) -> None:
     write_run(tmp_path / "run", 25, line(1, 0.9), line(10), line(20), *flips, last, final(25, 4.5))
     result = read(tmp_path / "run")
     assert (result.iterations, result.settled, result.first_near) == (25, None, None)
-    assert (result.flip_rate, result.flip_count) == (0.1, 0.8), "late in the training"
+    assert (result.flip_rate, result.flip_count) == (0.1, 0.8), "late in the run"
     assert result.training_seconds == pytest.approx(10 * 0.1 + 10 * 0.2), "the first step is one of the first ten"
     assert read_result(tmp_path / "nothing") is None
 

@@ -66,7 +66,7 @@ def test_experts_per_token_of_a_baseline(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", [None, 0.75])
 def test_a_batch_that_grows(target: float | None, tmp_path: Path) -> None:
-    """FLOPs and tokens follow each line's own batch size, not the batch size that the training was started with."""
+    """FLOPs and tokens follow each line's own batch size, not the batch size at the start of the run."""
     args = {"global_batch_size": 16, "seq_length": 10, "num_experts": 8, "moe_router_topk": 2}
     routing = {} if target is None else {"sparsity": target, "target_sparsity": target}
     batches = {10: 4, 20: 8, 30: 16}
