@@ -84,7 +84,7 @@ def test_bound_for_servers(trained: Path, tmp_path: Path, capfd: pytest.CaptureF
     assert checkpoints.find(tmp_path / "back", None).args.moe_router_topk == 1
 
 
-@pytest.mark.parametrize("name", ["dense", "relu, latent queries", "top-k", "sigmoid, bias", "hash"])
+@pytest.mark.parametrize("name", ["dense", "relu, latent queries", "sigmoid, bias", "hash"])
 def test_other_models(name: str, tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Models in bf16 keep their logits. The checkpoint has the names of either implementation of layers."""
     model = make(name, vocab_size=264)
