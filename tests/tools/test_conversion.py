@@ -11,12 +11,12 @@ import pytest
 from megatron.remoe.start.checkpoint_index import read_index
 from tests.tiny_model import RELU, TOPK
 from tests.training_runs import REPOSITORY, TINY, run, series
+from tools.models import checkpoints
+from tools.models.convert import models
+from tools.models.convert.command import main as command
+from tools.models.hf.settings import complete
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:torch.distributed"),
-    pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning"),
-]
+pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 STEPS_BEFORE, STEPS_AFTER = 80, 50
 # As docs/conversion.md recommends: the converted model is close to its target, so λ moves in small steps.
 LAMBDA = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1.05"
@@ -29,12 +29,8 @@ def train(data: Path, *arguments: str, processes: int = 1) -> str:
 
 
 def source(data: Path, folder: Path, *routing: str) -> str:
-    return train(
-        data,
-        *routing,
-        *f"--train-iters {STEPS_BEFORE} --eval-interval {STEPS_BEFORE}".split(),
-        *f"--save {folder} --save-interval {STEPS_BEFORE // 2} --no-save-optim".split(),
-    )
+    words = f"--train-iters {STEPS_BEFORE} --eval-interval {STEPS_BEFORE} --save {folder} --no-save-optim".split()
+    return train(data, *routing, *words, "--save-interval", str(STEPS_BEFORE // 2))
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +39,8 @@ def dense(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
     return folder, source(data, folder)
 
 
-@pytest.fixture(scope="module")
-def topk(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    folder = tmp_path_factory.mktemp("topk")
-    return folder, source(data, folder, *TOPK)
-
-
 def validation_loss(output: str) -> float:
-    """Return the loss of the first evaluation, which sees the same text in every training."""
+    """Return the loss of the first evaluation, which reads the same text in every run."""
     match = re.search(r"validation loss at iteration \d+ \| lm loss value: (\S+)", output)
     assert match
     return float(match[1])
@@ -63,21 +53,13 @@ def measured(output: str) -> tuple[float, float, float]:
     return float(match[1]), float(match[2]), float(match[3])
 
 
-def main(*arguments: str) -> int:
-    from tools.models.convert.command import main as command
-
-    return command(list(arguments))
+def main(*arguments: object) -> int:
+    return command([*map(str, arguments)])
 
 
 def train_converted(data: Path, converted: Path, *arguments: str, steps: int = STEPS_AFTER, processes: int = 1) -> str:
-    started = train(
-        data,
-        *RELU,
-        *GENTLE,
-        *f"--pretrained-checkpoint {converted} --train-iters {steps} --eval-interval {steps}".split(),
-        *arguments,
-        processes=processes,
-    )
+    words = f"--pretrained-checkpoint {converted} --train-iters {steps} --eval-interval {steps}".split()
+    started = train(data, *RELU, *GENTLE, *words, *arguments, processes=processes)
     assert f"loading release distributed checkpoint from {converted}" in started
     assert len(series(started, "lm loss")) == steps
     return started
@@ -89,7 +71,7 @@ def check_start(output: str, before: str, sparsity: float) -> None:
     assert 0.75 < series(output, "lm loss")[0] / series(before, "lm loss")[-1] < 1.15, "of a different batch"
 
 
-def test_from_dense(data: Path, dense: tuple[Path, str], tmp_path: Path) -> None:
+def test_from_dense(data: Path, dense: tuple[Path, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder, before = dense
     words = ["--load", str(folder), "--save", str(tmp_path / "remoe"), "--num-experts", "8"]
     result = run(["convert", *words], script=REPOSITORY / "tools" / "__main__.py")
@@ -99,13 +81,16 @@ def test_from_dense(data: Path, dense: tuple[Path, str], tmp_path: Path) -> None
     check_start(output, before, sparsity)
     assert sum(series(output, "sparsity")[-10:]) / 10 == pytest.approx(0.875, abs=0.04)
     assert validation_loss(output) < validation_loss(before)
+    assert main("--load", tmp_path / "remoe", "--save", tmp_path / "again", "--num-experts", "8") == 1
+    assert "a checkpoint of a ReMoE already" in capfd.readouterr().err
 
 
-def test_from_topk_into_two_processes(
-    data: Path, topk: tuple[Path, str], tmp_path: Path, capfd: pytest.CaptureFixture[str], process_groups: None
-) -> None:
-    folder, before = topk
-    assert main("--load", str(folder), "--save", str(tmp_path / "remoe")) == 0
+def test_from_topk_into_two_processes(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = source(data, tmp_path / "topk", *TOPK)
+    places = ["--load", tmp_path / "topk", "--save", tmp_path / "remoe"]
+    assert main(*places, "--num-experts", "16") == 1
+    assert "--num-experts: --load is a top-k checkpoint" in capfd.readouterr().err
+    assert main(*places) == 0
     loss_before, loss_after, sparsity = measured(capfd.readouterr().out)
     assert loss_after < loss_before * 1.05 and sparsity > 0.5
     layout = "--expert-model-parallel-size 2 --micro-batch-size 4".split()
@@ -114,10 +99,6 @@ def test_from_topk_into_two_processes(
 
 def test_layout_and_speed_of_the_source_are_free(dense: tuple[Path, str]) -> None:
     """ReLU routing refuses some settings that do not concern a checkpoint's weights."""
-    from tools.models import checkpoints
-    from tools.models.convert import models
-    from tools.models.hf.settings import complete
-
     saved = checkpoints.find(dense[0], None).args
     free = {"tensor_model_parallel_size": 2, "fp8": "e4m3", "cuda_graph_impl": "full_iteration"}
     given = argparse.Namespace(num_experts=4, moe_router_topk=None, moe_granularity=None, moe_layer_freq=None)
@@ -141,58 +122,31 @@ REFUSED = [
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[message for _, message in REFUSED])
 def test_refusals(
-    arguments: list[str],
-    message: str,
-    dense: tuple[Path, str],
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    process_groups: None,
+    arguments: list[str], message: str, dense: tuple[Path, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert main("--load", str(dense[0]), "--save", str(tmp_path / "remoe"), *arguments) == 1
+    assert main("--load", dense[0], "--save", tmp_path / "remoe", *arguments) == 1
     errors = capfd.readouterr().err
     assert message in errors and errors.count("\n") <= 3 and "Traceback" not in errors
     assert not any(tmp_path.iterdir())
 
 
-def test_what_is_no_checkpoint_of_a_source(
-    dense: tuple[Path, str],
-    topk: tuple[Path, str],
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    process_groups: None,
-) -> None:
-    assert main("--load", str(topk[0]), "--save", str(tmp_path / "remoe"), "--num-experts", "16") == 1
-    assert "--num-experts: --load is a top-k checkpoint" in capfd.readouterr().err
-    words = ["--save", str(tmp_path / "remoe"), "--num-experts", "8"]
-    more = ["--loss-bound", "10", "--tokens", "512"]
-    assert main("--load", str(dense[0]), *words, *more) == 0
-    capfd.readouterr()
-    assert main("--load", str(tmp_path / "remoe"), "--save", str(tmp_path / "again"), *words[2:]) == 1
-    assert "a checkpoint of a ReMoE already" in capfd.readouterr().err
-
-
-def test_damaged_checkpoints(
-    dense: tuple[Path, str], tmp_path: Path, capfd: pytest.CaptureFixture[str], process_groups: None
-) -> None:
-    from tools.models import checkpoints
-
-    words = ["--save", str(tmp_path / "remoe"), "--num-experts", "8"]
+def test_damaged_checkpoints(dense: tuple[Path, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(dense[0], broken)
     for file in broken.glob(f"iter_{STEPS_BEFORE:07d}/*.distcp"):
         os.truncate(file, file.stat().st_size // 2)
-    assert main("--load", str(broken), *words) == 1
+    assert main("--load", broken, "--save", tmp_path / "remoe", "--num-experts", "8") == 1
     error = capfd.readouterr().err
     assert f"it is truncated. --ckpt-step {STEPS_BEFORE // 2} is whole." in error and error.count("\n") == 1
 
-    # The conversion to another class reads while it writes. The error must name the folder that is read.
+    # The conversion to a different class reads while it writes. The error must name the folder that is read.
     whole = broken / f"iter_{STEPS_BEFORE // 2:07d}"
     place = next(place for piece, place in read_index(whole).storage_data.items() if piece.fqn == checkpoints.EMBEDDING)
     with (whole / place.relative_path).open("r+b") as file:
         file.seek(place.offset)
         file.write(bytes(64))
-    hybrid = ["--model", "hybrid", "--save", str(tmp_path / "hybrid"), "--ckpt-step", str(STEPS_BEFORE // 2)]
-    assert main("--load", str(broken), *hybrid) == 1
+    hybrid = ["--model", "hybrid", "--save", tmp_path / "hybrid", "--ckpt-step", STEPS_BEFORE // 2]
+    assert main("--load", broken, *hybrid) == 1
     error = capfd.readouterr().err
     assert str(whole) in error and "--save" not in error and error.count("\n") == 1
 

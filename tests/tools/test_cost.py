@@ -80,7 +80,6 @@ def kept_by_pytorch(args: argparse.Namespace) -> tuple[float, float]:
 plain_layers = pytest.mark.skipif(
     torch.cuda.is_available(), reason="a GPU's fused kernels keep less than the formula for plain ones"
 )
-FUSED: dict[str, object] = {"local_layer_fusion": True}
 LAYERS: dict[str, dict[str, object]] = {
     "Megatron's": {"local_layer_fusion": False},
     "fused": {},

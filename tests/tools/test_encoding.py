@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.gpt2_reference import gpt2_files, random_text, transformers_tokenizer
 from tools.text.preprocessing import encoding
@@ -43,8 +42,7 @@ def without_gigatoken(how: str, monkeypatch: pytest.MonkeyPatch) -> str:
     encode_batch = gigatoken.Tokenizer.encode_batch
 
     def wrong(self: gigatoken.Tokenizer, texts: list[str], parallel: bool) -> object:
-        changed = [text.replace("import", "export") if how == "some" else f"{text}x" for text in texts]
-        return encode_batch(self, changed, parallel=parallel)
+        return encode_batch(self, [text.replace("import", "export") for text in texts], parallel=parallel)
 
     if how == "absent":
         monkeypatch.setitem(sys.modules, "gigatoken", None)
@@ -53,17 +51,16 @@ def without_gigatoken(how: str, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.delattr(gigatoken.Tokenizer, "__init__")
         return "takes no arguments"
     monkeypatch.setattr(gigatoken.Tokenizer, "encode_batch", wrong)
-    return "it gives other ids for 'import this'" if how == "some" else "it gives other ids for ''"
+    return "it gives other ids for 'import this'"
 
 
-@pytest.mark.parametrize("how", ["absent", "fails", "all", "some"])
-def test_gigatoken_that_does_not_work(how, tmp_path, capsys, monkeypatch) -> None:
+@pytest.mark.parametrize("how", ["absent", "fails", "wrong"])
+def test_gigatoken_that_does_not_work(how, byte_files, tokenizer, capsys, monkeypatch) -> None:
     """A single warning gives the reason, and the ids are right."""
-    files = byte_level_vocabulary(tmp_path)
-    reference = transformers_tokenizer(str(gpt2_tokenizer_folder(*files, cache_dir=tmp_path)))
+    reference = transformers_tokenizer(str(tokenizer))
     texts = ["import this", "naïve", ""]
     reason = without_gigatoken(how, monkeypatch)
-    encoder = gpt2_encoder(*files)
+    encoder = gpt2_encoder(*byte_files)
     with ThreadPoolExecutor(4) as pool:
         for encoded in pool.map(encoder.encode, [texts] * 8):
             assert [ids.tolist() for ids in encoded.documents()] == reference(texts).input_ids

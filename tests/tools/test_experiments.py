@@ -188,19 +188,13 @@ def test_runs_of_equal_flops() -> None:
     assert compare.run_of_equal_flops(replace(run, seed=2), remoe, known) is None
 
 
-def tuned_rows(args: Any) -> list[results.Row]:
-    """Return made-up results: rate 2 is best for dense and top-k, 1 for ReMoE."""
-    rows: list[results.Row] = []
-    for run in compare.tuning_runs(args):
-        best = 1.0 if run.routing == "remoe" else 2.0
-        rows.append((run, results.Result(20, loss=2.0 + abs(run.rate - best) + (run.warmup or 0) / 1000)))
-    return rows
-
-
 def test_each_arm_has_its_own_rate_and_warmup(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     words = "--arms dense moe --experts 4 8 --steps 40 --seeds 1 2 1 --lr-factors 1 2 --warmups 4 8 --tuning-steps 20"
     args = compare.parse_arguments([*words.split(), "--output-dir", str(tmp_path)])
-    rows = tuned_rows(args)
+    rows: list[results.Row] = []
+    for run in compare.tuning_runs(args):  # made-up results: rate 2 is best for dense and top-k, 1 for ReMoE
+        best = 1.0 if run.routing == "remoe" else 2.0
+        rows.append((run, results.Result(20, loss=2.0 + abs(run.rate - best) + (run.warmup or 0) / 1000)))
     assert len(rows) == 4 * (2 * 2 + 1), "dense is tuned once for all numbers of experts"
     tuned = compare.choose_rates(args, dict(rows))
     assert tuned == {(0, "dense"): (2.0, 4)} | {

@@ -1,7 +1,6 @@
-"""Train small grids: they resume, notice other settings, and end at a second interrupt."""
+"""Train small grids: each run once, each arm and setting, and the end at a second interrupt."""
 
 import io
-import json
 import os
 import signal
 import sys
@@ -21,11 +20,11 @@ from tests.entry import shared_entry
 from tests.tools.sweeping import start, sweep
 from tests.training_runs import REPOSITORY, SMALL, finish, records
 from tools.experiments import compare
-from tools.experiments.arms import ARMS, SETTINGS
+from tools.experiments.arms import ARMS, RATE, SETTINGS
 from tools.experiments.results import read_folder
 from tools.experiments.run import Run, Text
 from tools.runs.training_display import ShownTraining, TrainingDisplay
-from tools.text.corpora.dataset import MIXED, SUBWORDS, make_text
+from tools.text.corpora.dataset import MIXED, make_text
 
 ITERATIONS = 20
 FLAGS = [
@@ -55,7 +54,7 @@ def test_a_second_interrupt_ends_all_at_once(tmp_path: Path) -> None:
             display.run(shown[place], command, os.environ | {"PYTHONPATH": str(REPOSITORY)}, log)
 
     def interrupt_twice() -> None:
-        while not all((tmp_path / f"{place}.log").exists() for place in (0, 1)):  # tee and the training have started
+        while not all((tmp_path / f"{place}.log").exists() for place in (0, 1)):  # tee and the run have started
             time.sleep(0.05)
         for _ in range(2):
             time.sleep(1.0)
@@ -79,34 +78,21 @@ def test_a_second_interrupt_ends_all_at_once(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- launch scripts
 
 
-@pytest.mark.slow
-def test_trains_goes_on_and_notices_other_settings(data: Path, tmp_path: Path) -> None:
-    output_dir, environment = tmp_path / "sweep", {"DATA_PATH": str(data)}
-    options = f"--output-dir {output_dir} --gpus-per-node 1 --micro-batch-size 2 --train-iters {ITERATIONS}".split()
+def test_launch_scripts_train_once(data: Path, tmp_path: Path) -> None:
+    """A finished run is not trained again, and refused with other settings.
+
+    3 does not divide the FFN size: that run fails, the other does not.
+    """
+    options = f"--output-dir {tmp_path} --gpus-per-node 1 --micro-batch-size 2 --train-iters {ITERATIONS}".split()
     options += "--figures granularity --routings remoe --granularities".split()
-    name = "182m_remoe_e8g1k1_gpu_steps20_seed1234"
-    log = output_dir / name / "train.log"
-
-    # Stop the first run; it saves a checkpoint.
-    process = start(*options, "1", "--", *FLAGS, **environment)
-    while process.poll() is None and not (log.exists() and len(records(log.read_text())) > 2):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    output, errors = finish(process, code=130)
-    assert "The same command" in errors
-    cut = max(records(log.read_text()))
-    assert cut < ITERATIONS
-
-    output, _ = sweep(*options, "1", "--", *FLAGS, **environment)
-    assert f"from iteration {cut}" in output and f"{name}: validation loss" in output
-    assert list(records(log.read_text())) == list(range(1, ITERATIONS + 1))
-
-    # All done: nothing is trained again.
-    before = {path: path.stat().st_mtime_ns for path in log.parent.rglob("*")}
-    output, _ = sweep(*options, "1", "--", *FLAGS, **environment)
+    failing, name = (f"182m_remoe_e8g{granularity}k1_gpu_steps20_seed1234" for granularity in (3, 1))
+    output, errors = finish(start(*options, "3", "1", "--", *FLAGS, DATA_PATH=str(data)), code=1)
+    assert "failed with exit code" in output and "--moe-granularity" in output
+    assert f"1 runs did not finish: {failing}." in errors and f"{name}: validation loss" in output
+    assert list(records((tmp_path / name / "train.log").read_text())) == list(range(1, ITERATIONS + 1))
+    output, _ = sweep(*options, "1", "--", *FLAGS, DATA_PATH=str(data))
     assert "1 finished; 0 to train" in output
-    assert {path: path.stat().st_mtime_ns for path in log.parent.rglob("*")} == before
-    _, errors = sweep(*options, "1", "--", *FLAGS, "--lr", "1e-3", code=2, **environment)
+    _, errors = sweep(*options, "1", "--", *FLAGS, "--lr", "1e-3", code=2, DATA_PATH=str(data))
     assert "--lr was 5e-4 and is now 1e-3" in errors and "a different --output-dir" in errors
 
 
@@ -128,7 +114,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_a_small_comparison(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,12 +142,15 @@ def test_a_small_comparison(
     assert compare.main(words) == 0 and {path: path.stat().st_mtime_ns for path in before} == before
 
 
-@pytest.mark.slow
+# The quickstart's test and test_a_small_comparison train these arms; the latter also varies the learning rate.
+TRAINED, VARIED = {"dense", "moe", "remoe", "remoe-capped"}, {RATE}
+
+
 @pytest.mark.parametrize(
     "run",
     [
-        *map(Run, ARMS),
-        *(Run(setting.arms[0]).vary(name, setting.values[-1]) for name, setting in SETTINGS.items()),
+        *(Run(arm) for arm in ARMS if arm not in TRAINED),
+        *(Run(each.arms[0]).vary(name, each.values[-1]) for name, each in SETTINGS.items() if name not in VARIED),
     ],
     ids=lambda run: run.name,
 )
@@ -172,23 +160,3 @@ def test_each_arm_and_each_setting_trains(run: Run, text: Path) -> None:
     code, printed = shared_entry().run([*run.tiny_flags(known, few)], limit=120)
     assert code == 0, printed[-3000:]
     assert list(records(printed)) == [1, 2]
-
-
-@pytest.mark.slow
-def test_subword_tokens(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run on subwords has its loss in nats per byte: about that of 256 equally likely bytes before it has learned.
-
-    3 does not divide the FFN size: that run fails, the other does not.
-    """
-    monkeypatch.setattr(TrainingDisplay, "_start", fork)
-    options = f"--tiny --tokens {SUBWORDS} --figures granularity --routings moe --steps 10 --processes 1".split()
-    options += ["--output-dir", str(tmp_path), "--text-dir", str(text), "--granularities", "3", "1"]
-    output, errors = sweep(*options, code=1, DATA_PATH="")
-    assert "182m_moe_e8g3" in output and "failed with exit code" in output and "--moe-granularity" in output
-    assert "1 runs did not finish: 182m_moe_e8g3" in errors
-    [(run, result)] = [row for row in read_folder(tmp_path) if row[1] is not None]
-    manifest = json.loads((text / "data-subwords" / "manifest.json").read_text())
-    assert run.tokens == SUBWORDS and result is not None and result.loss is not None
-    tokens, sizes = (sum(manifest[name]["heldout"].values()) for name in ("tokens", "bytes"))
-    assert tokens < sizes / 2 and 1.0 < result.loss < 4.2
-    assert len(json.loads((text / "data-subwords" / "vocab.json").read_text())) <= 4096

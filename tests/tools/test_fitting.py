@@ -7,27 +7,23 @@ from tests.layers import FFN, HIDDEN
 from tools.models.convert.fitting import fit_router, keep_largest, split_mlp
 
 
-def dense_weights(bias: bool = False, gated: bool = True) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    shapes = {"linear_fc1.weight": (FFN * (1 + gated), HIDDEN), "linear_fc2.weight": (HIDDEN, FFN)}
-    if bias:
-        shapes |= {"linear_fc1.bias": (FFN * (1 + gated),), "linear_fc2.bias": (HIDDEN,)}
+def dense_weights(gated: bool) -> dict[str, torch.Tensor]:
+    generator, rows = torch.Generator().manual_seed(1), FFN * (1 + gated)
+    shapes = {"linear_fc1.weight": (rows, HIDDEN), "linear_fc1.bias": (rows,)}
+    shapes |= {"linear_fc2.weight": (HIDDEN, FFN), "linear_fc2.bias": (HIDDEN,)}
     return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
 
 
-def mlp(tokens: torch.Tensor, weights: dict[str, torch.Tensor], gated: bool = True) -> torch.Tensor:
-    hidden = torch.nn.functional.linear(tokens, weights["linear_fc1.weight"], weights.get("linear_fc1.bias"))
-    if gated:
-        gate, up = hidden.chunk(2, dim=-1)
-        hidden = torch.nn.functional.silu(gate) * up
-    else:
-        hidden = torch.nn.functional.gelu(hidden)
-    return torch.nn.functional.linear(hidden, weights["linear_fc2.weight"], weights.get("linear_fc2.bias"))
+def mlp(tokens: torch.Tensor, weights: dict[str, torch.Tensor], gated: bool) -> torch.Tensor:
+    hidden = torch.nn.functional.linear(tokens, weights["linear_fc1.weight"], weights["linear_fc1.bias"])
+    gate, up = hidden.chunk(2, dim=-1)
+    hidden = torch.nn.functional.silu(gate) * up if gated else torch.nn.functional.gelu(hidden)
+    return torch.nn.functional.linear(hidden, weights["linear_fc2.weight"], weights["linear_fc2.bias"])
 
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_parts_of_a_layer_add_up_to_it(gated: bool) -> None:
-    parts, weights = 4, dense_weights(bias=True, gated=gated)
+    parts, weights = 4, dense_weights(gated)
     tokens = torch.randn(9, HIDDEN, dtype=torch.float64)
     cut = split_mlp(weights, parts, gated)
     assert len(cut) == parts and cut[0]["linear_fc2.weight"].shape == (HIDDEN, FFN // parts)
@@ -36,9 +32,9 @@ def test_parts_of_a_layer_add_up_to_it(gated: bool) -> None:
     )
 
 
-def normed_inputs(common: float, tokens: int = 6000, hidden: int = 32) -> torch.Tensor:
+def normed_inputs(common: float) -> torch.Tensor:
     """Return inputs as a norm leaves them: of equal length, with a shared part `common` times as large as the rest."""
-    generator = torch.Generator().manual_seed(3)
+    generator, tokens, hidden = torch.Generator().manual_seed(3), 6000, 32
     inputs = torch.randn(tokens, hidden, generator=generator) + common * torch.randn(hidden, generator=generator)
     return torch.nn.functional.normalize(inputs, dim=1) * hidden**0.5
 

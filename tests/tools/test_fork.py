@@ -1,5 +1,6 @@
 """Test checkpoints that the authors' code wrote: conversion, continued training, and use in the tools."""
 
+import argparse
 import math
 import shutil
 import tarfile
@@ -8,14 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.remoe.start.checkpoint_files import common_state
+from megatron.remoe.start.checkpoint_index import read_index
 from tests.fork import oracle
-from tests.training_runs import REPOSITORY, run, series
+from tests.training_runs import REPOSITORY, run, series, weights
+from tools.models import checkpoints
+from tools.models.convert.command import main
+from tools.models.convert.from_fork import COEFFICIENT, _exponent
+from tools.models.convert.rewriting import read_content, write_content
+from tools.models.hf.settings import complete
+from tools.models.megatron_model import build
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:torch.distributed"),
-    pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning"),
-]
+pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module")
@@ -36,20 +41,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def convert(*arguments: object) -> int:
-    from tools.models.convert.command import main
-
     return main(["--from-fork", *map(str, arguments)])
 
 
-def expected(folder: Path) -> dict[str, object]:
-    return torch.load(folder / "expected.pt", weights_only=True)
-
-
 def logits(run: Path, ids: torch.Tensor) -> torch.Tensor:
-    from tools.models import checkpoints
-    from tools.models.hf.settings import complete
-    from tools.models.megatron_model import build
-
     checkpoint = checkpoints.find(run, None)
     model = build(complete(checkpoint.args))
     checkpoints.load(checkpoint, model)
@@ -67,13 +62,13 @@ def continued(kind: str, text: Path, load: Path, save: Path, *more: str, expect:
 
 @pytest.mark.parametrize("kind", oracle.KEPT)
 def test_a_training_of_the_fork_continues(
-    kind: str, saved: Path, text: Path, tmp_path: Path, process_groups: None, capsys: pytest.CaptureFixture[str]
+    kind: str, saved: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert convert("--load", saved / kind, "--save", tmp_path / "here") == 0
     printed = capsys.readouterr().out
     if "remoe" in kind:
         assert "exponent 8" in printed
-    there = expected(saved / kind)
+    there = torch.load(saved / kind / "expected.pt", weights_only=True)
     torch.testing.assert_close(logits(tmp_path / "here", there["tokens"]), there["logits"], rtol=0, atol=2e-6)
     output = continued(kind, text, tmp_path / "here", tmp_path / "run")
     losses = series(output, "lm loss")
@@ -87,8 +82,6 @@ def test_a_training_of_the_fork_continues(
 
 def test_the_optimizers_state_is_the_forks(saved: Path, tmp_path: Path) -> None:
     """Every number is equal. In bfloat16, losses would hardly show a wrong state."""
-    from tests.training_runs import weights
-
     assert convert("--load", saved / "remoe", "--save", tmp_path / "here") == 0
     there, here = weights(saved / "remoe", oracle.SAVED), weights(tmp_path / "here", oracle.SAVED)
     compared = 0
@@ -113,11 +106,6 @@ def test_the_optimizers_state_is_the_forks(saved: Path, tmp_path: Path) -> None:
 
 def test_state_of_several_optimizers_is_put_together(saved: Path, tmp_path: Path) -> None:
     """With expert parallelism experts have a separate optimizer. The result is the same."""
-    from megatron.remoe.start.checkpoint_files import common_state
-    from megatron.remoe.start.checkpoint_index import read_index
-    from tests.training_runs import weights
-    from tools.models.convert.rewriting import read_content, write_content
-
     name = f"iter_{oracle.SAVED:07d}"
     source = saved / "remoe" / name
     content = {
@@ -166,13 +154,9 @@ def test_refusals(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "not a checkpoint of the authors' fork" in refusal("mine")
 
 
-@pytest.mark.parametrize(("coefficient", "exponent"), [(1e-4, 0), (1e-4 * 1.2**-30, -30), (1e-4 * 1.2**2.4, 2)])
+@pytest.mark.parametrize(("coefficient", "exponent"), [(1e-4 * 1.2**-30, -30), (1e-4 * 1.2**2.4, 2)])
 def test_lambda_is_rounded_to_a_power(coefficient: float, exponent: int) -> None:
     """The exponent is rounded, so λ changes by at most a factor of √α."""
-    import argparse
-
-    from tools.models.convert.from_fork import COEFFICIENT, _exponent
-
     args = argparse.Namespace(moe_relu_l1_reg_coeff_init=1e-4, moe_relu_l1_reg_coeff_multiplier=1.2)
     state = {"model": {COEFFICIENT: torch.tensor(1.0)}, "model1": {COEFFICIENT: torch.tensor(coefficient)}}
     result = _exponent(state, args)

@@ -1,4 +1,4 @@
-"""Test the import of public models, their export, and the training of a ReMoE with fewer experts from a top-k model."""
+"""Test the import of public models, their export, and further training by the printed command."""
 
 import json
 import math
@@ -19,16 +19,12 @@ from tools.models.hf.opening import open_model
 from tools.models.hf.settings import complete
 from tools.models.megatron_model import build
 
-pytestmark = [
-    pytest.mark.usefixtures("process_groups"),
-    pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:torch.distributed"),
-    pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning"),
-]
+pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 SIZES = {
     **{"vocab_size": 257, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
     **{"num_key_value_heads": 2, "max_position_embeddings": 128, "num_experts_per_tok": 2},
 }
+QWEN = SIZES | {"num_experts": 4, "moe_intermediate_size": 48, "head_dim": 32}
 LATENT = SIZES | {
     **{"num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 2, "moe_intermediate_size": 48},
     **{"first_k_dense_replace": 1, "q_lora_rank": None, "kv_lora_rank": 32, "v_head_dim": 16},
@@ -39,12 +35,8 @@ YARN |= {"beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 40
 MODELS: dict[str, Callable[[], Any]] = {
     "Mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4),
     "OLMoE": lambda: OlmoeConfig(**SIZES, num_experts=4, eos_token_id=None),
-    "Qwen3-MoE": lambda: QwenConfig(
-        **SIZES, num_experts=4, moe_intermediate_size=48, head_dim=32, norm_topk_prob=True, mlp_only_layers=[1]
-    ),
-    "Qwen3-MoE, tied": lambda: QwenConfig(
-        **SIZES, num_experts=4, moe_intermediate_size=48, head_dim=32, norm_topk_prob=False, tie_word_embeddings=True
-    ),
+    "Qwen3-MoE": lambda: QwenConfig(**QWEN, norm_topk_prob=True, mlp_only_layers=[1]),
+    "Qwen3-MoE, tied": lambda: QwenConfig(**QWEN, norm_topk_prob=False, tie_word_embeddings=True),
     "DeepSeek-V2-Lite": lambda: DeepseekV2Config(**LATENT),
     "DeepSeek-V2": lambda: DeepseekV2Config(**(LATENT | {"q_lora_rank": 24, "routed_scaling_factor": 1.5})),
     "DeepSeek-V2-Lite, YaRN": lambda: DeepseekV2Config(
@@ -100,11 +92,11 @@ def test_printed_command_trains_on(name: str, data: Path, tmp_path: Path, capfd:
 
 
 FOREIGN: dict[str, tuple[dict[str, Any], str]] = {
-    "another model": ({"model_type": "llama"}, "E511|'llama'"),
+    "a different model": ({"model_type": "llama"}, "E511|'llama'"),
     "groups that do not fit": ({"num_key_value_heads": 3}, "E51"),
     "a window": ({"sliding_window": 64}, "E512|sliding_window 64"),
     "scaled positions": ({"rope_parameters": {**YARN, "rope_type": "linear"}}, "E512|linear"),
-    "another activation": ({"hidden_act": "gelu"}, "E512|hidden_act"),
+    "a different activation": ({"hidden_act": "gelu"}, "E512|hidden_act"),
 }
 
 

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from megatron.remoe.files.gpt2_files import byte_level_vocabulary
-from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.hf.models import args_of, make
 from tools.models import checkpoints
 from tools.models.generate import main
@@ -19,23 +17,19 @@ pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarni
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Write a model as a run's checkpoint and as a folder, a dense model, and one without a tokenizer."""
+def places(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Write a model as a run's checkpoint and as a folder, and a dense model."""
     root = tmp_path_factory.mktemp("models")
-    vocabulary = gpt2_tokenizer_folder(*byte_level_vocabulary(root / "files"), cache_dir=root)
     model = make("relu", vocab_size=264, max_position_embeddings=24)
     args = args_of(model.config)
-    args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(vocabulary)
+    args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(tokenizer)
     megatron = build(args)
     fill_megatron(megatron, model, model.config)
-    (root / "parent").mkdir()
-    for place in ("run", "parent/checkpoints"):
-        checkpoints.save(megatron, args, root / place)
+    checkpoints.save(megatron, args, root / "run")
     names = ["input_ids", "token_type_ids", "attention_mask"]  # some tokenizers' default
     for name, one in {"folder": model, "dense": make("dense", vocab_size=264)}.items():
         one.save_pretrained(root / name)
-        AutoTokenizer.from_pretrained(vocabulary, model_input_names=names).save_pretrained(root / name)
-    make("dense").save_pretrained(root / "no tokenizer")
+        AutoTokenizer.from_pretrained(tokenizer, model_input_names=names).save_pretrained(root / name)
     return {path.name: path for path in root.iterdir()}
 
 
@@ -50,11 +44,7 @@ def test_run_and_folder_say_the_same(
     (tmp_path / "prompt").write_text("def f")
     for how in (["--temperature", "0"], ["--top-k", "9", "--top-p", "0.9", "--seed", "5"]):
         texts = set()
-        for place, prompt in (
-            ("run", "--prompt=def f"),
-            ("parent", "--prompt=def f"),
-            ("folder", f"--prompt-file={tmp_path / 'prompt'}"),
-        ):
+        for place, prompt in (("run", "--prompt=def f"), ("folder", f"--prompt-file={tmp_path / 'prompt'}")):
             text, costs = generate(capfd, "--load", places[place], prompt, "--max-new-tokens", "7", *how)
             assert text.startswith("def f")
             match = re.search(r"(\d+) tokens, [\d.]+ tokens/s, ([\d.]+) experts per token and layer", costs)
@@ -75,8 +65,6 @@ def test_run_and_folder_say_the_same(
         ("folder", ["--prompt", ""], "E501"),
         ("folder", ["--prompt", "a" * 24], "E501"),
         ("folder", ["--prompt-file", "/nowhere"], "E300"),
-        ("no tokenizer", ["--prompt", "a"], "E513"),
-        ("files", ["--prompt", "a"], "E404"),
     ],
 )
 def test_refusals(

@@ -38,11 +38,6 @@ def test_sparsity_and_load_of_the_last_quarter() -> None:
     assert picture.late_load(figures, 100)[2] == pytest.approx([90, 0])
 
 
-def assert_is_picture(path: Path) -> None:
-    picture = imread(path)
-    assert picture.shape[:2] == (1100, 1600) and picture.std() > 0.05
-
-
 def start(*arguments: str, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(ROOT / "tools"), "quickstart", *arguments], cwd=folder, text=True,
@@ -61,11 +56,11 @@ def test_end_to_end(tmp_path: Path) -> None:
     write_small_corpus(output_dir / "corpus")
     runs = output_dir / f"iterations-{ITERATIONS}"
 
-    # Interrupt the first training once it has a checkpoint.
+    # Interrupt the first run once it has a checkpoint.
     process = start(*arguments, folder=tmp_path)
     while process.poll() is None and not saved_iteration(runs / "dense"):
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     _, errors = finish(process, code=130)
     assert "The same command" in errors and "Traceback" not in errors
     cut = saved_iteration(runs / "dense")
@@ -80,7 +75,8 @@ def test_end_to_end(tmp_path: Path) -> None:
     assert logged == list(range(1, ITERATIONS + 1)), "each iteration was trained once"
     summary = json.loads((runs / "summary.json").read_text())
     per_byte = assert_is_complete(summary, output_dir)
-    assert_is_picture(runs / "report.png")
+    drawn = imread(runs / "report.png")
+    assert drawn.shape[:2] == (1100, 1600) and drawn.std() > 0.05
     for model in tiny.NAMES:
         log = (runs / model / "train.log").read_text()
         [printed] = re.findall(r"number of parameters on .*: (\d+)", log)[-1:]
@@ -95,7 +91,7 @@ def test_end_to_end(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in runs.glob("*/**/*") if path.is_file()} == before
     assert output.count(": reused, ") == 3 and re.search(r"against dense +[+-]0\.\d{3} +[+-]0\.\d{3}\n", output)
     assert json.loads((runs / "summary.json").read_text()) == summary
-    assert not (output_dir / "summary.json").exists(), "that is the place of a whole training's"
+    assert not (output_dir / "summary.json").exists(), "its place after the default number of iterations"
 
     # What it says to try next can be parsed, and the files are there.
     commands = [shlex.split(line) for line in output.partition("To try next")[2].splitlines()[1:]]
@@ -111,6 +107,7 @@ def assert_is_complete(summary: dict, folder: Path) -> dict[str, float]:
     """Return domain → held-out tokens of a byte."""
     manifest, experts, length = json.loads((folder / "data-subwords" / "manifest.json").read_text()), 32, 128
     data, sizes = (manifest[kind]["heldout"] for kind in ("tokens", "bytes"))
+    assert sum(data.values()) < sum(sizes.values()) / 2, "subwords"
     for model in tiny.NAMES:
         figures = summary[model]
         assert 1 < figures["val_loss"] < 3 and figures["tokens_per_second"] > 0

@@ -83,7 +83,7 @@ def test_launch_commands(name: str, request: pytest.FixtureRequest) -> None:
 
 @needs_cuda_build
 def test_a_stage_without_data_takes_its_steps(tmp_path: Path) -> None:
-    """A middle pipeline stage starts without data. In a real training the first rank tells it to train."""
+    """A middle pipeline stage starts without data. In a real run the first rank tells it to train."""
     options = Namespace(gpus=8, gpus_per_node=8, gpu="h100", stage=None, rates=rates("h100"))
     flags = [*REMOE_182M, "--pipeline-model-parallel-size", "4"]
     flags = rehearse.rehearsal_flags(flags, read_values(flags), rehearse.MOST_STEPS)
@@ -112,7 +112,7 @@ REFUSED = {
     [pytest.param(*case, id=name, marks=[pytest.mark.bulk] * (name in BULK)) for name, case in REFUSED.items()],
 )
 def test_a_training_that_does_not_start(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The rehearsal prints the error of the real training."""
+    """The rehearsal prints the error that the real run would end with."""
     assert rehearse.main(["--gpus", "8", "--", *flags]) == 1
     output = capsys.readouterr().out
     assert "THE TRAINING DOES NOT START" in output and words in output

@@ -1,4 +1,4 @@
-"""Test the report of a tiny training: what it reads, what the page shows, and how it looks in a browser."""
+"""Test the report of a tiny run: the figures on the page, its look in a browser, and errors."""
 
 import json
 import os
@@ -79,18 +79,13 @@ def test_a_figure_has_one_tooltip_for_all_runs(trained: Path) -> None:
             assert len(line.data_source.data["x"]) <= FEW and len(line.data_source.data["run1"]) > 1
 
 
-def browser_path() -> str:
-    """Return a browser's path; without one skip the test, or fail it if REQUIRE_BROWSER is set."""
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Start a browser; without one skip the test, or fail it if REQUIRE_BROWSER is set."""
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
         missing = f"needs a browser, one of {', '.join(BROWSERS)}: apt-get install chromium"
         (pytest.fail if os.environ.get("REQUIRE_BROWSER") else pytest.skip)(missing)
-    return path
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    path = browser_path()
     with sync_playwright() as playwright:
         yield playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
 

@@ -57,7 +57,7 @@ def test_figures_of_a_resumed_run(tmp_path: Path) -> None:
     write_run(tmp_path / "run", 25, line(1, 0.9), line(10), line(20), *flips, last, final(25, 4.5))
     result = read(tmp_path / "run")
     assert (result.iterations, result.settled, result.first_near) == (25, None, None)
-    assert (result.flip_rate, result.flip_count) == (0.1, 0.8), "late in the training"
+    assert (result.flip_rate, result.flip_count) == (0.1, 0.8), "late in the run"
     assert result.training_seconds == pytest.approx(10 * 0.1 + 10 * 0.2), "the first step is one of the first ten"
     assert read_result(tmp_path / "nothing") is None
 
@@ -87,7 +87,7 @@ def test_stages_of_a_remoe(tmp_path: Path) -> None:
     path = [0.50, 0.51, 0.53, 0.70, 0.745, 0.76, 0.744, 0.755, 0.75, 0.75]
     lines = [line(5 * place, sparsity=s, target_sparsity=0.75) for place, s in enumerate(path, start=1)]
     write_run(tmp_path, 50, *lines, num_experts=8, moe_router_topk=2)
-    assert read(tmp_path).settled == 35
+    assert (read(tmp_path).first_near, read(tmp_path).settled) == (25, 35)
     dense, way, steady = stages.stages(read_figures(tmp_path), stages.Flops(sequence=100.0, expert=10.0))
     assert (dense.first, dense.last, way.first, way.last, steady.first, steady.last) == (1, 10, 11, 35, 36, 50)
     assert dense.experts == pytest.approx(8 * (0.50 + 0.49) / 2)
@@ -133,6 +133,7 @@ def test_tables_and_panels_of_a_folder(tmp_path: Path) -> None:
     for seed in (1, 2):
         for run, loss in ((base, 1.5), (replace(base, arm="moe"), 1.6), (base.vary("l1-init", 1.0), 1.7)):
             finish_run(grid, replace(run, seed=seed), loss + seed / 100)
+    finish_run(grid, replace(base, arm="moe", seed=3), 9.99)  # without a pair
     job = jobs.make_job(replace(base, arm="moe-hash"), grid)
     write_run(job.folder, 20, line(8))
     jobs.write_json(job.folder / results.STAMP, job.stamp)
@@ -140,7 +141,7 @@ def test_tables_and_panels_of_a_folder(tmp_path: Path) -> None:
     options = "--tiny --steps 20 --seeds 1 2 --figures size routing l1-init --collect --output-dir".split()
     output, _ = sweep(*options, str(tmp_path))
     page = (tmp_path / "results.md").read_text()
-    assert re.search(r"\| 182m_moe_e8g1k1_steps20 \| 1\.6150 ± \S+ \| \+0\.1000 ± 0\.0000 \(2\) \| higher", page)
+    assert re.search(r"\| 182m_moe_e8g1k1_steps20 \| 4\.4067 ± \S+ \| \+0\.1000 ± 0\.0000 \(2\) \| higher", page)
     assert f"- {job.run.name}: not finished, at iteration 8 of 20" in page and page.count("| 182m") == 3
     assert "moe-hash" in output and imread(tmp_path / "results.png").size
     args = parse_arguments([*options, str(tmp_path)])
