@@ -32,7 +32,7 @@ def run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, errors="replace")
 
 
-def why_no_transformer_engine(interpreter: str) -> str | None:
+def find_engine_problem(interpreter: str) -> str | None:
     """Return why Transformer Engine cannot be imported; None if it can. A new process tries it, as it may crash."""
     if importlib.util.find_spec("transformer_engine") is None:
         return "not installed"
@@ -63,7 +63,7 @@ def gpu_flags(has_experts: bool, kernels: str, values: Mapping[str, Any], interp
     """
     problem: str | None = "not asked for"
     if interpreter and values["--transformer-impl"] != "local":
-        problem = why_no_transformer_engine(interpreter)
+        problem = find_engine_problem(interpreter)
     if problem is None:
         engine, chosen = "Transformer Engine", ["--transformer-impl", "transformer_engine"]
         if has_experts:
