@@ -136,6 +136,10 @@ def test_the_embedding_hands_over_ids(process_groups: None) -> None:
         ({"moe_router_score_function": "sigmoid"}, "--moe-router-score-function sigmoid cannot be used with"),
         ({"pipeline_model_parallel_size": 2}, "--pipeline-model-parallel-size 2 cannot be used with"),
         ({"moe_baseline_router": "deco"}, "--moe-baseline-router deco changes the gates of ReLU routing"),
+        (
+            {"moe_baseline_router": "deco", "moe_relu_routing": True, "moe_relu_l1_reg_load_balancing": False},
+            "--no-moe-relu-l1-reg-load-balancing cannot be used with --moe-baseline-router deco",
+        ),
         ({"mtp_num_layers": 1}, "--mtp-num-layers 1 cannot be used with --moe-baseline-router hash"),
     ],
 )  # fmt: skip

@@ -35,7 +35,7 @@ def parse_arguments(arguments: Sequence[str]) -> Namespace:
     """Parse the command line; defaults come from the environment."""
     parser = tool_parser("quickstart", __doc__)
     add = parser.add_argument
-    text = "mixed: code, documentation and drama, 15 MB; technical: descriptions of web services, 43 MB"
+    text = "mixed: code, documents, drama, 15 MB; technical: web services, 43 MB; broad: both, and Python, 225 MB"
     add("--corpus", choices=dataset.CORPORA, default=dataset.MIXED, help=f"{text} (default: %(default)s)")
     text = f"for all files (default: {' or '.join(map(str, dataset.FOLDERS.values()))} in the project's folder)"
     add("--output-dir", type=Path, metavar="FOLDER", help=text)

@@ -256,6 +256,8 @@ def _baseline(settings: Settings) -> Iterator[str]:
     changes_relu = settings.moe_baseline_router in RELU_VARIANTS
     if changes_relu and not settings.moe_relu_routing:
         yield f"{given} changes the gates of ReLU routing: add --moe-relu-routing."
+    if settings.moe_baseline_router == "deco" and not settings.moe_relu_l1_reg_load_balancing:
+        yield f"--no-moe-relu-l1-reg-load-balancing cannot be used with {given}: it does not balance. Leave it out."
     if (settings.moe_relu_routing and not changes_relu) or settings.moe_warmup_topk is not None:
         other = "--moe-relu-routing" if settings.moe_relu_routing else "--moe-warmup-topk"
         yield f"{other} cannot be used with {given}: each is a router of its own. Give one of them."
