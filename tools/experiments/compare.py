@@ -14,16 +14,17 @@ command continues.
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from ..console.flags import above_zero, whole_number
 from ..recipes import tiny
 from .arms import ARMS
 from .grids import grid_parser, parse_words, run_grid, write_page
-from .pictures import Panel
+from .pictures import draw_final_losses
 from .results import Results, Row, finished, read_folder
 from .run import STEP, Run, rounded
 from .significance import MARGIN
-from .tables import EQUAL_FLOPS, EQUAL_STEPS, Line, gaps, markdown
+from .tables import Line, markdown
 
 REFERENCE, NONE = "remoe", "none"
 USUAL = """dense moe moe-lossfree moe-hash moe-expert-threshold moe-topp moe-normalized remoe remoe-capped
@@ -160,27 +161,19 @@ def tuning_lines(args: argparse.Namespace, results: Results, experts: int) -> It
             yield f"- {arm} tuned, loss by factor on the learning rate and warm-up: {', '.join(cells)}"
 
 
-def make_panel(lines: Sequence[Line], experts: int) -> Panel:
-    """Return a panel of the gaps by length, at equal FLOPs, or at equal steps if there are no gaps at equal FLOPs."""
-    differences = gaps(lines)
-    kind = EQUAL_FLOPS if any(kind == EQUAL_FLOPS for _, kind in differences) else EQUAL_STEPS
-    drawn: dict[tuple[str, str], dict[float, list[float]]] = {}
-    for (titles, kind_of_gap), values in differences.items():
-        if kind_of_gap == kind:
-            drawn.setdefault((titles[1], ""), {})[float(titles[0])] = values
-    ticks = {float(line.titles[0]): line.titles[0] for line in lines}
-    return Panel(f"E = {experts}, {kind}", "steps", drawn, ticks, is_log=True)
-
-
 def show(args: argparse.Namespace, rows: Sequence[Row]) -> None:
     """Write the tables and the picture of the finished runs."""
-    results, text, panels = finished(rows), list[str](), []
+    results, text, panels = finished(rows), list[str](), dict[str, dict[str, list[float]]]()
     for experts in args.experts:
         if lines := make_lines(args, results, experts):
             text += ["", f"E = {experts}, {args.size}, {args.corpus}:", "", *tuning_lines(args, results, experts), ""]
             text += markdown(["steps", "arm"], lines, MARGIN)
-            panels.append(make_panel(lines, experts))
-    write_page(args.output_dir, rows, text, panels, f"loss minus that of {ARMS[args.reference].title}", MARGIN)
+            for line in lines:
+                steps, arm = line.titles
+                losses = [each["loss"] for each in line.seeds.values()]
+                panels.setdefault(f"E = {experts}, {steps} steps", {})[arm] = losses
+    picture = partial(draw_final_losses, panels=panels, base=args.reference)
+    write_page(args.output_dir, rows, text, picture if panels else None)
 
 
 def main(arguments: Sequence[str]) -> int:

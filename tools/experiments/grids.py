@@ -19,7 +19,6 @@ from ..runs.running import run_tool
 from ..text.corpora import dataset
 from .execute import execute, queued_jobs, sbatch_command, state
 from .jobs import Grid, Job, check_conflicts, make_job
-from .pictures import Panel, draw
 from .results import Row, read_folder, read_results, write_results
 from .run import Run, Text, check_flags
 
@@ -130,16 +129,14 @@ def list_commands(jobs: Sequence[Job], grid: Grid) -> None:
     print(f"# to train: {sum(now != 'finished' for now in states)} runs")
 
 
-def write_page(
-    folder: Path, rows: Sequence[Row], lines: Sequence[str], panels: Sequence[Panel], label: str, margin: float = 0.0
-) -> None:
-    """Write results.json, results.md and, if there are panels, results.png; print the tables and the paths.
+def write_page(folder: Path, rows: Sequence[Row], lines: Sequence[str], draw: Callable[[Path], None] | None) -> None:
+    """Write results.json, results.md and, with `draw`, results.png; print the tables and the paths.
 
     Args:
         folder: for the files.
         rows: all runs.
         lines: the tables, in Markdown.
-        panels: of the picture; `label` and `margin` as in `draw`.
+        draw: writes the picture; None without losses.
     """
     console = Console()
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,11 +147,10 @@ def write_page(
         for run, result in rows
         if result is None or result.loss is None
     ]
-    panels = [panel for panel in panels if panel.lines]
     text = "\n".join([*lines, "", *unfinished])
-    write_text(written[1], f"# Results\n\n{text}\n" + ("\n![Losses](results.png)\n" if panels else ""))
-    if panels:
-        draw(written[2], panels, label, margin)
+    write_text(written[1], f"# Results\n\n{text}\n" + ("\n![Losses](results.png)\n" if draw else ""))
+    if draw:
+        draw(written[2])
     say(console, f"\n{text}\n")
-    for path in written if panels else written[:2]:
+    for path in written if draw else written[:2]:
         say(console, f"  {path}")

@@ -1,14 +1,18 @@
-"""Draw losses or gaps over a setting: a panel for each setting, a line for each arm, a dot for each seed."""
+"""Draw losses with a dot for each seed: over a setting with a line for each arm, or in a row for each arm."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
-from ..console.picture_style import MUTED, looks, picture
+from ..console.picture_style import looks, picture, routing_color
 from .arms import ARMS
+from .significance import half_width
 
 IN_A_ROW = 5
+MARGIN = 0.3  # of the axis of the losses in rows, at each end, as a share of their range; the labels need room
 
 
 @dataclass
@@ -29,26 +33,21 @@ class Panel:
     is_log: bool = False
 
 
-def draw(path: Path, panels: Sequence[Panel], label: str, margin: float = 0.0) -> None:
-    """Write the picture.
+def color_key(arm: str) -> str:
+    """Return the name of an arm's routing for `routing_color`."""
+    return ARMS[arm].router or arm.partition("-")[0]
 
-    Args:
-        path: a .png file.
-        panels: at least one.
-        label: of the vertical axis.
-        margin: half of a gray band around 0; 0 for none.
-    """
+
+def draw(path: Path, panels: Sequence[Panel], label: str) -> None:
+    """Write a .png file with at least one panel; `label` is that of the vertical axis."""
     from matplotlib.ticker import NullLocator
 
     names = [*dict.fromkeys(name for panel in panels for name in panel.lines)]
-    routers = (ARMS[arm].router or arm.partition("-")[0] for arm, _ in names)
-    colors = {name: color for name, (color, _) in zip(names, looks(routers), strict=True)}
+    colors = {name: color for name, (color, _) in zip(names, looks(color_key(arm) for arm, _ in names), strict=True)}
     columns, rows = min(IN_A_ROW, len(panels)), -(-len(panels) // IN_A_ROW)
     with picture(path, font_size=13, pad=(0.12, 0.1), figsize=(5 * max(2, columns), 4.8 * rows)) as figure:
         for place, panel in enumerate(panels, start=1):
             axes = figure.add_subplot(rows, columns, place)
-            if margin:
-                axes.axhspan(-margin, margin, color=MUTED, alpha=0.15, linewidth=0)
             for name, line in panel.lines.items():
                 points = sorted(line.items())
                 title = " ".join(filter(None, (ARMS[name[0]].title, name[1])))
@@ -65,3 +64,36 @@ def draw(path: Path, panels: Sequence[Panel], label: str, margin: float = 0.0) -
         legends = [axes.get_legend_handles_labels() for axes in figure.axes]
         handles = {title: handle for legend in legends for handle, title in zip(*legend, strict=True)}
         figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(len(handles), max(3, columns)))
+
+
+def draw_final_losses(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]], base: str) -> None:
+    """Write a .png file with panels of `plot_rows`: title → arm → losses of the seeds."""
+    columns, rows = min(IN_A_ROW, len(panels)), -(-len(panels) // IN_A_ROW)
+    height = 1 + 0.8 * max(map(len, panels.values()))
+    with picture(path, font_size=13, pad=(0.12, 0.1), figsize=(max(8, 6 * columns), height * rows)) as figure:
+        for place, (title, losses) in enumerate(panels.items(), start=1):
+            axes = figure.add_subplot(rows, columns, place)
+            plot_rows(axes, losses, base)
+            axes.set(title=title, xlabel="nats per byte; lower is better")
+        note = f"Loss on held-out text: seeds, mean with 95 % interval (difference from {ARMS[base].title})"
+        figure.suptitle(note, x=0.01, ha="left")
+
+
+def plot_rows(axes: Any, losses: Mapping[str, Sequence[float]], base: str) -> None:
+    """Draw a row for each arm: a small dot for each seed, and the mean with its 95 % interval.
+
+    The label is the mean to three digits, with its difference from that of the arm `base`.
+    """
+    means = {arm: fmean(seeds) for arm, seeds in losses.items()}
+    for row, (arm, seeds) in enumerate(losses.items()):
+        color, half = routing_color(color_key(arm)), half_width(seeds)
+        alpha, size = (0.5, 8) if half < math.inf else (1, 15)
+        axes.plot(seeds, [row] * len(seeds), "o", color=color, alpha=alpha, markersize=size)
+        if half < math.inf:
+            axes.errorbar(means[arm], row, xerr=half, color=color, capsize=6, marker="|", markersize=20)
+        difference = f" ({means[arm] - means[base]:+.3f})".replace("-", "−") if arm != base and base in means else ""
+        look = {"textcoords": "offset points", "ha": "center", "fontsize": 14}
+        axes.annotate(f"{means[arm]:.3f}{difference}", (means[arm], row), (0, 12), **look)
+    axes.margins(x=MARGIN)
+    axes.set_yticks(range(len(losses)), [ARMS[arm].title.replace(", ", ",\n") for arm in losses])
+    axes.set_ylim(len(losses) - 0.5, -0.7)  # the first arm at the top

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from ..console.picture_style import TARGET, picture, routing_color
 from ..recipes import tiny
 from ..runs.run_figures import RunFigures
-
-MARGIN = 0.3  # of the axis of the losses at each end, as a share of their range; the labels need room
+from .pictures import plot_rows
 
 
 def draw(path: Path, runs: Mapping[str, RunFigures], summary: Mapping[str, Any]) -> None:
@@ -19,7 +18,8 @@ def draw(path: Path, runs: Mapping[str, RunFigures], summary: Mapping[str, Any])
     remoe, iterations = runs["remoe"], summary["iterations"]
     with picture(path, font_size=11, pad=(0.15, 0.15), figsize=(16, 11)) as figure:
         ((loss, sparsity), (coefficient, load)) = figure.subplots(2, 2)
-        _draw_losses(loss, summary)
+        plot_rows(loss, {model: [summary[model]["val_loss"]] for model in tiny.NAMES}, "dense")
+        loss.set(title="Loss on held-out text at the end (against dense)", xlabel="nats per byte; lower is better")
         _draw_sparsity(sparsity, remoe, summary)
         coefficient.plot(*remoe.curve("l1_coefficient"), color=routing_color("remoe"), linewidth=1.5)
         coefficient.set(title="ReMoE: coefficient λ of the L1 term", xlabel="iteration", ylabel="λ", yscale="log")
@@ -30,20 +30,6 @@ def late_load(figures: RunFigures, last: int) -> dict[int, NDArray[np.float64]]:
     """Return layer → share of its tokens that each expert gets, the mean over the last quarter: [experts]."""
     late = [loads for iteration, loads in figures.loads.items() if iteration > 0.75 * last]
     return {layer: np.mean([loads[layer] for loads in late], axis=0) for layer in late[-1]}
-
-
-def _draw_losses(axes: Any, summary: Mapping[str, Any]) -> None:
-    """Draw a dot for each model, with its value to three digits and the difference from dense."""
-    losses = {model: summary[model]["val_loss"] for model in tiny.NAMES}
-    for row, (model, loss) in enumerate(losses.items()):
-        axes.plot(loss, row, "o", color=routing_color(model), markersize=16)
-        difference = f" ({loss - losses['dense']:+.3f})".replace("-", "−") if row else ""
-        look = {"textcoords": "offset points", "ha": "center", "fontsize": 14}
-        axes.annotate(f"{loss:.3f}{difference}", (loss, row), (0, 14), **look)
-    axes.margins(x=MARGIN)
-    axes.set(title="Loss on held-out text at the end (against dense)", xlabel="nats per byte; lower is better")
-    axes.set_yticks(range(len(losses)), [*tiny.NAMES.values()])
-    axes.set_ylim(len(losses) - 0.5, -0.7)  # the first model at the top
 
 
 def _draw_sparsity(axes: Any, remoe: RunFigures, summary: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import argparse
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ..console.flags import above_zero, whole_number
@@ -18,7 +19,7 @@ from ..recipes.layout import RecipeError
 from ..recipes.models import PAPER, Training
 from .arms import ARMS, SETTINGS
 from .grids import grid_parser, parse_words, run_grid, write_page
-from .pictures import Panel
+from .pictures import Panel, draw
 from .results import Results, Row, finished
 from .run import Run
 from .significance import MARGIN
@@ -155,7 +156,9 @@ def main(arguments: Sequence[str]) -> int:
     def show(rows: Sequence[Row]) -> None:
         results = finished(rows)
         panels = [make_panel(figure, planned, results) for figure, planned in plan_runs(args).items()]
+        drawn = [panel for panel in panels if panel.lines]
         lines = markdown(["run"], make_lines(results), MARGIN)
-        write_page(args.output_dir, rows, [*lines], panels, "validation loss (nats per token)")
+        picture = partial(draw, panels=drawn, label="validation loss (nats per token)")
+        write_page(args.output_dir, rows, [*lines], picture if drawn else None)
 
     return run_grid("sweep", args, rounds, show)
