@@ -5,16 +5,18 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
 from tests.training_runs import REPOSITORY
 from tools.experiments import compare
+from tools.experiments.arms import ARMS
 from tools.experiments.quickstart import parse_arguments as quickstart
-from tools.experiments.results import read_results
+from tools.experiments.results import finished, read_results
 from tools.experiments.significance import MARGIN
 from tools.experiments.sweep import parse_arguments as sweep
-from tools.experiments.tables import Line, interval, markdown
+from tools.experiments.tables import EQUAL_STEPS, Line, gaps, interval, markdown
 from tools.models.arguments import parse_analyze as analyze
 from tools.models.arguments import parse_evaluate as evaluate
 from tools.report.command import parse_arguments as report
@@ -106,6 +108,32 @@ def test_the_pilots_table() -> None:
         assert f"| {hidden} | {losses} | {inactive} | {bounded.experts_per_token:.2f} |" in page
     [(_, floor)] = read_results(DATA / "pilot-floor.json")
     assert f"{floor.inactive[0]} and {floor.inactive[1]} experts are inactive, and the loss is {floor.loss:.4f}" in page
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in DATA.glob("*/results.json")))
+def test_a_table_of_the_protocol(name: str, tmp_path: Path) -> None:
+    """Its page is made by its command, and its row in the summary of the experiments, too."""
+    page, published = (REPOSITORY / "docs" / "experiments.md").read_text(), DATA / name
+    command = re.search(rf"Table {name}: `remoe compare ([^`]+)`", page)
+    assert command is not None
+    words = [*command[1].split(), "--results", str(published / "results.json"), "--output-dir", str(tmp_path)]
+    assert compare.main(words) == 0
+    assert (tmp_path / "broad" / "results.md").read_text() == (published / "results.md").read_text()
+    args = compare.parse_arguments(words)
+    lines = compare.make_lines(args, finished(read_results(published / "results.json")), *args.experts)
+    by_titles, differences = {line.titles: line for line in lines}, gaps(lines)
+    for arm in args.arms:
+        cells = [ARMS[arm].title]
+        for steps in map(str, args.steps):
+            seeds = by_titles[steps, arm].seeds.values()
+            difference = differences.get(((steps, arm), EQUAL_STEPS), [])
+            cells += [interval([each["loss"] for each in seeds], digits=3), interval(difference, "+", digits=3)]
+        layers = zip(*(each["inactive"] for each in seeds), strict=True)
+        cells.append(f"{fmean(each['experts_per_token'] for each in seeds):.2f}" if arm != "dense" else "")
+        cells.append(", ".join(f"{fmean(counts):.0f}" for counts in layers))
+        assert f"| {' | '.join(cells)} |" in page
+        if name == "a1" and arm in ("dense", "moe", "moe-hash"):
+            assert interval(difference, digits=3).removeprefix("-") in (REPOSITORY / "README.md").read_text()
 
 
 def test_the_quickstarts_seeds() -> None:
