@@ -67,7 +67,7 @@ def draw(path: Path, panels: Sequence[Panel], label: str) -> None:
 
 
 def draw_final_losses(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]], base: str) -> None:
-    """Write a .png file with panels of `plot_rows`: title → arm → losses of the seeds."""
+    """Write a .png file with panels of `plot_rows`: title → arm → losses of the seeds in nats per byte."""
     columns, rows = min(IN_A_ROW, len(panels)), -(-len(panels) // IN_A_ROW)
     height = 1 + 0.8 * max(map(len, panels.values()))
     with picture(path, font_size=13, pad=(0.12, 0.1), figsize=(max(8, 6 * columns), height * rows)) as figure:
@@ -82,7 +82,7 @@ def draw_final_losses(path: Path, panels: Mapping[str, Mapping[str, Sequence[flo
 def plot_rows(axes: Any, losses: Mapping[str, Sequence[float]], base: str) -> None:
     """Draw a row for each arm: a small dot for each seed, and the mean with its 95 % interval.
 
-    The label is the mean to three digits, with its difference from that of the arm `base`.
+    Losses are in nats per byte. The label is the mean to three digits, with its difference from that of the arm `base`.
     """
     means = {arm: fmean(seeds) for arm, seeds in losses.items()}
     for row, (arm, seeds) in enumerate(losses.items()):
