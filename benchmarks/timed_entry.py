@@ -125,7 +125,7 @@ class Recorder:
             routers = [module for module in modules if isinstance(module, ReLURouter)]
             if counts := [router.counts for router in routers if router.counts is not None]:
                 # A tensor: to read a number would wait for the device, in ReMoE's steps only.
-                pairs = sum(count.active for count in counts)
+                pairs = sum(count.active - count["left_out"] for count in counts)
                 self.record["active"].append(pairs / sum(count["tokens"] for count in counts))
             finalize(*arguments, **options)
             self._end_of_step()

@@ -51,7 +51,7 @@ def lock(folder: Path, tool: str) -> TextIO:
     if not take_lock(file):
         file.close()
         raise ToolError(
-            f"Another {tool} is running in {folder}. Wait for it, or give a different --output-dir.", "REMOE-E503"
+            f"Another {tool} is running in {folder}. Wait for it, or give a different folder.", "REMOE-E503"
         )
     return file
 

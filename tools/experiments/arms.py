@@ -80,7 +80,7 @@ SETTINGS: Mapping[str, Setting] = {
     "warmup-length": Setting("near-dense steps", 100, (50, 100, 500, 1000), ("moe-warmup",), "--moe-warmup-steps"),
     "aux-coeff": Setting("coefficient of the auxiliary loss", 1e-2, (1e-4, 1e-3, 1e-2, 1e-1), AUXILIARY,
                          "--moe-aux-loss-coeff"),
-    "gate": Setting("factor on the gates", 1, (1, 2, 4, 8), (*AUXILIARY, "moe-lossfree"),
+    "gate": Setting("factor on the gates", 1, (1, 2, 4, 8), ("moe", "moe-warmup", "moe-sigmoid", "moe-lossfree"),
                     "--moe-router-topk-scaling-factor"),
     RATE: Setting("factor on the learning rate", 1, (0.5, 1, 2, 4), tuple(ARMS), ""),
 }  # fmt: skip

@@ -5,10 +5,10 @@ remoe compare                                                        # everythin
 remoe compare --collect                                              # tables and picture so far
 
 The learning rate is constant and falls in the last fifth of each run. A longer run continues a shorter one from the
-step at which its rate began to fall. For each length, every arm but the one of --equal-flops has one more run, which
-uses as many FLOPs as that arm. First, the rate and the warm-up of each arm are tuned for each number of experts, on a
-different part of the text, with a different seed, and with the same number of runs for each arm. After a stop, the same
-command continues.
+step at which its rate began to fall. For each length, an arm that has used fewer FLOPs than the arm of --equal-flops
+has one more run, which uses as many within 1 %. First, the rate and the warm-up of each arm are tuned for each number
+of experts, on a different part of the text, with a different seed, and with the same number of runs for each arm. After
+a stop, the same command continues. Finished runs keep a checkpoint of the step at which the rate began to fall.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+from ..console.errors import ToolError
 from ..console.flags import above_zero, whole_number
 from ..recipes import tiny
 from .arms import ARMS
@@ -31,6 +32,7 @@ USUAL = """dense moe moe-lossfree moe-hash moe-expert-threshold moe-topp moe-nor
     remoe-normalized remoe-deco""".split()
 TUNING_SEED = 1233
 LEAST = 20  # smallest number of steps
+EQUAL = 0.01  # a smaller relative difference of FLOPs counts as none
 Choice = tuple[float, int]  # factor on the learning rate, and warm-up steps
 Tuned = Mapping[tuple[int, str], Choice]  # by experts and arm
 
@@ -39,21 +41,25 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; words after -- become `flags`."""
     parser = grid_parser("compare", __doc__, range(1, 9))
     add, number, default = parser.add_argument, whole_number(1), "(default: %(default)s)"
-    text = f"of {', '.join(ARMS)}"
-    add("--arms", nargs="+", choices=ARMS, default=USUAL, metavar="ARM", help=f"{text} {default}")
+    text = f"of {', '.join(ARMS)} (default: {' '.join(USUAL)})"
+    add("--arms", nargs="+", choices=ARMS, default=USUAL, metavar="ARM", help=text)
     add("--reference", choices=ARMS, default=REFERENCE, metavar="ARM", help=f"measure gaps from this arm {default}")
     text = f"also train the other arms to the FLOPs of this arm, or {NONE}"
     add("--equal-flops", choices=(*ARMS, NONE), default=REFERENCE, metavar="ARM", help=f"{text} {default}")
-    add("--experts", nargs="+", type=number, default=[8, 32, 128], metavar="E", help=f"of a layer {default}")
+    experts = {"type": whole_number(2), "default": [8, 32, 128]}
+    add("--experts", nargs="+", **experts, metavar="E", help="of a layer (default: 8 32 128)")
     add("--granularity", type=number, default=1, metavar="G", help=f"smaller experts of each {default}")
     add("--topk", type=number, default=1, metavar="K", help=f"experts of a token, before granularity {default}")
-    sizes = "; ".join(f"{name}: {model.layers} layers of {model.hidden}" for name, model in tiny.SIZES.items())
-    add("--size", choices=tiny.SIZES, default=tiny.BASE_SIZE, help=f"of the tiny model, {sizes} {default}")
-    add("--steps", nargs="+", type=number, default=[400, 1200, 3600, 12000], metavar="N", help=f"lengths {default}")
-    text, factors = "factors on the learning rate to tune over", [0.25, 0.5, 1.0, 2.0]
-    add("--lr-factors", nargs="+", type=above_zero, default=factors, metavar="X", help=f"{text} {default}")
-    text = "learning-rate warm-up steps to tune over; longer than the dense start, as in the paper"
-    add("--warmups", nargs="+", type=number, default=[300], metavar="N", help=f"{text} {default}")
+    text = "; ".join(
+        f"{name}: {size.layers} layers of {size.hidden}, batch {size.batch}" for name, size in tiny.SIZES.items()
+    )
+    add("--size", choices=tiny.SIZES, default=tiny.BASE_SIZE, help=f"of the tiny model, {text} {default}")
+    text = "lengths (default: 400 1200 3600 12000)"
+    add("--steps", nargs="+", type=number, default=[400, 1200, 3600, 12000], metavar="N", help=text)
+    text = "factors on the learning rate to tune over (default: 0.25 0.5 1 2)"
+    add("--lr-factors", nargs="+", type=above_zero, default=[0.25, 0.5, 1.0, 2.0], metavar="X", help=text)
+    text = "learning-rate warm-up steps to tune over; longer than the dense start, as in the paper (default: 300)"
+    add("--warmups", nargs="+", type=number, default=[300], metavar="N", help=text)
     add("--tuning-steps", type=number, default=1200, metavar="N", help=f"steps of a tuning run {default}")
     args = parse_words(parser, words)
     args.output_dir /= args.corpus
@@ -124,17 +130,27 @@ def planned_runs(args: argparse.Namespace, tuned: Tuned, experts: int) -> Iterat
 
 
 def run_of_equal_flops(run: Run, reference: Run, results: Results) -> Run | None:
-    """Return the run that has used the FLOPs of `reference`; None without both results, or if it would be shorter.
+    """Return the run, at least as long as this one, that uses the FLOPs of `reference` within `EQUAL`.
 
-    Steps beyond the end of the run are assumed to compute as many experts per token as its last ones.
+    Without the result of the returned run, its steps are an estimate: those beyond the longest run so far compute as
+    many experts per token as its last ones.
+
+    Returns:
+        The run; None without the results of `run` and `reference`, or if it would be shorter.
     """
     if run == reference:
         return run
-    result, other = results.get(run), results.get(reference)
-    if result is None or other is None or result.flops is None or other.flops is None or not result.step_flops:
-        return None
-    steps = rounded(run.steps + (other.flops - result.flops) / result.step_flops)
-    return replace(run, steps=steps) if steps > run.steps else None
+    other, tried, matched = results.get(reference), list[Run](), run
+    while (result := results.get(matched)) is not None:
+        if other is None or other.flops is None or result.flops is None or not result.step_flops:
+            return None
+        if abs(other.flops - result.flops) <= EQUAL * other.flops:
+            return matched
+        tried.append(matched)
+        matched = replace(run, steps=rounded(matched.steps + (other.flops - result.flops) / result.step_flops))
+        if matched.steps <= run.steps or matched in tried:
+            return None
+    return matched if tried else None
 
 
 def make_lines(args: argparse.Namespace, results: Results, experts: int) -> list[Line]:
@@ -147,9 +163,7 @@ def make_lines(args: argparse.Namespace, results: Results, experts: int) -> list
             line.seeds[run.seed] = vars(results[run])
             matched = None if args.equal_flops == NONE else run_of_equal_flops(run, matching, results)
             if matched is not None and matched in results:
-                used, wanted = (results[each].flops or 0.0 for each in (matched, matching))
-                if abs(used - wanted) <= STEP * (results[matched].step_flops or 0.0):
-                    line.matched[run.seed] = vars(results[matched])
+                line.matched[run.seed] = vars(results[matched])
     return sorted(lines.values(), key=lambda line: (int(line.titles[0]), args.arms.index(line.titles[1])))
 
 
@@ -172,8 +186,10 @@ def show(args: argparse.Namespace, rows: Sequence[Row]) -> None:
                 steps, arm = line.titles
                 losses = [each["loss"] for each in line.seeds.values()]
                 panels.setdefault(f"E = {experts}, {steps} steps", {})[arm] = losses
+    if args.results and not panels:
+        raise ToolError(f"--results {args.results}: no run in it has these flags. Give those that the runs had.")
     picture = partial(draw_final_losses, panels=panels, base=args.reference)
-    write_page(args.output_dir, rows, text, picture if panels else None)
+    write_page(args, rows, text, picture if panels else None)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -186,8 +202,11 @@ def main(arguments: Sequence[str]) -> int:
         tuned = choose_rates(args, finished(read_folder(args.output_dir)))
         pairs = [pair for experts in args.experts for pair in planned_runs(args, tuned, experts)]
         yield [*dict.fromkeys(run for run, _ in pairs)]
-        results = finished(read_folder(args.output_dir))
-        longer = (run_of_equal_flops(*pair, results) for pair in pairs)
-        yield [*dict.fromkeys(run for run in longer if run is not None and run not in results)]
+        while True:
+            results = finished(read_folder(args.output_dir))
+            matched = (run_of_equal_flops(*pair, results) for pair in pairs)
+            if not (longer := [*dict.fromkeys(run for run in matched if run is not None and run not in results)]):
+                return
+            yield longer
 
     return run_grid("compare", args, rounds, lambda rows: show(args, rows))

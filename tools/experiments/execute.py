@@ -13,11 +13,13 @@ from typing import IO
 
 from rich.console import Console
 
+from megatron.remoe.files.files import write_text
+
 from ..console.display import duration, say
 from ..console.errors import ToolError
 from ..console.places import LOG, ROOT
 from ..runs.training_display import ShownTraining, TrainingDisplay
-from .jobs import SAVES, Grid, Job, check_conflicts, prepare
+from .jobs import SAVES, TRACKER, Grid, Job, check_conflicts, prepare
 from .run import Run
 
 
@@ -55,14 +57,15 @@ def execute(console: Console, grid: Grid, jobs: Sequence[Job], processes: int, h
     with TrainingDisplay(console, [*shown.values()], held) as display:
 
         def train(chain: Sequence[Job]) -> None:
-            for job in sorted(chain, key=lambda job: job.run.steps):
+            in_turn = sorted(chain, key=lambda job: job.run.steps)
+            for place, job in enumerate(in_turn):
                 line = shown[job.folder]
                 if (loss := job.loss) is not None:
                     display.finish(line, f"reused, validation loss {loss:.4f}")
                     continue
                 prepare(job, grid)
                 if not _train(job, line, display):
-                    failed.append(job.folder.name)
+                    failed.extend(each.folder.name for each in in_turn[place:])
                     return
 
         display.run_all([partial(train, chain) for chain in chains.values()], processes)
@@ -86,8 +89,9 @@ def _train(job: Job, line: ShownTraining, display: TrainingDisplay) -> bool:
         code, cause = display.run(line, job.words, environment)  # writes its log itself
     loss = job.loss
     if code == 0 and loss is not None:
-        if job.run.is_wsd:  # longer runs continue from the start of the decay
+        if job.run.is_wsd:  # longer runs continue from the start of the decay, and nothing needs the end
             shutil.rmtree(job.folder / SAVES / f"iter_{job.run.steps:07}", ignore_errors=True)
+            write_text(job.folder / SAVES / TRACKER, str(job.run.decay_start))
         display.finish(line, f"validation loss {loss:.4f}, {duration(time.monotonic() - began)}")
         return True
     reason = f"ended at iteration {line.done} of {line.iterations}, without its final evaluation"

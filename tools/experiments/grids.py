@@ -1,6 +1,7 @@
 """Run a command over a grid of runs: its options, the list of commands, training, and the results."""
 
 import argparse
+import json
 import os
 import shlex
 from collections.abc import Callable, Iterable, Sequence
@@ -11,6 +12,7 @@ from rich.console import Console
 from megatron.remoe.files.files import write_text
 
 from ..console.display import say
+from ..console.errors import ToolError
 from ..console.files import lock
 from ..console.flags import number_of_cores, split, tool_parser, whole_number
 from ..console.places import home
@@ -29,7 +31,8 @@ def grid_parser(name: str, description: str | None, seeds: Sequence[int]) -> arg
     parser.set_defaults(tiny=True, gpus_per_node=8, micro_batch_size=None, slurm=None)
     parser.usage = "%(prog)s [options] [-- Megatron flags]"
     add, default = parser.add_argument, "(default: %(default)s)"
-    add("--seeds", nargs="+", type=whole_number(1), default=[*seeds], metavar="N", help=f"a run each {default}")
+    text = f"a run each (default: {' '.join(map(str, seeds))})"
+    add("--seeds", nargs="+", type=whole_number(1), default=[*seeds], metavar="N", help=text)
     add("--corpus", choices=dataset.CORPORA, default=dataset.MIXED, help=f"text of tiny models {default}")
     text = "folder of the corpus and its data sets (default: the quickstart's)"
     add("--text-dir", type=Path, metavar="FOLDER", help=text)
@@ -42,7 +45,12 @@ def grid_parser(name: str, description: str | None, seeds: Sequence[int]) -> arg
     add("--output-dir", type=Path, default=output, metavar="FOLDER", help=text)
     add = parser.add_argument_group("instead of training").add_mutually_exclusive_group().add_argument
     add("--collect", action="store_true", help="only write the table of the output folder, and the picture")
-    add("--results", type=Path, metavar="FILE.json", help="show the results.json of a different folder")
+    add(
+        "--results",
+        type=Path,
+        metavar="FILE.json",
+        help="make the page of this results.json, with the flags of its runs",
+    )
     text = "list commands and state (also with DRY_RUN=1)"
     add("--dry-run", action="store_true", default=is_set(os.environ, "DRY_RUN"), help=text)
     return parser
@@ -64,7 +72,14 @@ def prepare_text(args: argparse.Namespace, console: Console) -> Text:
     if not args.dry_run and not (place / "manifest.json").exists():
         with lock(folder, "quickstart"):
             dataset.make_text(folder, args.corpus, lambda line: say(console, line), args.tokens)
-    return Text.read(place)
+    try:
+        text, made = Text.read(place), json.loads((folder / "corpus" / "manifest.json").read_text(encoding="utf-8"))
+        domains = {*made["domains"], *made["missing"]}
+    except (OSError, ValueError, KeyError) as error:
+        raise ToolError(f"{folder}: not a text of this version ({error}). Remove it, or give --text-dir.") from None
+    if domains != {*dataset.CORPORA[args.corpus]()}:
+        raise ToolError(f"--corpus {args.corpus}: {folder} holds the domains {', '.join(domains)}. Give --text-dir.")
+    return text
 
 
 def run_grid(
@@ -94,9 +109,11 @@ def run_grid(
             check_flags(args.flags, runs)
             return [make_job(run, grid) for run in runs]
 
-        if args.dry_run:  # the other rounds depend on the results of the first
-            jobs = make_jobs(next(iter(rounds())))
-            check_conflicts(jobs)
+        if args.dry_run:  # a round depends on the results of those before
+            for jobs in map(make_jobs, rounds()):
+                check_conflicts(jobs)
+                if any(job.loss is None for job in jobs):
+                    break
             list_commands(jobs, grid)
             return 0
         failed: list[str] = []
@@ -111,8 +128,8 @@ def run_grid(
             finally:
                 show(read_folder(folder))
         if failed:
-            message = f"{len(failed)} runs did not finish: {', '.join(failed)}."
-            say(Console(stderr=True), f"{message}\nThe same command continues them.", "red")
+            message = f"Not finished: {', '.join(failed)}.\nRemove the cause; the same command continues."
+            say(Console(stderr=True), message, "red")
         return 1 if failed else 0
 
     return run_tool(name, work, "stopped. The same command continues from here")
@@ -129,28 +146,33 @@ def list_commands(jobs: Sequence[Job], grid: Grid) -> None:
     print(f"# to train: {sum(now != 'finished' for now in states)} runs")
 
 
-def write_page(folder: Path, rows: Sequence[Row], lines: Sequence[str], draw: Callable[[Path], None] | None) -> None:
+def write_page(
+    args: argparse.Namespace, rows: Sequence[Row], lines: Sequence[str], draw: Callable[[Path], None] | None
+) -> None:
     """Write results.json, results.md and, with `draw`, results.png; print the tables and the paths.
 
     Args:
-        folder: for the files.
+        args: the command line. With `results`, results.json stays as it is.
         rows: all runs.
         lines: the tables, in Markdown.
         draw: writes the picture; None without losses.
     """
-    console = Console()
+    console, folder = Console(), args.output_dir
     folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / name for name in ("results.json", "results.md", "results.png")]
-    write_results(written[0], rows)
+    page, image = folder / "results.md", folder / "results.png"
+    written = [page, image] if draw else [page]
+    if args.results is None:
+        written.append(folder / "results.json")
+        write_results(written[-1], rows)
     unfinished = [
         f"- {run.name}: not finished" + (f", at iteration {result.iterations} of {run.steps}" if result else "")
         for run, result in rows
         if result is None or result.loss is None
     ]
     text = "\n".join([*lines, "", *unfinished])
-    write_text(written[1], f"# Results\n\n{text}\n" + ("\n![Losses](results.png)\n" if draw else ""))
+    write_text(page, f"# Results\n\n{text}\n" + ("\n![Losses](results.png)\n" if draw else ""))
     if draw:
-        draw(written[2])
+        draw(image)
     say(console, f"\n{text}\n")
-    for path in written if draw else written[:2]:
+    for path in written:
         say(console, f"  {path}")

@@ -174,9 +174,10 @@ def prepare(job: Job, grid: Grid) -> None:
 
 
 def _go_on_from_shorter(job: Job, grid: Grid) -> None:
-    """Copy the checkpoint at the start of the decay of a run that differs only in its steps: both are equal until then.
+    """Copy the checkpoint at the start of the decay of a run that differs only in its steps.
 
-    The log is copied too, so that its running sums include all steps.
+    Both are equal until then, if no text is read twice: Megatron shuffles all passes over a text together. The log is
+    copied too, so that its running sums include all steps.
     """
     shorter = {}
     for path in grid.output.glob(f"*/{STAMP}"):
@@ -193,5 +194,7 @@ def _go_on_from_shorter(job: Job, grid: Grid) -> None:
     saves.mkdir(parents=True, exist_ok=True)
     kept = (line for line in lines if json.loads(line)["iteration"] <= start and '"validation"' not in line)
     write_text(saves / METRICS, "".join(kept))
-    shutil.copytree(shorter[start], saves / shorter[start].name)
+    copy = saves / shorter[start].name
+    shutil.rmtree(copy, ignore_errors=True)  # of a copy that was cut off: the tracker follows a complete one
+    shutil.copytree(shorter[start], copy)
     write_text(saves / TRACKER, str(start))

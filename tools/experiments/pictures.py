@@ -75,7 +75,8 @@ def draw_final_losses(path: Path, panels: Mapping[str, Mapping[str, Sequence[flo
             axes = figure.add_subplot(rows, columns, place)
             plot_rows(axes, losses, base)
             axes.set(title=title, xlabel="nats per byte; lower is better")
-        note = f"Loss on held-out text: seeds, mean with 95 % interval (difference from {ARMS[base].title})"
+        note = "Loss on held-out text: seeds, mean with 95 % interval" + ("\n" if columns == 1 else " ")
+        note += f"(difference from {ARMS[base].title})"
         figure.suptitle(note, x=0.01, ha="left")
 
 

@@ -58,6 +58,7 @@ def run(args: Namespace) -> int:
     console, output = Console(), args.output_dir
     runs = output if args.experts == SIZE.experts else output / f"experts-{args.experts}"
     runs = runs if args.iterations == ITERATIONS else runs / f"iterations-{args.iterations}"
+    runs = runs if args.seed == tiny.SEED else runs / f"seed-{args.seed}"
     with lock(output, "quickstart") as held:
         title = f"Dense, top-k MoE and ReMoE of equal active size: {args.iterations} iterations each, side by side"
         say(console, f"{title}, in {short(output)}")

@@ -131,6 +131,13 @@ def write_results(path: Path, rows: Sequence[Row]) -> None:
 
 
 def read_results(path: Path) -> list[Row]:
-    """Read a file of `write_results`."""
-    entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    return [(run_from_fields(each["run"]), each["result"] and Result(**each["result"])) for each in entries]
+    """Read a file of `write_results`.
+
+    Raises:
+        ToolError: it is a different file.
+    """
+    try:
+        entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        return [(run_from_fields(each["run"]), each["result"] and Result(**each["result"])) for each in entries]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ToolError(f"{path}: not a results.json of this version ({error})") from None

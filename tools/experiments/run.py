@@ -14,7 +14,7 @@ from ..recipes.models import Routing, Training
 from ..text.corpora import dataset
 from .arms import ARMS, RATE, SETTINGS
 
-CAP = 4  # largest number of experts per token of remoe-capped, for k = 1
+CAP = 4  # largest number of experts per token of remoe-capped, for k = 1 and without granularity
 DECAY = 0.2  # share of a WSD schedule's steps in which the learning rate falls
 STEP = 5  # steps of a WSD schedule are multiples of it, so that a line of the log has their exact FLOPs
 SAVED = 200  # largest number of steps between two checkpoints of a WSD schedule
@@ -136,7 +136,7 @@ class Run:
 
     def added_flags(self) -> list[str]:
         """Return the flags that the run's arm and setting add to its recipe."""
-        numbers = {"most": CAP * self.topk * self.granularity, "near_dense": self.experts * 6 // 8}
+        numbers = {"most": min(CAP * self.topk, self.experts), "near_dense": self.experts * 6 // 8}
         words = ARMS[self.arm].flags.format(**numbers).split()
         return [*words, SETTINGS[self.setting].flag, f"{self.value:g}"] if self.setting else words
 
@@ -188,6 +188,10 @@ CHOSEN = {
     "--seed", "--train-iters", "--num-experts", "--moe-router-topk", "--moe-granularity", "--moe-relu-routing",
     "--micro-batch-size", "--save", "--load", "--tensorboard-dir",
 }  # fmt: skip
+SCHEDULE = {
+    "--lr-decay-style", "--lr-decay-iters", "--lr-warmup-iters", "--lr-warmup-fraction", "--lr-wsd-decay-style",
+    "--lr-wsd-decay-iters", "--log-interval", "--save-interval", "--save-retain-interval", "--split", "--eval-iters",
+}  # fmt: skip
 
 
 def check_flags(given: Sequence[str], runs: Sequence[Run]) -> None:
@@ -198,8 +202,8 @@ def check_flags(given: Sequence[str], runs: Sequence[Run]) -> None:
     """
     for flag in group_by_flag(given):
         for run in runs:
-            varied = RATES if run.rate != 1 else ()
-            if flag in (*CHOSEN, *varied, *group_by_flag(run.added_flags())) or (run.expansion > 1 and "ffn" in flag):
+            varied = {*(RATES if run.rate != 1 else ()), *(SCHEDULE if run.is_wsd else ())}
+            if flag in {*CHOSEN, *varied, *group_by_flag(run.added_flags())} or (run.expansion > 1 and "ffn" in flag):
                 raise RecipeError(f"{flag} after --: {run.name} sets it. Choose it with the options before --.")
 
 

@@ -15,7 +15,7 @@ from scipy import stats
 
 LEVEL = 0.05
 POWER = 0.8
-MARGIN = 0.01  # nats per token that count as no difference
+MARGIN = 0.01  # a smaller difference of losses counts as none
 MOST_SEEDS = 1000
 
 

@@ -56,7 +56,9 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     for name, setting in SETTINGS.items():
         text = f"for the figure {name}: {setting.label} (default: {' '.join(map('{:g}'.format, setting.values))})"
         add(f"--{name}s", nargs="+", type=above_zero, dest=name, metavar="N", help=text)
-    text = "default: the first three; for routing all of its; for a setting those that have it"
+    text = (
+        "default: the first three; for the figure routing, most; for a setting, those of the first three that have it"
+    )
     add("--routings", nargs="+", choices=ARMS, metavar="ROUTING", help=f"of {', '.join(ARMS)} ({text})")
     group = parser.add_argument_group("how to train", "Defaults of launch scripts are the paper's.")
     add = group.add_argument
@@ -128,7 +130,7 @@ def make_panel(figure: str, planned: Iterable[tuple[Run, float, str]], results: 
     for run, place, label in planned:
         if run in results:
             words = f"x {run.expansion}" if run.expansion > 1 else ""
-            words += f"G = {run.granularity}" if setting and run.granularity > 1 else ""
+            words += f"G = {run.granularity}" if figure != "granularity" and run.granularity > 1 else ""
             lines.setdefault((run.arm, words), {}).setdefault(place, []).append(results[run].loss or 0.0)
             ticks[place] = label
     return Panel(figure, setting.label if setting else "", lines, ticks, is_log=figure not in ("size", "routing"))
@@ -158,7 +160,7 @@ def main(arguments: Sequence[str]) -> int:
         panels = [make_panel(figure, planned, results) for figure, planned in plan_runs(args).items()]
         drawn = [panel for panel in panels if panel.lines]
         lines = markdown(["run"], make_lines(results), MARGIN)
-        picture = partial(draw, panels=drawn, label="validation loss (nats per token)")
-        write_page(args.output_dir, rows, [*lines], picture if drawn else None)
+        picture = partial(draw, panels=drawn, label=f"validation loss (nats per {'byte' if args.tiny else 'token'})")
+        write_page(args, rows, [*lines], picture if drawn else None)
 
     return run_grid("sweep", args, rounds, show)

@@ -12,7 +12,17 @@ from ..console.flags import tool_parser, whole_number
 TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "lambada_openai", "piqa", "race")
 FOLDER: dict[str, Any] = {"type": Path, "metavar": "FOLDER"}
 NUMBER: dict[str, Any] = {"type": whole_number(1), "metavar": "N"}
-ONLY_FOR_REMOE = ("num_experts", "moe_router_topk", "moe_granularity", "moe_layer_freq", "data_path", "loss_bound")
+ONLY_FOR_REMOE = (
+    "num_experts",
+    "moe_router_topk",
+    "moe_granularity",
+    "moe_layer_freq",
+    "data_path",
+    "tokens",
+    "loss_bound",
+)
+SEED = 1234  # Megatron's default
+FIT_TOKENS = 32768
 
 type Words = Sequence[str] | None
 
@@ -53,7 +63,7 @@ def parse_generate(arguments: Words = None) -> argparse.Namespace:
     add("--temperature", type=float, default=1.0, metavar="X", help="0: the most probable token (default: %(default)s)")
     add("--top-k", type=whole_number(0), default=0, metavar="K", help="sample from K tokens (default: all)")
     add("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling threshold")
-    add("--seed", type=int, default=1234, help="default: %(default)s")
+    add("--seed", type=int, default=SEED, help="default: %(default)s")
     args = parser.parse_args(arguments)
     if args.temperature < 0 or not 0 < args.top_p <= 1:
         parser.error("--temperature must not be negative, and --top-p must be above 0 and at most 1.")
@@ -74,7 +84,12 @@ def parse_evaluate(arguments: Words = None) -> argparse.Namespace:
     add = parser.add_argument_group("text").add_argument
     add("--data-path", nargs="+", default=[], metavar="PREFIX", help="data sets")
     _add_sequences(add)
-    add("--seed", type=int, metavar="N", help="order of the text (default: the run's)")
+    add(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="order of the text (default: the run's; for several models with --sequences: 1234)",
+    )
     text = "also with only the K largest gates"
     add("--max-experts-per-token", type=int, nargs="+", default=[], metavar="K", help=text)
     add("--speed", action="store_true", help="also measure tokens per second, on the beginning of the first data set")
@@ -85,6 +100,12 @@ def parse_evaluate(arguments: Words = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if not args.data_path and (args.tasks is None or args.speed or args.max_experts_per_token):
         parser.error("give --data-path, which --speed and --max-experts-per-token need, or --tasks.")
+    if not args.data_path and (args.sequences or args.seq_length or args.seed is not None):
+        parser.error("--sequences, --seq-length and --seed are for --data-path. Give it, or leave them out.")
+    if args.tasks is None and (args.task_data or args.limit):
+        parser.error("--task-data and --limit are for --tasks. Give it, or leave them out.")
+    if args.sequences and len(args.load) > 1 and args.seed is None:
+        args.seed = SEED  # the models must read the same text
     return args
 
 
@@ -101,7 +122,7 @@ def parse_analyze(arguments: Words = None) -> argparse.Namespace:
     add("--data-path", nargs="+", required=True, metavar="PREFIX", help="data sets, one for each domain")
     add("--output-dir", **FOLDER, help="default: analysis/ in the folder of --load")
     _add_sequences(add)
-    add("--seed", type=int, default=1234, help="order of the sequences (default: %(default)s)")
+    add("--seed", type=int, default=SEED, help="order of the sequences (default: %(default)s)")
     args = parser.parse_args(arguments)
     args.output_dir = args.output_dir or args.load / "analysis"
     return args
@@ -146,17 +167,18 @@ def parse_convert(arguments: Words = None) -> argparse.Namespace:
     add("--moe-layer-freq", metavar="PATTERN", help="layers with experts (default: 1, all of them)")
     add = parser.add_argument_group("fit").add_argument
     add("--data-path", nargs="+", metavar="WORD", help="text, as in Megatron (default: the run's)")
-    text = "tokens to fit the routers to, and as many again to measure the loss (default: %(default)s)"
-    add("--tokens", **NUMBER, default=32768, help=text)
+    text = f"tokens to fit the routers to, and as many again to measure the loss (default: {FIT_TOKENS})"
+    add("--tokens", **NUMBER, help=text)
     text = "largest relative growth of the loss (default: 0.01 from dense, 0.05 from top-k)"
     add("--loss-bound", type=float, metavar="X", help=text)
-    add("--seed", type=int, default=1234, help="of the text and the fit (default: %(default)s)")
+    add("--seed", type=int, default=SEED, help="of the text and the fit (default: %(default)s)")
     args = parser.parse_args(arguments)
     if args.from_hf and (args.from_fork or args.from_fsdp or args.model or args.ckpt_step is not None):
         parser.error("--from-hf is not the folder of a run: leave out --from-fork, --from-fsdp, --model, --ckpt-step.")
     refused = [f"--{name.replace('_', '-')}" for name in ONLY_FOR_REMOE if getattr(args, name) is not None]
     if refused and (args.from_hf or args.from_fork or args.from_fsdp or args.model):
         parser.error(f"only a conversion to a ReMoE takes {', '.join(refused)}: leave it out, and convert the result.")
+    args.tokens = args.tokens or FIT_TOKENS
     return args
 
 

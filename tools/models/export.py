@@ -131,14 +131,18 @@ def export(options: argparse.Namespace) -> None:
         with bound_experts(written, bound and trained_bound), count_experts(written) as histograms:
             difference = describe_difference(compare_models(written, logits, ids), ids, name)
         print(difference, flush=True)
-        loss, tokens = measure_loss(written, split_batches(text))
-        results = {f"loss on {tokens:,} {name}": f"{loss:.4f} nats per token", "compared with Megatron": difference}
-        if bound is not None and name != RANDOM:
-            results |= measure_bounds(written, text, {1, 2, 4, 8, bound, trained_bound})
-        if histograms and config.moe_relu_routing:
-            active, target = mean_experts(histograms.values()), config.mean_experts_per_token
-            shares = [1 - experts / config.num_experts for experts in (active, target)]
-            results["sparsity, target"] = f"{shares[0]:.4f}, {shares[1]:.4f}"
+        results = {"compared with Megatron": difference}
+        if name == RANDOM:
+            print("no text: the card has no losses. Give some with --data-path.", flush=True)
+        else:
+            loss, tokens = measure_loss(written, split_batches(text))
+            results[f"loss on {tokens:,} {name}"] = f"{loss:.4f} nats per token"
+            if bound is not None:
+                results |= measure_bounds(written, text, {1, 2, 4, 8, bound, trained_bound})
+            if histograms and config.moe_relu_routing:
+                active, target = mean_experts(histograms.values()), config.mean_experts_per_token
+                shares = [1 - experts / config.num_experts for experts in (active, target)]
+                results["sparsity, target"] = f"{shares[0]:.4f}, {shares[1]:.4f}"
         write_card(aside, args, config, {"checkpoint": checkpoint, "parameters": f"{parameters:,}"} | results)
     print(f"wrote {options.save}: {parameters:,} parameters")
 

@@ -18,13 +18,13 @@ from .measuring import count_experts, mean_experts
 
 
 def read_prompts(args: argparse.Namespace) -> Iterator[str]:
-    """Yield the texts to continue: the given one, or the lines of standard input."""
+    """Yield the texts to continue: the given one, or the lines of standard input that are not empty."""
     if args.prompt is not None:
         yield args.prompt
     elif args.prompt_file is not None:
         yield args.prompt_file.read_text(encoding="utf-8", errors="replace")
     else:
-        yield from (line.rstrip("\n") for line in sys.stdin)
+        yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
 
 
 def continue_text(

@@ -32,12 +32,12 @@ def token_type(vocabulary_size: int) -> np.dtype:
 
 def bin_path(prefix: Path) -> Path:
     """Return the path of a data set's tokens."""
-    return prefix.with_name(prefix.name + ".bin")
+    return Path(f"{prefix}.bin")
 
 
 def idx_path(prefix: Path) -> Path:
     """Return the path of a data set's index."""
-    return prefix.with_name(prefix.name + ".idx")
+    return Path(f"{prefix}.idx")
 
 
 class IndexedWriter:

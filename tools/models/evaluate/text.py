@@ -15,6 +15,7 @@ from megatron.remoe.routing.refusals import flag
 
 from ...console.display import Display
 from ...console.errors import ToolError
+from ..arguments import SEED
 from ..hf.opening import OpenedModel
 from ..measuring import count_experts, measure_loss, summarize_experts
 from ..text import read_batches, read_sequences
@@ -22,7 +23,6 @@ from ..text import read_batches, read_sequences
 if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDataset
 
-SEED = 1234  # Megatron's default
 PROMPTS, ROUNDS, NEW_TOKENS = 8, 5, 32  # for the measurement of speed
 MASKS = ("eod_mask_loss", "reset_attention_mask", "reset_position_ids")  # applied only in a run's validation
 
@@ -48,7 +48,10 @@ def bound_experts(model: RemoeForCausalLM, bound: int | None) -> Iterator[None]:
 
 
 def read_text(args: argparse.Namespace, opened: OpenedModel, prefix: str) -> "GPTDataset":
-    """Return the sequences of a data set for a model: by default in the run's order, so the loss equals the log's."""
+    """Return the sequences of a data set for a model.
+
+    By default they are in the run's order, so the loss equals the log's; the first --sequences in that of --seed.
+    """
     config = opened.model.config
     seed = getattr(opened.args, "seed", SEED) if args.seed is None else args.seed
     return read_sequences(prefix, opened.sequence_length(args.seq_length), seed, config.vocab_size)
@@ -68,7 +71,6 @@ def measure_text(
     for name, opened in models.items():
         for bound in args.max_experts_per_token:
             check_bound(name, opened.model.config, bound)
-    measured = results["text"] = {name: {prefix: {} for prefix in args.data_path} for name in models}
     for name, opened in models.items():
         if ignored := [flag(mask) for mask in MASKS if getattr(opened.args, mask, False)]:
             display.say(f"{name}: evaluated without {', '.join(ignored)}")
@@ -85,7 +87,8 @@ def measure_text(
                     loss, tokens = measure_loss(model, batches, display)
                 experts = {layer: summarize_experts(histogram) for layer, histogram in counts.items()}
                 result = {"loss": loss, "tokens": tokens, "experts": experts}
-                measured[name][prefix]["none" if bound is None else str(bound)] = result
+                measured = results.setdefault("text", {}).setdefault(name, {}).setdefault(prefix, {})
+                measured["none" if bound is None else str(bound)] = result
 
 
 @torch.inference_mode()
@@ -104,8 +107,8 @@ def measure_speed(args: argparse.Namespace, opened: dict[str, OpenedModel]) -> d
     prompts = torch.cat(list(batches))[:, : max(1, data.config.sequence_length // 2)]
     length = {"do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
 
-    def seconds(work: Callable[..., object], **settings: object) -> float:
-        ids = prompts.to(first.model.device)
+    def seconds(device: torch.device, work: Callable[..., object], **settings: object) -> float:
+        ids = prompts.to(device)
         wait = torch.cuda.synchronize if ids.is_cuda else lambda: None
         wait()
         started = time.perf_counter()
@@ -116,8 +119,9 @@ def measure_speed(args: argparse.Namespace, opened: dict[str, OpenedModel]) -> d
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in opened}
     for _ in range(ROUNDS + 1):
         for name, (model, *_) in opened.items():
-            reading = seconds(model, logits_to_keep=1, use_cache=True)
-            whole = seconds(model.generate, attention_mask=torch.ones_like(prompts).to(model.device), **length)
+            reading = seconds(model.device, model, logits_to_keep=1, use_cache=True)
+            mask = torch.ones_like(prompts).to(model.device)
+            whole = seconds(model.device, model.generate, attention_mask=mask, **length)
             times[name].append((reading, whole - reading))
     result = {}
     for name, rounds in times.items():

@@ -150,6 +150,8 @@ def open_model(
     """
     tokenizer, saved = None, None
     if (place / "config.json").is_file():
+        if step is not None:
+            raise ConversionError(f"--ckpt-step {step}: {place} is an exported folder. Leave it out.")
         model = read_folder(place, (RemoeConfig.model_type,))
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = find_folder_tokenizer(place, tokenizer_model, model.config)
