@@ -140,5 +140,7 @@ def test_the_quickstarts_seeds() -> None:
     losses = json.loads((DATA / "quickstart-subwords.json").read_text())
     cells = " | ".join(interval([one[model] for one in losses], digits=3) for model in ("dense", "moe", "remoe"))
     gap = interval([one["moe"] - one["remoe"] for one in losses], digits=3)
+    above, late = (max(one[name] for one in losses) for name in ("sparsity_above_target", "late_distance_from_target"))
+    assert f"by at most {above:.3f}; in the second half it is within {late:.3f} of it" in PAGE
     readme, page = ((REPOSITORY / name).read_text() for name in ("README.md", "docs/experiments.md"))
     assert f"| {cells} |" in readme and f"ReMoE ends {gap} below top-k" in readme and f"is {gap} above ReMoE" in page

@@ -1,6 +1,6 @@
 """Compare ReMoE with other routings, by length, at equal steps and at equal FLOPs, each at its best learning rate.
 
-remoe compare --experts 8 --arms moe --steps 400 1200 --seeds 1 2 3   # about an hour on 2 cores
+remoe compare --experts 8 --arms moe --steps 400 1200 --seeds 1 2 3   # half an hour on 2 cores
 remoe compare                                                        # everything: days
 remoe compare --collect                                              # tables and picture so far
 
@@ -19,6 +19,7 @@ from functools import partial
 from ..console.errors import ToolError
 from ..console.flags import above_zero, whole_number
 from ..recipes import tiny
+from ..text.corpora import dataset
 from .arms import ARMS
 from .grids import grid_parser, parse_words, run_grid, write_page
 from .pictures import draw_final_losses
@@ -40,6 +41,7 @@ Tuned = Mapping[tuple[int, str], Choice]  # by experts and arm
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; words after -- become `flags`."""
     parser = grid_parser("compare", __doc__, range(1, 9))
+    parser.set_defaults(tokens=dataset.SUBWORDS)
     add, number, default = parser.add_argument, whole_number(1), "(default: %(default)s)"
     text = f"of {', '.join(ARMS)} (default: {' '.join(USUAL)})"
     add("--arms", nargs="+", choices=ARMS, default=USUAL, metavar="ARM", help=text)
@@ -53,13 +55,13 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     text = "; ".join(
         f"{name}: {size.layers} layers of {size.hidden}, batch {size.batch}" for name, size in tiny.SIZES.items()
     )
-    add("--size", choices=tiny.SIZES, default=tiny.BASE_SIZE, help=f"of the tiny model, {text} {default}")
+    add("--size", choices=tiny.SIZES, default=tiny.QUICKSTART, help=f"of the tiny model, {text} {default}")
     text = "lengths (default: 400 1200 3600 12000)"
     add("--steps", nargs="+", type=number, default=[400, 1200, 3600, 12000], metavar="N", help=text)
     text = "factors on the learning rate to tune over (default: 0.25 0.5 1 2)"
     add("--lr-factors", nargs="+", type=above_zero, default=[0.25, 0.5, 1.0, 2.0], metavar="X", help=text)
-    text = "learning-rate warm-up steps to tune over; longer than the dense start, as in the paper (default: 300)"
-    add("--warmups", nargs="+", type=number, default=[300], metavar="N", help=text)
+    text = "learning-rate warm-up steps to tune over; at least the dense start (default: 100)"
+    add("--warmups", nargs="+", type=number, default=[100], metavar="N", help=text)
     add("--tuning-steps", type=number, default=1200, metavar="N", help=f"steps of a tuning run {default}")
     args = parse_words(parser, words)
     args.output_dir /= args.corpus
@@ -130,24 +132,24 @@ def planned_runs(args: argparse.Namespace, tuned: Tuned, experts: int) -> Iterat
 
 
 def run_of_equal_flops(run: Run, reference: Run, results: Results) -> Run | None:
-    """Return the run, at least as long as this one, that uses the FLOPs of `reference` within `EQUAL`.
+    """Return the longer run that uses the FLOPs of `reference`; the same run if it is the reference.
 
-    Without the result of the returned run, its steps are an estimate: those beyond the longest run so far compute as
-    many experts per token as its last ones.
+    While the returned run has no result, its steps are an estimate: further steps compute as many experts per token as
+    the last ones. A run that misses by more than `EQUAL` is followed by a better estimate.
 
     Returns:
-        The run; None without the results of `run` and `reference`, or if it would be shorter.
+        The run; None without the results of both, or if it would not be longer.
     """
     if run == reference:
         return run
-    other, tried, matched = results.get(reference), list[Run](), run
+    wanted, matched, tried = results.get(reference), run, set[Run]()
     while (result := results.get(matched)) is not None:
-        if other is None or other.flops is None or result.flops is None or not result.step_flops:
+        if wanted is None or wanted.flops is None or result.flops is None or not result.step_flops:
             return None
-        if abs(other.flops - result.flops) <= EQUAL * other.flops:
+        if tried and abs(wanted.flops - result.flops) <= EQUAL * wanted.flops:
             return matched
-        tried.append(matched)
-        matched = replace(run, steps=rounded(matched.steps + (other.flops - result.flops) / result.step_flops))
+        tried.add(matched)
+        matched = replace(run, steps=rounded(matched.steps + (wanted.flops - result.flops) / result.step_flops))
         if matched.steps <= run.steps or matched in tried:
             return None
     return matched if tried else None
@@ -177,14 +179,14 @@ def tuning_lines(args: argparse.Namespace, results: Results, experts: int) -> It
 
 def show(args: argparse.Namespace, rows: Sequence[Row]) -> None:
     """Write the tables and the picture of the finished runs."""
-    results, text, panels = finished(rows), list[str](), dict[str, dict[str, list[float]]]()
+    results, text, panels = finished(rows), list[str](), dict[str, dict[str, dict[int, float]]]()
     for experts in args.experts:
         if lines := make_lines(args, results, experts):
             text += ["", f"E = {experts}, {args.size}, {args.corpus}:", "", *tuning_lines(args, results, experts), ""]
             text += markdown(["steps", "arm"], lines, MARGIN)
             for line in lines:
                 steps, arm = line.titles
-                losses = [each["loss"] for each in line.seeds.values()]
+                losses = {seed: figures["loss"] for seed, figures in line.seeds.items()}
                 panels.setdefault(f"E = {experts}, {steps} steps", {})[arm] = losses
     if args.results and not panels:
         raise ToolError(f"--results {args.results}: no run in it has these flags. Give those that the runs had.")

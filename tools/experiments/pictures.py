@@ -10,9 +10,11 @@ from typing import Any
 from ..console.picture_style import looks, picture, routing_color
 from .arms import ARMS
 from .significance import half_width
+from .tables import interval
 
+Losses = Mapping[str, Mapping[int, float]]  # arm → seed → nats per byte
 IN_A_ROW = 5
-MARGIN = 0.3  # of the axis of the losses in rows, at each end, as a share of their range; the labels need room
+MARGIN = 0.5  # of the axis of the losses in rows, at each end, as a share of their range; the labels need room
 
 
 @dataclass
@@ -66,8 +68,8 @@ def draw(path: Path, panels: Sequence[Panel], label: str) -> None:
         figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(len(handles), max(3, columns)))
 
 
-def draw_final_losses(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]], base: str) -> None:
-    """Write a .png file with panels of `plot_rows`: title → arm → losses of the seeds in nats per byte."""
+def draw_final_losses(path: Path, panels: Mapping[str, Losses], base: str) -> None:
+    """Write a .png file with panels of `plot_rows`, by title."""
     columns, rows = min(IN_A_ROW, len(panels)), -(-len(panels) // IN_A_ROW)
     height = 1 + 0.8 * max(map(len, panels.values()))
     with picture(path, font_size=13, pad=(0.12, 0.1), figsize=(max(8, 6 * columns), height * rows)) as figure:
@@ -80,21 +82,23 @@ def draw_final_losses(path: Path, panels: Mapping[str, Mapping[str, Sequence[flo
         figure.suptitle(note, x=0.01, ha="left")
 
 
-def plot_rows(axes: Any, losses: Mapping[str, Sequence[float]], base: str) -> None:
+def plot_rows(axes: Any, losses: Losses, base: str) -> None:
     """Draw a row for each arm: a small dot for each seed, and the mean with its 95 % interval.
 
-    Losses are in nats per byte. The label is the mean to three digits, with its difference from that of the arm `base`.
+    The label is the mean to three digits, with the mean difference from the arm `base` over the seeds that both have.
     """
-    means = {arm: fmean(seeds) for arm, seeds in losses.items()}
-    for row, (arm, seeds) in enumerate(losses.items()):
-        color, half = routing_color(color_key(arm)), half_width(seeds)
+    others = losses.get(base, {})
+    for row, (arm, by_seed) in enumerate(losses.items()):
+        seeds = [*by_seed.values()]
+        color, half, mean = routing_color(color_key(arm)), half_width(seeds), fmean(seeds)
         alpha, size = (0.5, 8) if half < math.inf else (1, 15)
         axes.plot(seeds, [row] * len(seeds), "o", color=color, alpha=alpha, markersize=size)
         if half < math.inf:
-            axes.errorbar(means[arm], row, xerr=half, color=color, capsize=6, marker="|", markersize=20)
-        difference = f" ({means[arm] - means[base]:+.3f})".replace("-", "−") if arm != base and base in means else ""
+            axes.errorbar(mean, row, xerr=half, color=color, capsize=6, marker="|", markersize=20)
+        pairs = [by_seed[seed] - others[seed] for seed in by_seed if seed in others]
+        difference = f" ({interval(pairs, '+', digits=3)})".replace("-", "−") if arm != base and pairs else ""
         look = {"textcoords": "offset points", "ha": "center", "fontsize": 14}
-        axes.annotate(f"{means[arm]:.3f}{difference}", (means[arm], row), (0, 12), **look)
+        axes.annotate(f"{mean:.3f}{difference}", (mean, row), (0, 12), **look)
     axes.margins(x=MARGIN)
     axes.set_yticks(range(len(losses)), [ARMS[arm].title.replace(", ", ",\n") for arm in losses])
     axes.set_ylim(len(losses) - 0.5, -0.7)  # the first arm at the top

@@ -18,8 +18,10 @@ def draw(path: Path, runs: Mapping[str, RunFigures], summary: Mapping[str, Any])
     remoe, iterations = runs["remoe"], summary["iterations"]
     with picture(path, font_size=11, pad=(0.15, 0.15), figsize=(16, 11)) as figure:
         ((loss, sparsity), (coefficient, load)) = figure.subplots(2, 2)
-        plot_rows(loss, {model: [summary[model]["val_loss"]] for model in tiny.NAMES}, "dense")
-        loss.set(title="Loss on held-out text at the end (against dense)", xlabel="nats per byte; lower is better")
+        plot_rows(loss, {model: {0: summary[model]["val_loss"]} for model in tiny.NAMES}, "dense")
+        loss.set(
+            title="Loss on held-out text at the end (difference from dense)", xlabel="nats per byte; lower is better"
+        )
         _draw_sparsity(sparsity, remoe, summary)
         coefficient.plot(*remoe.curve("l1_coefficient"), color=routing_color("remoe"), linewidth=1.5)
         coefficient.set(title="ReMoE: coefficient λ of the L1 term", xlabel="iteration", ylabel="λ", yscale="log")
@@ -35,11 +37,11 @@ def late_load(figures: RunFigures, last: int) -> dict[int, NDArray[np.float64]]:
 def _draw_sparsity(axes: Any, remoe: RunFigures, summary: Mapping[str, Any]) -> None:
     color, target = routing_color("remoe"), summary["remoe"]["sparsity_target"]
     (steps, low), (_, high) = (remoe.curve(f"{name}_layer_sparsity") for name in ("lowest", "highest"))
-    axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0, label="layers")
+    axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0, label="lowest to highest layer")
     axes.plot(*remoe.curve("sparsity"), color=color, linewidth=1.2, label="all layers")
     axes.axhline(target, color=TARGET, linestyle="--", linewidth=1.5, label=f"target {target:.3f}")
     reached = summary["remoe"]["sparsity_last_quarter"]
-    title = f"ReMoE: sparsity of the gates (computed, last quarter: {reached:.3f})"
+    title = f"ReMoE: sparsity of all gates (of the computed ones, last quarter: {reached:.3f})"
     axes.set(title=title, xlabel="iteration", ylabel="share of token–expert pairs that are off", ylim=(None, 1))
     axes.legend(loc="lower right")
 
@@ -51,7 +53,7 @@ def _draw_load(axes: Any, load: Mapping[int, NDArray[np.float64]], even: float) 
         left = experts - 0.4 + place * width
         look = {"color": routing_color("remoe"), "alpha": 1 - place / len(load), "label": f"layer {layer}"}
         axes.bar(left, shares, width, align="edge", **look)
-    axes.axhline(even, color=TARGET, linestyle="--", linewidth=1.5, label=f"even: {even:.1%}")
+    axes.axhline(even, color=TARGET, linestyle="--", linewidth=1.5, label=f"even: {100 * even:.1f} %")
     axes.set(title="ReMoE: tokens that each expert gets, last quarter", xlabel="expert")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     axes.legend()
