@@ -41,7 +41,7 @@ def _draw_sparsity(axes: Any, remoe: RunFigures, summary: Mapping[str, Any]) -> 
     axes.plot(*remoe.curve("sparsity"), color=color, linewidth=1.2, label="all layers")
     axes.axhline(target, color=TARGET, linestyle="--", linewidth=1.5, label=f"target {target:.3f}")
     reached = summary["remoe"]["sparsity_last_quarter"]
-    title = f"ReMoE: sparsity of all gates (of the computed ones, last quarter: {reached:.3f})"
+    title = f"ReMoE: sparsity of all gates (of those computed: {reached:.3f})"
     axes.set(title=title, xlabel="iteration", ylabel="share of token–expert pairs that are off", ylim=(None, 1))
     axes.legend(loc="lower right")
 
