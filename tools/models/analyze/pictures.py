@@ -67,7 +67,8 @@ def _draw_load(figure: Any, numbers: Numbers) -> None:
     experts.set(title="Experts per token, by domain", xlabel="experts, mean of tokens")
     if special:
         _draw_dots(others[0], special, [("bits", MEASURED, "")])
-        others[0].set(title="Information of an expert on the domain", xlabel="mutual information, bits")
+        others[0].set(title="Mutual information of expert and domain", xlabel="bits per active pair")
+        others[0].margins(x=0.1)
         others[0].set_xlim(left=0)
 
 
