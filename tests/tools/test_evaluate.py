@@ -16,7 +16,7 @@ from tests.data_sets import write_documents
 from tests.hf.models import make
 from tests.tiny_model import RELU
 from tests.training_runs import REPOSITORY, TINY, run, series
-from tools.models.arguments import TASKS
+from tools.models.arguments import TASKS, parse_evaluate
 from tools.models.evaluate.command import main
 from tools.models.evaluate.tasks import read_scores
 from tools.models.export import main as export
@@ -128,7 +128,24 @@ def test_results_before_an_error_are_kept(
     words = ["--data-path", str(data), "--seq-length", "32", "--sequences", "8", "--tasks", "no_such_task"]
     assert main(["--load", str(tmp_path / "model"), *words, "--output", str(tmp_path / "results.json")]) == 1
     assert "[REMOE-E504]" in capfd.readouterr().err
-    assert [*json.loads((tmp_path / "results.json").read_text())] == ["text"]
+    kept = (tmp_path / "results.json").read_text()
+    assert [*json.loads(kept)] == ["text"]
+    words[1] = str(tmp_path / "nothing")
+    assert main(["--load", str(tmp_path / "model"), *words, "--output", str(tmp_path / "results.json")]) == 1
+    assert (tmp_path / "results.json").read_text() == kept
+
+
+@pytest.mark.parametrize(
+    "words", ["--data-path a --limit 2", "--tasks --sequences 3", "--tasks --seed 1", "--data-path a --task-data b"]
+)
+def test_flags_without_effect_are_refused(words: str) -> None:
+    with pytest.raises(SystemExit):
+        parse_evaluate(["--load", "model", *words.split()])
+
+
+def test_models_read_the_same_sequences() -> None:
+    words = "--data-path a --sequences 8 --load one".split()
+    assert parse_evaluate(words).seed is None and parse_evaluate([*words, "two"]).seed is not None
 
 
 def test_scores_of_lm_eval() -> None:

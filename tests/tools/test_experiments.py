@@ -16,7 +16,7 @@ from tests.training_runs import REPOSITORY
 from tools.console.flags import group_by_flag
 from tools.experiments import compare, jobs, results
 from tools.experiments.arms import ARMS, SETTINGS
-from tools.experiments.run import Run, run_from_fields
+from tools.experiments.run import Run, check_flags, run_from_fields
 from tools.recipes.layout import RecipeError
 from tools.text.corpora import dataset
 
@@ -83,11 +83,18 @@ def test_bad_values_are_named(words: str, facts: str, tmp_path: Path) -> None:
     assert all(fact in errors for fact in facts.split()), errors
 
 
-@pytest.mark.parametrize("words", ["--steps 403", "--steps 370", "--tuning-steps 15"])
+@pytest.mark.parametrize("words", ["--steps 403", "--steps 120", "--tuning-steps 15"])
 def test_bad_lengths_of_a_comparison(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         compare.parse_arguments(words.split())
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--lr-decay-style", "--lr-warmup-iters", "--split", "--seed"])
+def test_flags_that_runs_set_themselves_are_refused(flag: str) -> None:
+    with pytest.raises(RecipeError, match=flag):
+        check_flags([flag, "1"], [Run("moe", steps=400, is_wsd=True)])
+    check_flags(["--lr-warmup-iters", "1"], [Run("moe")])
 
 
 def test_errors_of_the_scripts_stop_it_before_the_first_run(tmp_path: Path) -> None:
@@ -127,7 +134,8 @@ def test_flags_of_tiny_runs() -> None:
     assert plain["--train-data-path"][::2] == ("30", "10") and "--full-validation" in plain
     assert flags("dense", expansion=8)["--ffn-hidden-size"] == ("1024",)
     assert flags("moe", size="469m")["--hidden-size"] == ("80",)
-    assert flags("remoe-capped", topk=2)["--moe-relu-max-experts"] == ("8",)
+    bounds = {"topk": 2, "experts": 16}, {"granularity": 4}, {"experts": 2}
+    assert [flags("remoe-capped", **fields)["--moe-relu-max-experts"][0] for fields in bounds] == ["8", "4", "2"]
     tuning = flags("moe", steps=400, rate=2, warmup=40, is_wsd=True, is_tuning=True)
     assert (tuning["--lr"], tuning["--min-lr"], tuning["--lr-warmup-iters"]) == (("0.008",), ("0.0008",), ("40",))
     assert tuning["--lr-decay-style"] == ("WSD",) and tuning["--lr-wsd-decay-iters"] == ("80",)
@@ -165,8 +173,9 @@ def test_a_longer_run_goes_on_from_the_decay_of_a_shorter_one(tmp_path: Path) ->
         (job.folder / "checkpoints" / f"iter_{start:07}").mkdir()
     finish_run(grid, replace(run, steps=80, seed=1))
     longer = jobs.make_job(replace(run, steps=45), grid)
-    jobs.prepare(longer, grid)
     saves = longer.folder / "checkpoints"
+    (saves / "iter_0000030").mkdir(parents=True)  # of a copy that was cut off
+    jobs.prepare(longer, grid)
     assert (saves / "latest_checkpointed_iteration.txt").read_text() == "30" and (saves / "iter_0000030").exists()
     lines = [json.loads(line) for line in (saves / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["iteration"] == 30 and {line["kind"] for line in lines} == {"start", "log"}
@@ -186,6 +195,10 @@ def test_runs_of_equal_flops() -> None:
     assert compare.run_of_equal_flops(remoe, remoe, known) == remoe
     assert compare.run_of_equal_flops(dense, remoe, known) is None
     assert compare.run_of_equal_flops(replace(run, seed=2), remoe, known) is None
+    missed = {replace(run, steps=160): results.Result(160, loss=2.0, flops=1.5e9, step_flops=1e7)}
+    assert compare.run_of_equal_flops(run, remoe, known | missed) == replace(run, steps=170)
+    met = {replace(run, steps=170): results.Result(170, loss=2.0, flops=1.59e9, step_flops=1e7)}
+    assert compare.run_of_equal_flops(run, remoe, known | missed | met) == replace(run, steps=170)
 
 
 def test_each_arm_has_its_own_rate_and_warmup(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -226,7 +239,12 @@ def test_each_arm_has_its_own_rate_and_warmup(capsys: pytest.CaptureFixture[str]
     assert re.search(
         r"\| 40 \| moe \| 1\.6150 ± .* \| \+0\.1000 ± \S+ \(2\) \| higher \| \+0\.0500 ± \S+ \(2\) \|", printed
     )
-    assert imread(folder / "results.png").std() > 0.05
+    assert imread(folder / "results.png").std() > 0.05 and not (folder / "results.json").exists()
+    (tmp_path / "old.json").write_text('{"a": 1}')
+    for words_of_file in ("points.json --size 4x256", "old.json"):
+        name, *more = words_of_file.split()
+        given = [*words.split(), "--output-dir", str(tmp_path), "--results", str(tmp_path / name), *more]
+        assert compare.main(given) == 1
 
 
 # ---------------------------------------------------------------- Slurm

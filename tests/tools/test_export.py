@@ -96,6 +96,7 @@ def test_other_models(name: str, tokenizer: Path, tmp_path: Path, capfd: pytest.
     assert all(checkpoints.rename_expert_norm(key) in stored for key in stored if "pre_mlp_layernorm." in key)
     assert main("--load", tmp_path / "run", "--save", tmp_path / "out", "--tokenizer-model", tokenizer) == 0
     assert "on 2,048 random tokens" in capfd.readouterr().out
+    assert "| loss on" not in (tmp_path / "out" / "README.md").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.dtype == torch.bfloat16 and loaded.config.tie_word_embeddings == (name == "dense")
     with torch.no_grad():
