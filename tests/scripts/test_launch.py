@@ -37,6 +37,17 @@ def test_few_documents_have_a_split_that_leaves_no_part_empty(documents: int, sp
     assert "Split" not in result.stderr and value(shlex.split(result.stdout), "--split") == "8,1,1"
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"), [("a b", "30 a 10 b"), ("a\nb", "30 a 10 b"), ("2 a 1 b", "2 a 1 b"), ("a c", "a c")]
+)
+def test_data_sets_are_weighted_by_size(given: str, expected: str, tmp_path: Path) -> None:
+    """Megatron repeats only data sets with weights. A missing file is reported by the run."""
+    for name, size in (("a", 30), ("b", 10)):
+        (tmp_path / f"{name}.bin").write_bytes(bytes(size))
+    words = shlex.split(planned("182m_moe", folder=tmp_path, DATA_PATH=given).stdout)
+    assert " ".join(words[words.index("--data-path") + 1 : words.index("--split")]) == expected
+
+
 ENGINE, APEX = "transformer_engine/__init__.py", "fused_weight_gradient_mlp_cuda.py"
 BROKEN = "raise RuntimeError('curand shared object not found.')"
 UNFUSED = "--no-gradient-accumulation-fusion"

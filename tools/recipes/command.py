@@ -24,7 +24,8 @@ from .process import run_training
 ARGUMENTS = {"dense": "[ffn_expansion]", "moe": "[num_experts] [granularity]", "remoe": "[num_experts] [granularity]"}
 ENVIRONMENT = """\
 Environment variables; only the data is required:
-  DATA_PATH      prefixes of the data (of .bin/.idx), with or without weights; one per line if they contain blanks
+  DATA_PATH      prefixes of the data (of .bin/.idx), each after its weight; one per line if they contain blanks.
+                 Without weights, several are weighted by their size
   DATA_DIR       instead of it, a folder: the Pile's shards 01 to 29 if it has them, else every *_document.bin, with
                  equal weights
   VOCAB_FILE, MERGE_FILE   GPT-2's encoder.json and vocab.bpe, or gpt2-vocab.json and gpt2-merges.txt (default: in
