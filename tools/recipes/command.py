@@ -109,14 +109,15 @@ def rehearse(launch: Launch) -> int:
 
 
 def train(launch: Launch) -> int:
-    """Train, with the log and the first node's command in the run's folder."""
-    output = Path(launch.output)
+    """Train, with each node's log and the first node's command in the run's folder."""
+    output, node = Path(launch.output), launch.layout.node_rank(os.environ)
+    log = output / (f"train.node{node}.log" if node else LOG)  # a shared disk can lose lines that two nodes append
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if launch.layout.node_rank(os.environ) == 0:
+        if node == 0:
             write_text(output / "command.sh", launch.text())
-        (output / LOG).open("a").close()
+        log.open("a").close()
     except OSError as error:
         raise RecipeError(f"OUTPUT_DIR={output} cannot be written: {error.strerror}") from error
     print(f"Run: {output} (log, command, checkpoints, tensorboard)", flush=True)
-    return run_training(launch.command, output / LOG)
+    return run_training(launch.command, log)
