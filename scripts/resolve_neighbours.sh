@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prints the table of docs/design.md: which extras resolve next to which packages, and their versions, on Python 3.12
+# Prints the table of docs/upstream.md: which extras resolve next to which packages, and their versions, on Python 3.12
 # with glibc 2.39. Installs nothing. Needs uv (pip install uv). Arguments replace the packages: vllm==0.33.0 ...
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib/python.sh"

@@ -33,9 +33,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Parse the flags. Those of Megatron-LM's tool keep their meaning."""
     parser = tool_parser("preprocess", __doc__)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="FILE", help="files or patterns")
+    add("--input", nargs="+", required=True, metavar="FILE", help="files to read, or patterns")
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="text fields, a data set each (default: text)")
-    add("--on-error", choices=("stop", "skip"), default="stop", help="at an unreadable line (default: stop)")
+    add("--on-error", choices=("stop", "skip"), default="stop", help="stop at or skip unreadable lines (default: stop)")
     add("--tokenizer-type", choices=TOKENIZER_TYPES, required=True, help="the run's --tokenizer-type")
     add("--vocab-file", metavar="FILE", help="GPT2BPETokenizer: encoder.json or vocab.json")
     add("--merge-file", metavar="FILE", help="GPT2BPETokenizer: vocab.bpe or merges.txt")

@@ -37,6 +37,17 @@ def test_few_documents_have_a_split_that_leaves_no_part_empty(documents: int, sp
     assert "Split" not in result.stderr and value(shlex.split(result.stdout), "--split") == "8,1,1"
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"), [("a b", "30 a 10 b"), ("a\nb", "30 a 10 b"), ("2 a 1 b", "2 a 1 b"), ("a c", "a c")]
+)
+def test_data_sets_are_weighted_by_size(given: str, expected: str, tmp_path: Path) -> None:
+    """Megatron repeats only data sets with weights. A missing file is reported by the run."""
+    for name, size in (("a", 30), ("b", 10)):
+        (tmp_path / f"{name}.bin").write_bytes(bytes(size))
+    words = shlex.split(planned("182m_moe", folder=tmp_path, DATA_PATH=given).stdout)
+    assert " ".join(words[words.index("--data-path") + 1 : words.index("--split")]) == expected
+
+
 ENGINE, APEX = "transformer_engine/__init__.py", "fused_weight_gradient_mlp_cuda.py"
 BROKEN = "raise RuntimeError('curand shared object not found.')"
 UNFUSED = "--no-gradient-accumulation-fusion"
@@ -93,16 +104,29 @@ def test_starts_on_gpus_as_it_says(name: str, expected: str, tmp_path: Path) -> 
     assert (tmp_path / "run" / "command.sh").read_text().startswith(written)
 
 
-@pytest.mark.parametrize(("rank", "written"), [("0", True), ("1", False)])
-def test_the_first_node_writes_the_command(rank: str, written: bool, tmp_path: Path) -> None:
-    """Only the first node writes command.sh, because all nodes can share the folder."""
+@pytest.mark.parametrize(("rank", "written"), [("0", ["command.sh", "train.log"]), ("1", ["train.node1.log"])])
+def test_the_first_node_writes_the_command(rank: str, written: list[str], tmp_path: Path) -> None:
+    """Only the first node writes command.sh, and each has its log, because all nodes can share the folder."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\n[ "$1" = -m ] || exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     environment = TWO | {"NODE_RANK": rank, "DATA_PATH": "pile", "OUTPUT_DIR": str(tmp_path), "PYTHON": str(python)}
     result = launch("182m_remoe", "1", "--", "--cpu", "--tokenizer-type", "NullTokenizer", **environment)
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "train.log").exists() and (tmp_path / "command.sh").exists() == written
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["python", *written])
+
+
+@pytest.mark.parametrize(("switch", "nodes", "code"), [("0", "2", 2), ("0", "1", 0), ("command", "2", 0)])
+def test_several_nodes_do_not_choose_different_layers(switch: str, nodes: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / ENGINE).write_text(BROKEN)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *count*) echo 1;; -m*) ;; *) exec {sys.executable} "$@";; esac\n')
+    python.chmod(0o755)
+    environment = TWO | {"NNODES": nodes, "NODE_RANK": "0", "DATA_PATH": "pile", "PYTHONPATH": str(tmp_path)}
+    environment |= {"OUTPUT_DIR": str(tmp_path / "run"), "PYTHON": str(python), "DRY_RUN": switch}
+    result = launch("182m_remoe", "1", "--", "--tokenizer-type", "NullTokenizer", **environment)
+    assert result.returncode == code and ("--transformer-impl local" in result.stderr) == bool(code), result.stderr
 
 
 TO_TRAIN, TWO = {"DRY_RUN": "0"}, {"NNODES": "2", "MASTER_ADDR": "first"}

@@ -53,6 +53,13 @@ def test_the_first_python_that_fits_is_used(pythons: dict[str, str], expected: s
     assert bool(answer.stderr) == (expected is None)
 
 
+@pytest.mark.parametrize(("words", "code"), [("--help", 0), ("", 1), ("12", 2)])
+def test_the_example_answers_in_any_folder(words: str, code: int, tmp_path: Path) -> None:
+    command = ["bash", str(ROOT / "examples/rehearse_30b.sh"), *words.split()]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert answer.returncode == code and "gpus" in f"{answer.stdout}{answer.stderr}".lower(), answer.stderr
+
+
 @pytest.mark.parametrize("script", ["quickstart", "setup", "test"])
 def test_help_sets_nothing_up(script: str, tree: Path) -> None:
     answer = start(tree, script, "--help")

@@ -281,4 +281,6 @@ def test_shards_of_the_pile(tmp_path, lines, byte_files) -> None:
     assert (output / "pile_00_text_document.bin").stat().st_mtime_ns == made.st_mtime_ns
     os.truncate(output / "pile_00_text_document.bin", made.st_size - 2)
     assert "  00  damaged: remove " in run(SHARDS="00").stdout
+    run(VOCAB_FILE="", MERGE_FILE="", SHARDS="02", PIP_NO_INDEX="1")  # the installed package has the vocabulary
+    assert (output / "vocab.bpe").read_bytes() == gpt2_files()[1].read_bytes()
     assert run("--overwrite").returncode == run(MERGE_FILE="").returncode == run(INPUT_DIR="nowhere").returncode == 2

@@ -42,8 +42,8 @@ def _add_models(add: Callable[..., Any], **number: Any) -> None:
 
 def _add_sequences(add: Callable[..., Any]) -> None:
     """Add the flags for the sequences of data sets to read."""
-    add("--seq-length", **NUMBER, help="as in training (default: the model's context)")
-    add("--sequences", **NUMBER, help="at most, per data set (default: all)")
+    add("--seq-length", **NUMBER, help="tokens per sequence (default: the model's context)")
+    add("--sequences", **NUMBER, help="read at most N sequences per data set (default: all)")
 
 
 def parse_generate(arguments: Words = None) -> argparse.Namespace:
@@ -59,11 +59,11 @@ def parse_generate(arguments: Words = None) -> argparse.Namespace:
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--prompt", metavar="TEXT", help="text to continue")
     text.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with the text to continue")
-    add("--max-new-tokens", **NUMBER, default=200, help="default: %(default)s")
-    add("--temperature", type=float, default=1.0, metavar="X", help="0: the most probable token (default: %(default)s)")
+    add("--max-new-tokens", **NUMBER, default=200, help="generate at most N tokens (default: %(default)s)")
+    add("--temperature", type=float, default=1.0, metavar="X", help="divide logits by X; 0: no sampling (default: 1)")
     add("--top-k", type=whole_number(0), default=0, metavar="K", help="sample from K tokens (default: all)")
     add("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling threshold")
-    add("--seed", type=int, default=SEED, help="default: %(default)s")
+    add("--seed", type=int, default=SEED, help="random seed for sampling (default: %(default)s)")
     args = parser.parse_args(arguments)
     if args.temperature < 0 or not 0 < args.top_p <= 1:
         parser.error("--temperature must not be negative, and --top-p must be above 0 and at most 1.")
@@ -84,19 +84,15 @@ def parse_evaluate(arguments: Words = None) -> argparse.Namespace:
     add = parser.add_argument_group("text").add_argument
     add("--data-path", nargs="+", default=[], metavar="PREFIX", help="data sets")
     _add_sequences(add)
-    add(
-        "--seed",
-        type=int,
-        metavar="N",
-        help="order of the text (default: the run's; for several models with --sequences: 1234)",
-    )
-    text = "also with only the K largest gates"
+    text = "random seed for the order of the text (default: the run's; for several models with --sequences: 1234)"
+    add("--seed", type=int, metavar="N", help=text)
+    text = "also evaluate with only the K largest gates"
     add("--max-experts-per-token", type=int, nargs="+", default=[], metavar="K", help=text)
     add("--speed", action="store_true", help="also measure tokens per second, on the beginning of the first data set")
     add = parser.add_argument_group("tasks").add_argument
-    add("--tasks", nargs="*", metavar="TASK", help=f"of lm-eval (default: {', '.join(TASKS)})")
-    add("--task-data", **FOLDER, help="further tasks in lm-eval's format (.yaml)")
-    add("--limit", **NUMBER, help="at most, documents of each task")
+    add("--tasks", nargs="*", metavar="TASK", help=f"lm-eval tasks (default: {', '.join(TASKS)})")
+    add("--task-data", **FOLDER, help="folder of more tasks in lm-eval's format (.yaml)")
+    add("--limit", **NUMBER, help="score at most N documents per task")
     args = parser.parse_args(arguments)
     if not args.data_path and (args.tasks is None or args.speed or args.max_experts_per_token):
         parser.error("give --data-path, which --speed and --max-experts-per-token need, or --tasks.")
@@ -120,9 +116,9 @@ def parse_analyze(arguments: Words = None) -> argparse.Namespace:
     add = parser.add_argument
     _add_models(add)
     add("--data-path", nargs="+", required=True, metavar="PREFIX", help="data sets, one for each domain")
-    add("--output-dir", **FOLDER, help="default: analysis/ in the folder of --load")
+    add("--output-dir", **FOLDER, help="folder to write (default: analysis/ in the folder of --load)")
     _add_sequences(add)
-    add("--seed", type=int, default=SEED, help="order of the sequences (default: %(default)s)")
+    add("--seed", type=int, default=SEED, help="random seed for the order of the sequences (default: %(default)s)")
     args = parser.parse_args(arguments)
     args.output_dir = args.output_dir or args.load / "analysis"
     return args
@@ -163,7 +159,7 @@ def parse_convert(arguments: Words = None) -> argparse.Namespace:
     add("--num-experts", type=whole_number(2), metavar="E", help="experts, each as large as the dense layer")
     text = "k of the target sparsity; fewer than the k of a top-k checkpoint make it sparser (default: 1)"
     add("--moe-router-topk", type=int, metavar="K", help=text)
-    add("--moe-granularity", **NUMBER, help="cut every expert into G (default: 1)")
+    add("--moe-granularity", **NUMBER, help="split each expert into N (default: 1)")
     add("--moe-layer-freq", metavar="PATTERN", help="layers with experts (default: 1, all of them)")
     add = parser.add_argument_group("fit").add_argument
     add("--data-path", nargs="+", metavar="WORD", help="text, as in Megatron (default: the run's)")
@@ -171,7 +167,7 @@ def parse_convert(arguments: Words = None) -> argparse.Namespace:
     add("--tokens", **NUMBER, help=text)
     text = "largest relative growth of the loss (default: 0.01 from dense, 0.05 from top-k)"
     add("--loss-bound", type=float, metavar="X", help=text)
-    add("--seed", type=int, default=SEED, help="of the text and the fit (default: %(default)s)")
+    add("--seed", type=int, default=SEED, help="random seed for the text and the fit (default: %(default)s)")
     args = parser.parse_args(arguments)
     if args.from_hf and (args.from_fork or args.from_fsdp or args.model or args.ckpt_step is not None):
         parser.error("--from-hf is not the folder of a run: leave out --from-fork, --from-fsdp, --model, --ckpt-step.")
@@ -201,7 +197,7 @@ def parse_export(arguments: Words = None) -> argparse.Namespace:
     add("--tokenizer-model", **FOLDER, help="a Hugging Face tokenizer (default: the run's)")
     text = "text to compare the models on, as in Megatron (default: the run's, held-out if it names some)"
     add("--data-path", nargs="+", metavar="WORD", help=text)
-    text = "a ReMoE's K largest gates only: servers compute the same number of experts for each token"
+    text = "export a ReMoE with only the N largest gates: servers compute the same number of experts for each token"
     add("--max-experts-per-token", **NUMBER, help=text)
     args = parser.parse_args(arguments)
     if args.reverse and (args.data_path or args.ckpt_step is not None or args.max_experts_per_token):

@@ -82,12 +82,13 @@ def read_rate(text: str) -> tuple[str, float]:
 def plan_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """Return the parser of the command `remoe NAME`, with the flags of machine and rates."""
     parser = tool_parser(name, description)
+    parser.usage = "%(prog)s [options] -- Megatron flags"
     add = parser.add_argument
-    add("--gpus", type=whole_number(1), default=8, metavar="N", help="of the whole run (default: 8)")
-    add("--gpus-per-node", type=whole_number(1), metavar="N", help=f"default: {GPUS_PER_NODE}, or all if fewer")
+    add("--gpus", type=whole_number(1), default=8, metavar="N", help="GPUs in total (default: 8)")
+    add("--gpus-per-node", type=whole_number(1), metavar="N", help=f"GPUs per node (default: at most {GPUS_PER_NODE})")
     add("--gpu", type=str.lower, choices=GPUS, default="h100", help="kind of GPU (default: h100)")
-    text = "for the model of time: products, grouped, attention (TFLOP/s), bandwidth (TB/s), link, network (GB/s), "
-    text += "smallest, latency, network_latency, frame, launch (microseconds)"
+    text = "set a rate of the time model: products, grouped, attention (TFLOP/s), bandwidth (TB/s), link, network "
+    text += "(GB/s), smallest, latency, network_latency, frame, launch (microseconds)"
     add("--rate", type=read_rate, action="append", default=[], metavar="NAME=VALUE", help=text)
     return parser
 

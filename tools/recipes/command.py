@@ -24,7 +24,8 @@ from .process import run_training
 ARGUMENTS = {"dense": "[ffn_expansion]", "moe": "[num_experts] [granularity]", "remoe": "[num_experts] [granularity]"}
 ENVIRONMENT = """\
 Environment variables; only the data is required:
-  DATA_PATH      prefixes of the data (of .bin/.idx), with or without weights; one per line if they contain blanks
+  DATA_PATH      prefixes of the data (of .bin/.idx), each after its weight; one per line if they contain blanks.
+                 Without weights, several are weighted by their size
   DATA_DIR       instead of it, a folder: the Pile's shards 01 to 29 if it has them, else every *_document.bin, with
                  equal weights
   VOCAB_FILE, MERGE_FILE   GPT-2's encoder.json and vocab.bpe, or gpt2-vocab.json and gpt2-merges.txt (default: in
@@ -108,14 +109,15 @@ def rehearse(launch: Launch) -> int:
 
 
 def train(launch: Launch) -> int:
-    """Train, with the log and the first node's command in the run's folder."""
-    output = Path(launch.output)
+    """Train, with each node's log and the first node's command in the run's folder."""
+    output, node = Path(launch.output), launch.layout.node_rank(os.environ)
+    log = output / (f"train.node{node}.log" if node else LOG)  # a shared disk can lose lines that two nodes append
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if launch.layout.node_rank(os.environ) == 0:
+        if node == 0:
             write_text(output / "command.sh", launch.text())
-        (output / LOG).open("a").close()
+        log.open("a").close()
     except OSError as error:
         raise RecipeError(f"OUTPUT_DIR={output} cannot be written: {error.strerror}") from error
     print(f"Run: {output} (log, command, checkpoints, tensorboard)", flush=True)
-    return run_training(launch.command, output / LOG)
+    return run_training(launch.command, log)

@@ -32,7 +32,7 @@ def find_data(environment: Mapping[str, str], planned: bool) -> list[str]:
         RecipeError: there are no data.
     """
     if given := environment.get("DATA_PATH"):
-        return split_data_path(given)
+        return add_weights(split_data_path(given))
     if given := environment.get("DATA_DIR"):
         return find_data_sets(given)
     if planned:
@@ -48,6 +48,17 @@ def split_data_path(given: str) -> list[str]:
         lines = [re.fullmatch(r"(?:([0-9.]+)[ \t]+)?(.*)", line.strip(" \t")) for line in given.split("\n")]
         return [word for line in lines if line is not None for word in line.groups() if word]
     return given.split()
+
+
+def add_weights(words: list[str]) -> list[str]:
+    """Weight several data sets by the bytes of their .bin files, unless there are weights or a file is missing.
+
+    Without weights Megatron reads each data set once: a longer run, or evaluation, would end without data.
+    """
+    files = [Path(f"{word}.bin") for word in words]
+    if len(words) == 1 or not all(file.is_file() for file in files):
+        return words
+    return [word for file, prefix in zip(files, words, strict=True) for word in (str(file.stat().st_size), prefix)]
 
 
 def find_data_sets(folder: str) -> list[str]:

@@ -32,12 +32,22 @@ def run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, errors="replace")
 
 
-def find_engine_problem(interpreter: str) -> str | None:
-    """Return why Transformer Engine cannot be imported; None if it can. A new process tries it, as it may crash."""
+def find_engine_problem(interpreter: str, nodes: int) -> str | None:
+    """Return why Transformer Engine cannot be imported; None if it can. A new process tries it, as it may crash.
+
+    Raises:
+        RecipeError: it is installed, and there are several nodes: the others could still import it.
+    """
     if importlib.util.find_spec("transformer_engine") is None:
         return "not installed"
     result = run([interpreter, "-c", "import transformer_engine.pytorch"])
-    return (result.stderr.splitlines() or ["crashed"])[-1] if result.returncode else None
+    problem = (result.stderr.splitlines() or ["crashed"])[-1] if result.returncode else None
+    if problem and nodes > 1:
+        raise RecipeError(
+            f"NNODES={nodes}: Transformer Engine is installed on this node and cannot be imported ({problem}). Repair "
+            "it, or add --transformer-impl local after -- on all nodes"
+        )
+    return problem
 
 
 def deciding_values(layout: Layout, flags: Sequence[str]) -> dict[str, Any]:
@@ -49,7 +59,9 @@ def deciding_values(layout: Layout, flags: Sequence[str]) -> dict[str, Any]:
     return decided | {flag: values[flag.removeprefix("--").replace("-", "_")] for flag in given}
 
 
-def gpu_flags(has_experts: bool, kernels: str, values: Mapping[str, Any], interpreter: str) -> tuple[list[str], str]:
+def gpu_flags(
+    has_experts: bool, kernels: str, values: Mapping[str, Any], interpreter: str, nodes: int
+) -> tuple[list[str], str]:
     """Return the flags for a training run on GPUs, and a line that names the layers that they choose.
 
     Args:
@@ -57,13 +69,14 @@ def gpu_flags(has_experts: bool, kernels: str, values: Mapping[str, Any], interp
         kernels: KERNELS of the environment.
         values: see `deciding_values`.
         interpreter: starts the run; if empty, no package is looked for, and plain PyTorch is chosen.
+        nodes: their number; each chooses its layers.
 
     Raises:
-        RecipeError: context parallelism would run in plain PyTorch, which does not have it.
+        RecipeError: context parallelism would run in plain PyTorch, which does not have it; see `find_engine_problem`.
     """
     problem: str | None = "not asked for"
     if interpreter and values["--transformer-impl"] != "local":
-        problem = find_engine_problem(interpreter)
+        problem = find_engine_problem(interpreter, nodes)
     if problem is None:
         engine, chosen = "Transformer Engine", ["--transformer-impl", "transformer_engine"]
         if has_experts:

@@ -100,7 +100,9 @@ def plan(
         if not planned:
             hardware.check_gpus(layout.gpus_per_node, interpreter)
         values = hardware.deciding_values(layout, extra)
-        suited, engine = hardware.gpu_flags(has_experts, kernels, values, interpreter if ask_for_packages else "")
+        suited, engine = hardware.gpu_flags(
+            has_experts, kernels, values, interpreter if ask_for_packages else "", 1 if planned else layout.nodes
+        )
         gpu = environment.get("GPU", "") if planned else None
         settings = hardware.gpu_settings(extra, values, environment, gpu)
     flags = [

@@ -2,7 +2,7 @@
 
 remoe report runs/quickstart/remoe                                         # writes report.html there
 remoe report runs/quickstart/{dense,moe,remoe} --output comparison.html    # compares them
-remoe report runs/llama_182m_remoe --watch                                 # again every 30 s while it trains
+remoe report runs/llama_182m_remoe_e8g1 --watch                            # again every 30 s while it trains
 """
 
 import argparse
@@ -25,7 +25,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = tool_parser("report", __doc__)
     add = parser.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder or its --save")
-    add("--output", type=Path, metavar="FILE", help="default: report.html in the first run's folder")
+    add("--output", type=Path, metavar="FILE", help="page to write (default: report.html in the first run's folder)")
     text = "rewrite the page every N seconds (default: 30) until the runs are done; it reloads itself"
     add("--watch", type=whole_number(1), nargs="?", const=30, metavar="SECONDS", help=text)
     return parser.parse_args(arguments)

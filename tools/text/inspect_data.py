@@ -26,8 +26,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("prefix", metavar="PREFIX", help="the data set's path without .bin or .idx")
     add("--vocab-file", metavar="FILE", help="GPT-2's encoder.json or vocab.json, to decode documents")
     add("--merge-file", metavar="FILE", help="GPT-2's vocab.bpe or merges.txt")
-    add("--tokenizer-model", metavar="FOLDER", help="or the folder of a Hugging Face tokenizer")
-    add("--documents", type=whole_number(0), default=3, metavar="N", help="how many documents to show (default: 3)")
+    add("--tokenizer-model", metavar="FOLDER", help="folder of a Hugging Face tokenizer, instead of both files")
+    add("--documents", type=whole_number(0), default=3, metavar="N", help="show N documents (default: 3)")
     return parser.parse_args(arguments)
 
 
