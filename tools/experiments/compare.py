@@ -43,26 +43,26 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = grid_parser("compare", __doc__, range(1, 9))
     parser.set_defaults(tokens=dataset.SUBWORDS)
     add, number, default = parser.add_argument, whole_number(1), "(default: %(default)s)"
-    text = f"of {', '.join(ARMS)} (default: {' '.join(USUAL)})"
+    text = f"routings to compare, of {', '.join(ARMS)} (default: {' '.join(USUAL)})"
     add("--arms", nargs="+", choices=ARMS, default=USUAL, metavar="ARM", help=text)
     add("--reference", choices=ARMS, default=REFERENCE, metavar="ARM", help=f"measure gaps from this arm {default}")
     text = f"also train the other arms to the FLOPs of this arm, or {NONE}"
     add("--equal-flops", choices=(*ARMS, NONE), default=REFERENCE, metavar="ARM", help=f"{text} {default}")
-    experts = {"type": whole_number(2), "default": [8, 32, 128]}
-    add("--experts", nargs="+", **experts, metavar="E", help="of a layer (default: 8 32 128)")
-    add("--granularity", type=number, default=1, metavar="G", help=f"smaller experts of each {default}")
-    add("--topk", type=number, default=1, metavar="K", help=f"experts of a token, before granularity {default}")
+    text = "experts per layer (default: 8 32 128)"
+    add("--experts", nargs="+", type=whole_number(2), default=[8, 32, 128], metavar="E", help=text)
+    add("--granularity", type=number, default=1, metavar="G", help=f"split each expert into G {default}")
+    add("--topk", type=number, default=1, metavar="K", help=f"experts per token, before granularity {default}")
     text = "; ".join(
         f"{name}: {size.layers} layers of {size.hidden}, batch {size.batch}" for name, size in tiny.SIZES.items()
     )
-    add("--size", choices=tiny.SIZES, default=tiny.QUICKSTART, help=f"of the tiny model, {text} {default}")
-    text = "lengths (default: 400 1200 3600 12000)"
+    add("--size", choices=tiny.SIZES, default=tiny.QUICKSTART, help=f"size of the tiny models, {text} {default}")
+    text = "lengths in optimizer steps (default: 400 1200 3600 12000)"
     add("--steps", nargs="+", type=number, default=[400, 1200, 3600, 12000], metavar="N", help=text)
     text = "factors on the learning rate to tune over (default: 0.25 0.5 1 2)"
     add("--lr-factors", nargs="+", type=above_zero, default=[0.25, 0.5, 1.0, 2.0], metavar="X", help=text)
     text = "learning-rate warm-up steps to tune over; at least the dense start (default: 100)"
     add("--warmups", nargs="+", type=number, default=[100], metavar="N", help=text)
-    add("--tuning-steps", type=number, default=1200, metavar="N", help=f"steps of a tuning run {default}")
+    add("--tuning-steps", type=number, default=1200, metavar="N", help=f"length of a tuning run {default}")
     args = parse_words(parser, words)
     args.output_dir /= args.corpus
     args.arms = [arm for arm in ARMS if arm in (*args.arms, args.reference, args.equal_flops)]

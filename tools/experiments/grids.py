@@ -31,14 +31,14 @@ def grid_parser(name: str, description: str | None, seeds: Sequence[int]) -> arg
     parser.set_defaults(tiny=True, gpus_per_node=8, micro_batch_size=None, slurm=None)
     parser.usage = "%(prog)s [options] [-- Megatron flags]"
     add, default = parser.add_argument, "(default: %(default)s)"
-    text = f"a run each (default: {' '.join(map(str, seeds))})"
+    text = f"seeds, each a run (default: {' '.join(map(str, seeds))})"
     add("--seeds", nargs="+", type=whole_number(1), default=[*seeds], metavar="N", help=text)
     add("--corpus", choices=dataset.CORPORA, default=dataset.MIXED, help=f"text of tiny models {default}")
     text = "folder of the corpus and its data sets (default: the quickstart's)"
     add("--text-dir", type=Path, metavar="FOLDER", help=text)
-    text = "bytes, or a BPE of 4,096 subwords that is trained on the text; losses are per byte"
-    add("--tokens", choices=dataset.TOKENS, default=dataset.BYTES, help=f"of tiny models: {text} {default}")
-    text = "runs of one thread each at once, for tiny models (default: the number of cores)"
+    text = "tokens of tiny models: bytes, or a BPE of 4,096 subwords that is trained on the text; losses are per byte"
+    add("--tokens", choices=dataset.TOKENS, default=dataset.BYTES, help=f"{text} {default}")
+    text = "number of tiny models to train at once, with one thread each (default: the number of cores)"
     add("--processes", type=whole_number(1), default=number_of_cores(), metavar="N", help=text)
     text = f"for the runs and the results (default: OUTPUT_DIR, or runs/{name})"
     output = Path(os.environ.get("OUTPUT_DIR") or home() / "runs" / name)

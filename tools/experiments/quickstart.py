@@ -37,13 +37,19 @@ def parse_arguments(arguments: Sequence[str]) -> Namespace:
     add = parser.add_argument
     text = "mixed: code, documents, drama, 15 MB; technical: web services, 43 MB; broad: both, and Python, 225 MB"
     add("--corpus", choices=dataset.CORPORA, default=dataset.MIXED, help=f"{text} (default: %(default)s)")
-    text = f"for all files (default: {' or '.join(map(str, dataset.FOLDERS.values()))} in the project's folder)"
+    text = f"folder for all files (default: {' or '.join(map(str, dataset.FOLDERS.values()))} in the project's folder)"
     add("--output-dir", type=Path, metavar="FOLDER", help=text)
     text = f"optimizer steps of each run (default: QUICKSTART_ITERS, or {ITERATIONS})"
     iterations = os.environ.get("QUICKSTART_ITERS") or ITERATIONS
     add("--iterations", type=whole_number(10), default=iterations, metavar="N", help=text)
-    add("--experts", type=whole_number(2), default=SIZE.experts, metavar="E", help="of a layer (default: %(default)s)")
-    add("--seed", type=whole_number(1), default=tiny.SEED, metavar="N", help="of the runs (default: %(default)s)")
+    add(
+        "--experts",
+        type=whole_number(2),
+        default=SIZE.experts,
+        metavar="E",
+        help="experts per layer (default: %(default)s)",
+    )
+    add("--seed", type=whole_number(1), default=tiny.SEED, metavar="N", help="seed of the runs (default: %(default)s)")
     args = parser.parse_args(arguments)
     args.output_dir = (args.output_dir or home() / dataset.FOLDERS[args.corpus]).expanduser().resolve()
     return args
