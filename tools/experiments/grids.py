@@ -78,7 +78,9 @@ def prepare_text(args: argparse.Namespace, console: Console) -> Text:
     except (OSError, ValueError, KeyError) as error:
         raise ToolError(f"{folder}: not a text of this version ({error}). Remove it, or give --text-dir.") from None
     if domains != {*dataset.CORPORA[args.corpus]()}:
-        raise ToolError(f"--corpus {args.corpus}: {folder} holds the domains {', '.join(domains)}. Give --text-dir.")
+        raise ToolError(
+            f"--corpus {args.corpus}: {folder} holds the domains {', '.join(sorted(domains))}. Give --text-dir."
+        )
     return text
 
 
