@@ -1,8 +1,9 @@
-"""Check routers on 2 ranks that share the tokens of one sequence, and the cross entropy of a shared vocabulary."""
+"""Check 2 ranks that share the tokens of one sequence, experts, or the vocabulary of a cross entropy."""
 
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,21 +35,26 @@ def main(kind: str) -> None:
     torch.distributed.init_process_group("gloo")
     if kind == "context":
         parallel_state.initialize_model_parallel(context_parallel_size=2)
+    elif kind == "experts":
+        parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
     else:
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     model_parallel_cuda_manual_seed(1234)
     if kind == "vocabulary":
         check_cross_entropy()
+    elif kind == "experts":
+        check_chunks()
     elif kind == "baselines":
         for router in ("hash", "expert_choice"):
             check_baseline(router)
     else:
         for kernels in ["torch", "triton"] if find_spec("triton") else ["torch"]:
-            check(moe_kernels=kernels)
+            for per_token in (False, True):
+                check(moe_kernels=kernels, calculate_per_token_loss=per_token)
     print(f"rank {torch.distributed.get_rank()} ok", flush=True)
 
 
-def check(**changes: str) -> None:
+def check(**changes: Any) -> None:
     """Check that both ranks together get from their parts what one rank gets from the whole sequence."""
     rank = torch.distributed.get_rank()
     config = make_config(
@@ -88,6 +94,26 @@ def check(**changes: str) -> None:
     torch.testing.assert_close(split.l1_loss, counts["l1_loss"].item(), rtol=1e-6, atol=0.0)
     assert exponent == (1 if active > num_tokens else -1)
     assert controller.totals() == {"total_active_pairs": active, "total_layer_tokens": num_tokens}  # each token once
+
+
+def check_chunks() -> None:
+    """Check that ranks with 10 tokens and 1 work in the same number of chunks, with the results of one chunk."""
+    results, weights = [], None
+    for limit in (0.0, 2.0):
+        layer = make_layer(make_config(expert_model_parallel_size=2, moe_relu_activation_limit=limit), fused=True)
+        weights = weights or layer.state_dict()
+        layer.load_state_dict(weights)
+        layer.router.weight.data.abs_()  # all experts are active
+        chunks: list[int] = []
+        layer.experts.register_forward_hook(lambda *_, chunks=chunks: chunks.append(1))
+        torch.manual_seed(7)
+        tokens = torch.rand(1 if torch.distributed.get_rank() else 10, 1, HIDDEN, dtype=torch.float64).requires_grad_()
+        output = layer(tokens)[0]
+        assert len(chunks) == (2 if limit else 1)
+        output.square().sum().backward()
+        results.append([output, tokens.grad, *(weight.grad for weight in layer.parameters())])
+    for whole, parts in zip(*results, strict=True):
+        torch.testing.assert_close(parts, whole)
 
 
 def check_baseline(name: str) -> None:

@@ -37,6 +37,9 @@ def test_expert_thresholds_follow_the_batches(process_groups: None) -> None:
     assert torch.equal(router(tokens)[1], logits > kept.double() * 2.0**-32) and torch.equal(router.thresholds, kept)
     padding = torch.ones(SEQUENCE, BATCH, dtype=torch.bool, device=DEVICE)
     assert not router(tokens, padding)[1].any()
+    router.train()(tokens * torch.nan)
+    router.end_step()
+    assert torch.equal(router.thresholds, kept) and router.batches == 2
 
 
 def test_top_p_takes_the_fewest_experts_and_holds_their_number(process_groups: None) -> None:

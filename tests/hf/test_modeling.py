@@ -98,10 +98,21 @@ def test_layer_that_is_off() -> None:
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.gate.weight.zero_()
-        off = model(ids, output_router_logits=True)
+    off = model(ids, output_router_logits=True)
+    off.logits.sum().backward()
+    assert all(weight.grad is not None for weight in model.parameters()), "ranks wait for gradients of all weights"
+    with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.experts.down_proj.zero_()
         assert torch.equal(model(ids).logits, off.logits) and off.sparsity == 1
+
+
+def test_autocast_keeps_the_dtype_of_the_router() -> None:
+    ids = tokens()
+    for dtype in ("float32", None):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            seen = make("relu", router_dtype=dtype)(ids, output_router_logits=True).router_logits[0].dtype
+        assert seen == (torch.float32 if dtype else torch.bfloat16)
 
 
 def test_at_most_k_experts() -> None:

@@ -32,6 +32,12 @@ def test_without_relu_routing_nothing_is_changed() -> None:
     assert ReMoEConfig(**given, moe_router_topk=2, moe_relu_routing=True, moe_router_load_balancing_type="none")
 
 
+def test_deprecated_names_are_refused_too() -> None:
+    for name in ("enable_cuda_graph", "external_cuda_graph"):
+        with pytest.raises(ValueError, match="--cuda-graph-impl"):
+            make_config(**{name: True})
+
+
 @pytest.mark.parametrize("own_class", [False, True])
 def test_a_router_nobody_asked_for_is_refused(own_class: bool) -> None:
     """Otherwise settings that assume top-k would not be refused."""

@@ -12,7 +12,7 @@ from megatron.remoe.layer.layer import ReMoELayer
 from megatron.remoe.layer.specs import with_relu_routing
 from megatron.remoe.routing.refusals import REFUSALS, flag
 from megatron.training.arguments import add_megatron_arguments
-from tests.layers import make_config
+from tests.layers import make_config, make_layer
 from tests.training_runs import REPOSITORY
 
 
@@ -91,9 +91,12 @@ def test_refused_together(name: str) -> None:
         make_config(**settings)
 
 
+@pytest.mark.usefixtures("process_groups")
 def test_attention_of_a_hybrid_model_can_be_captured() -> None:
-    config = make_config(is_hybrid_model=True, cuda_graph_impl="local", cuda_graph_modules=["attn"])
-    assert config.cuda_graph_impl == "local"
+    """The MoE layer is still recomputed: Megatron leaves that to graphs that capture it."""
+    settings = {"recompute_granularity": "selective", "recompute_modules": ["moe"], "is_hybrid_model": True}
+    config = make_config(cuda_graph_impl="local", cuda_graph_modules=["attn"], **settings)
+    assert config.cuda_graph_impl == "local" and make_layer(config).moe_layer_recompute
 
 
 def test_attention_variants_take_the_router(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from megatron.remoe.layer.layer import ReMoELayer
 from megatron.remoe.routing.controller import SparsityController
 from megatron.remoe.routing.router import ReLURouter
 from megatron.remoe.training import hooks
+from megatron.remoe.training.pairs import PairCounter
 from megatron.remoe.transformer.attention import FusedDotProductAttention
 from megatron.training.models.base import compose_hooks
 from megatron.training.models.gpt import GPTModelConfig
@@ -56,7 +57,8 @@ def built(model_cfg: GPTModelConfig | HybridModelConfig) -> Any:
 
 def make_settings(num_layers: int, **changes: Any) -> dict[str, Any]:
     config = make_config(
-        num_layers=num_layers, mtp_num_layers=2, normalization="RMSNorm", transformer_impl="local", **changes
+        **{"num_layers": num_layers, "mtp_num_layers": 2, "normalization": "RMSNorm", "transformer_impl": "local"}
+        | changes
     )
     return {"transformer": config, "vocab_size": 128, "position_embedding_type": "rope"}
 
@@ -79,17 +81,18 @@ def test_megatron_still_specifies_the_layers_itself(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("process_groups")
-@pytest.mark.parametrize("is_hybrid", [False, True], ids=["GPT", "hybrid"])
-def test_each_router_has_a_row_of_its_own(is_hybrid: bool) -> None:
+@pytest.mark.parametrize("pattern", [None, "*E*E/*E/*E", "*E/EEE"])
+def test_each_router_has_a_row_of_its_own(pattern: str | None) -> None:
     """In a hybrid, Megatron numbers layers from 1 at each depth, and routers do not know that they belong to MTP."""
-    if is_hybrid:
-        settings = make_settings(4, is_hybrid_model=True)
-        model = built(HybridModelConfig(**settings, hybrid_layer_pattern="*E*E/*E/*E"))
-        layers = [2, 4, 5, 6]
+    if pattern is not None:
+        num_layers, depths = pattern.index("/"), pattern.count("/")
+        settings = make_settings(num_layers, is_hybrid_model=True, mtp_num_layers=depths)
+        model = built(HybridModelConfig(**settings, hybrid_layer_pattern=pattern))
+        layers = [2, 4, 5, 6] if depths == 2 else [2, 3, 4, 5]
     else:
         settings, layers = make_settings(2), [1, 2, 3, 4]
         model = built(GPTModelConfig(**settings))
-    controller = SparsityController([model], settings["transformer"])
+    controller, counter = SparsityController([model], settings["transformer"]), PairCounter([model])
     for router, pairs in zip(controller.routers, (1, 2, 3, 4), strict=True):
         router.weight.data.fill_(-1.0)[:pairs] = 1.0
         router(router.weight.new_ones(5, 1, router.weight.shape[1]))
@@ -99,6 +102,8 @@ def test_each_router_has_a_row_of_its_own(is_hybrid: bool) -> None:
     assert summary.layer_sparsity == dict(zip(layers, (0.75, 0.5, 0.25, 0.0), strict=True))
     assert summary.sparsity == 0.375, "those of multi-token prediction among them"
     assert [int(router.l1_exponent) for router in controller.routers] == [1] * 4
+    counter.update()
+    assert [sum(loads) for loads in counter.loads().values()] == [1, 2, 3, 4] and list(counter.loads()) == layers
 
 
 @pytest.mark.filterwarnings("ignore")

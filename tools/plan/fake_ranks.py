@@ -113,15 +113,15 @@ class Pairs:
         for name, function in {"item": read, "__bool__": read_truth}.items():
             setattr(torch.Tensor, name, function)
 
-    def counted(self, real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def counted(self, real: Callable[..., tuple[torch.Tensor, int]]) -> Callable[..., tuple[torch.Tensor, int]]:
         """Return a `read_pairs` whose counts have this share, nearly even over the experts."""
 
-        def read_pairs(routing_map: torch.Tensor, chunks: int, *how: Any) -> torch.Tensor:
-            pairs = real(routing_map, chunks, *how)
+        def read_pairs(routing_map: torch.Tensor, chunks: int, *how: Any) -> tuple[torch.Tensor, int]:
+            pairs, _ = real(routing_map, chunks, *how)
             for chunk, tokens in enumerate(len(part) for part in routing_map.tensor_split(chunks)):
                 for number in pairs[chunk]:
                     number.copy_(torch.tensor([self._draw_pairs(tokens) for _ in number]))
-            return pairs
+            return pairs, len(routing_map)
 
         return read_pairs
 

@@ -22,8 +22,8 @@ class ExpertThresholdRouter(TopKRouter):
     Attributes:
         thresholds: int64 `[E]`, moving averages in units of 2^-32: half-precision wrappers cast floats.
         batches: int64 scalar, steps that they have seen.
-        exceeded: int64 `[E]`, sum over this step's micro-batches of the logits that thresholds follow.
-        parts: int64 scalar, number of these.
+        quantile_sums: int64 `[E]`, sum over this step's micro-batches of the logits that thresholds follow.
+        micro_batches: int64 scalar, number of these; those with NaN or Inf do not count.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -31,8 +31,8 @@ class ExpertThresholdRouter(TopKRouter):
         device = torch.cuda.current_device()
         self.register_buffer("thresholds", torch.zeros(self.num_experts, dtype=torch.int64, device=device))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64, device=device))
-        self.register_buffer("exceeded", torch.zeros_like(self.thresholds), persistent=False)
-        self.register_buffer("parts", torch.zeros_like(self.batches), persistent=False)
+        self.register_buffer("quantile_sums", torch.zeros_like(self.thresholds), persistent=False)
+        self.register_buffer("micro_batches", torch.zeros_like(self.batches), persistent=False)
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_unused: Any
@@ -45,28 +45,30 @@ class ExpertThresholdRouter(TopKRouter):
             seen_TE = seen_TE.masked_fill(padding_mask_T.unsqueeze(-1), -torch.inf)
         thresholds_E = self.thresholds
         if self.training:
-            here_E = self._exceeded(seen_TE)
+            quantiles_E = self._quantiles(seen_TE)
+            is_finite = quantiles_E.isfinite().all()
+            here_E = torch.where(is_finite, quantiles_E, 0.0).to(torch.int64)
             thresholds_E = torch.where(self.batches > 0, thresholds_E, here_E)
             if torch.is_grad_enabled():
-                self.exceeded.add_(here_E)
-                self.parts.add_(1)
+                self.quantile_sums.add_(here_E)
+                self.micro_batches.add_(is_finite)
         map_TE = seen_TE > thresholds_E.double() * UNIT
         return torch.where(map_TE, logits_TE.sigmoid(), 0.0), map_TE
 
     def end_step(self) -> None:
         """Move the thresholds. They stay fixed during a step, so that recomputation routes as the first pass did."""
-        here_E = self.exceeded // self.parts.clamp(min=1)
+        here_E = self.quantile_sums // self.micro_batches.clamp(min=1)
         before_E = torch.where(self.batches > 0, self.thresholds, here_E)
         change_E = ((1 - KEPT) * (here_E - before_E).double()).round().to(torch.int64)
-        self.thresholds.copy_(before_E + change_E * (self.parts > 0))
-        self.batches.add_(self.parts > 0)
-        torch._foreach_zero_([self.exceeded, self.parts])
+        self.thresholds.copy_(before_E + change_E * (self.micro_batches > 0))
+        self.batches.add_(self.micro_batches > 0)
+        torch._foreach_zero_([self.quantile_sums, self.micro_batches])
 
-    def _exceeded(self, seen_TE: torch.Tensor) -> torch.Tensor:
-        """Return the logit of each expert that a share k/E of the tokens exceeds, int64 `[E]`, averaged over ranks."""
+    def _quantiles(self, seen_TE: torch.Tensor) -> torch.Tensor:
+        """Return the logit of each expert that a share k/E of the tokens exceeds, fp64 `[E]`, averaged over ranks."""
         num_tokens = len(seen_TE)
         above = min(num_tokens - 1, max(1, num_tokens * self.topk // self.num_experts))
-        exceeded_E = (seen_TE.kthvalue(num_tokens - above, dim=0).values / UNIT).ceil()
+        quantiles_E = (seen_TE.kthvalue(num_tokens - above, dim=0).values / UNIT).ceil()
         if self.tp_dp_cp_group.size() > 1:
-            torch.distributed.all_reduce(exceeded_E, group=self.tp_dp_cp_group)
-        return (exceeded_E / self.tp_dp_cp_group.size()).to(torch.int64)
+            torch.distributed.all_reduce(quantiles_E, group=self.tp_dp_cp_group)
+        return quantiles_E / self.tp_dp_cp_group.size()

@@ -72,8 +72,8 @@ class RemoeSparseMoeBlock(nn.Module):
     def _active(self, tokens: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         # Each pair becomes a token with one expert, which every experts implementation of transformers takes.
         token, expert = gates.nonzero(as_tuple=True)
-        if not len(token):
-            return torch.zeros_like(tokens)
+        if not len(token):  # ranks wait for each other's gradients of all weights: add a pair whose gate is 0
+            token = expert = token.new_zeros(1)
         pairs = self.experts(tokens[token], expert.unsqueeze(-1), gates[token, expert].unsqueeze(-1))
         total = torch.zeros(tokens.shape, dtype=torch.promote_types(tokens.dtype, torch.float32), device=tokens.device)
         return total.index_add(0, token, pairs.to(total.dtype)).to(tokens.dtype)

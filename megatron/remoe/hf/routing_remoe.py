@@ -1,5 +1,6 @@
 """Route by ReLU, top-k or hash, and compute the loss term of the routing."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -50,7 +51,9 @@ class RemoeRouter(nn.Module):
             gates = torch.ones(experts.shape, dtype=dtype, device=experts.device)
             logits = gates.new_zeros(len(experts), self.config.num_experts).scatter(-1, experts, gates)
             return logits, gates, experts
-        logits = nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype))
+        is_cast = self.dtype is not None and torch._C._is_any_autocast_enabled()  # autocast would override it
+        with torch.autocast(hidden_states.device.type, enabled=False) if is_cast else nullcontext():
+            logits = nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype))
         if self.config.moe_relu_routing:
             gates = torch.relu(logits)
             if self.config.max_experts_per_token is not None:
@@ -80,7 +83,10 @@ def score_experts(config: RemoeConfig, logits: torch.Tensor) -> torch.Tensor:
 
 
 def newest_tokens(attention_mask: Any, length: int) -> torch.Tensor | None:
-    """Return bool `[batch, length]`, False at padding; None without a two-dimensional mask (of cached tokens too)."""
+    """Return the last `length` columns of a two-dimensional mask as bool, False at padding; None for other masks.
+
+    With a cache, the mask also covers earlier tokens.
+    """
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
         return None
     return attention_mask[:, -length:].bool()

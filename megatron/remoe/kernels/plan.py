@@ -43,7 +43,8 @@ class _Filled(torch.autograd.Function):
         probs: `[T, E]`, the gates.
         routing_map: bool `[T, E]`.
         counts: of `count_blocks`.
-        num_pairs: P, which the map has. If it is too low, pairs are missing, but no index is out of range.
+        num_pairs: P, the number of True elements of the map. If it is too low, pairs are missing, but no index is out
+            of range.
 
     Returns:
         token_index: int32 `[P]`, the token of each pair.

@@ -103,7 +103,7 @@ def plan(
         probs_TE: `[T, E]`, the gates.
         map_TE: bool `[T, E]`.
         counts_EB: of `count`; not needed here.
-        num_pairs: P, which the map has.
+        num_pairs: P, the number of True elements of the map.
 
     Returns:
         The order, and the gates `[P]` of the type of `probs_TE`, through which gradients flow.

@@ -53,15 +53,16 @@ def count_pairs(
         counts_EB: its counts, if the router has made them.
         dispatcher: of the layer; all ranks of its `tp_ep_group` must call this function.
         backend: counts the pairs.
-        limit: maximum number of pairs per token that a rank sends or receives at once; 0 for none.
+        limit: maximum number of pairs per token that a rank sends or receives at once; 0 for none. If T differs between
+            ranks, the largest T counts, so that all ranks work in the same number of chunks.
 
     Returns:
         The `Counts` of each chunk; chunks are cut as by `tensor_split`.
     """
-    num_tokens, bound, chunks = len(map_TE), limit * len(map_TE), 1
-    parts = [backend.count(map_TE) if counts_EB is None else counts_EB]
+    parts, chunks = [backend.count(map_TE) if counts_EB is None else counts_EB], 1
     while True:
-        pairs_CRE = read_pairs(map_TE, chunks, parts, dispatcher)
+        pairs_CRE, num_tokens = read_pairs(map_TE, chunks, parts, dispatcher)
+        bound = limit * num_tokens
         if not bound or chunks == num_tokens:
             break
         # A rank has the experts of one slice, and the tokens of its tensor parallel partners.
@@ -76,7 +77,7 @@ def count_pairs(
 
 def read_pairs(
     map_TE: torch.Tensor, chunks: int, parts: list[torch.Tensor], dispatcher: MoETokenDispatcher
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, int]:
     """Read the pairs of all ranks by chunk and expert from the device; the only host wait.
 
     Args:
@@ -85,12 +86,15 @@ def read_pairs(
         parts: integers `[E, B]` of each chunk.
 
     Returns:
-        int64 `[C, R, E]` on the host.
+        int64 `[C, R, E]` on the host, and the largest T of the ranks.
     """
     pairs_CE = torch.stack([part.sum(dim=1) for part in parts])
-    if dispatcher.tp_ep_group.size() > 1:
-        pairs_CE = gather_from_sequence_parallel_region(pairs_CE, group=dispatcher.tp_ep_group)
-    return pairs_CE.view(dispatcher.tp_ep_group.size(), chunks, -1).transpose(0, 1).cpu().long()
+    if (ranks := dispatcher.tp_ep_group.size()) == 1:
+        return pairs_CE.unsqueeze(1).cpu().long(), len(map_TE)
+    pairs_CE = torch.nn.functional.pad(pairs_CE, (0, 1), value=len(map_TE))  # the last column is T
+    gathered = gather_from_sequence_parallel_region(pairs_CE, group=dispatcher.tp_ep_group)
+    table = gathered.view(ranks, chunks, -1).transpose(0, 1).cpu().long()
+    return table[..., :-1], int(table[..., -1].max())
 
 
 def _sizes(pairs_RE: torch.Tensor, counts_EB: torch.Tensor, dispatcher: MoETokenDispatcher) -> Counts:

@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_exper
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
+from megatron.core.utils import divide
 from megatron.remoe.kernels.backend import choose_backend
 from megatron.remoe.kernels.interface import Order
 from megatron.remoe.kernels.pytorch import SortedPairs
@@ -62,7 +63,7 @@ class GroupedExperts(MegatronModule):
         self.num_local_experts, self.backend = num_local_experts, choose_backend(config)
         self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         assert config.moe_ffn_hidden_size is not None
-        ffn, hidden = config.moe_ffn_hidden_size // self.tp_group.size(), config.hidden_size
+        ffn, hidden = divide(config.moe_ffn_hidden_size, self.tp_group.size()), config.hidden_size
         device = torch.cuda.current_device()
 
         def parameter(rows: int, columns: int, parallel_dim: int, stride: int) -> torch.nn.Parameter:

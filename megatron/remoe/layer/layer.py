@@ -55,6 +55,10 @@ class ReMoELayer(MoELayer):
     ) -> None:
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
+        captured = [module.name for module in config.cuda_graph_modules]
+        if captured and not any(name.startswith("moe") for name in captured):
+            # With local graphs, Megatron recomputes only in graphs of MoE modules.
+            self.moe_layer_recompute = config.recompute_granularity == "selective" and "moe" in config.recompute_modules
         self.backend = choose_backend(config)
         self.pairs_limit = 0.0 if type(self.router) is TopKRouter else _pairs_limit(config)
         self.way = self._choose_way(config, pg_collection)

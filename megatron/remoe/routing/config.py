@@ -71,8 +71,7 @@ class ReMoEConfig(TransformerConfig):
     (normalized_relu), or with an entropy in place of L1 and a scale for each expert (deco, arXiv 2605.10933)."""
 
     def __post_init__(self) -> None:
-        problems = relu_routing_problems(self)
-        if problems:
+        if problems := relu_routing_problems(self):
             raise ValueError("\n".join(problems))
         if self.moe_relu_routing or self.moe_baseline_router:
             # Megatron insists on it for k = 1, where a softmax over one score is constant; these have none over k.
@@ -81,6 +80,8 @@ class ReMoEConfig(TransformerConfig):
                 # Versions after 0.19.2 send the k largest gates of each token by default ("indices").
                 self.moe_hybridep_routing_map_mode = "bool"
         super().__post_init__()
+        if problems := relu_routing_problems(self):  # Megatron has translated deprecated settings
+            raise ValueError("\n".join(problems))
 
     @property
     def target_sparsity(self) -> float:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.counts import RoutingSummary, StepSums
 from megatron.remoe.routing.router import ReLURouter
@@ -41,8 +42,7 @@ class SparsityController:
         self.routers = [module for module in modules if isinstance(module, ReLURouter)]
         self.device = torch.device(torch.cuda.current_device())
         self._numbers = layer_numbers(self.routers, modules, config.num_layers)
-        # A depth of multi-token prediction has at most as many layers as the decoder; rows without a router stay 0.
-        self._num_layers = config.num_layers * (1 + (config.mtp_num_layers or 0))
+        self._num_layers = count_layers(modules, config)
         # A router that is off for all tokens has no gradient, but the vectors of every layer, its norms' weights, have.
         vectors = [weight for module in modules for weight in module.parameters(recurse=False) if weight.dim() == 1]
         self._watched = [*vectors, *(router.weight for router in self.routers)]
@@ -123,6 +123,13 @@ def _reduced_gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
     names = "main_grad", "decoupled_grad"  # the second is Megatron-FSDP's for Transformer Engine's Adam
     gradient = next((getattr(parameter, name) for name in names if hasattr(parameter, name)), parameter.grad)
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def count_layers(modules: Iterable[torch.nn.Module], config: TransformerConfig) -> int:
+    """Return the highest number that `layer_numbers` can return on any rank; `modules` is the model on this one."""
+    # A depth of multi-token prediction is one layer. In a hybrid model it is a pattern, which all ranks know.
+    patterns = [pattern for module in modules if (pattern := getattr(module, "mtp_pattern", None))]
+    return config.num_layers + (config.mtp_num_layers or 0) * max(map(len, patterns), default=1)
 
 
 def layer_numbers(routers: Iterable[TopKRouter], modules: Iterable[torch.nn.Module], num_layers: int) -> list[int]:

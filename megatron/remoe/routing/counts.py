@@ -41,9 +41,15 @@ class RoutingCounts:
             return self.table[..., : -len(COLUMNS)]
         return self.table[..., COLUMNS.index(name) - len(COLUMNS)]
 
-    def add(self, tokens: torch.Tensor, l1_loss: torch.Tensor, micro_batches: float) -> None:
-        """Add to a row: integers `[E + 1]`, the tokens of each expert and all tokens; L_reg, one element; a share."""
-        self.table[: len(tokens)] += tokens
+    def add(self, counts: torch.Tensor, l1_loss: torch.Tensor, micro_batches: float) -> None:
+        """Add to a row.
+
+        Args:
+            counts: integers `[E + 1]`, the tokens of each expert, then all tokens.
+            l1_loss: L_reg, one element.
+            micro_batches: this rank's share of a micro-batch.
+        """
+        self.table[: len(counts)] += counts
         self["l1_loss"].add_(l1_loss.squeeze())
         self["micro_batches"].add_(micro_batches)
 

@@ -145,7 +145,7 @@ class ReLURouter(TopKRouter):
         off = 0.0 - GUARD_COEFFICIENT * self.guarded / (sequence_tokens * self.num_experts)
         if self.calculate_per_token_loss:
             # finalize_model_grads divides every gradient by the number of tokens of the global batch.
-            coefficient, off = coefficient * (tokens * ranks), off * (tokens * ranks)
+            coefficient, off = coefficient * sequence_tokens, off * sequence_tokens
         if self.counts is None:
             self.counts = RoutingCounts.zeros(self.num_experts, pairs_E.device)
         self.counts.add(own_counts, l1_loss, 1.0 / ranks)

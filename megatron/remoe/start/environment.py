@@ -45,7 +45,7 @@ def check_settings(args: argparse.Namespace) -> None:
             "rotary embedding. Write + for a latent one.",
             "REMOE-E202",
         )
-    sets = args.multiple_validation_sets
+    sets, size, parts = args.multiple_validation_sets, args.moe_ffn_hidden_size, args.expert_tensor_parallel_size
     ignored = args.fim_data or args.sft or args.dataloader_inter_document_masking or args.logits_load_dir
     problems: dict[str, Any] = {
         "--full-validation and --multiple-validation-sets: one does not work without the other. Give both.": (
@@ -61,6 +61,8 @@ def check_settings(args: argparse.Namespace) -> None:
         "of --train-iters.": args.step_batch_size_schedule and not (args.train_samples or args.skip_train),
         "--fim-data, --sft, --dataloader-inter-document-masking, --logits-load-dir: this program reads tokens from "
         ".bin/.idx files, with its own loss. Leave them out.": ignored,
+        f"--moe-ffn-hidden-size {size} (after granularity): not divisible by --expert-tensor-parallel-size {parts}. "
+        f"Give a divisor of {size}, for instance 1.": experts and size % parts,
         "--inprocess-restart: this program does not restart in its process. Leave it out.": args.inprocess_restart,
     } | (_fsdp_problems(args) if args.use_megatron_fsdp else {})
     if messages := [message for message, holds in problems.items() if holds]:

@@ -7,7 +7,7 @@ import torch
 
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import get_model_config
-from megatron.remoe.routing.controller import layer_numbers
+from megatron.remoe.routing.controller import count_layers, layer_numbers
 
 
 class PairCounter:
@@ -27,8 +27,7 @@ class PairCounter:
         device = torch.device(torch.cuda.current_device())
         # A row for each layer: the tokens of each expert, then all tokens; of this rank in the current step, of all
         # ranks in the last one, and over all steps.
-        rows = config.num_layers * (1 + (config.mtp_num_layers or 0))
-        shape = rows, (config.num_moe_experts or 0) + 1
+        shape = count_layers(modules, config), (config.num_moe_experts or 0) + 1
         make = partial(torch.zeros, shape, dtype=torch.float64, device=device)
         self._step, self._last, self.running_sums = make(), make(), make()
         for router, number in zip(self.routers, layer_numbers(self.routers, modules, config.num_layers), strict=True):
