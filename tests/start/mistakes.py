@@ -75,10 +75,17 @@ ENTRY = {
     "vocabulary too small": Case(on("text", "--vocab-size 100 --make-vocab-size-divisible-by 8"), "E305|token 256"),
     "negative id": Case(on("negative", "--split 100,0,0"), "E305|token -7|384"),
     # flags
-    "several missing": Case(lacking("--lr --train-iters --seq-length"), "E201|--seq-length, --lr, --train-iters"),
+    "several missing": Case(
+        lacking("--lr --train-iters --seq-length --eval-interval"),
+        "E201|--seq-length, --lr, --train-iters, --eval-interval",
+    ),
     "like no other flag": Case(on("text", "--learning-rate 1"), "--learning-rate 1. --help lists all flags"),
     "heads": Case(on("text", "--num-attention-heads 5"), "num_attention_heads|Megatron refuses these settings"),
     "whole validation": Case(on("text", "--full-validation"), "E203|--full-validation|--multiple-validation-sets"),
+    "saves that fail": Case(
+        on("text", "--optimizer sgd --async-save --use-persistent-ckpt-worker --save {new} --save-interval 1"),
+        "E203|--optimizer sgd|--async-save",
+    ),
     "kernels without a GPU": Case(
         on("text", "--moe-kernels triton"), "E102|--moe-kernels triton|no GPU", unset=("TRITON_INTERPRET",)
     ),
