@@ -68,6 +68,14 @@ ENTRY = {
     "less than a sequence": Case(on("few", "--split 100,0,0"), "E304|4 tokens|--seq-length 64"),
     "no document for validation": Case(on("one", "--eval-iters 1"), "E304|1 document(s)|validation|--split 90,10,0"),
     "nothing to train on": Case(on("text", "--split 0,100,0"), "E304|--split 0,100,0|training"),
+    "test data after several sets for validation": Case(
+        lacking(
+            "--data-path --split --eval-iters",
+            "--full-validation --multiple-validation-sets --train-data-path {text} --valid-data-path {text} {text} "
+            "--test-data-path {text}",
+        ),
+        "E304|--multiple-validation-sets|--test-data-path",
+    ),
     "missing list of data sets": Case(lacking("--data-path", "--data-args-path {list}"), "E303|list|No such"),
     "a list of data sets that is no JSON": Case(
         lacking("--data-path --split", "--per-split-data-args-path {file}"), "E303|file|JSON"
