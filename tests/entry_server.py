@@ -71,7 +71,7 @@ def answer(request: dict[str, Any]) -> int | None:
     if count > 1:
         reading, writing = os.pipe()
         holders = [os.fork() or hold_store(writing)]  # not in a thread: this process forks
-        world = {"WORLD_SIZE": str(count), "MASTER_PORT": os.read(reading, 9).decode()}
+        world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_PORT": os.read(reading, 9).decode()}
         world["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         ranks = [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
         os.close(reading)

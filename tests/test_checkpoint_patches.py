@@ -5,10 +5,12 @@ import inspect
 import io
 import os
 import queue
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -86,6 +88,31 @@ shards.put(1)
 print("kept", shards.get())
 """
     assert ("kept 1" in in_another_process(lines, tmp_path, expect=int(not patched))) is patched
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_the_process_of_async_saves_does_not_outlive_sigterm_by_itself(patched: bool, tmp_path: Path) -> None:
+    """With the patch it outlives Slurm's SIGTERM, but not its parent."""
+    lines = f"""
+import multiprocessing, os, signal, time
+from megatron.remoe import patches
+from megatron.training import initialize
+if __name__ == "__main__":  # the worker imports this file
+    worker = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(100,), daemon=True)
+    initialize.init_persistent_async_worker = worker.start  # Megatron's own needs a GPU
+    {"patches.checkpoints.keep_saving_possible()" if patched else "pass"}
+    initialize.init_persistent_async_worker()
+    worker.terminate()
+    worker.join({3 if patched else 30})
+    print("pid", worker.pid if worker.is_alive() else 0)
+    os.sys.stdout.flush()
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+    pid = int(in_another_process(lines, tmp_path, expect=-signal.SIGTERM).split()[-1])
+    assert (pid > 0) is patched
+    if patched:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(pid).wait(timeout=10)
 
 
 def test_megatron_still_ends_a_failed_load_in_success(monkeypatch) -> None:

@@ -19,10 +19,12 @@ from tests.training_runs import in_another_process
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="an accelerator is in use: the CPU part is inactive")
 
 
-@pytest.mark.parametrize(("on_this_node", "is_wanted"), [("4", True), ("2", False)])
+@pytest.mark.parametrize(("on_this_node", "is_wanted"), [("4", True), ("2", False), ("", False)])
 def test_one_of_several_nodes_is_no_fallback(on_this_node: str, is_wanted: bool, monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", on_this_node)
+    if not on_this_node:  # as without torchrun
+        monkeypatch.delenv("LOCAL_WORLD_SIZE")
     assert cpu.is_wanted([]) is is_wanted and cpu.is_wanted(["--cpu"])
 
 

@@ -77,10 +77,6 @@ REFUSED_TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
         {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": ["moe_router"]},
         "modules moe_router cannot",
     ),
-    "prediction on a stage of its own": (
-        {"mtp_num_layers": 1, "pipeline_model_parallel_layout": [["embedding", "decoder"], ["mtp"], ["loss"]]},
-        "--mtp-num-layers 1 .* Leave the layout out",
-    ),
 }
 
 

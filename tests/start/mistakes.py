@@ -68,6 +68,14 @@ ENTRY = {
     "less than a sequence": Case(on("few", "--split 100,0,0"), "E304|4 tokens|--seq-length 64"),
     "no document for validation": Case(on("one", "--eval-iters 1"), "E304|1 document(s)|validation|--split 90,10,0"),
     "nothing to train on": Case(on("text", "--split 0,100,0"), "E304|--split 0,100,0|training"),
+    "test data after several sets for validation": Case(
+        lacking(
+            "--data-path --split --eval-iters",
+            "--full-validation --multiple-validation-sets --train-data-path {text} --valid-data-path {text} {text} "
+            "--test-data-path {text}",
+        ),
+        "E304|--multiple-validation-sets|--test-data-path",
+    ),
     "missing list of data sets": Case(lacking("--data-path", "--data-args-path {list}"), "E303|list|No such"),
     "a list of data sets that is no JSON": Case(
         lacking("--data-path --split", "--per-split-data-args-path {file}"), "E303|file|JSON"
@@ -75,13 +83,20 @@ ENTRY = {
     "vocabulary too small": Case(on("text", "--vocab-size 100 --make-vocab-size-divisible-by 8"), "E305|token 256"),
     "negative id": Case(on("negative", "--split 100,0,0"), "E305|token -7|384"),
     # flags
-    "several missing": Case(lacking("--lr --train-iters --seq-length"), "E201|--seq-length, --lr, --train-iters"),
+    "several missing": Case(
+        lacking("--lr --train-iters --seq-length --eval-interval"),
+        "E201|--seq-length, --lr, --train-iters, --eval-interval",
+    ),
     "like no other flag": Case(on("text", "--learning-rate 1"), "--learning-rate 1. --help lists all flags"),
     "heads": Case(on("text", "--num-attention-heads 5"), "num_attention_heads|Megatron refuses these settings"),
     "experts that tensor parallelism cannot split": Case(
         on("text", "--expert-tensor-parallel-size 3"), "E203|--moe-ffn-hidden-size 128|--expert-tensor-parallel-size 3"
     ),
     "whole validation": Case(on("text", "--full-validation"), "E203|--full-validation|--multiple-validation-sets"),
+    "saves that fail": Case(
+        on("text", "--optimizer sgd --async-save --use-persistent-ckpt-worker --save {new} --save-interval 1"),
+        "E203|--optimizer sgd|--async-save",
+    ),
     "kernels without a GPU": Case(
         on("text", "--moe-kernels triton"), "E102|--moe-kernels triton|no GPU", unset=("TRITON_INTERPRET",)
     ),

@@ -42,13 +42,17 @@ def test_torchrun_repeats_it(waited, monkeypatch, capsys, tmp_path) -> None:
     assert "--lr is wrong" in str(ChildFailedError("pretrain_gpt.py", {0: failure}))
 
 
-def test_another_rank_says_what_is_its_own_reason(waited, monkeypatch, capsys) -> None:
+def test_another_rank_says_what_is_its_own_reason(waited, monkeypatch, capsys, tmp_path) -> None:
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     assert said(ValueError("--lr is wrong"), capsys) == "", "flags are wrong on all ranks, and told once"
+    assert "--lr is wrong" in (tmp_path / "error.json").read_text(), "torchrun's report of this node has the reason"
+    begins = f"own_script.py: error: rank 3 on {socket.gethostname()}: "
     for local_rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
-        expected = f"own_script.py: error: rank 3 on {socket.gethostname()}: no data [{DataError.code}]\n"
-        assert said(DataError("no data"), capsys) == expected
+        assert said(DataError("no data"), capsys) == f"{begins}no data [{DataError.code}]\n"
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert said(AssertionError("no such variable"), capsys) == f"{begins}no such variable\n", "it can be this node only"
     assert 0 < waited[1] < waited[0] == waited[2], "torchrun ends the others when the first of a machine has spoken"
 
 
@@ -78,6 +82,7 @@ def test_a_lost_reader_of_data_is_one_line_and_a_remedy(waited, monkeypatch, cap
         (torch.distributed.DistBackendError("Watchdog caught collective operation timeout: WorkNCCL("), "hangs"),
         (FileNotFoundError("No such file: '/data/finance/upgrade.bin'"), ""),
         (RuntimeError("the loss is nan"), "--ckpt-step"),
+        (Exception("supply a directory to which you have write access via the path_to_cache"), "--data-cache-path"),
         (KeyError("decoder.q_layernorm.weight from model not in state dict"), "different model"),
         (ConnectionError("HTTPSConnectionPool(host='huggingface.co', port=443): Read timed out."), ""),
     ],

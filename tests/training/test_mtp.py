@@ -20,7 +20,7 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.models.hybrid import HybridModelConfig
 from tests.layers import make_config
 from tests.tiny_model import RELU
-from tests.training_runs import TINY, records, run
+from tests.training_runs import TINY, last_error, records, run
 from tools.models.export import main as export
 
 ARGS = argparse.Namespace(
@@ -109,7 +109,10 @@ def test_each_router_has_a_row_of_its_own(pattern: str | None) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("process_groups")
 def test_training_goes_on_in_another_layout(data: Path, tmp_path: Path) -> None:
-    """With PP2, the last stage needs tokens too, and the first knows the MTP layers only from the reduced counts."""
+    """With PP2, the last stage needs tokens too, and the first knows the MTP layers only from the reduced counts.
+
+    The last stage has the MTP layers, with a layout too.
+    """
 
     def train(*arguments: str, processes: int = 1) -> dict[int, dict[str, str]]:
         saving = ["--save", str(tmp_path / str(processes)), "--save-interval", "3", "--train-iters", "4"]
@@ -117,9 +120,18 @@ def test_training_goes_on_in_another_layout(data: Path, tmp_path: Path) -> None:
         return records(run([*TINY, *more], processes))
 
     whole = train()
-    parts = train("--pipeline-model-parallel-size", "2", "--load", str(tmp_path / "1"), "--ckpt-step", "3", processes=2)
-    assert list(parts) == [4]
-    for name in ("lm loss", "mtp_1 loss", "mtp_2 loss", "sparsity", "l1 coefficient", "l1 loss", "grad norm"):
-        assert float(parts[4][name]) == pytest.approx(float(whole[4][name]), rel=1e-4), name
+    names = ("lm loss", "mtp_1 loss", "mtp_2 loss", "sparsity", "l1 coefficient", "l1 loss", "grad norm")
+    stages = ["--pipeline-model-parallel-size", "2", "--load", str(tmp_path / "1"), "--ckpt-step", "3"]
+    for layout in ([], ["--pipeline-model-parallel-layout", "Et|tmmL"]):
+        parts = train(*stages, *layout, "--save", str(tmp_path / f"run{len(layout)}"), processes=2)
+        assert list(parts) == [4]
+        for name in names:
+            assert float(parts[4][name]) == pytest.approx(float(whole[4][name]), rel=1e-4), name
     # The export fails unless the logits in transformers equal those of Megatron, whose model has these layers.
     assert export(["--load", str(tmp_path / "1"), "--save", str(tmp_path / "folder")]) == 0
+
+
+def test_prediction_before_the_last_stage_is_refused(data: Path) -> None:
+    """The stages between do not read tokens. This holds for all routings."""
+    stages = "--mtp-num-layers 1 --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ettm|L".split()
+    assert "REMOE-E203" in last_error(run([*TINY, "--data-path", str(data), *stages], 2, expect=2))

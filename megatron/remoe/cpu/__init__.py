@@ -19,8 +19,8 @@ CPU_FLAG = "--cpu"
 
 def is_wanted(command_line: list[str]) -> bool:
     """Return whether to train on the CPU: the user asks for it, or this is the only node and has no accelerator."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    is_only_node = os.environ.get("LOCAL_WORLD_SIZE", world) == world
+    # Without torchrun, as with one srun task per GPU, a rank does not know whether others have accelerators.
+    is_only_node = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")
     return CPU_FLAG in command_line or (is_only_node and not torch.cuda.is_available())
 
 

@@ -20,7 +20,7 @@ from megatron.remoe.patches.patch import patch, replace
 from megatron.remoe.routing.router import RELU_KEY
 from megatron.remoe.start.checkpoint_files import go_back, loaded_checkpoint
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, check_object, unwrap
-from megatron.training import checkpointing, training
+from megatron.training import checkpointing, initialize, training
 from megatron.training.global_vars import get_args
 
 ASYNC_FILE = "core/dist_checkpointing/strategies/filesystem_async.py"
@@ -100,21 +100,34 @@ def name_relu_routers() -> None:
 
 
 @patch(
-    changes=f"{ASYNC_FILE}: _results_queue",
+    changes=f"{ASYNC_FILE}: _results_queue; training/initialize.py: init_persistent_async_worker",
     provides="the checkpoint that is saved at SIGTERM where the signal goes to all processes, as Slurm's does",
-    ends="the queue's process ignores SIGTERM, or there is none",
+    ends="the processes of the queue and of --async-save ignore SIGTERM, or there are none",
     for_saving=True,
 )
 def keep_saving_possible() -> None:
-    """Start the process that holds Megatron's queue of written shards so that it survives SIGTERM.
+    """Start the processes of Megatron's queue of written shards and of --async-save so that they survive SIGTERM.
 
-    Megatron starts it at the first save. Slurm sends SIGTERM to all processes, which ends it, so the save that
-    --exit-signal-handler makes would fail. It ends with its parent, because it would keep the log's pipe open.
+    Slurm sends SIGTERM to all processes, which ends these, so the save that --exit-signal-handler makes would fail or
+    hang. They end with their parent: the queue's would keep the log's pipe open, the other one GPU memory.
     """
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("fork"))
         manager.start(_serve_until_the_parent_ends)
         filesystem_async._results_queue = manager.Queue()
+
+    @replace(initialize, "init_persistent_async_worker")
+    def start_worker(stock: Any, *arguments: Any, **options: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the worker inherits it
+        stock(*arguments, **options)
+        signal.signal(signal.SIGTERM, _end_with_children)  # replaced by --exit-signal-handler in the training loop
+
+
+def _end_with_children(*_: Any) -> None:
+    for child in multiprocessing.active_children():
+        child.kill()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.raise_signal(signal.SIGTERM)
 
 
 def _serve_until_the_parent_ends() -> None:

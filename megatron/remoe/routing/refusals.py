@@ -177,13 +177,6 @@ def _combinations(settings: Settings, given: str) -> Iterator[str]:
             "pairs per token. Use --moe-flex-dispatcher-backend hybridep, or --moe-token-dispatcher-type alltoall."
         )
     is_hybrid = getattr(settings, "hybrid_layer_pattern", None) or getattr(settings, "is_hybrid_model", False)
-    has_layout = getattr(settings, "pipeline_model_parallel_layout", None)
-    if getattr(settings, "mtp_num_layers", None) and has_layout and not is_hybrid:
-        yield (
-            f"--mtp-num-layers {settings.mtp_num_layers} cannot be used with {given} and "
-            "--pipeline-model-parallel-layout: only the first and the last stage get tokens and embeddings here. "
-            "Leave the layout out."
-        )
     graphs = getattr(settings, "cuda_graph_impl", None)
     modules = as_list(getattr(settings, "cuda_graph_modules", None) or "full")  # without modules Megatron takes layers
     has_moe = any(str(getattr(module, "name", module)).startswith(("moe", "full")) for module in modules)

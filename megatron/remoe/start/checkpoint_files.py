@@ -146,11 +146,12 @@ def _check_sizes(folder: Path, index: Metadata) -> None:
     ends: dict[str, int] = {}
     for entry in index.storage_data.values():
         ends[entry.relative_path] = max(ends.get(entry.relative_path, 0), entry.offset + entry.length)
-    for path, end in ((folder / name, end) for name, end in sorted(ends.items())):
-        if not path.is_file():
-            raise BrokenCheckpointError(f"{path} is missing")
-        if path.stat().st_size < end:
-            raise BrokenCheckpointError(f"{path} has {path.stat().st_size:,} bytes of {end:,}: it is truncated")
+    sizes = {file.name: file.stat().st_size for file in os.scandir(folder) if file.is_file()}
+    for name, end in sorted(ends.items()):
+        if name not in sizes:
+            raise BrokenCheckpointError(f"{folder / name} is missing")
+        if sizes[name] < end:
+            raise BrokenCheckpointError(f"{folder / name} has {sizes[name]:,} bytes of {end:,}: it is truncated")
 
 
 def newest_whole(root: Path, below: int | None = None, above: int = -1) -> int | None:

@@ -45,6 +45,12 @@ def check_data(args: argparse.Namespace) -> None:
         for number, share in enumerate(split if args.rank == 0 else ()):
             if share is not None:
                 _check_split(args, flag, data_sets, number, share)
+    if 2 in present and args.multiple_validation_sets and args.eval_iters:
+        raise DataError(
+            "--multiple-validation-sets: Megatron fails at the test data, after the last step. Leave --test-data-path "
+            "out, or give 0 as the third number of --split.",
+            "REMOE-E304",
+        )
     for number, is_wanted, remedy in ((0, not args.skip_train, ""), (1, args.eval_iters, ", or --eval-iters 0")):
         if is_wanted and number not in present:
             flag = ("--train-data-path", "--valid-data-path")[number]

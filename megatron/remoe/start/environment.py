@@ -20,6 +20,7 @@ def check_required_flags(args: argparse.Namespace) -> None:
         "--micro-batch-size": args.micro_batch_size,
         "--lr": args.lr is not None or args.skip_train,
         "--train-iters": args.train_iters or args.train_samples,
+        "--eval-interval": args.eval_interval,
         "--save-interval (with --save)": not args.save or args.save_interval,
         "--vocab-size (with --tokenizer-type NullTokenizer)": args.tokenizer_type != "NullTokenizer" or args.vocab_size,
     }
@@ -45,7 +46,8 @@ def check_settings(args: argparse.Namespace) -> None:
             "rotary embedding. Write + for a latent one.",
             "REMOE-E202",
         )
-    sets, size, parts = args.multiple_validation_sets, args.moe_ffn_hidden_size, args.expert_tensor_parallel_size
+    sets, layout = args.multiple_validation_sets, args.pipeline_model_parallel_layout or ""
+    size, parts = args.moe_ffn_hidden_size, args.expert_tensor_parallel_size
     ignored = args.fim_data or args.sft or args.dataloader_inter_document_masking or args.logits_load_dir
     problems: dict[str, Any] = {
         "--full-validation and --multiple-validation-sets: one does not work without the other. Give both.": (
@@ -63,6 +65,15 @@ def check_settings(args: argparse.Namespace) -> None:
         ".bin/.idx files, with its own loss. Leave them out.": ignored,
         f"--moe-ffn-hidden-size {size} (after granularity): not divisible by --expert-tensor-parallel-size {parts}. "
         f"Give a divisor of {size}, for instance 1.": experts and size % parts,
+        "--async-save: its process needs a GPU, and the first save would wait for it forever. Leave it out.": (
+            args.async_save and args.distributed_backend == "gloo"
+        ),
+        f"--pipeline-model-parallel-layout {layout}: only the first and the last stage get tokens. Put all m into the "
+        "last stage.": "m" in layout.rpartition("|")[0],
+        # core/optimizer/__init__.py: init_state_fn = None
+        "--optimizer sgd with --save: Megatron cannot load its state. Add --no-save-optim and --no-load-optim.": (
+            args.optimizer == "sgd" and args.save and not (args.no_save_optim and args.no_load_optim)
+        ),
         "--inprocess-restart: this program does not restart in its process. Leave it out.": args.inprocess_restart,
     } | (_fsdp_problems(args) if args.use_megatron_fsdp else {})
     if messages := [message for message, holds in problems.items() if holds]:

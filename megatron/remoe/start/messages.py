@@ -34,6 +34,7 @@ REMEDIES = {
     "--recompute-granularity full with its flags.",
     r"No space left on device|Disk quota exceeded|File too large": "Free some space. The last whole "
     "checkpoint is still there, and the same command resumes from it.",
+    "path_to_cache": "Give a writable folder with --data-cache-path.",
     r"found (NaN|Inf) in|\bnan\b.*(loss|grad)|(loss|grad).*\bnan\b": "Lower --lr, or look at the data. To resume, go "
     "back to an earlier iteration with --ckpt-step and --no-load-optim.",
     r"OptimizerParamScheduler: class input value": "Give the checkpoint's values, or --override-opt_param-scheduler to "
@@ -52,9 +53,10 @@ SECONDS_FOR_LOCAL_RANK_0, SECONDS_FOR_OTHERS = 2, 5
 def usage_errors() -> Iterator[None]:
     """End the process with exit code 2 and one message, without a traceback, if settings or files are refused.
 
-    Flags are the same on all ranks, so only the first rank prints that they are wrong. A wrong file can concern one
-    rank only, which then prints too. All others first wait: torchrun ends all ranks when one fails, so the first could
-    not print. Ended by torchrun they exit with 0, because its report has seven lines for each failure.
+    Flags are the same on all ranks and the environment on all of a node, so only the first rank of each node prints
+    that they are wrong. A wrong file can concern one rank only, which then prints too. All others first wait: torchrun
+    ends all ranks when one fails, so the first could not print. Ended by torchrun they exit with 0, because its report
+    has seven lines for each failure.
     """
     try:
         yield
@@ -70,8 +72,7 @@ def usage_errors() -> Iterator[None]:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit())
             time.sleep(SECONDS_FOR_LOCAL_RANK_0 if os.environ.get("LOCAL_RANK") == "0" else SECONDS_FOR_OTHERS)
             words = f"rank {number} on {socket.gethostname()}: {words}"
-        if number == "0" or isinstance(error, OF_ONE_RANK):
-            _say(words)
+        _say(words, "0" in (number, os.environ.get("LOCAL_RANK")) or isinstance(error, OF_ONE_RANK))
         raise SystemExit(2) from error
 
 
@@ -92,13 +93,14 @@ def explain_flag_errors(parser: argparse.ArgumentParser) -> None:
             action.help = (action.help or "").replace("%", "%%")
 
 
-def _say(words: str) -> None:
-    """Print an error on standard error, under the name of the program that was started. torchrun repeats it."""
+def _say(words: str, prints: bool = True) -> None:
+    """Hand an error to torchrun's report, and print it on standard error under the name of the started program."""
     sys.stdout.flush()
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with open(path, "w") as file:
             json.dump({"message": {"message": words, "extraInfo": {"timestamp": int(time.time())}}}, file)
-    print(f"{os.path.basename(sys.argv[0])}: error: {words}", file=sys.stderr, flush=True)
+    if prints:
+        print(f"{os.path.basename(sys.argv[0])}: error: {words}", file=sys.stderr, flush=True)
 
 
 def exit_with_message(error: BaseException) -> NoReturn:

@@ -3,12 +3,15 @@
 import argparse
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from megatron.remoe.files.errors import UsageError
@@ -20,6 +23,7 @@ HEARTBEAT_SECONDS = 5.0
 # Building the data's index can block the interpreter for minutes, without a heartbeat.
 LEASE_SECONDS = 300.0
 SPARE_SECONDS = 2.0
+SECONDS_TO_APPEAR = 10.0  # a network file system can show a new file late
 
 
 @contextmanager
@@ -51,6 +55,29 @@ def lock_save_folder(args: argparse.Namespace, lease_seconds: float = LEASE_SECO
         yield
     finally:
         lease.release()
+
+
+def check_save_is_shared(args: argparse.Namespace, model_chunks: list[Any]) -> list[Any]:
+    """Check that every node sees the first rank's lock in --save. Call it on all ranks, with process groups.
+
+    Args:
+        args: Megatron's parsed arguments.
+        model_chunks: returned unchanged, as by all hooks of a model's configuration.
+
+    Raises:
+        UsageError: on all ranks; names a node that does not see it.
+    """
+    if not args.save or args.skip_train or "://" in args.save:
+        return model_chunks
+    lock, end, is_unseen = Path(args.save, LOCK), time.monotonic() + SECONDS_TO_APPEAR, args.local_rank == 0
+    while is_unseen and (is_unseen := not lock.exists()) and time.monotonic() < end:
+        time.sleep(0.5)
+    hosts = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(hosts, socket.gethostname() if is_unseen else "")
+    if host := next(filter(None, hosts), None):
+        problem = f"{host} does not see the first node's {LOCK} there. Give a folder that all nodes share"
+        raise UsageError(f"--save {args.save}: {problem}.", "REMOE-E105")
+    return model_chunks
 
 
 def _acquire(lease: SoftFileLease, lock: Path, lease_seconds: float) -> None:
