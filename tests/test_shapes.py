@@ -98,7 +98,7 @@ def test_starts_on_played_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert rehearse.main([*options, "--", *flags, *PLAIN, *BYTES]) == 0
     record = json.loads(results.read_text())
     assert record["starts"] and set(record["stages"]) == {"dense"} and not (tmp_path / "run").exists()
-    assert sum(times for where, times in record["host_syncs"].items() if "remoe/layer/" in where) <= 3
+    assert 1 <= sum(times for where, times in record["host_syncs"].items() if "remoe/layer/" in where) <= 3
     assert all(line.startswith("rehearsal:") for line in capsys.readouterr().err.splitlines())
 
 

@@ -9,9 +9,7 @@ import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
-from megatron.remoe.layer.dispatcher import PlannedAlltoAllDispatcher
-from megatron.remoe.layer.layer import ByMegatron, ReMoELayer, takes_plans
+from megatron.remoe.layer.layer import ReMoELayer, takes_plans
 from tests.layers import HIDDEN, expert_weights, make_config, make_layer, make_topk_config, oracle
 
 pytestmark = pytest.mark.usefixtures("process_groups")
@@ -121,6 +119,18 @@ def test_any_number_of_pairs_is_dispatched(share: str, dispatcher: str, fused: b
     assert pairs == 12 * {"all": 4, "none": 0, "one expert": 1, "one expert empty": 3}[share]
 
 
+@pytest.mark.parametrize("limit", [0.0, 1.0], ids=["unbounded", "bounded"])
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_padding_has_no_experts(dispatcher: str, limit: float) -> None:
+    """Other tokens keep their outputs. The mask is `[batch, sequence]`, and tokens are `[sequence, batch, hidden]`."""
+    layer = make_layer(make_config(moe_token_dispatcher_type=dispatcher, moe_relu_activation_limit=limit))
+    tokens = torch.randn(5, 3, HIDDEN, dtype=torch.float64, device=layer.router.weight.device)
+    padding = torch.zeros(3, 5, dtype=torch.bool, device=tokens.device)
+    padding[1, 2:] = True
+    expected = layer(tokens)[0].masked_fill(padding.T.unsqueeze(-1), 0.0)
+    torch.testing.assert_close(layer(tokens, padding_mask=padding)[0], expected)
+
+
 def results(layer: ReMoELayer, tokens: torch.Tensor, output: torch.Tensor) -> list[torch.Tensor]:
     """Return the output, and the gradients of tokens and weights."""
     weights = [tokens, *layer.parameters()]
@@ -170,13 +180,18 @@ def test_steps_called_one_by_one_give_the_same(fused: bool) -> None:
         torch.testing.assert_close(mine, theirs)
 
 
-def test_the_dispatcher_is_chosen_when_the_layer_is_built() -> None:
-    topk = make_topk_config()
-    assert type(make_layer(make_config()).token_dispatcher) is PlannedAlltoAllDispatcher
-    assert type(make_layer(topk, fused=True).token_dispatcher) is PlannedAlltoAllDispatcher
-    layer = make_layer(make_config(moe_token_dispatcher_type="allgather"))
-    assert type(layer.token_dispatcher) is MoEAllGatherTokenDispatcher and type(layer.way) is ByMegatron
-    assert takes_plans(topk)
+def test_shared_experts_beside_dispatch() -> None:
+    """--moe-shared-expert-overlap changes neither outputs nor gradients."""
+    shared = {"moe_shared_expert_intermediate_size": 8, "moe_relu_activation_limit": 0.0}
+    plain, beside = (make_layer(make_config(**shared, moe_shared_expert_overlap=on), True) for on in (False, True))
+    beside.load_state_dict(plain.state_dict())
+    tokens = torch.randn(7, 2, HIDDEN, dtype=torch.float64, device=plain.router.weight.device, requires_grad=True)
+    for mine, right in zip(*(results(layer, tokens, layer(tokens)[0]) for layer in (beside, plain)), strict=True):
+        torch.testing.assert_close(mine, right)
+
+
+def test_megatron_dispatches_what_a_plan_cannot() -> None:
+    assert takes_plans(make_topk_config())
     captured = [CudaGraphModule.moe_router, CudaGraphModule.moe_preprocess]
     for name, value in (("moe_permute_fusion", True), ("moe_latent_size", 8), ("cuda_graph_modules", captured)):
         topk = make_topk_config()
