@@ -8,9 +8,8 @@ import torch
 
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.enums import CudaGraphModule
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.remoe.layer.layer import ReMoELayer, takes_plans
-from tests.layers import HIDDEN, expert_weights, make_config, make_layer, make_topk_config, oracle
+from tests.layers import HIDDEN, compare_with_oracle, gradients, make_config, make_layer, make_topk_config
 
 pytestmark = pytest.mark.usefixtures("process_groups")
 
@@ -20,36 +19,6 @@ SHAPES = [  # sequence, batch, experts, topk
     (5, 3, 4, 2),
     (16, 1, 8, 3),
 ]
-
-
-def gradients(loss: torch.Tensor, *parameters: torch.Tensor) -> list[torch.Tensor]:
-    actual = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, actual, strict=True)]
-
-
-def compare_with_oracle(layer, tokens: torch.Tensor, coefficient: float) -> int:
-    """Assert equal outputs, L1 and gradients; return the number of active pairs."""
-    config = layer.config
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, dtype=torch.float64, device=tokens.device))
-    weights = list(layer.experts.parameters())
-    direction = torch.randn_like(tokens)
-
-    output, _ = layer(tokens)
-    ours = gradients((output * direction).sum(), tokens, layer.router.weight, *weights)
-
-    flat = tokens.reshape(-1, HIDDEN)
-    expected, l1, pairs = oracle(flat, layer.router.weight, expert_weights(layer), config.moe_router_topk)
-    loss = (expected.view_as(tokens) * direction).sum() + coefficient * l1
-    theirs = gradients(loss, tokens, layer.router.weight, *weights)
-
-    torch.testing.assert_close(output, expected.view_as(tokens), rtol=1e-10, atol=1e-12)
-    for mine, right in zip(ours, theirs, strict=True):
-        # Megatron's Switch loss is computed in float32.
-        torch.testing.assert_close(mine, right, rtol=1e-6, atol=1e-7)
-    counts = layer.router.counts
-    assert counts.active == pairs and counts["tokens"] == len(flat)
-    torch.testing.assert_close(counts["l1_loss"], l1.detach(), rtol=1e-6, atol=1e-7)
-    return pairs
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["sequential", "grouped"])

@@ -5,11 +5,6 @@ from typing import Any
 
 import pytest
 
-from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
-from megatron.core.models.gpt import experimental_attention_variant_module_specs as variants
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.remoe.layer.layer import ReMoELayer
-from megatron.remoe.layer.specs import with_relu_routing
 from megatron.remoe.routing.refusals import REFUSALS, flag
 from megatron.training.arguments import add_megatron_arguments
 from tests.layers import make_config
@@ -94,24 +89,3 @@ def test_refused_together(name: str) -> None:
 def test_attention_of_a_hybrid_model_can_be_captured() -> None:
     config = make_config(is_hybrid_model=True, cuda_graph_impl="local", cuda_graph_modules=["attn"])
     assert config.cuda_graph_impl == "local"
-
-
-def test_attention_variants_take_the_router(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron builds their layers from a separate specification, which contains its usual MoE layers."""
-    monkeypatch.setattr(variants, "TESpecProvider", TESpecProvider, raising=False)  # if the engine is not installed
-    config = make_config(
-        num_layers=3,
-        experimental_attention_variant="gated_delta_net",
-        linear_attention_freq=[1, 1, 1],
-        moe_layer_freq=[0, 1, 1],
-        transformer_impl="transformer_engine",
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        linear_num_key_heads=2,
-        linear_num_value_heads=2,
-        linear_conv_kernel_dim=4,
-    )
-    layers = variants.get_transformer_layer_with_experimental_attention_variant_spec(config)
-    dense, *moe = with_relu_routing(TransformerBlockSubmodules(layer_specs=layers)).layer_specs
-    assert dense.submodules.mlp is layers[0].submodules.mlp
-    assert [layer.submodules.mlp.func for layer in moe] == [ReMoELayer] * 2
