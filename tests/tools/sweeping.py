@@ -62,12 +62,19 @@ def final(iteration: int, loss: float, **more: object) -> dict[str, object]:
     return {"kind": "validation", "iteration": iteration, "lm_loss": loss, "final": True} | more
 
 
+def write_metrics(folder: Path, args: dict[str, object], *records: dict[str, object] | str) -> Path:
+    """Write metrics.jsonl with a start record of these arguments and these records or lines; return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    start = {"kind": "start", "time": 0.0, "iteration": 0, "args": args}
+    lines = (record if isinstance(record, str) else json.dumps(record) for record in (start, *records))
+    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return folder
+
+
 def write_run(folder: Path, train_iters: int, *records: dict[str, object], **args: object) -> None:
     """Write a run's metrics."""
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     args = {"train_iters": train_iters, "seq_length": 64, "global_batch_size": 4} | args
-    lines = [{"kind": "start", "iteration": 0, "args": args}, *records]
-    (folder / "checkpoints" / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    write_metrics(folder / "checkpoints", args, *records)
 
 
 def model_arguments(size: Size, routing: Routing, vocabulary: int) -> argparse.Namespace:
