@@ -1,11 +1,12 @@
 """Test which settings are refused, and that the page has them."""
 
 import argparse
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from megatron.remoe.routing.refusals import REFUSALS, flag
+from megatron.remoe.routing.refusals import NOT_IN_CHUNKS, REFUSALS, Refusal, flag, relu_routing_problems
 from megatron.training.arguments import add_megatron_arguments
 from tests.layers import make_config
 from tests.training_runs import REPOSITORY
@@ -89,3 +90,10 @@ def test_refused_together(name: str) -> None:
 def test_attention_of_a_hybrid_model_can_be_captured() -> None:
     config = make_config(is_hybrid_model=True, cuda_graph_impl="local", cuda_graph_modules=["attn"])
     assert config.cuda_graph_impl == "local"
+
+
+@pytest.mark.parametrize("refusal", [*REFUSALS, *NOT_IN_CHUNKS], ids=lambda refusal: refusal.name)
+def test_each_setting_is_refused(refusal: Refusal) -> None:
+    given = {refusal.name: ["moe_act"] if refusal.name == "offload_modules" else True}
+    [problem] = relu_routing_problems(SimpleNamespace(**vars(make_config(moe_relu_activation_limit=2.0)) | given))
+    assert problem.startswith(f"{flag(refusal.name)} ") and problem.endswith("[REMOE-E204]")

@@ -5,7 +5,6 @@ but not the job file's shell; srun, on SIGTERM, kills its tasks; `scontrol reque
 """
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.scripts.launching import alone
 from tests.training_runs import REPOSITORY, SMALL, records, wait_until
 
 JOB_FILE = REPOSITORY / "scripts" / "slurm" / "train.sbatch"
@@ -71,8 +71,7 @@ class Job:
             (self.commands / name).write_text(SLURM.format(python=sys.executable))
             (self.commands / name).chmod(0o755)
         slurm = {"ID": "4321", "NODELIST": "node[7-8]"}
-        self.environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ} | environment
-        self.environment |= {f"SLURM_JOB_{name}": value for name, value in slurm.items()}
+        self.environment = alone(environment | {f"SLURM_JOB_{name}": value for name, value in slurm.items()})
         self.environment["SLURM_SUBMIT_DIR"] = str(self.submit)
         self.environment["PATH"] = f"{self.commands}:{self.environment['PATH']}"
 
@@ -158,7 +157,7 @@ SAVES = "trap 'exit 143' TERM; touch ready; for _ in {1..300}; do sleep 0.1; don
 def test_sigterm(script: str, state: str, status: int, requeued: int, tmp_path: Path) -> None:
     job = Job(tmp_path)
     process = job.start(job.script(script))
-    wait_until(job.submit / "ready".exists, process)
+    wait_until((job.submit / "ready").exists, process)
     (job.commands / "state").write_text(f"JobState={state}")
     process.send_signal(signal.SIGTERM)
     if state != "RUNNING":  # Slurm signals the tasks too

@@ -60,7 +60,6 @@ def resumed(flags: str = "", routing: list[str] = RELU, run: str = "remoe") -> A
 MAKE = "tools/preprocess_data.py"
 HYBRID = "--hybrid-layer-pattern *E*E"
 ENTRY = {
-    "a hybrid without experts": Case(on("text", "--hybrid-layer-pattern *-*-"), "E202|*-*-"),
     # data; tests/files has all kinds of damage
     "no data": Case(lacking("--data-path"), "E301|--data-path|--mock-data"),
     "missing data": Case(on("nowhere"), f"E301|--data-path|nowhere.idx|nowhere.bin|{MAKE}"),
@@ -78,7 +77,6 @@ ENTRY = {
     "several missing": Case(lacking("--lr --train-iters --seq-length"), "E201|--seq-length, --lr, --train-iters"),
     "like no other flag": Case(on("text", "--learning-rate 1"), "--learning-rate 1. --help lists all flags"),
     "heads": Case(on("text", "--num-attention-heads 5"), "num_attention_heads|Megatron refuses these settings"),
-    "whole validation": Case(on("text", "--full-validation"), "E203|--full-validation|--multiple-validation-sets"),
     "kernels without a GPU": Case(
         on("text", "--moe-kernels triton"), "E102|--moe-kernels triton|no GPU", unset=("TRITON_INTERPRET",)
     ),

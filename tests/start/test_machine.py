@@ -1,5 +1,6 @@
 """Test machines without a C compiler, Triton, a GPU, or a Transformer Engine that works."""
 
+import argparse
 import os
 import re
 import sysconfig
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from megatron.remoe.files.errors import UsageError
-from megatron.remoe.start import machine
+from megatron.remoe.start import environment, machine
 
 
 @pytest.fixture
@@ -76,3 +77,35 @@ def test_triton_kernels_where_they_can_run(
     with pytest.raises(UsageError, match=re.escape(words)) as refused:
         machine.check_kernels("triton", on_cpu)
     assert refused.value.code == "REMOE-E102"
+
+
+class Settings(argparse.Namespace):
+    """Arguments; those that are not given are None."""
+
+    def __getattr__(self, _name: str) -> None:
+        return None
+
+
+BOTH = {"full_validation": True, "multiple_validation_sets": True}
+
+
+@pytest.mark.parametrize(
+    ("given", "facts"),
+    [
+        ({"hybrid_layer_pattern": "*-", "num_experts": 8}, "E202 *- 8"),
+        ({"hybrid_layer_pattern": "*", "multi_latent_attention": True}, "E202 * --multi-latent-attention"),
+        ({"full_validation": True}, "E203 --full-validation --multiple-validation-sets"),
+        (BOTH | {"virtual_pipeline_model_parallel_size": 2}, "E203 --full-validation virtual"),
+        ({"rampup_batch_size": ["8"]}, "E203 --rampup-batch-size"),
+        ({"step_batch_size_schedule": "0:8 9:16"}, "E203 --step-batch-size-schedule 0:8 --train-samples"),
+        *(({name: "x"}, "E203 --sft --logits-load-dir") for name in ("fim_data", "sft", "logits_load_dir")),
+        ({"dataloader_inter_document_masking": True}, "E203 --dataloader-inter-document-masking"),
+        ({"inprocess_restart": True}, "E203 --inprocess-restart"),
+    ],
+)
+def test_settings_that_would_be_ignored(given: dict[str, object], facts: str) -> None:
+    environment.check_settings(Settings())
+    with pytest.raises(UsageError) as error:
+        environment.check_settings(Settings(**given))
+    message = f"{error.value} {error.value.code}"
+    assert "\n" not in message and all(fact in message for fact in facts.split()), message

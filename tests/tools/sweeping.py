@@ -1,16 +1,12 @@
 """Start the sweep as a user does, and write runs that were never trained."""
 
 import argparse
-import contextlib
-import io
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import patch
 
+from tests.scripts.launching import alone, in_process
 from tests.training_runs import REPOSITORY
 from tools.experiments import jobs, results
 from tools.experiments.run import Run, Text
@@ -22,8 +18,7 @@ TEXT = Text(Path("text"), {"code": 30, "docs": 10}, "text", {"code": 1.0, "docs"
 
 
 def given(environment: dict[str, str]) -> dict[str, str]:
-    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    return kept | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "DATA_PATH": "pile"} | environment
+    return alone({"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "DATA_PATH": "pile"} | environment)
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -35,21 +30,9 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
 
 def sweep(*arguments: str, code: int = 0, **environment: str) -> tuple[str, str]:
     """Run a sweep in this process, assert its exit code, and return its output and errors."""
-    output, errors = io.StringIO(), io.StringIO()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        with (
-            patch.dict(os.environ, given(environment), clear=True), contextlib.chdir("/"),
-            contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors),
-        ):  # fmt: skip
-            status = main(arguments)
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    assert status == code, output.getvalue() + errors.getvalue()
-    return output.getvalue(), errors.getvalue()
+    result = in_process(main, [*arguments], "/", given(environment))
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stdout, result.stderr
 
 
 def line(iteration: int, seconds: float = 0.1, **more: object) -> dict[str, object]:
