@@ -158,11 +158,13 @@ def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
     assert message in str(error.value)
 
 
+@pytest.mark.slow
 def test_parts_of_a_sequence_are_routed_as_the_whole() -> None:
     output = run(["baselines"], 2, script=REPOSITORY / "tests" / "split_sequence.py")
     assert output.count(" ok") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ["expert_threshold", "normalized_top_k", "deco"])
 def test_layouts_agree(name: str, data: Path, tmp_path: Path) -> None:

@@ -43,19 +43,7 @@ REFUSED_TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
         },
         "--moe-expert-rank-capacity-factor 1.5 cannot be used",
     ),
-    "weight gradients beside dispatch": (
-        {"overlap_dispatch_backward_with_experts_wgrad": True},
-        "--overlap-dispatch-backward-with-experts-wgrad .* add --moe-relu-activation-limit 0",
-    ),
-    "communication beside another micro-batch": (
-        {"overlap_moe_expert_parallel_comm": True, "expert_model_parallel_size": 2},
-        "--overlap-moe-expert-parallel-comm .* add --moe-relu-activation-limit 0",
-    ),
     "FP8 in chunks": ({"fp8": "hybrid"}, "--fp8-format hybrid .* add --moe-relu-activation-limit 0"),
-    "offloaded chunks": (
-        {"fine_grained_activation_offloading": True, "offload_modules": ["core_attn", "moe_act"]},
-        "--fine-grained-activation-offloading .* add --moe-relu-activation-limit 0",
-    ),
     "a graph of the whole step": (
         {"cuda_graph_impl": "full_iteration"},
         "full_iteration with --cuda-graph-modules full",

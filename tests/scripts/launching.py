@@ -36,12 +36,13 @@ def launch(
 def in_process(
     main: Callable[[list[str]], int], words: list[str], folder: str | Path, environment: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program in this process; the environment has PATH, HOME and `environment` only."""
+    """Run a program in this process, with PATH, HOME and `environment` only, and without Transformer Engine."""
     output, errors = io.StringIO(), io.StringIO()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         with (
             patch.dict(os.environ, alone(environment), clear=True), contextlib.chdir(folder),
+            patch.dict(sys.modules, {"transformer_engine": None}),
             contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors),
         ):  # fmt: skip
             code = main(words)

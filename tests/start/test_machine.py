@@ -11,6 +11,7 @@ import torch
 
 from megatron.remoe.files.errors import UsageError
 from megatron.remoe.start import environment, machine
+from tools.recipes.megatron_values import make_parser
 
 
 @pytest.fixture
@@ -79,14 +80,8 @@ def test_triton_kernels_where_they_can_run(
     assert refused.value.code == "REMOE-E102"
 
 
-class Settings(argparse.Namespace):
-    """Arguments; those that are not given are None."""
-
-    def __getattr__(self, _name: str) -> None:
-        return None
-
-
 BOTH = {"full_validation": True, "multiple_validation_sets": True}
+FSDP = {"use_megatron_fsdp": True, "gradient_accumulation_fusion": False, "expert_model_parallel_size": 2}
 
 
 @pytest.mark.parametrize(
@@ -101,11 +96,16 @@ BOTH = {"full_validation": True, "multiple_validation_sets": True}
         *(({name: "x"}, "E203 --sft --logits-load-dir") for name in ("fim_data", "sft", "logits_load_dir")),
         ({"dataloader_inter_document_masking": True}, "E203 --dataloader-inter-document-masking"),
         ({"inprocess_restart": True}, "E203 --inprocess-restart"),
+        (FSDP | {"gradient_accumulation_fusion": True}, "E203 --no-gradient-accumulation-fusion"),
+        (FSDP | {"ddp_average_in_collective": True}, "E203 --ddp-average-in-collective"),
+        (FSDP | {"num_distributed_optimizer_instances": 2}, "E203 --num-distributed-optimizer-instances"),
     ],
 )
-def test_settings_that_would_be_ignored(given: dict[str, object], facts: str) -> None:
-    environment.check_settings(Settings())
+def test_settings_that_megatron_ignores_or_gets_wrong(given: dict[str, object], facts: str) -> None:
+    fine = vars(make_parser().parse_args([])) | {"virtual_pipeline_model_parallel_size": None}
+    for right in ({}, BOTH, FSDP):
+        environment.check_settings(argparse.Namespace(**fine | right))
     with pytest.raises(UsageError) as error:
-        environment.check_settings(Settings(**given))
+        environment.check_settings(argparse.Namespace(**fine | given))
     message = f"{error.value} {error.value.code}"
     assert "\n" not in message and all(fact in message for fact in facts.split()), message
