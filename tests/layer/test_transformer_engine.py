@@ -97,6 +97,7 @@ def test_engine_experts_equal_oracle(engine_spec: ModuleSpec, topk: int, dispatc
     assert compare_with_oracle(layer, tokens, coefficient=0.3) != 18 * topk
 
 
+@pytest.mark.slow
 @torch.compiler.set_stance("force_eager")  # compiling Megatron's SwiGLU takes half a minute
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 def test_activations_are_recomputed_in_chunks_and_without(

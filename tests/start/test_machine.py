@@ -1,4 +1,4 @@
-"""Test machines without a C compiler, Triton, a GPU, or a Transformer Engine that works."""
+"""Test machines without a C compiler, Triton, a GPU or a working Transformer Engine, and flags that are refused."""
 
 import argparse
 import os
