@@ -18,4 +18,4 @@ if [[ -n ${CARRIED-} ]]; then
 fi
 run=(pytest)
 if [[ -n ${REHEARSE-} ]]; then run=(tests.gpu.rehearsed pytest); fi
-"$PYTHON" -m "${run[@]}" -m gpu -rs --gpu-report "${OUT:-runs/gpu}" "$@" tests/gpu tests/layer tests/routing
+"$PYTHON" -m "${run[@]}" -m gpu -rs --gpu-report "${OUT:-runs/gpu}" "$@" tests/gpu tests/layer

@@ -6,6 +6,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.moe.experts import TEGroupedMLP
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.layer.experts import GroupedExperts
 from megatron.remoe.layer.layer import ReMoELayer
@@ -90,6 +92,8 @@ def expert_weights(layer: ReMoELayer) -> list[tuple[torch.Tensor, torch.Tensor]]
     """Return each expert's fc1 `[2·ffn, hidden]` (gate, then up) and fc2 `[hidden, ffn]`."""
     if isinstance(layer.experts, GroupedExperts):
         return list(zip(layer.experts.fc1, layer.experts.fc2, strict=True))
+    if isinstance(layer.experts, TEGroupedMLP):  # with the linear layers of test_transformer_engine.py
+        return list(zip(layer.experts.linear_fc1.weights, layer.experts.linear_fc2.weights, strict=True))
     return [(expert.linear_fc1.weight, expert.linear_fc2.weight) for expert in layer.experts.local_experts]
 
 
@@ -121,3 +125,34 @@ def oracle(
     load = [num_experts / (topk * num_tokens) * sum(row[e] for row in active) for e in range(num_experts)]
     l1 = sum(load[e] * gates[t][e] for t in range(num_tokens) for e in range(num_experts)) / num_tokens
     return torch.stack(outputs), l1, sum(map(sum, active))
+
+
+def gradients(loss: torch.Tensor, *parameters: torch.Tensor) -> list[torch.Tensor]:
+    """Return gradients, 0 for parameters that the loss does not depend on."""
+    actual = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, actual, strict=True)]
+
+
+def compare_with_oracle(layer: ReMoELayer, tokens: torch.Tensor, coefficient: float) -> int:
+    """Assert equal outputs, L1 and gradients; return the number of active pairs."""
+    config = layer.config
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, dtype=torch.float64, device=tokens.device))
+    weights = list(layer.experts.parameters())
+    direction = torch.randn_like(tokens)
+
+    output, _ = layer(tokens)
+    ours = gradients((output * direction).sum(), tokens, layer.router.weight, *weights)
+
+    flat = tokens.reshape(-1, HIDDEN)
+    expected, l1, pairs = oracle(flat, layer.router.weight, expert_weights(layer), config.moe_router_topk)
+    loss = (expected.view_as(tokens) * direction).sum() + coefficient * l1
+    theirs = gradients(loss, tokens, layer.router.weight, *weights)
+
+    torch.testing.assert_close(output, expected.view_as(tokens), rtol=1e-10, atol=1e-12)
+    for mine, right in zip(ours, theirs, strict=True):
+        # Megatron's Switch loss is computed in float32.
+        torch.testing.assert_close(mine, right, rtol=1e-6, atol=1e-7)
+    counts = layer.router.counts
+    assert counts.active == pairs and counts["tokens"] == len(flat)
+    torch.testing.assert_close(counts["l1_loss"], l1.detach(), rtol=1e-6, atol=1e-7)
+    return pairs

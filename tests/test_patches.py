@@ -283,7 +283,7 @@ def test_megatron_still_prints_no_time_left(monkeypatch: pytest.MonkeyPatch) -> 
     printed: list[str] = []
     monkeypatch.setattr(training, "print_rank_last", printed.append)
     monkeypatch.setattr(start, "get_args", lambda: SimpleNamespace(log_interval=10))
-    assert "left" not in inspect.getsource(training.training_log)
+    assert "time left" not in inspect.getsource(training.training_log)
     start.print_time_left()
     line = " [a date] iteration {:8d}/     200 | elapsed time per iteration (ms): 3600.0 | lm loss: 2.0 |"
     for words in (line.format(10), line.format(11), "validation loss"):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny_model import BYTES
 from tests.tools.test_cost_command import cost, figures
-from tests.training_runs import REPOSITORY, assert_equal, run, series, step_losses, weights, without
+from tests.training_runs import REPOSITORY, assert_equal, run, series, step_losses, weights
 from tools.models import export as export_hf
 from tools.plan import rehearse
 
@@ -98,13 +98,5 @@ def test_starts_on_played_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert rehearse.main([*options, "--", *flags, *PLAIN, *BYTES]) == 0
     record = json.loads(results.read_text())
     assert record["starts"] and set(record["stages"]) == {"dense"} and not (tmp_path / "run").exists()
-    assert sum(times for where, times in record["host_syncs"].items() if "remoe/layer/" in where) <= 3
+    assert 1 <= sum(times for where, times in record["host_syncs"].items() if "remoe/layer/" in where) <= 3
     assert all(line.startswith("rehearsal:") for line in capsys.readouterr().err.splitlines())
-
-
-def test_latent_attention_in_a_hybrid_model(data: Path) -> None:
-    """It is refused: a HybridModel would silently omit its rotary embedding."""
-    flags = without(" ".join([*COMMON, LATENT]).split(), "--num-layers", "--moe-layer-freq")
-    flags += ["--hybrid-layer-pattern", "*E"]
-    output = run([*flags, *BYTES, "--data-path", str(data), "--split", "90,10,0"], expect=2)
-    assert "--hybrid-layer-pattern *E" in output and "[REMOE-E202]" in output

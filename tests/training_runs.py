@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +130,14 @@ def figures(folder: Path, interval: int) -> list[dict[str, Any]]:
     lines = [line for line in read_run_log(folder / "metrics.jsonl") if line["kind"] != "start"]
     lines = [line for line in lines if line["iteration"] % interval == 0]
     return [{name: value for name, value in line.items() if name not in left_out} for line in lines]
+
+
+def wait_until(holds: Callable[[], object], process: subprocess.Popen[Any] | None = None) -> None:
+    """Wait for a condition; fail after two minutes, or if the process ends before."""
+    deadline = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < deadline and (process is None or process.poll() is None), process
+        time.sleep(0.02)
 
 
 def finish(process: subprocess.Popen[str], code: int) -> tuple[str, str]:

@@ -96,6 +96,15 @@ def test_deco_lowers_the_entropy(per_token: bool, process_groups: None) -> None:
     torch.testing.assert_close(router.weight.grad, weight.grad)
 
 
+@pytest.mark.parametrize("name", ["expert_choice", "expert_threshold", "top_p", "normalized_top_k", "deco"])
+def test_z_loss(name: str, process_groups: None) -> None:
+    """The rest of DECO's routing is that of ReLU."""
+    router, tokens = make_layer(name, moe_z_loss_coeff=0.5).router, make_tokens()
+    (router(tokens)[0] * 0).sum().backward()
+    right = 0.5 * (tokens.detach() @ router.weight.T).logsumexp(dim=-1).square().mean()
+    torch.testing.assert_close(router.weight.grad, torch.autograd.grad(right, router.weight)[0])
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["one by one", "grouped"])
 @pytest.mark.parametrize("name", ROUTERS)
 def test_layer_sums_what_the_map_says(name: str, fused: bool, process_groups: None) -> None:
@@ -149,11 +158,13 @@ def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
     assert message in str(error.value)
 
 
+@pytest.mark.slow
 def test_parts_of_a_sequence_are_routed_as_the_whole() -> None:
     output = run(["baselines"], 2, script=REPOSITORY / "tests" / "split_sequence.py")
     assert output.count(" ok") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ["expert_threshold", "normalized_top_k", "deco"])
 def test_layouts_agree(name: str, data: Path, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Tests of megatron/remoe/data and preprocessing."""
+"""Tests of megatron/remoe/files and preprocessing."""

@@ -1,1 +1,1 @@
-"""Tests of megatron/remoe/moe."""
+"""Tests of megatron/remoe/layer."""

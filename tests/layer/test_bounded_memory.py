@@ -1,11 +1,15 @@
 """Test the activation limit: a layer with more pairs runs in chunks and gives the same result."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.tensor_parallel import layers
 from megatron.remoe import patches
+from megatron.remoe.kernels.pytorch import PYTORCH
+from megatron.remoe.layer import counting
 from tests.layers import HIDDEN, make_config, make_layer
 from tests.training_runs import REPOSITORY, run
 
@@ -92,6 +96,17 @@ def test_unevenly_active_tokens_are_bounded_too() -> None:
     dispatched = dispatched_pairs(layer)
     layer(tokens)
     assert sum(dispatched) == 9 * 8 and max(dispatched) <= 2 * 32
+
+
+def test_received_pairs_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of two ranks sends no more pairs than the limit allows, but one of them receives all."""
+    read = counting.read_pairs
+    monkeypatch.setattr(counting, "read_pairs", lambda *arguments: read(*arguments).repeat(1, 2, 1))
+    dispatcher = SimpleNamespace(
+        ep_size=2, tp_size=1, ep_rank=0, tp_rank=0, tp_ep_group=SimpleNamespace(size=lambda: 1)
+    )
+    map_TE = torch.tensor([[True, False, False, False]] * 8)
+    assert len(counting.count_pairs(map_TE, None, dispatcher, PYTORCH, 1.0)) == 2
 
 
 def test_at_the_target_nothing_is_computed_twice() -> None:

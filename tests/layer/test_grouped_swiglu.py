@@ -72,8 +72,8 @@ def test_matrices_of_their_own_keep_no_copy_for_the_backward_pass() -> None:
     split = [[torch.nn.Parameter(matrix.clone()) for matrix in weight] for weight in stacked]
     expected, output = (grouped_swiglu(*inputs, *weights, sizes, SortedPairs(), PYTORCH) for weights in (whole, split))
     assert torch.equal(output, expected)
-    kept = output.grad_fn.weights
-    assert all(mine is right for mine, right in zip(kept, [*split[0], *split[1]], strict=True))
+    for weight in (*whole, *split[0], *split[1]):
+        weight.data.mul_(2)  # a copy would not change
     for result in (output, expected):
         result.square().sum().backward()
     for weight, matrices in zip(whole, split, strict=True):

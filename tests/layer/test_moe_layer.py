@@ -8,11 +8,8 @@ import torch
 
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.enums import CudaGraphModule
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
-from megatron.remoe.layer.dispatcher import PlannedAlltoAllDispatcher
-from megatron.remoe.layer.layer import ByMegatron, ReMoELayer, takes_plans
-from tests.layers import HIDDEN, expert_weights, make_config, make_layer, make_topk_config, oracle
+from megatron.remoe.layer.layer import ReMoELayer, takes_plans
+from tests.layers import HIDDEN, compare_with_oracle, gradients, make_config, make_layer, make_topk_config
 
 pytestmark = pytest.mark.usefixtures("process_groups")
 
@@ -22,36 +19,6 @@ SHAPES = [  # sequence, batch, experts, topk
     (5, 3, 4, 2),
     (16, 1, 8, 3),
 ]
-
-
-def gradients(loss: torch.Tensor, *parameters: torch.Tensor) -> list[torch.Tensor]:
-    actual = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, actual, strict=True)]
-
-
-def compare_with_oracle(layer, tokens: torch.Tensor, coefficient: float) -> int:
-    """Assert equal outputs, L1 and gradients; return the number of active pairs."""
-    config = layer.config
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, dtype=torch.float64, device=tokens.device))
-    weights = list(layer.experts.parameters())
-    direction = torch.randn_like(tokens)
-
-    output, _ = layer(tokens)
-    ours = gradients((output * direction).sum(), tokens, layer.router.weight, *weights)
-
-    flat = tokens.reshape(-1, HIDDEN)
-    expected, l1, pairs = oracle(flat, layer.router.weight, expert_weights(layer), config.moe_router_topk)
-    loss = (expected.view_as(tokens) * direction).sum() + coefficient * l1
-    theirs = gradients(loss, tokens, layer.router.weight, *weights)
-
-    torch.testing.assert_close(output, expected.view_as(tokens), rtol=1e-10, atol=1e-12)
-    for mine, right in zip(ours, theirs, strict=True):
-        # Megatron's Switch loss is computed in float32.
-        torch.testing.assert_close(mine, right, rtol=1e-6, atol=1e-7)
-    counts = layer.router.counts
-    assert counts.active == pairs and counts["tokens"] == len(flat)
-    torch.testing.assert_close(counts["l1_loss"], l1.detach(), rtol=1e-6, atol=1e-7)
-    return pairs
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["sequential", "grouped"])
@@ -121,6 +88,18 @@ def test_any_number_of_pairs_is_dispatched(share: str, dispatcher: str, fused: b
     assert pairs == 12 * {"all": 4, "none": 0, "one expert": 1, "one expert empty": 3}[share]
 
 
+@pytest.mark.parametrize("limit", [0.0, 1.0], ids=["unbounded", "bounded"])
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_padding_has_no_experts(dispatcher: str, limit: float) -> None:
+    """Other tokens keep their outputs. The mask is `[batch, sequence]`, and tokens are `[sequence, batch, hidden]`."""
+    layer = make_layer(make_config(moe_token_dispatcher_type=dispatcher, moe_relu_activation_limit=limit))
+    tokens = torch.randn(5, 3, HIDDEN, dtype=torch.float64, device=layer.router.weight.device)
+    padding = torch.zeros(3, 5, dtype=torch.bool, device=tokens.device)
+    padding[1, 2:] = True
+    expected = layer(tokens)[0].masked_fill(padding.T.unsqueeze(-1), 0.0)
+    torch.testing.assert_close(layer(tokens, padding_mask=padding)[0], expected)
+
+
 def results(layer: ReMoELayer, tokens: torch.Tensor, output: torch.Tensor) -> list[torch.Tensor]:
     """Return the output, and the gradients of tokens and weights."""
     weights = [tokens, *layer.parameters()]
@@ -170,13 +149,18 @@ def test_steps_called_one_by_one_give_the_same(fused: bool) -> None:
         torch.testing.assert_close(mine, theirs)
 
 
-def test_the_dispatcher_is_chosen_when_the_layer_is_built() -> None:
-    topk = make_topk_config()
-    assert type(make_layer(make_config()).token_dispatcher) is PlannedAlltoAllDispatcher
-    assert type(make_layer(topk, fused=True).token_dispatcher) is PlannedAlltoAllDispatcher
-    layer = make_layer(make_config(moe_token_dispatcher_type="allgather"))
-    assert type(layer.token_dispatcher) is MoEAllGatherTokenDispatcher and type(layer.way) is ByMegatron
-    assert takes_plans(topk)
+def test_shared_experts_beside_dispatch() -> None:
+    """--moe-shared-expert-overlap changes neither outputs nor gradients."""
+    shared = {"moe_shared_expert_intermediate_size": 8, "moe_relu_activation_limit": 0.0}
+    plain, beside = (make_layer(make_config(**shared, moe_shared_expert_overlap=on), True) for on in (False, True))
+    beside.load_state_dict(plain.state_dict())
+    tokens = torch.randn(7, 2, HIDDEN, dtype=torch.float64, device=plain.router.weight.device, requires_grad=True)
+    for mine, right in zip(*(results(layer, tokens, layer(tokens)[0]) for layer in (beside, plain)), strict=True):
+        torch.testing.assert_close(mine, right)
+
+
+def test_megatron_dispatches_what_a_plan_cannot() -> None:
+    assert takes_plans(make_topk_config())
     captured = [CudaGraphModule.moe_router, CudaGraphModule.moe_preprocess]
     for name, value in (("moe_permute_fusion", True), ("moe_latent_size", 8), ("cuda_graph_modules", captured)):
         topk = make_topk_config()

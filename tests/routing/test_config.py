@@ -29,7 +29,6 @@ def test_without_relu_routing_nothing_is_changed() -> None:
     given = {name: settings[name] for name in ("num_layers", "hidden_size", "num_attention_heads", "num_moe_experts")}
     config = ReMoEConfig(**given, moe_router_topk=2)
     assert not config.moe_router_pre_softmax
-    assert ReMoEConfig(**given, moe_router_topk=2, moe_relu_routing=True, moe_router_load_balancing_type="none")
 
 
 def test_deprecated_names_are_refused_too() -> None:

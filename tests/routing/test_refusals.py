@@ -1,16 +1,12 @@
 """Test which settings are refused, and that the page has them."""
 
 import argparse
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
-from megatron.core.models.gpt import experimental_attention_variant_module_specs as variants
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.remoe.layer.layer import ReMoELayer
-from megatron.remoe.layer.specs import with_relu_routing
-from megatron.remoe.routing.refusals import REFUSALS, flag
+from megatron.remoe.routing.refusals import NOT_IN_CHUNKS, REFUSALS, Refusal, flag, relu_routing_problems
 from megatron.training.arguments import add_megatron_arguments
 from tests.layers import make_config, make_layer
 from tests.training_runs import REPOSITORY
@@ -47,19 +43,7 @@ REFUSED_TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
         },
         "--moe-expert-rank-capacity-factor 1.5 cannot be used",
     ),
-    "weight gradients beside dispatch": (
-        {"overlap_dispatch_backward_with_experts_wgrad": True},
-        "--overlap-dispatch-backward-with-experts-wgrad .* add --moe-relu-activation-limit 0",
-    ),
-    "communication beside another micro-batch": (
-        {"overlap_moe_expert_parallel_comm": True, "expert_model_parallel_size": 2},
-        "--overlap-moe-expert-parallel-comm .* add --moe-relu-activation-limit 0",
-    ),
     "FP8 in chunks": ({"fp8": "hybrid"}, "--fp8-format hybrid .* add --moe-relu-activation-limit 0"),
-    "offloaded chunks": (
-        {"fine_grained_activation_offloading": True, "offload_modules": ["core_attn", "moe_act"]},
-        "--fine-grained-activation-offloading .* add --moe-relu-activation-limit 0",
-    ),
     "a graph of the whole step": (
         {"cuda_graph_impl": "full_iteration"},
         "full_iteration with --cuda-graph-modules full",
@@ -95,22 +79,8 @@ def test_attention_of_a_hybrid_model_can_be_captured() -> None:
     assert config.cuda_graph_impl == "local" and make_layer(config).moe_layer_recompute
 
 
-def test_attention_variants_take_the_router(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron builds their layers from a separate specification, which contains its usual MoE layers."""
-    monkeypatch.setattr(variants, "TESpecProvider", TESpecProvider, raising=False)  # if the engine is not installed
-    config = make_config(
-        num_layers=3,
-        experimental_attention_variant="gated_delta_net",
-        linear_attention_freq=[1, 1, 1],
-        moe_layer_freq=[0, 1, 1],
-        transformer_impl="transformer_engine",
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        linear_num_key_heads=2,
-        linear_num_value_heads=2,
-        linear_conv_kernel_dim=4,
-    )
-    layers = variants.get_transformer_layer_with_experimental_attention_variant_spec(config)
-    dense, *moe = with_relu_routing(TransformerBlockSubmodules(layer_specs=layers)).layer_specs
-    assert dense.submodules.mlp is layers[0].submodules.mlp
-    assert [layer.submodules.mlp.func for layer in moe] == [ReMoELayer] * 2
+@pytest.mark.parametrize("refusal", [*REFUSALS, *NOT_IN_CHUNKS], ids=lambda refusal: refusal.name)
+def test_each_setting_is_refused(refusal: Refusal) -> None:
+    given = {refusal.name: ["moe_act"] if refusal.name == "offload_modules" else True}
+    [problem] = relu_routing_problems(SimpleNamespace(**vars(make_config(moe_relu_activation_limit=2.0)) | given))
+    assert problem.startswith(f"{flag(refusal.name)} ") and problem.endswith("[REMOE-E204]")

@@ -1,4 +1,4 @@
-"""Test the router: gates, padding, evaluation, jitter, dtypes, the L1 term and the guard."""
+"""Test the router: gates, padding, evaluation, the L1 term and the guard."""
 
 from collections.abc import Callable
 from functools import partial

@@ -4,8 +4,10 @@ import contextlib
 import io
 import os
 import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -31,18 +33,33 @@ def launch(
     return subprocess.run(command, capture_output=True, text=True, env=alone(environment), cwd=folder)
 
 
+def in_process(
+    main: Callable[[list[str]], int], words: list[str], folder: str | Path, environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Run a program in this process, with PATH, HOME and `environment` only, and without Transformer Engine."""
+    output, errors = io.StringIO(), io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with (
+            patch.dict(os.environ, alone(environment), clear=True), contextlib.chdir(folder),
+            patch.dict(sys.modules, {"transformer_engine": None}),
+            contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors),
+        ):  # fmt: skip
+            code = main(words)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return subprocess.CompletedProcess([], code, output.getvalue(), errors.getvalue())
+
+
 def planned(
     script: str, *arguments: str, folder: Path = REPOSITORY, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a launch script's program in this process; by default it prints the command and starts no training."""
-    output, errors = io.StringIO(), io.StringIO()
-    given = alone({"DRY_RUN": "command", "DATA_PATH": "pile", "PYTHON": sys.executable} | environment)
-    with (
-        patch.dict(os.environ, given, clear=True), contextlib.chdir(folder),
-        contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors),
-    ):  # fmt: skip
-        code = main([*script.split("_"), *arguments])
-    return subprocess.CompletedProcess([], code, output.getvalue(), errors.getvalue())
+    given = {"DRY_RUN": "command", "DATA_PATH": "pile", "PYTHON": sys.executable} | environment
+    return in_process(main, [*script.split("_"), *arguments], folder, given)
 
 
 def command(script: str, *arguments: str, **environment: str) -> list[str]:

@@ -49,6 +49,7 @@ def test_data_sets_are_weighted_by_size(given: str, expected: str, tmp_path: Pat
 
 
 ENGINE, APEX = "transformer_engine/__init__.py", "fused_weight_gradient_mlp_cuda.py"
+HIDING, HIDDEN = "sitecustomize.py", "import sys; sys.modules['transformer_engine'] = None"
 BROKEN = "raise RuntimeError('curand shared object not found.')"
 UNFUSED = "--no-gradient-accumulation-fusion"
 WITH_ENGINE = ["transformer_engine", "--moe-grouped-gemm"]
@@ -57,7 +58,7 @@ WITH_ENGINE = ["transformer_engine", "--moe-grouped-gemm"]
 @pytest.mark.parametrize(
     ("modules", "flags", "layers", "expected"),
     [
-        ({APEX: ""}, [], "plain PyTorch (Transformer Engine: not installed)", ["local"]),
+        ({APEX: "", HIDING: HIDDEN}, [], "plain PyTorch (Transformer Engine: not installed)", ["local"]),
         ({ENGINE: ""}, [], "Transformer Engine", [*WITH_ENGINE, UNFUSED]),
         ({ENGINE: "print('hello')", APEX: ""}, [], "Transformer Engine", WITH_ENGINE),
         ({ENGINE: BROKEN}, [], "RuntimeError: curand shared object not found.)", ["local", UNFUSED]),
@@ -94,8 +95,10 @@ def test_starts_on_gpus_as_it_says(name: str, expected: str, tmp_path: Path) -> 
         (tmp_path / program).chmod(0o755)
     for file in ("encoder.json", "vocab.bpe"):
         (tmp_path / file).touch()
+    (tmp_path / HIDING).write_text(HIDDEN)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "TP": "2"}
     environment |= {"DATA_DIR": str(tmp_path), "DATA_PATH": "pile", "OUTPUT_DIR": str(tmp_path / "run")}
+    environment["PYTHONPATH"] = str(tmp_path)
     result = launch("182m_remoe", "2", **environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == f"connections={expected} memory=expandable_segments:True"

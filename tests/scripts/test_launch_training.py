@@ -5,13 +5,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.scripts.launching import SCRIPTS, alone, launch
-from tests.training_runs import REPOSITORY, SMALL, records
+from tests.training_runs import REPOSITORY, SMALL, records, wait_until
 
 FLAGS = [*SMALL, *"--split 90,10,0 --eval-iters 0 --save-interval 2".split()]
 
@@ -64,10 +63,7 @@ def test_a_signal_before_torchrun_has_children_is_not_lost(
     process = subprocess.Popen(
         words, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=os.environ | {"PATH": str(tmp_path)}
     )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "log").exists():  # tee has started, and so has the training
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until((tmp_path / "log").exists)  # tee has started, and so has the training
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == code and output.splitlines()[0].startswith("Saving")
@@ -89,11 +85,8 @@ def test_trains_saves_at_sigterm_and_resumes(data: Path, tmp_path: Path) -> None
         stderr=subprocess.STDOUT,
         env=alone(environment),
     )
-    deadline = time.monotonic() + 120
     # Wait for the first save: the processes that it starts must survive the signal too.
-    while not (log.exists() and "successfully saved checkpoint" in log.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text() if log.exists() else "no log"
-        time.sleep(0.1)
+    wait_until(lambda: log.exists() and "successfully saved checkpoint" in log.read_text(), process)
     process.terminate()
     process.wait(timeout=60)
     output = console.read_text()

@@ -5,17 +5,16 @@ but not the job file's shell; srun, on SIGTERM, kills its tasks; `scontrol reque
 """
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.training_runs import REPOSITORY, SMALL, records
+from tests.scripts.launching import alone
+from tests.training_runs import REPOSITORY, SMALL, records, wait_until
 
 JOB_FILE = REPOSITORY / "scripts" / "slurm" / "train.sbatch"
 TRAINING_SCRIPT = REPOSITORY / "scripts" / "train_llama_182m_remoe.sh"
@@ -72,8 +71,7 @@ class Job:
             (self.commands / name).write_text(SLURM.format(python=sys.executable))
             (self.commands / name).chmod(0o755)
         slurm = {"ID": "4321", "NODELIST": "node[7-8]"}
-        self.environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ} | environment
-        self.environment |= {f"SLURM_JOB_{name}": value for name, value in slurm.items()}
+        self.environment = alone(environment | {f"SLURM_JOB_{name}": value for name, value in slurm.items()})
         self.environment["SLURM_SUBMIT_DIR"] = str(self.submit)
         self.environment["PATH"] = f"{self.commands}:{self.environment['PATH']}"
 
@@ -103,13 +101,6 @@ class Job:
         return "train.sh"
 
 
-def await_file(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline, f"no {path}: {process.communicate()[0]}"
-        time.sleep(0.1)
-
-
 def test_time_limit_saves_and_queues_again(data: Path, tmp_path: Path) -> None:
     """SIGTERM saves and requeues a job. A job that has finished is not requeued. test_launch_training.py resumes."""
     small = [*SMALL, *"--moe-ffn-hidden-size 128 --split 90,10,0 --eval-iters 0".split()]
@@ -120,7 +111,7 @@ def test_time_limit_saves_and_queues_again(data: Path, tmp_path: Path) -> None:
 
     # The signal comes after an interval save: the processes that this save started are needed for the next one.
     process = job.start(*training, "--save-interval", "3")
-    await_file(saved, process)
+    wait_until(saved.exists, process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 143, output[-6000:]
@@ -166,7 +157,7 @@ SAVES = "trap 'exit 143' TERM; touch ready; for _ in {1..300}; do sleep 0.1; don
 def test_sigterm(script: str, state: str, status: int, requeued: int, tmp_path: Path) -> None:
     job = Job(tmp_path)
     process = job.start(job.script(script))
-    await_file(job.submit / "ready", process)
+    wait_until((job.submit / "ready").exists, process)
     (job.commands / "state").write_text(f"JobState={state}")
     process.send_signal(signal.SIGTERM)
     if state != "RUNNING":  # Slurm signals the tasks too

@@ -14,7 +14,7 @@ from megatron.remoe.files.indexed import IndexedWriter, bin_path, idx_path
 from tests.data_sets import write_documents
 from tests.entry import LIMIT, Entry
 from tests.start.mistakes import ENTRY, HYBRID, User, on, plain
-from tests.tiny_model import RELU, TOPK
+from tests.tiny_model import RELU
 from tests.training_runs import last_error
 
 LINES = 3
@@ -46,7 +46,7 @@ def user(entry: Entry, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     user = User(tmp_path_factory.mktemp("user"))
     make_data_sets(user, data)
     relu = " ".join(RELU)
-    runs = {"remoe": relu, "topk": " ".join(TOPK), "dense": "", "hybrid": f"{relu} {HYBRID}"}
+    runs = {"remoe": relu, "dense": "", "hybrid": f"{relu} {HYBRID}"}
     for name, routing in runs.items():
         saving = f"--save {{{name}}} --save-interval 2 --train-iters 2"
         code, output = entry.run(plain(f"{routing} {saving}")(user))

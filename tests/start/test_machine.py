@@ -1,5 +1,6 @@
-"""Test machines without a C compiler, Triton, a GPU, or a Transformer Engine that works."""
+"""Test machines without a C compiler, Triton, a GPU or a working Transformer Engine, and flags that are refused."""
 
+import argparse
 import os
 import re
 import sysconfig
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from megatron.remoe.files.errors import UsageError
-from megatron.remoe.start import machine
+from megatron.remoe.start import environment, machine
+from tools.recipes.megatron_values import make_parser
 
 
 @pytest.fixture
@@ -76,3 +78,34 @@ def test_triton_kernels_where_they_can_run(
     with pytest.raises(UsageError, match=re.escape(words)) as refused:
         machine.check_kernels("triton", on_cpu)
     assert refused.value.code == "REMOE-E102"
+
+
+BOTH = {"full_validation": True, "multiple_validation_sets": True}
+FSDP = {"use_megatron_fsdp": True, "gradient_accumulation_fusion": False, "expert_model_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("given", "facts"),
+    [
+        ({"hybrid_layer_pattern": "*-", "num_experts": 8}, "E202 *- 8"),
+        ({"hybrid_layer_pattern": "*", "multi_latent_attention": True}, "E202 * --multi-latent-attention"),
+        ({"full_validation": True}, "E203 --full-validation --multiple-validation-sets"),
+        (BOTH | {"virtual_pipeline_model_parallel_size": 2}, "E203 --full-validation virtual"),
+        ({"rampup_batch_size": ["8"]}, "E203 --rampup-batch-size"),
+        ({"step_batch_size_schedule": "0:8 9:16"}, "E203 --step-batch-size-schedule 0:8 --train-samples"),
+        *(({name: "x"}, "E203 --sft --logits-load-dir") for name in ("fim_data", "sft", "logits_load_dir")),
+        ({"dataloader_inter_document_masking": True}, "E203 --dataloader-inter-document-masking"),
+        ({"inprocess_restart": True}, "E203 --inprocess-restart"),
+        (FSDP | {"gradient_accumulation_fusion": True}, "E203 --no-gradient-accumulation-fusion"),
+        (FSDP | {"ddp_average_in_collective": True}, "E203 --ddp-average-in-collective"),
+        (FSDP | {"num_distributed_optimizer_instances": 2}, "E203 --num-distributed-optimizer-instances"),
+    ],
+)
+def test_settings_that_megatron_ignores_or_gets_wrong(given: dict[str, object], facts: str) -> None:
+    fine = vars(make_parser().parse_args([])) | {"virtual_pipeline_model_parallel_size": None}
+    for right in ({}, BOTH, FSDP):
+        environment.check_settings(argparse.Namespace(**fine | right))
+    with pytest.raises(UsageError) as error:
+        environment.check_settings(argparse.Namespace(**fine | given))
+    message = f"{error.value} {error.value.code}"
+    assert "\n" not in message and all(fact in message for fact in facts.split()), message

@@ -1,16 +1,12 @@
 """Start the sweep as a user does, and write runs that were never trained."""
 
 import argparse
-import contextlib
-import io
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import patch
 
+from tests.scripts.launching import alone, in_process
 from tests.training_runs import REPOSITORY
 from tools.experiments import jobs, results
 from tools.experiments.run import Run, Text
@@ -22,8 +18,7 @@ TEXT = Text(Path("text"), {"code": 30, "docs": 10}, "text", {"code": 1.0, "docs"
 
 
 def given(environment: dict[str, str]) -> dict[str, str]:
-    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    return kept | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "DATA_PATH": "pile"} | environment
+    return alone({"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "DATA_PATH": "pile"} | environment)
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -35,21 +30,9 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
 
 def sweep(*arguments: str, code: int = 0, **environment: str) -> tuple[str, str]:
     """Run a sweep in this process, assert its exit code, and return its output and errors."""
-    output, errors = io.StringIO(), io.StringIO()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        with (
-            patch.dict(os.environ, given(environment), clear=True), contextlib.chdir("/"),
-            contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors),
-        ):  # fmt: skip
-            status = main(arguments)
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    assert status == code, output.getvalue() + errors.getvalue()
-    return output.getvalue(), errors.getvalue()
+    result = in_process(main, [*arguments], "/", given(environment))
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stdout, result.stderr
 
 
 def line(iteration: int, seconds: float = 0.1, **more: object) -> dict[str, object]:
@@ -62,12 +45,19 @@ def final(iteration: int, loss: float, **more: object) -> dict[str, object]:
     return {"kind": "validation", "iteration": iteration, "lm_loss": loss, "final": True} | more
 
 
+def write_metrics(folder: Path, args: dict[str, object], *records: dict[str, object] | str) -> Path:
+    """Write metrics.jsonl with a start record of these arguments and these records or lines; return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    start = {"kind": "start", "time": 0.0, "iteration": 0, "args": args}
+    lines = (record if isinstance(record, str) else json.dumps(record) for record in (start, *records))
+    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return folder
+
+
 def write_run(folder: Path, train_iters: int, *records: dict[str, object], **args: object) -> None:
     """Write a run's metrics."""
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     args = {"train_iters": train_iters, "seq_length": 64, "global_batch_size": 4} | args
-    lines = [{"kind": "start", "iteration": 0, "args": args}, *records]
-    (folder / "checkpoints" / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    write_metrics(folder / "checkpoints", args, *records)
 
 
 def model_arguments(size: Size, routing: Routing, vocabulary: int) -> argparse.Namespace:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from megatron.remoe.hf import RemoeForCausalLM
 from tests.data_sets import write_documents
@@ -19,7 +20,7 @@ from tools.models.checkpoints import save
 from tools.models.hf.weights import fill_megatron
 from tools.models.measuring import find_blocks
 from tools.models.megatron_model import build
-from tools.models.text import read_batches, read_sequences
+from tools.models.text import read_batches, read_sequences, sample
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 
@@ -93,6 +94,7 @@ def test_recounted(name: str, domains: list[Path], tmp_path: Path) -> None:
         sizes = [len(token) for token in tokens]
         experts = results["experts_per_token"]["layers"][layer]
         assert experts["histogram"] == pytest.approx([sizes.count(n) / len(sizes) for n in range(9)])
+        assert experts["percentile_99"] == sorted(sizes)[math.ceil(0.99 * len(sizes)) - 1]
         assert (experts["largest"], experts["none"]) == (max(sizes), sizes.count(0) / len(sizes))
 
         shares = []
@@ -122,10 +124,11 @@ def bits(shares: list[list[float]]) -> float:
     return entropy(both.sum(axis=0)) + entropy(both.sum(axis=1)) - entropy(both)
 
 
-def test_frequent_tokens_and_those_of_an_expert(domains: list[Path], tmp_path: Path) -> None:
+def test_frequent_tokens_and_those_of_an_expert(domains: list[Path], tokenizer: Path, tmp_path: Path) -> None:
     """Frequencies and shares of tokens match a recount. A single data set has no specialization."""
     model, folder = exported(tmp_path / "model", "relu")
-    results = analyze(tmp_path / "out", "--load", folder, "--data-path", domains[0])
+    results = analyze(tmp_path / "out", "--load", folder, "--data-path", domains[0], "--tokenizer-model", tokenizer)
+    names = AutoTokenizer.from_pretrained(tokenizer)
     assert results["load"]["specialization"] is None
     layers = [[token for sequence in layer for token in sequence] for layer in recount(model, domains[0])]
     ids = read_ids(domains[0]).flatten().tolist()
@@ -141,6 +144,7 @@ def test_frequent_tokens_and_those_of_an_expert(domains: list[Path], tmp_path: P
             assert [row["share"] for row in rows] == sorted((row["share"] for row in rows), reverse=True)
             for row in rows:
                 routed = [name for name, token in zip(ids, layers[int(layer) - 1], strict=True) if expert in token]
+                assert row["text"] == names.convert_ids_to_tokens(row["token"])
                 assert row["share"] == routed.count(row["token"]) / row["occurrences"]
 
 
@@ -186,4 +190,11 @@ def test_layers_with_few_pairs_or_none() -> None:
     counts.add(0, ids, 1, torch.zeros_like(active))
     balance = findings.balance(counts, topk=1)["layers"]
     assert balance[1]["relative_load"] == pytest.approx([0, 0, 16 / 3, 0, 0, 0, 0, 8 / 3])
+    assert balance[1]["inactive"] == balance[1]["dead"] == [0, 1, 3, 4, 5, 6]
     assert balance[2]["imbalance"] is None and balance[2]["dead"] == [*range(8)]
+
+
+def test_samples_do_not_repeat(tmp_path: Path) -> None:
+    write_documents(tmp_path / "text", [bytes(range(200))])
+    drawn = sample(([str(tmp_path / "text")], None), sequences=20, length=10, vocabulary=257, seed=1)
+    assert sorted(drawn[:, 0].tolist()) == [*range(0, 200, 10)]

@@ -1,20 +1,24 @@
 """Test the conversion of dense and top-k checkpoints to ReMoE: the loss at once and after 50 steps, and refusals."""
 
 import argparse
+import itertools
 import os
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron.core.models.gpt import GPTModel
 from megatron.remoe.start.checkpoint_index import read_index
 from tests.tiny_model import RELU, TOPK
 from tests.training_runs import REPOSITORY, TINY, run, series
 from tools.models import checkpoints
-from tools.models.convert import models
+from tools.models.convert import fitting, models
 from tools.models.convert.command import main as command
 from tools.models.hf.settings import complete
+from tools.models.megatron_model import build
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 STEPS_BEFORE, STEPS_AFTER = 80, 50
@@ -95,6 +99,43 @@ def test_from_topk_into_two_processes(data: Path, tmp_path: Path, capfd: pytest.
     assert loss_after < loss_before * 1.05 and sparsity > 0.5
     layout = "--expert-model-parallel-size 2 --micro-batch-size 4".split()
     check_start(train_converted(data, tmp_path / "remoe", *layout, steps=11, processes=2), before, sparsity)
+
+
+def opened(folder: Path) -> GPTModel:
+    checkpoint = checkpoints.find(folder, None)
+    checkpoints.load(checkpoint, model := build(complete(checkpoint.args)))
+    return model
+
+
+def test_parts_of_some_layers(dense: tuple[Path, str], tmp_path: Path, monkeypatch, capfd) -> None:
+    """Each of G parts of a dense layer has E copies; the other layer stays dense."""
+    monkeypatch.setattr(fitting, "STEPS", 150)
+    words = "--num-experts 4 --moe-granularity 2 --moe-layer-freq [0,1]"
+    assert main("--load", dense[0], "--save", tmp_path / "remoe", *words.split(), "--loss-bound", "0.1") == 0
+    words = "--num-experts 4 --moe-router-topk 1 --moe-granularity 2 --moe-layer-freq '[0,1]'"
+    assert words in capfd.readouterr().out
+    source, target = (opened(folder).state_dict() for folder in (dense[0], tmp_path / "remoe"))
+    mlp = "decoder.layers.1.mlp."
+    parts = fitting.split_mlp({key.removeprefix(mlp): source[key] for key in source if key.startswith(mlp)}, 2, True)
+    for expert, name in itertools.product(range(8), ("linear_fc1.weight", "linear_fc2.weight")):
+        assert torch.equal(target[f"{mlp}experts.local_experts.{expert}.{name}"], parts[expert // 4][name])
+    kept = [key for key, value in source.items() if torch.is_tensor(value) and mlp not in key]
+    assert all(torch.equal(target[key], source[key]) for key in kept)
+
+
+def test_fewer_experts_per_token(dense: tuple[Path, str], tmp_path: Path, monkeypatch, capfd) -> None:
+    """The routers of a ReMoE with a smaller k are fitted to the largest gates, so they are sparser."""
+    monkeypatch.setattr(fitting, "STEPS", 150)
+    args = complete(checkpoints.find(dense[0], None).args)
+    vars(args).update(num_experts=8, moe_router_topk=3, moe_ffn_hidden_size=64, moe_router_pre_softmax=True)
+    checkpoints.save(build(args), args, tmp_path / "topk")
+    sparsity = []
+    for topk in (3, 1):
+        words = f"--load {tmp_path}/topk --save {tmp_path}/{topk} --moe-router-topk {topk} --loss-bound 0.1"
+        assert main(*words.split()) == 0
+        assert f"--moe-router-topk {topk}" in (printed := capfd.readouterr().out)
+        sparsity.append(measured(printed)[2])
+    assert sparsity[1] > sparsity[0] + 0.1
 
 
 def test_layout_and_speed_of_the_source_are_free(dense: tuple[Path, str]) -> None:

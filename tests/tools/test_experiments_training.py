@@ -18,7 +18,7 @@ from rich.console import Console
 from tests.data_sets import write_small_corpus
 from tests.entry import shared_entry
 from tests.tools.sweeping import start, sweep
-from tests.training_runs import REPOSITORY, SMALL, finish, records
+from tests.training_runs import REPOSITORY, SMALL, finish, records, wait_until
 from tools.experiments import compare
 from tools.experiments.arms import ARMS, RATE, SETTINGS
 from tools.experiments.results import read_folder
@@ -54,8 +54,7 @@ def test_a_second_interrupt_ends_all_at_once(tmp_path: Path) -> None:
             display.run(shown[place], command, os.environ | {"PYTHONPATH": str(REPOSITORY)}, log)
 
     def interrupt_twice() -> None:
-        while not all((tmp_path / f"{place}.log").exists() for place in (0, 1)):  # tee and the run have started
-            time.sleep(0.05)
+        wait_until(lambda: all((tmp_path / f"{place}.log").exists() for place in (0, 1)))  # tee and the run started
         for _ in range(2):
             time.sleep(1.0)
             interrupts.append(time.monotonic())

@@ -84,6 +84,10 @@ def test_bound_for_servers(trained: Path, tmp_path: Path, capfd: pytest.CaptureF
     assert checkpoints.find(tmp_path / "back", None).args.moe_router_topk == 1
 
 
+def test_loss_with_fewer_experts() -> None:
+    assert len(set(command.measure_bounds(make("relu"), tokens(), {1, 2, 4, 8}).values())) == 4
+
+
 @pytest.mark.parametrize("name", ["dense", "relu, latent queries", "sigmoid, bias", "hash"])
 def test_other_models(name: str, tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Models in bf16 keep their logits. The checkpoint has the names of either implementation of layers."""

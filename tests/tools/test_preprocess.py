@@ -10,7 +10,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import pytest
 
 from megatron.remoe.files.gpt2_files import byte_level_vocabulary, read_gpt2_vocabulary
 from tests.gpt2_reference import gpt2_files, random_text, same_files, write_reference
-from tests.training_runs import REPOSITORY
+from tests.training_runs import REPOSITORY, wait_until
 from tools import preprocess_data
 from tools.text.preprocessing import reading
 
@@ -239,9 +238,7 @@ def test_killed_or_interrupted_in_the_middle(lines, tmp_path, capsys, flags, tok
         process = subprocess.Popen(
             [sys.executable, str(TOOL), *flags(tmp_path / "out", large)], stderr=subprocess.DEVNULL
         )
-        while not (aside.exists() and aside.stat().st_size):
-            assert process.poll() is None
-            time.sleep(0.02)
+        wait_until(lambda: aside.exists() and aside.stat().st_size, process)
         return process
 
     process = start()

@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import pytest
 from matplotlib.image import imread
 
 from tests.data_sets import write_small_corpus
-from tests.training_runs import finish
+from tests.training_runs import finish, wait_until
 from tools.console.files import lock
 from tools.console.places import ROOT
 from tools.experiments import quickstart
@@ -58,8 +57,7 @@ def test_end_to_end(tmp_path: Path) -> None:
 
     # Interrupt the first run once it has a checkpoint.
     process = start(*arguments, folder=tmp_path)
-    while process.poll() is None and not saved_iteration(runs / "dense"):
-        time.sleep(0.01)
+    wait_until(lambda: saved_iteration(runs / "dense"), process)
     process.send_signal(signal.SIGTERM)
     _, errors = finish(process, code=130)
     assert "The same command" in errors and "Traceback" not in errors

@@ -40,7 +40,7 @@ CASES = {name: replace(case, flags=(*ONE_MICRO_BATCH, *PLAIN, *case.flags)) for 
 BULK = ("ReMoE, G = 8", "ReMoE, MoE recomputed", "ReMoE, Megatron's layers")
 BULK += ("ReMoE", "ReMoE, PP2 with virtual stages", "ReMoE, PP2 with virtual stages, hybrid", "top-k", "dense")
 BULK += ("ReMoE, TP2", "context parallelism")
-ALLOWED = 1.02  # highest ratio of a figure to the committed one
+ALLOWED = 0.9, 1.02  # lowest and highest ratio of a figure to the committed one
 
 
 def select_figures(record: dict[str, Any]) -> dict[str, float]:
@@ -53,7 +53,7 @@ def select_figures(record: dict[str, Any]) -> dict[str, float]:
 @needs_cuda_build
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.bulk] * (name in BULK)) for name in CASES])
 def test_launch_commands(name: str, request: pytest.FixtureRequest) -> None:
-    """Each command starts; figures are at most 2 % above the committed ones (--update-golden renews them).
+    """Each command starts; figures are at most 2 % above and 10 % below the committed ones (--update-golden).
 
     An estimate without a rehearsal gives the same memory within 6 %, and the same time within 15 %.
     """
@@ -64,7 +64,8 @@ def test_launch_commands(name: str, request: pytest.FixtureRequest) -> None:
         expected[name] = figures
         write_json(GOLDEN, expected)
     print(name, figures)
-    assert {key: value for key, value in expected[name].items() if figures.get(key, 1e99) > value * ALLOWED} == {}
+    ratios = {key: figures.get(key, 1e99) / value for key, value in expected[name].items()}
+    assert {key: ratio for key, ratio in ratios.items() if not ALLOWED[0] <= ratio <= ALLOWED[1]} == {}
     for peaks in record["stages"].values():
         assert peaks["peak_allocated_gib"] <= peaks["peak_reserved_gib"] < 80
     if "recomputed" not in name:

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from bokeh.models import HoverTool
 from playwright.sync_api import Browser, ConsoleMessage, sync_playwright
 
 from tests.tiny_model import RELU
-from tests.training_runs import REPOSITORY, TINY, finish, run
+from tests.training_runs import REPOSITORY, TINY, finish, run, wait_until
 from tools.report.command import main
 from tools.report.figures import FEW, panels
 from tools.runs.figure_reader import read_figures
@@ -130,8 +129,7 @@ def test_watches_until_the_run_is_done(trained: Path, tmp_path: Path) -> None:
     metrics.write_text("".join(lines[:early]))
     command = [sys.executable, str(REPOSITORY / "tools"), "report", str(tmp_path), "--watch", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not page.exists() and process.poll() is None:
-        time.sleep(0.2)
+    wait_until(page.exists, process)
     first = page.read_text()
     assert 'http-equiv="refresh" content="1"' in first and "<td>5</td>" in first and "time left" in first
     metrics.write_text("".join(lines))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.tools.sweeping import write_metrics
 from tools.recipes.flops import Flops, training_flops
 from tools.recipes.flops import stages as compute_stages
 from tools.report.figures import panels
@@ -16,15 +17,6 @@ from tools.runs.figure_reader import read_figures
 from tools.runs.run_figures import Curve, Evaluation, RunFigures
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def write_metrics(folder: Path, args: dict[str, object], *records: dict[str, object] | str) -> Path:
-    """Write metrics.jsonl with a start record of these arguments and these records or lines; return the folder."""
-    folder.mkdir(exist_ok=True)
-    start = {"kind": "start", "time": 0.0, "iteration": 0, "args": args}
-    lines = (record if isinstance(record, str) else json.dumps(record) for record in (start, *records))
-    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    return folder
 
 
 def test_stages_of_a_run_that_continues_another(tmp_path: Path) -> None:

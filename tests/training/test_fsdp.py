@@ -1,6 +1,5 @@
 """Test that Megatron-FSDP saves and resumes; tests/parity tests that it trains like one process."""
 
-import argparse
 import shutil
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 
 from megatron.remoe.start.checkpoint_index import read_index
-from megatron.remoe.start.environment import _fsdp_problems
 from tests.checkpoints import Saved, training
 from tests.parity.layouts import FSDP
 from tests.tiny_model import RELU
@@ -79,23 +77,6 @@ def test_one_process_goes_on(saved: Saved, data: Path, uninterrupted: Saved) -> 
 def test_formats_do_not_mix(saved: Saved, data: Path) -> None:
     output = run(training(data, saved.root), expect=2)
     assert "REMOE-E413" in output and "--use-megatron-fsdp (on) in the checkpoint, False here" in output
-
-
-RIGHT = {"expert_model_parallel_size": 2, "num_distributed_optimizer_instances": 1}
-RIGHT |= {"ddp_average_in_collective": False, "gradient_accumulation_fusion": False}
-WRONG = {
-    "gradient_accumulation_fusion": True,
-    "ddp_average_in_collective": True,
-    "num_distributed_optimizer_instances": 2,
-}
-
-
-def test_settings_that_megatron_would_get_wrong_are_refused() -> None:
-    assert not any(_fsdp_problems(argparse.Namespace(**RIGHT)).values())
-    for name, value in WRONG.items():
-        problems = _fsdp_problems(argparse.Namespace(**RIGHT | {name: value}))
-        (message,) = [message for message, holds in problems.items() if holds]
-        assert name.replace("_", "-") in message
 
 
 def test_tools_read_what_is_converted(saved: Saved, tmp_path: Path) -> None:

@@ -2,14 +2,21 @@
 
 import argparse
 import operator
+from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron.core import rerun_state_machine
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.remoe.routing.controller import SparsityController
+from megatron.remoe.routing.router import ReLURouter
 from megatron.remoe.training import hooks
+from megatron.remoe.training.metrics import ReMoEMetricsTracker
 from tests.baselines import layers as baseline_layers
 from tests.layers import HIDDEN, make_config, make_layer
 
@@ -68,6 +75,33 @@ def test_a_step_that_runs_again_counts_once(name: str | None, monkeypatch: pytes
             machine.validate_result(torch.tensor(9.0), rejects, "too large", fatal=False)
     assert restored == [{"of": "Megatron"}]
     assert before[1] == before[2] == after[0] != after[1] == after[2]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [lambda own: own, lambda own: lambda _model_cfg: own, lambda own: lambda _model_cfg, vp_stage: {1: own}[vp_stage]],
+)
+def test_layers_of_the_callers_own_get_the_router(given: Callable[[ModuleSpec], object]) -> None:
+    own = get_gpt_layer_local_spec(4, False, normalization="RMSNorm")
+    model_cfg = argparse.Namespace(transformer=make_config(), transformer_layer_spec=given(own), post_wrap_hooks=[])
+    flags = {"moe_relu_routing": True, "moe_warmup_topk": None, "moe_baseline_router": None, "save": None}
+    hooks.install_routing(argparse.Namespace(**flags), model_cfg)
+    changed = model_cfg.transformer_layer_spec(model_cfg, vp_stage=1)
+    assert changed.submodules.mlp.keywords["submodules"].router is ReLURouter
+    assert changed.submodules.self_attention is own.submodules.self_attention
+
+
+def test_tensorboard_and_wandb_get_the_same_numbers() -> None:
+    config, board, wandb = make_config(), {}, {}
+    controller = SparsityController([make_layer(config)], config)
+    controller.update()
+    tracker = ReMoEMetricsTracker(argparse.Namespace(log_interval=1, tensorboard_log_interval=1), controller)
+    flips = {"rate": 0.25, "count": 0.5, "changed_tokens": 0.1}
+    tracker.flips = SimpleNamespace(after_update=lambda _iteration: flips)
+    writer = SimpleNamespace(add_scalar=lambda name, value, _iteration: board.update({name: value}))
+    tracker.report(1.0, 1, writer, SimpleNamespace(log=lambda scalars, _iteration: wandb.update(scalars)))
+    assert board == wandb and (board["moe/flip_rate"], board["moe/flip_count"]) == (0.25, 0.5)
+    assert board["moe_relu/target_sparsity"] == 0.75 and board["moe_relu/l1_coefficient"] == 1e-8
 
 
 def test_another_configuration_class_is_refused() -> None:

@@ -11,15 +11,12 @@ from tests.tiny_model import TOPK
 from tests.training_runs import TINY, run, step_losses
 
 
-@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
-@pytest.mark.parametrize("fused", [False, True], ids=["one by one", "grouped"])
-def test_layer_is_that_of_each_k(dispatcher: str, fused: bool, process_groups: None) -> None:
-    shared = {"moe_token_dispatcher_type": dispatcher, "moe_router_pre_softmax": True}
-    warmup = {"moe_relu_routing": False, "moe_warmup_topk": 3, "moe_warmup_steps": 2}
-    layer = make_layer(make_config(**shared, **warmup), fused, WarmupTopKRouter)
+def test_layer_is_that_of_each_k(process_groups: None) -> None:
+    warmup = {"moe_relu_routing": False, "moe_warmup_topk": 3, "moe_warmup_steps": 2, "moe_router_pre_softmax": True}
+    layer = make_layer(make_config(**warmup), fused=True, router=WarmupTopKRouter)
     tokens = torch.randn(6, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device)
     for step, topk in ((0, 3), (1, 3), (2, 1), (3, 1)):
-        expected = make_layer(make_topk_config(**shared, moe_router_topk=topk), fused=fused)
+        expected = make_layer(make_topk_config(moe_router_topk=topk), fused=True)
         expected.load_state_dict(layer.state_dict())
         layer.router.begin_step(step)
         torch.testing.assert_close(layer(tokens)[0], expected(tokens)[0])
