@@ -5,6 +5,7 @@ import argparse
 import pytest
 import torch
 
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.remoe.layer.specs import (
     LATENT_ATTENTION,
@@ -21,6 +22,7 @@ from tools.plan.step_time import experts_by_phase
 
 LATENT: dict[str, object] = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_head_dim": 12, "qk_pos_emb_head_dim": 6}
 LATENT |= {"v_head_dim": 10, "qk_layernorm": True, "rope_type": "rope"}
+ROTARY: dict[str, object] = {"position_embedding_type": "rope", "micro_batch_size": 12}
 
 
 def arguments(**changes: object) -> argparse.Namespace:
@@ -37,10 +39,11 @@ def arguments(**changes: object) -> argparse.Namespace:
     settings |= {"hidden_size": 64, "ffn_hidden_size": 96, "moe_ffn_hidden_size": 48, "num_attention_heads": 4}
     settings |= {"num_query_groups": 2, "kv_channels": 16, "micro_batch_size": 3, "seq_length": 32, "num_experts": 4}
     settings |= {"swiglu": True, "moe_relu_routing": True, "moe_relu_activation_limit": 0.0}
+    settings |= {"group_query_attention": True, "position_embedding_type": "none"}
     return argparse.Namespace(**settings | changes)
 
 
-SIZES = """hidden_size ffn_hidden_size moe_ffn_hidden_size num_attention_heads num_query_groups qk_layernorm
+SIZES = """hidden_size ffn_hidden_size moe_ffn_hidden_size num_attention_heads qk_layernorm
     moe_token_dispatcher_type moe_relu_activation_limit moe_shared_expert_intermediate_size moe_shared_expert_gate"""
 
 
@@ -50,6 +53,7 @@ def kept_by_pytorch(args: argparse.Namespace) -> tuple[float, float]:
     config = make_config(
         ReMoEMLAConfig if latent else ReMoEConfig,
         **{name: getattr(args, name) for name in SIZES.split()} | latent,
+        num_query_groups=args.num_query_groups if args.group_query_attention else None,
         normalization="LayerNorm",  # keeps only its input
         moe_router_dtype=None,
         params_dtype=torch.float32,
@@ -65,12 +69,13 @@ def kept_by_pytorch(args: argparse.Namespace) -> tuple[float, float]:
     spec = with_fused_layers(spec) if args.local_layer_fusion else spec
     layer = spec.module(config, submodules=spec.submodules, layer_number=1).cuda()
     tokens = torch.randn(args.seq_length, args.micro_batch_size, args.hidden_size, requires_grad=True)
+    angles = RotaryEmbedding(args.kv_channels, 1.0)(args.seq_length) if args.position_embedding_type == "rope" else None
     future = None if args.local_layer_fusion else torch.ones(1, 1, args.seq_length, args.seq_length).triu(1).bool()
     kept: dict[int, torch.Tensor] = {}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor), lambda tensor: tensor
     ):
-        output = layer(tokens.to(next(layer.parameters()).device), attention_mask=future)
+        output = layer(tokens.to(next(layer.parameters()).device), attention_mask=future, rotary_pos_emb=angles)
     assert output is not None
     parameters = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     total = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in parameters)
@@ -83,6 +88,9 @@ plain_layers = pytest.mark.skipif(
 LAYERS: dict[str, dict[str, object]] = {
     "Megatron's": {"local_layer_fusion": False},
     "fused": {},
+    "all heads": {"group_query_attention": False, "num_query_groups": 1},
+    "all heads, rotary": {"group_query_attention": False, "num_query_groups": 1} | ROTARY,
+    "rotary": ROTARY,
     "allgather": {"moe_token_dispatcher_type": "allgather"},
     "norms of all heads": {"qk_layernorm": True, "qk_layernorm_all_heads": True},
     "latent": LATENT,

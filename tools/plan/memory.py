@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
+from ..recipes.flops import key_value_heads
 from .parameters import Stage
 
 NOT_COUNTED = "the CUDA context, NCCL's buffers, temporary tensors and fragmentation, together some GiB"
@@ -63,7 +64,7 @@ def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: flo
     split = tokens / tp if args.sequence_parallel else tokens
     hidden = args.hidden_size
     query = args.kv_channels * args.num_attention_heads
-    key_value = 2 * args.kv_channels * args.num_query_groups
+    key_value = 2 * args.kv_channels * key_value_heads(args)
     local = args.transformer_impl == "local"
     fused = local and args.local_layer_fusion
 
@@ -74,8 +75,10 @@ def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: flo
         parts["attention"] = (query + key_value) * tokens * size / tp
         parts["attention output"] = query * tokens * size / tp
         parts["scores"] = args.num_attention_heads * tokens * 4 / tp  # the log-sum-exp of flash attention
-        if fused:  # the queries are copied; keys and values are views
-            parts["attention"] += query * tokens * size / tp
+        rotated = args.position_embedding_type in ("rope", "yarn") and not args.qk_layernorm
+        if fused:  # values are views; a rotary embedding copies queries and keys, groups and norms only queries
+            copied = rotated or args.group_query_attention or args.qk_layernorm
+            parts["attention"] += (query * copied + key_value / 2 * rotated) * tokens * size / tp
         elif local:  # keys and values are repeated to all heads; the softmax's output is kept
             parts["attention"] = 3 * query * tokens * size / tp
             parts["scores"] = args.num_attention_heads * tokens * args.seq_length * size / tp
