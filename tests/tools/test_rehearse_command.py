@@ -54,6 +54,7 @@ def test_wrong_flags(arguments: list[str], message: str, capsys: pytest.CaptureF
     ("flags", "remedy"),
     [
         (REMOE, "--moe-token-dispatcher-type alltoall"),
+        (["--use-checkpoint-args", "--load", "x"], "Give the model's flags"),
         (["--bf16", *PLAIN], "PyTorch built for CUDA"),
     ],
 )
