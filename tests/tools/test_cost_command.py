@@ -47,6 +47,8 @@ def step_milliseconds(output: str) -> list[float]:
         ("8", ["--context-parallel-size", "2", *PLAIN], "--context-parallel-size 2 cannot be used with"),
         ("8", ["--micro-batch-size", "7"], "--micro-batch-size"),
         ("8", ["--train-iters", "0"], "--train-iters is missing"),
+        ("8", ["--full-validation"], "--full-validation and --multiple-validation-sets"),
+        ("8", ["--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor"], "needs --no-gradient-accumulation-fusion"),
     ],
 )
 def test_layouts_that_cannot_work(gpus: str, flags: list[str], message: str) -> None:
