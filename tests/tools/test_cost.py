@@ -31,7 +31,7 @@ def arguments(**changes: object) -> argparse.Namespace:
         bias_gelu_fusion local_layer_fusion multi_latent_attention qk_layernorm qk_layernorm_all_heads
         moe_shared_expert_gate"""
     none = """hybrid_layer_pattern moe_shared_expert_intermediate_size recompute_granularity recompute_modules
-        mtp_num_layers"""
+        recompute_method mtp_num_layers virtual_pipeline_model_parallel_size"""
     one = """tensor_model_parallel_size context_parallel_size expert_tensor_parallel_size expert_model_parallel_size
         moe_router_topk num_distributed_optimizer_instances"""
     settings: dict[str, object] = dict.fromkeys(off.split(), False) | dict.fromkeys(none.split())
@@ -121,16 +121,29 @@ def test_activations_beyond_the_limit_are_not_kept() -> None:
     assert layer.kept + layer.recomputed == at_target.kept and at_target.recomputed == 0
 
 
-def test_recomputation() -> None:
+def test_selective_recomputation() -> None:
     parts = memory.layer_parts(arguments(), "*E", 2)
     kept_with_moe = sum(parts[name] for name in ("residual", "norms", "attention", "attention output", "scores"))
-    for changes, kept in (
-        ({}, sum(parts.values())),
-        ({"recompute_granularity": "selective", "recompute_modules": ["moe"]}, kept_with_moe),
-        ({"recompute_granularity": "full"}, 64 * 32 * 3 * 4),  # the layer's input
+    for modules, kept, again in (
+        (["moe"], kept_with_moe, "E"),
+        (["mlp"], sum(parts.values()), ""),
+        (None, sum(parts.values()) - parts["scores"], ""),  # Megatron's default
     ):
-        layer = memory.layer_activations(arguments(**changes), "*E", 2)
-        assert layer.kept == kept and layer.kept + layer.recomputed == sum(parts.values())
+        args = arguments(recompute_granularity="selective", recompute_modules=modules)
+        assert memory.layer_activations(args, "*E", 2) == (kept, sum(parts.values()) - kept, again)
+
+
+@pytest.mark.parametrize(
+    ("method", "layers", "chunks", "sizes"),
+    [("uniform", 3, None, [3, 1]), ("uniform", 3, 2, [2, 2]), ("block", 1, 2, [1, 0, 1, 0])],
+)
+def test_full_recomputation(method: str, layers: int, chunks: int | None, sizes: list[int]) -> None:
+    """A group of recomputed layers keeps its input only. Size 0 is a layer that keeps everything."""
+    args = arguments(recompute_granularity="full", recompute_method=method, recompute_num_layers=layers)
+    args.virtual_pipeline_model_parallel_size = chunks
+    whole, inputs = sum(memory.layer_parts(args, "*E", 2).values()), 64 * 32 * 3 * 4
+    expected = [(inputs, size * whole - inputs, "*E" * size) if size else (whole, 0, "") for size in sizes]
+    assert [*memory.group_activations(args, ["*E"] * 4, 2)] == expected
 
 
 @pytest.mark.parametrize(
@@ -150,12 +163,14 @@ def test_experts_by_phase(changes: dict[str, object], phases: dict[str, float]) 
     assert experts_by_phase(arguments(**given)) == phases
 
 
-@pytest.mark.parametrize(("experts", "times"), [(16, 6), (2, 4)], ids=["recomputed", "kept"])
-def test_exchanged_bytes(experts: int, times: int) -> None:
-    """By hand: vectors of 64 numbers, sent to 7 of 8 GPUs; recomputation sends them again."""
+@pytest.mark.parametrize(("experts", "times", "full"), [(16, 6, 0), (2, 4, 0), (2, 5, 1)])
+def test_exchanged_bytes(experts: int, times: int, full: int) -> None:
+    """By hand: vectors of 64 numbers, sent to 7 of 8 GPUs; recomputation sends them again, in `full` layers a stage."""
     settings = {"num_experts": 32, "moe_relu_activation_limit": 2.0, "expert_model_parallel_size": 8}
-    stages = [Stage(shared=0, experts=0, layers=("*E", "*-")), Stage(shared=0, experts=0, layers=("E",))]
+    stages = [Stage(shared=0, experts=0, layers=("*-", "*E")), Stage(shared=0, experts=0, layers=("E",))]
     args = arguments(**settings, global_batch_size=64, world_size=8)
+    if full:
+        vars(args).update(recompute_granularity="full", recompute_method="block", recompute_num_layers=full)
     tokens = 64 * 32 / 8
     assert memory.exchanged_bytes(args, stages, experts) == times * 2 * tokens * experts * 7 / 8 * 64 * 4
 

@@ -65,6 +65,15 @@ def test_a_slower_gpu_takes_longer_and_may_not_fit() -> None:
         assert step_milliseconds(cost("--gpus", "1", *slower, *flags))[0] > least
 
 
+def test_recomputation_takes_time() -> None:
+    """Full recomputation of one of two equal layers takes half the time of both; of experts, less than of both."""
+    full = "--recompute-granularity full --recompute-method block --recompute-num-layers"
+    flags = ["", f"{full} 1", f"{full} 2", "--recompute-granularity selective --recompute-modules moe"]
+    common = ["--gpus", "1", "--", *MODEL, *EXPERTS, "--moe-relu-routing", "--num-layers", "2"]
+    plain, one, two, moe = (step_milliseconds(cost(*common, *more.split()))[0] for more in flags)
+    assert one - plain == pytest.approx((two - plain) / 2, rel=0.02) and plain < moe < two
+
+
 def test_layers_of_multi_token_prediction_count() -> None:
     """Such a layer keeps as much as any other, plus hidden states and the softmax. GPTModel and HybridModel agree."""
     common = [*MODEL, *EXPERTS, "--moe-relu-routing"]
