@@ -29,7 +29,7 @@ def arguments(**changes: object) -> argparse.Namespace:
     """Return the arguments that activations depend on, for a layer in fp32 on plain PyTorch."""
     off = """bf16 fp16 moe_permute_fusion moe_pad_expert_input_to_capacity sequence_parallel bias_swiglu_fusion
         bias_gelu_fusion local_layer_fusion multi_latent_attention qk_layernorm qk_layernorm_all_heads
-        moe_shared_expert_gate"""
+        moe_shared_expert_gate use_megatron_fsdp"""
     none = """hybrid_layer_pattern moe_shared_expert_intermediate_size recompute_granularity recompute_modules
         recompute_method mtp_num_layers virtual_pipeline_model_parallel_size"""
     one = """tensor_model_parallel_size context_parallel_size expert_tensor_parallel_size expert_model_parallel_size
@@ -199,3 +199,13 @@ def test_optimizer_bytes() -> None:
         given = arguments(bf16=bf16, use_distributed_optimizer=is_split, **common)
         counted = memory.stage_memory(given, stages, 0, 1)
         assert (counted.weights, counted.gradients, counted.optimizer) == ((4 - 2 * bf16) * 1400, 4 * 1400, expected)
+    fsdp = {"use_megatron_fsdp": True, "use_distributed_optimizer": True, "bf16": True} | common
+    for strategy, weights, gradients, optimizer, dtype in (
+        ("no_shard", 1400, 1400, 1400, None),
+        ("optim", 1400, 1400, 450, None),
+        ("optim_grads", 1400, 450, 450, torch.float32),
+        ("optim_grads_params", 450, 450, 450, None),
+    ):
+        given = arguments(**fsdp, data_parallel_sharding_strategy=strategy, megatron_fsdp_main_grads_dtype=dtype)
+        counted, size = memory.stage_memory(given, stages, 0, 1), 4 if dtype else 2
+        assert counted[:3] == (2 * weights, size * gradients, 12 * optimizer)

@@ -74,6 +74,14 @@ def test_recomputation_takes_time() -> None:
     assert one - plain == pytest.approx((two - plain) / 2, rel=0.02) and plain < moe < two
 
 
+def test_fully_sharded_weights() -> None:
+    """A GPU keeps an eighth of the weights, and gathers all of them in each micro-batch."""
+    common = ["--gpus", "8", "--", *MODEL, "--no-gradient-accumulation-fusion", "--use-distributed-optimizer"]
+    plain, fsdp = cost(*common), cost(*common, "--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor")
+    assert figures(fsdp, "weights")[0] == pytest.approx(figures(plain, "weights")[0] / 8, abs=0.01)
+    assert step_milliseconds(fsdp)[1] > step_milliseconds(plain)[1]
+
+
 def test_layers_of_multi_token_prediction_count() -> None:
     """Such a layer keeps as much as any other, plus hidden states and the softmax. GPTModel and HybridModel agree."""
     common = [*MODEL, *EXPERTS, "--moe-relu-routing"]

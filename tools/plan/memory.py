@@ -15,7 +15,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from ..recipes.flops import key_value_heads
 from .parameters import Stage
 
-NOT_COUNTED = "the CUDA context, NCCL's buffers, temporary tensors and fragmentation, together some GiB"
+NOT_COUNTED = "the CUDA context, NCCL's and FSDP's buffers, temporary tensors and fragmentation, together some GiB"
 RECOMPUTED_PARTS = {  # name in --recompute-modules: parts of `layer_parts` that it drops
     "core_attn": ("scores",),
     "layernorm": ("norms",),
@@ -48,6 +48,17 @@ def tokens_per_gpu(args: argparse.Namespace) -> float:
 def element_size(args: argparse.Namespace) -> int:
     """Return the bytes of an activation's element."""
     return 2 if args.bf16 or args.fp16 else 4
+
+
+def gradient_size(args: argparse.Namespace) -> int:
+    """Return the bytes of an element of Megatron's buffers of gradients."""
+    in_fp32 = args.megatron_fsdp_main_grads_dtype if args.use_megatron_fsdp else args.accumulate_allreduce_grads_in_fp32
+    return 4 if in_fp32 else element_size(args)
+
+
+def sharding(args: argparse.Namespace) -> str:
+    """Return the part of the state that data parallel ranks split, as --data-parallel-sharding-strategy names it."""
+    return args.data_parallel_sharding_strategy if args.use_megatron_fsdp else "optim" * args.use_distributed_optimizer
 
 
 def recomputed_modules(args: argparse.Namespace) -> list[str]:
@@ -189,15 +200,14 @@ def stage_memory(args: argparse.Namespace, stages: list[Stage], index: int, expe
     `experts_per_token` are the active ones in each MoE layer.
     """
     stage, parameters = stages[index], stages[index].shared + stages[index].experts
-    gradient = 4 if args.accumulate_allreduce_grads_in_fp32 else element_size(args)
     per_stage = args.world_size // args.pipeline_model_parallel_size // args.num_distributed_optimizer_instances
     shared_copies = per_stage // args.tensor_model_parallel_size  # context parallel ranks share the optimizer too
     expert_copies = per_stage // (args.expert_tensor_parallel_size * args.expert_model_parallel_size)
-    part = stage.shared / shared_copies + stage.experts / expert_copies
+    part, sharded = stage.shared / shared_copies + stage.experts / expert_copies, sharding(args)
     return Memory(
-        weights=element_size(args) * parameters,
-        gradients=gradient * parameters,
-        optimizer=_optimizer_bytes(args) * (part if args.use_distributed_optimizer else parameters),
+        weights=element_size(args) * (part if "params" in sharded else parameters),
+        gradients=gradient_size(args) * (part if "grads" in sharded else parameters),
+        optimizer=_optimizer_bytes(args) * (part if "optim" in sharded else parameters),
         activations=_activations(args, stages, index, experts_per_token),
     )
 

@@ -82,7 +82,7 @@ def estimate_step(
     logits = args.padded_vocab_size * tokens_per_gpu(args) / args.tensor_model_parallel_size
     # The last stage has the output layer, and is the slowest; `parts` are the mean of all stages.
     products += 6e-12 * micro_batches * args.hidden_size * logits * (1 - 1 / len(stages)) / rates["products"]
-    gradients = sum(memory.stage_memory(args, stages, index, experts).gradients for index in range(len(stages)))
+    gradients = memory.gradient_size(args) * sum(stage.shared + stage.experts for stage in stages)
     moved = micro_batches * (overhead.passes * kept_bytes + overhead.logit * logits)
     traffic = (moved + overhead.gradient * gradients / len(stages)) / (rates["bandwidth"] * 1e12)
     launched = micro_batches * len("".join(layers)) / 2 / len(stages)  # a layer has attention, and an MLP or experts
@@ -125,12 +125,14 @@ def estimate_collectives(args: argparse.Namespace, stages: list[Stage], gpus_per
             yield {"kind": kind, "ranks": ranks, "within_node": within, "times": times, "bytes": amount}
 
     mean = {name: sum(getattr(stage, name) for stage in stages) / len(stages) for name in ("shared", "experts")}
-    gradient = 4 if args.accumulate_allreduce_grads_in_fp32 or size == 4 else 2
+    gradient, sharded = memory.gradient_size(args), memory.sharding(args)
+    # FSDP gathers weights for both passes of each micro-batch, and reduces its gradients.
+    gathers, sums = 2 * micro_batches if "params" in sharded else 1, micro_batches if "grads" in sharded else 1
     for name, ranks in (("shared", per_stage // tp), ("experts", per_stage // expert_ranks)):
         buckets = math.ceil(mean[name] / max(BUCKET, 1e6 * ranks))
-        if args.use_distributed_optimizer:
-            yield from call("reduce_scatter_tensor", ranks, per_stage, buckets, gradient * mean[name])
-            yield from call("all_gather_into_tensor", ranks, per_stage, buckets, size * mean[name])
+        if "optim" in sharded:
+            yield from call("reduce_scatter_tensor", ranks, per_stage, sums * buckets, sums * gradient * mean[name])
+            yield from call("all_gather_into_tensor", ranks, per_stage, gathers * buckets, gathers * size * mean[name])
         else:
             yield from call("all_reduce", ranks, per_stage, buckets, gradient * mean[name])
     sublayers = [part for stage in stages for layer in stage.layers for part in layer]
