@@ -143,7 +143,7 @@ TO_TRAIN, TWO = {"DRY_RUN": "0"}, {"NNODES": "2", "MASTER_ADDR": "first"}
         ("", TO_TRAIN | {"DATA_DIR": "/nowhere"}, "VOCAB_FILE: /nowhere/encoder.json"),
         ("two", {}, "gpus_per_node 'two'"),
         ("8 1 1 8 1 p extra", {}, "extra"),
-        ("8", {"NNODES": "2"}, "MASTER_ADDR"),
+        ("8 -- --cpu --tokenizer-type NullTokenizer", TO_TRAIN | {"SLURM_NNODES": "2"}, "SLURM_NNODES=2 MASTER_ADDR"),
         ("8", TWO | {"RANK": "2"}, "RANK '2' NNODES=2"),
         ("8 -- --cpu --tokenizer-type NullTokenizer", TO_TRAIN | TWO | {"PYTHON": "true"}, "NODE_RANK NNODES=2"),
         ("8", {"PP": "2", "VPP": "5", "MODEL": "hybrid"}, "PP=2 VPP=5 12 layers"),

@@ -5,6 +5,7 @@ import argparse
 import pytest
 import torch
 
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.remoe.layer.specs import (
     LATENT_ATTENTION,
@@ -21,15 +22,16 @@ from tools.plan.step_time import experts_by_phase
 
 LATENT: dict[str, object] = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_head_dim": 12, "qk_pos_emb_head_dim": 6}
 LATENT |= {"v_head_dim": 10, "qk_layernorm": True, "rope_type": "rope"}
+ROTARY: dict[str, object] = {"position_embedding_type": "rope", "micro_batch_size": 12}
 
 
 def arguments(**changes: object) -> argparse.Namespace:
     """Return the arguments that activations depend on, for a layer in fp32 on plain PyTorch."""
     off = """bf16 fp16 moe_permute_fusion moe_pad_expert_input_to_capacity sequence_parallel bias_swiglu_fusion
         bias_gelu_fusion local_layer_fusion multi_latent_attention qk_layernorm qk_layernorm_all_heads
-        moe_shared_expert_gate"""
+        moe_shared_expert_gate use_megatron_fsdp"""
     none = """hybrid_layer_pattern moe_shared_expert_intermediate_size recompute_granularity recompute_modules
-        mtp_num_layers"""
+        recompute_method mtp_num_layers virtual_pipeline_model_parallel_size"""
     one = """tensor_model_parallel_size context_parallel_size expert_tensor_parallel_size expert_model_parallel_size
         moe_router_topk num_distributed_optimizer_instances"""
     settings: dict[str, object] = dict.fromkeys(off.split(), False) | dict.fromkeys(none.split())
@@ -37,10 +39,11 @@ def arguments(**changes: object) -> argparse.Namespace:
     settings |= {"hidden_size": 64, "ffn_hidden_size": 96, "moe_ffn_hidden_size": 48, "num_attention_heads": 4}
     settings |= {"num_query_groups": 2, "kv_channels": 16, "micro_batch_size": 3, "seq_length": 32, "num_experts": 4}
     settings |= {"swiglu": True, "moe_relu_routing": True, "moe_relu_activation_limit": 0.0}
+    settings |= {"group_query_attention": True, "position_embedding_type": "none"}
     return argparse.Namespace(**settings | changes)
 
 
-SIZES = """hidden_size ffn_hidden_size moe_ffn_hidden_size num_attention_heads num_query_groups qk_layernorm
+SIZES = """hidden_size ffn_hidden_size moe_ffn_hidden_size num_attention_heads qk_layernorm
     moe_token_dispatcher_type moe_relu_activation_limit moe_shared_expert_intermediate_size moe_shared_expert_gate"""
 
 
@@ -50,6 +53,7 @@ def kept_by_pytorch(args: argparse.Namespace) -> tuple[float, float]:
     config = make_config(
         ReMoEMLAConfig if latent else ReMoEConfig,
         **{name: getattr(args, name) for name in SIZES.split()} | latent,
+        num_query_groups=args.num_query_groups if args.group_query_attention else None,
         normalization="LayerNorm",  # keeps only its input
         moe_router_dtype=None,
         params_dtype=torch.float32,
@@ -65,12 +69,13 @@ def kept_by_pytorch(args: argparse.Namespace) -> tuple[float, float]:
     spec = with_fused_layers(spec) if args.local_layer_fusion else spec
     layer = spec.module(config, submodules=spec.submodules, layer_number=1).cuda()
     tokens = torch.randn(args.seq_length, args.micro_batch_size, args.hidden_size, requires_grad=True)
+    angles = RotaryEmbedding(args.kv_channels, 1.0)(args.seq_length) if args.position_embedding_type == "rope" else None
     future = None if args.local_layer_fusion else torch.ones(1, 1, args.seq_length, args.seq_length).triu(1).bool()
     kept: dict[int, torch.Tensor] = {}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor), lambda tensor: tensor
     ):
-        output = layer(tokens.to(next(layer.parameters()).device), attention_mask=future)
+        output = layer(tokens.to(next(layer.parameters()).device), attention_mask=future, rotary_pos_emb=angles)
     assert output is not None
     parameters = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     total = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in parameters)
@@ -83,6 +88,9 @@ plain_layers = pytest.mark.skipif(
 LAYERS: dict[str, dict[str, object]] = {
     "Megatron's": {"local_layer_fusion": False},
     "fused": {},
+    "all heads": {"group_query_attention": False, "num_query_groups": 1},
+    "all heads, rotary": {"group_query_attention": False, "num_query_groups": 1} | ROTARY,
+    "rotary": ROTARY,
     "allgather": {"moe_token_dispatcher_type": "allgather"},
     "norms of all heads": {"qk_layernorm": True, "qk_layernorm_all_heads": True},
     "latent": LATENT,
@@ -113,16 +121,29 @@ def test_activations_beyond_the_limit_are_not_kept() -> None:
     assert layer.kept + layer.recomputed == at_target.kept and at_target.recomputed == 0
 
 
-def test_recomputation() -> None:
+def test_selective_recomputation() -> None:
     parts = memory.layer_parts(arguments(), "*E", 2)
     kept_with_moe = sum(parts[name] for name in ("residual", "norms", "attention", "attention output", "scores"))
-    for changes, kept in (
-        ({}, sum(parts.values())),
-        ({"recompute_granularity": "selective", "recompute_modules": ["moe"]}, kept_with_moe),
-        ({"recompute_granularity": "full"}, 64 * 32 * 3 * 4),  # the layer's input
+    for modules, kept, again in (
+        (["moe"], kept_with_moe, "E"),
+        (["mlp"], sum(parts.values()), ""),
+        (None, sum(parts.values()) - parts["scores"], ""),  # Megatron's default
     ):
-        layer = memory.layer_activations(arguments(**changes), "*E", 2)
-        assert layer.kept == kept and layer.kept + layer.recomputed == sum(parts.values())
+        args = arguments(recompute_granularity="selective", recompute_modules=modules)
+        assert memory.layer_activations(args, "*E", 2) == (kept, sum(parts.values()) - kept, again)
+
+
+@pytest.mark.parametrize(
+    ("method", "layers", "chunks", "sizes"),
+    [("uniform", 3, None, [3, 1]), ("uniform", 3, 2, [2, 2]), ("block", 1, 2, [1, 0, 1, 0])],
+)
+def test_full_recomputation(method: str, layers: int, chunks: int | None, sizes: list[int]) -> None:
+    """A group of recomputed layers keeps its input only. Size 0 is a layer that keeps everything."""
+    args = arguments(recompute_granularity="full", recompute_method=method, recompute_num_layers=layers)
+    args.virtual_pipeline_model_parallel_size = chunks
+    whole, inputs = sum(memory.layer_parts(args, "*E", 2).values()), 64 * 32 * 3 * 4
+    expected = [(inputs, size * whole - inputs, "*E" * size) if size else (whole, 0, "") for size in sizes]
+    assert [*memory.group_activations(args, ["*E"] * 4, 2)] == expected
 
 
 @pytest.mark.parametrize(
@@ -142,12 +163,14 @@ def test_experts_by_phase(changes: dict[str, object], phases: dict[str, float]) 
     assert experts_by_phase(arguments(**given)) == phases
 
 
-@pytest.mark.parametrize(("experts", "times"), [(16, 6), (2, 4)], ids=["recomputed", "kept"])
-def test_exchanged_bytes(experts: int, times: int) -> None:
-    """By hand: vectors of 64 numbers, sent to 7 of 8 GPUs; recomputation sends them again."""
+@pytest.mark.parametrize(("experts", "times", "full"), [(16, 6, 0), (2, 4, 0), (2, 5, 1)])
+def test_exchanged_bytes(experts: int, times: int, full: int) -> None:
+    """By hand: vectors of 64 numbers, sent to 7 of 8 GPUs; recomputation sends them again, in `full` layers a stage."""
     settings = {"num_experts": 32, "moe_relu_activation_limit": 2.0, "expert_model_parallel_size": 8}
-    stages = [Stage(shared=0, experts=0, layers=("*E", "*-")), Stage(shared=0, experts=0, layers=("E",))]
+    stages = [Stage(shared=0, experts=0, layers=("*-", "*E")), Stage(shared=0, experts=0, layers=("E",))]
     args = arguments(**settings, global_batch_size=64, world_size=8)
+    if full:
+        vars(args).update(recompute_granularity="full", recompute_method="block", recompute_num_layers=full)
     tokens = 64 * 32 / 8
     assert memory.exchanged_bytes(args, stages, experts) == times * 2 * tokens * experts * 7 / 8 * 64 * 4
 
@@ -176,3 +199,13 @@ def test_optimizer_bytes() -> None:
         given = arguments(bf16=bf16, use_distributed_optimizer=is_split, **common)
         counted = memory.stage_memory(given, stages, 0, 1)
         assert (counted.weights, counted.gradients, counted.optimizer) == ((4 - 2 * bf16) * 1400, 4 * 1400, expected)
+    fsdp = {"use_megatron_fsdp": True, "use_distributed_optimizer": True, "bf16": True} | common
+    for strategy, weights, gradients, optimizer, dtype in (
+        ("no_shard", 1400, 1400, 1400, None),
+        ("optim", 1400, 1400, 450, None),
+        ("optim_grads", 1400, 450, 450, torch.float32),
+        ("optim_grads_params", 450, 450, 450, None),
+    ):
+        given = arguments(**fsdp, data_parallel_sharding_strategy=strategy, megatron_fsdp_main_grads_dtype=dtype)
+        counted, size = memory.stage_memory(given, stages, 0, 1), 4 if dtype else 2
+        assert counted[:3] == (2 * weights, size * gradients, 12 * optimizer)

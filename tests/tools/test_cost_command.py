@@ -47,6 +47,8 @@ def step_milliseconds(output: str) -> list[float]:
         ("8", ["--context-parallel-size", "2", *PLAIN], "--context-parallel-size 2 cannot be used with"),
         ("8", ["--micro-batch-size", "7"], "--micro-batch-size"),
         ("8", ["--train-iters", "0"], "--train-iters is missing"),
+        ("8", ["--full-validation"], "--full-validation and --multiple-validation-sets"),
+        ("8", ["--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor"], "needs --no-gradient-accumulation-fusion"),
     ],
 )
 def test_layouts_that_cannot_work(gpus: str, flags: list[str], message: str) -> None:
@@ -61,6 +63,23 @@ def test_a_slower_gpu_takes_longer_and_may_not_fit() -> None:
     assert least < most
     for slower in (["--gpu", "a100"], ["--rate", "products=100"]):
         assert step_milliseconds(cost("--gpus", "1", *slower, *flags))[0] > least
+
+
+def test_recomputation_takes_time() -> None:
+    """Full recomputation of one of two equal layers takes half the time of both; of experts, less than of both."""
+    full = "--recompute-granularity full --recompute-method block --recompute-num-layers"
+    flags = ["", f"{full} 1", f"{full} 2", "--recompute-granularity selective --recompute-modules moe"]
+    common = ["--gpus", "1", "--", *MODEL, *EXPERTS, "--moe-relu-routing", "--num-layers", "2"]
+    plain, one, two, moe = (step_milliseconds(cost(*common, *more.split()))[0] for more in flags)
+    assert one - plain == pytest.approx((two - plain) / 2, rel=0.02) and plain < moe < two
+
+
+def test_fully_sharded_weights() -> None:
+    """A GPU keeps an eighth of the weights, and gathers all of them in each micro-batch."""
+    common = ["--gpus", "8", "--", *MODEL, "--no-gradient-accumulation-fusion", "--use-distributed-optimizer"]
+    plain, fsdp = cost(*common), cost(*common, "--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor")
+    assert figures(fsdp, "weights")[0] == pytest.approx(figures(plain, "weights")[0] / 8, abs=0.01)
+    assert step_milliseconds(fsdp)[1] > step_milliseconds(plain)[1]
 
 
 def test_layers_of_multi_token_prediction_count() -> None:

@@ -51,6 +51,7 @@ def main(arguments: Sequence[str]) -> int:
 
     megatron_on_cpu()  # even on a machine with GPUs
     from megatron.remoe import cpu
+    from megatron.remoe.start.environment import check_settings
     from megatron.remoe.start.messages import usage_errors
     from megatron.remoe.training.arguments import load_saved_args, parse_args
     from megatron.training.arguments import validate_args
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str]) -> int:
             cpu.adapt_arguments(args, trains=args.cpu)
         load_saved_args(args)
         validate_args(args, {})
+        check_settings(argparse.Namespace(**vars(args) | planned))
         check_sizes(args, planned.get("transformer_impl", args.transformer_impl))
         set_global_variables(args)
         stages, whole = parameters.count_stages(args), parameters.count_whole_model(args)

@@ -6,13 +6,16 @@ Tests compare the sum with PyTorch's.
 """
 
 import argparse
+from collections.abc import Iterator, Sequence
+from itertools import batched
 from typing import NamedTuple
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
+from ..recipes.flops import key_value_heads
 from .parameters import Stage
 
-NOT_COUNTED = "the CUDA context, NCCL's buffers, temporary tensors and fragmentation, together some GiB"
+NOT_COUNTED = "the CUDA context, NCCL's and FSDP's buffers, temporary tensors and fragmentation, together some GiB"
 RECOMPUTED_PARTS = {  # name in --recompute-modules: parts of `layer_parts` that it drops
     "core_attn": ("scores",),
     "layernorm": ("norms",),
@@ -24,15 +27,17 @@ RECOMPUTED_PARTS = {  # name in --recompute-modules: parts of `layer_parts` that
 
 
 class LayerActivations(NamedTuple):
-    """Bytes that a layer keeps of one micro-batch.
+    """Bytes that a layer, or a group of layers, keeps of one micro-batch.
 
     Attributes:
         kept: until the layer's backward pass.
-        recomputed: added during the layer's backward pass, for one layer at a time.
+        recomputed: added during its backward pass.
+        again: sublayers whose forward pass runs twice, in the letters of --hybrid-layer-pattern.
     """
 
     kept: float
     recomputed: float
+    again: str
 
 
 def tokens_per_gpu(args: argparse.Namespace) -> float:
@@ -45,9 +50,20 @@ def element_size(args: argparse.Namespace) -> int:
     return 2 if args.bf16 or args.fp16 else 4
 
 
+def gradient_size(args: argparse.Namespace) -> int:
+    """Return the bytes of an element of Megatron's buffers of gradients."""
+    in_fp32 = args.megatron_fsdp_main_grads_dtype if args.use_megatron_fsdp else args.accumulate_allreduce_grads_in_fp32
+    return 4 if in_fp32 else element_size(args)
+
+
+def sharding(args: argparse.Namespace) -> str:
+    """Return the part of the state that data parallel ranks split, as --data-parallel-sharding-strategy names it."""
+    return args.data_parallel_sharding_strategy if args.use_megatron_fsdp else "optim" * args.use_distributed_optimizer
+
+
 def recomputed_modules(args: argparse.Namespace) -> list[str]:
-    """Return --recompute-modules if recomputation is selective, else nothing."""
-    return args.recompute_modules or [] if args.recompute_granularity == "selective" else []
+    """Return --recompute-modules or its default if recomputation is selective, else nothing."""
+    return args.recompute_modules or ["core_attn"] if args.recompute_granularity == "selective" else []
 
 
 def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: float) -> dict[str, float]:
@@ -63,7 +79,7 @@ def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: flo
     split = tokens / tp if args.sequence_parallel else tokens
     hidden = args.hidden_size
     query = args.kv_channels * args.num_attention_heads
-    key_value = 2 * args.kv_channels * args.num_query_groups
+    key_value = 2 * args.kv_channels * key_value_heads(args)
     local = args.transformer_impl == "local"
     fused = local and args.local_layer_fusion
 
@@ -74,8 +90,10 @@ def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: flo
         parts["attention"] = (query + key_value) * tokens * size / tp
         parts["attention output"] = query * tokens * size / tp
         parts["scores"] = args.num_attention_heads * tokens * 4 / tp  # the log-sum-exp of flash attention
-        if fused:  # the queries are copied; keys and values are views
-            parts["attention"] += query * tokens * size / tp
+        rotated = args.position_embedding_type in ("rope", "yarn") and not args.qk_layernorm
+        if fused:  # values are views; a rotary embedding copies queries and keys, groups and norms only queries
+            copied = rotated or args.group_query_attention or args.qk_layernorm
+            parts["attention"] += (query * copied + key_value / 2 * rotated) * tokens * size / tp
         elif local:  # keys and values are repeated to all heads; the softmax's output is kept
             parts["attention"] = 3 * query * tokens * size / tp
             parts["scores"] = args.num_attention_heads * tokens * args.seq_length * size / tp
@@ -138,20 +156,33 @@ def _mlp_tensors(args: argparse.Namespace, gated: bool = False) -> tuple[int, in
 
 
 def layer_activations(args: argparse.Namespace, sublayers: str, experts_per_token: float) -> LayerActivations:
-    """Return the bytes of a layer with the arguments' recomputation; see `layer_parts`."""
+    """Return the bytes of a layer with selective recomputation and chunks of experts; see `layer_parts`."""
     bounded = "E" in sublayers and args.moe_relu_routing
     limit = args.moe_relu_activation_limit * args.moe_router_topk if bounded else 0.0
     in_chunks = 0.0 < limit < experts_per_token
     parts = layer_parts(args, sublayers, limit if in_chunks else experts_per_token)
     everything = sum(parts.values())
-    if args.recompute_granularity == "full":
-        inputs = parts["residual"] / len(sublayers)
-        return LayerActivations(inputs, everything - inputs)
     dropped = {part for module in recomputed_modules(args) for part in RECOMPUTED_PARTS.get(module, ())}
     if in_chunks:
         dropped |= {"expert inputs", "expert hidden", "expert activations"}
     recomputed = sum(size for part, size in parts.items() if part in dropped)
-    return LayerActivations(everything - recomputed, recomputed)
+    again = "".join(kind for kind in sublayers if {"E": "expert hidden", "-": "mlp"}.get(kind) in dropped)
+    return LayerActivations(everything - recomputed, recomputed, again)
+
+
+def group_activations(args: argparse.Namespace, layers: Sequence[str], experts: float) -> Iterator[LayerActivations]:
+    """Yield the bytes of each layer of a pipeline stage, or of each group that core/recompute.py checkpoints."""
+    is_full, is_uniform = args.recompute_granularity == "full", args.recompute_method == "uniform"
+    size, length = args.recompute_num_layers if is_full and is_uniform else 1, len(layers) or 1
+    tokens = tokens_per_gpu(args) / (args.tensor_model_parallel_size if args.sequence_parallel else 1)
+    inputs = args.hidden_size * tokens * element_size(args)
+    for stage in batched(layers, -(-length // (args.virtual_pipeline_model_parallel_size or 1))):
+        for number, group in enumerate(batched(stage, size)):
+            kept, recomputed, again = zip(*(layer_activations(args, layer, experts) for layer in group), strict=True)
+            total = LayerActivations(sum(kept), max(recomputed), "".join(again))
+            if is_full and (is_uniform or number < args.recompute_num_layers):
+                total = LayerActivations(inputs, total.kept - inputs + total.recomputed, "".join(group))
+            yield total
 
 
 class Memory(NamedTuple):
@@ -169,15 +200,14 @@ def stage_memory(args: argparse.Namespace, stages: list[Stage], index: int, expe
     `experts_per_token` are the active ones in each MoE layer.
     """
     stage, parameters = stages[index], stages[index].shared + stages[index].experts
-    gradient = 4 if args.accumulate_allreduce_grads_in_fp32 else element_size(args)
     per_stage = args.world_size // args.pipeline_model_parallel_size // args.num_distributed_optimizer_instances
     shared_copies = per_stage // args.tensor_model_parallel_size  # context parallel ranks share the optimizer too
     expert_copies = per_stage // (args.expert_tensor_parallel_size * args.expert_model_parallel_size)
-    part = stage.shared / shared_copies + stage.experts / expert_copies
+    part, sharded = stage.shared / shared_copies + stage.experts / expert_copies, sharding(args)
     return Memory(
-        weights=element_size(args) * parameters,
-        gradients=gradient * parameters,
-        optimizer=_optimizer_bytes(args) * (part if args.use_distributed_optimizer else parameters),
+        weights=element_size(args) * (part if "params" in sharded else parameters),
+        gradients=gradient_size(args) * (part if "grads" in sharded else parameters),
+        optimizer=_optimizer_bytes(args) * (part if "optim" in sharded else parameters),
         activations=_activations(args, stages, index, experts_per_token),
     )
 
@@ -195,12 +225,11 @@ def exchanged_bytes(args: argparse.Namespace, stages: list[Stage], experts_per_t
     `experts_per_token` are those computed in each MoE layer.
     """
     layers = sum("E" in layer for stage in stages for layer in stage.layers)
+    groups = [group for stage in stages for group in group_activations(args, stage.layers, experts_per_token)]
+    again = sum(group.again.count("E") for group in groups)
     tokens = args.global_batch_size * args.seq_length / args.world_size
-    limit = args.moe_relu_activation_limit * args.moe_router_topk if args.moe_relu_routing else 0.0
-    in_chunks = 0 < limit < experts_per_token
-    recomputed = in_chunks or args.recompute_granularity == "full" or "moe" in recomputed_modules(args)
-    vectors = layers * tokens * experts_per_token * (1 - 1 / args.expert_model_parallel_size)
-    return (6 if recomputed else 4) * vectors * args.hidden_size * element_size(args)
+    vectors = tokens * experts_per_token * (1 - 1 / args.expert_model_parallel_size)
+    return (4 * layers + 2 * again) * vectors * args.hidden_size * element_size(args)
 
 
 def _optimizer_bytes(args: argparse.Namespace) -> int:
@@ -209,20 +238,20 @@ def _optimizer_bytes(args: argparse.Namespace) -> int:
 
 
 def _activations(args: argparse.Namespace, stages: list[Stage], index: int, experts_per_token: float) -> float:
-    layers = [layer_activations(args, sublayers, experts_per_token) for sublayers in stages[index].layers]
-    total = sum(layer.kept for layer in layers) * _micro_batches_in_flight(args, index)
-    total += max((layer.recomputed for layer in layers), default=0.0)
+    groups = [*group_activations(args, stages[index].layers, experts_per_token)]
+    total = sum(group.kept for group in groups) * _micro_batches_in_flight(args, index)
+    recomputed, loss = max((group.recomputed for group in groups), default=0.0), 0.0
     if index == len(stages) - 1:
         tokens, tensor_parallel = tokens_per_gpu(args), args.tensor_model_parallel_size
         split = tokens / tensor_parallel if args.sequence_parallel else tokens
         size, predictions = element_size(args), args.mtp_num_layers or 0
         # Before and after the last norm. Multi-token prediction also keeps its embeddings, the embeddings joined with
         # the hidden state, the inputs of two more norms, and a tensor with all outputs.
-        total += (2 + 6 * predictions) * args.hidden_size * split * size
+        loss = (2 + 6 * predictions) * args.hidden_size * split * size
         softmax = size if args.cross_entropy_loss_fusion else 4  # fused: the logits' gradient replaces them
         per_logit = softmax * (1 + predictions) + size * (softmax > size)
-        total += per_logit * args.padded_vocab_size * tokens / tensor_parallel
-    return total
+        loss += per_logit * args.padded_vocab_size * tokens / tensor_parallel
+    return total + max(recomputed, loss)  # the loss's backward pass ends before the layers' begin
 
 
 def _micro_batches_in_flight(args: argparse.Namespace, index: int) -> float:

@@ -85,6 +85,8 @@ def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
             "--moe-token-dispatcher-type allgather, Megatron's default, cannot be rehearsed: its sizes come from the "
             "GPU. Give --moe-token-dispatcher-type alltoall."
         )
+    if values.use_checkpoint_args:
+        raise ToolError("--use-checkpoint-args cannot be rehearsed: nothing is loaded. Give the model's flags instead.")
     simulated = rehearsal_flags(flags, values, MOST_STEPS)
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -10,11 +10,12 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from ..recipes.flops import flops_per_sequence
 from . import memory
-from .memory import element_size, layer_activations, tokens_per_gpu
+from .memory import element_size, tokens_per_gpu
 from .parameters import Stage
 from .step_time import StepTime, attention_share, collective_seconds, grouped_share, host_seconds, waiting_seconds
 
 CAUSAL = 7 / 12  # share of the attention FLOPs of recipes.flops: half forward, 5/8 backward
+FORWARD = {"products": 1 / 3, "grouped": 1 / 3, "attention": 2 / 7}  # share of a step's FLOPs; attention as in CAUSAL
 BUCKET = 40e6  # Megatron's smallest bucket of gradients, in elements; it grows by 1e6 for each data parallel rank
 
 
@@ -67,21 +68,21 @@ def estimate_step(
     Returns:
         None if the model has layers whose FLOPs are not counted.
     """
-    if (flops := step_flops(args)) is None:
+    if step_flops(args) is None:
         return None
-    parts = _products(args, flops)
+    experts = args.moe_router_topk if args.num_experts else 0
+    groups = [group for stage in stages for group in memory.group_activations(args, stage.layers, experts)]
+    parts = _products(args, "".join(group.again for group in groups))
     shares = {"grouped": grouped_share(args) if args.num_experts else 1.0, "attention": attention_share(args)}
     products = sum(amount / (shares.get(kind, 1.0) * rates[kind] * 1e12) for kind, amount in parts.items())
     overhead = TRITON if args.moe_kernels == "triton" else TORCH
     micro_batches = get_num_microbatches()
     layers = [layer for stage in stages for layer in stage.layers]
-    experts = args.moe_router_topk if args.num_experts else 0
-    kept = [layer_activations(args, layer, experts) for layer in layers]
-    kept_bytes = sum(layer.kept + layer.recomputed for layer in kept) / len(stages)
+    kept_bytes = sum(group.kept + 4 / 3 * group.recomputed for group in groups) / len(stages)
     logits = args.padded_vocab_size * tokens_per_gpu(args) / args.tensor_model_parallel_size
     # The last stage has the output layer, and is the slowest; `parts` are the mean of all stages.
     products += 6e-12 * micro_batches * args.hidden_size * logits * (1 - 1 / len(stages)) / rates["products"]
-    gradients = sum(memory.stage_memory(args, stages, index, experts).gradients for index in range(len(stages)))
+    gradients = memory.gradient_size(args) * sum(stage.shared + stage.experts for stage in stages)
     moved = micro_batches * (overhead.passes * kept_bytes + overhead.logit * logits)
     traffic = (moved + overhead.gradient * gradients / len(stages)) / (rates["bandwidth"] * 1e12)
     launched = micro_batches * len("".join(layers)) / 2 / len(stages)  # a layer has attention, and an MLP or experts
@@ -94,18 +95,20 @@ def estimate_step(
     return StepTime(products, traffic, waiting, links, network, bubble(args))
 
 
-def _products(args: argparse.Namespace, flops: float) -> dict[str, float]:
-    """Return a GPU's FLOPs in a step by rate, given the model's FLOPs; those of full recomputation are added."""
+def _products(args: argparse.Namespace, recomputed: str = "") -> dict[str, float]:
+    """Return a GPU's FLOPs in a step by rate, with a second forward pass of the recomputed sublayers."""
     sequences = args.global_batch_size / args.world_size
+    flops = sequences * flops_per_sequence(args)
     longer = flops_per_sequence(argparse.Namespace(**vars(args) | {"seq_length": 2 * args.seq_length}))
     attention = sequences * longer / 2 - flops  # grows with the square of the length
-    grouped = 0.0
-    if args.num_experts:
-        topk = args.moe_router_topk
-        grouped = topk * (sequences * flops_per_sequence(args, topk + 1) - flops)
+    topk = args.moe_router_topk if args.num_experts else 0
+    grouped = topk * (sequences * flops_per_sequence(args, topk + 1) - flops)
     parts = {"products": flops - attention - grouped, "grouped": grouped, "attention": CAUSAL * attention}
-    more = 4 / 3 if args.recompute_granularity == "full" else 1
-    return {kind: more * amount for kind, amount in parts.items()}
+    if recomputed:
+        changes = {"hybrid_layer_pattern": recomputed, "padded_vocab_size": 0}  # without the output layer
+        again = _products(argparse.Namespace(**vars(args) | changes))
+        parts = {kind: amount + FORWARD[kind] * again[kind] for kind, amount in parts.items()}
+    return parts
 
 
 def estimate_collectives(args: argparse.Namespace, stages: list[Stage], gpus_per_node: int) -> Iterator[dict[str, Any]]:
@@ -122,12 +125,14 @@ def estimate_collectives(args: argparse.Namespace, stages: list[Stage], gpus_per
             yield {"kind": kind, "ranks": ranks, "within_node": within, "times": times, "bytes": amount}
 
     mean = {name: sum(getattr(stage, name) for stage in stages) / len(stages) for name in ("shared", "experts")}
-    gradient = 4 if args.accumulate_allreduce_grads_in_fp32 or size == 4 else 2
+    gradient, sharded = memory.gradient_size(args), memory.sharding(args)
+    # FSDP gathers weights for both passes of each micro-batch, and reduces its gradients.
+    gathers, sums = 2 * micro_batches if "params" in sharded else 1, micro_batches if "grads" in sharded else 1
     for name, ranks in (("shared", per_stage // tp), ("experts", per_stage // expert_ranks)):
         buckets = math.ceil(mean[name] / max(BUCKET, 1e6 * ranks))
-        if args.use_distributed_optimizer:
-            yield from call("reduce_scatter_tensor", ranks, per_stage, buckets, gradient * mean[name])
-            yield from call("all_gather_into_tensor", ranks, per_stage, buckets, size * mean[name])
+        if "optim" in sharded:
+            yield from call("reduce_scatter_tensor", ranks, per_stage, sums * buckets, sums * gradient * mean[name])
+            yield from call("all_gather_into_tensor", ranks, per_stage, gathers * buckets, gathers * size * mean[name])
         else:
             yield from call("all_reduce", ranks, per_stage, buckets, gradient * mean[name])
     sublayers = [part for stage in stages for layer in stage.layers for part in layer]

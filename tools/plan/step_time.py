@@ -129,7 +129,8 @@ def grouped_share(args: argparse.Namespace) -> float:
 
 def attention_share(args: argparse.Namespace) -> float:
     """Return the share of its rate that attention reaches with heads of this size."""
-    return min(1.0, args.kv_channels / FULL_RATE_HEAD)
+    head = args.qk_head_dim + args.qk_pos_emb_head_dim if args.multi_latent_attention else args.kv_channels
+    return min(1.0, head / FULL_RATE_HEAD)
 
 
 def collective_seconds(call: dict[str, Any], rates: dict[str, float]) -> float:

@@ -71,6 +71,11 @@ def _frequency(frequency: int | list[int] | None, layers: int) -> list[bool]:
     return [number % (frequency or 1) == 0 for number in range(layers)]
 
 
+def key_value_heads(args: argparse.Namespace) -> int:
+    """Return the number of heads of keys and values; Megatron's parser has 1 group without grouped queries."""
+    return args.num_query_groups if args.group_query_attention else args.num_attention_heads
+
+
 def _attention(args: _Defaulting) -> float:
     """Multiply-adds of a token in an attention layer."""
     hidden, heads = args.hidden_size, args.num_attention_heads
@@ -80,8 +85,7 @@ def _attention(args: _Defaulting) -> float:
         latent = args.kv_lora_rank * (hidden + heads * (args.qk_head_dim + value)) + hidden * args.qk_pos_emb_head_dim
         return query + latent + heads * value * hidden + args.seq_length * heads * (key + value)
     head = args.kv_channels or hidden // heads
-    groups = args.num_query_groups if args.group_query_attention else heads
-    projections = head * (heads * (3 if args.attention_output_gate else 2) + 2 * groups)
+    projections = head * (heads * (3 if args.attention_output_gate else 2) + 2 * key_value_heads(args))
     return hidden * projections + 2 * args.seq_length * heads * head
 
 

@@ -64,16 +64,18 @@ class Layout:
         """Return torchrun's words in front of the program.
 
         Raises:
-            RecipeError: there are several nodes, and MASTER_ADDR or this node's rank is missing.
+            RecipeError: there are several nodes, and MASTER_ADDR or this node's rank is missing in a run.
         """
         words = [interpreter, "-m", "torch.distributed.run", "--nproc-per-node", str(self.gpus_per_node)]
         words += ["--nnodes", str(self.nodes)]
         if self.nodes == 1:
             return [*words, "--standalone"]
-        if not environment.get("MASTER_ADDR"):
-            raise RecipeError(f"NNODES={self.nodes} needs MASTER_ADDR, the first node's name")
+        address = environment.get("MASTER_ADDR") or "MASTER_ADDR" * planned
+        if not address:
+            name = "NNODES" if environment.get("NNODES") else "SLURM_NNODES"
+            raise RecipeError(f"{name}={self.nodes} needs MASTER_ADDR, the first node's name, or set NNODES=1")
         rank, port = str(self.node_rank(environment, planned)), environment.get("MASTER_PORT") or "29500"
-        return [*words, "--node-rank", rank, "--master-addr", environment["MASTER_ADDR"], "--master-port", port]
+        return [*words, "--node-rank", rank, "--master-addr", address, "--master-port", port]
 
     def node_rank(self, environment: Mapping[str, str], planned: bool = False) -> int:
         """Return this node's rank; in a plan, a node without a rank is the first.
