@@ -4,10 +4,12 @@ import asyncio
 import itertools
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import numpy
 
 from megatron.remoe.files.indexed import IndexedWriter
+from tools.console.errors import ToolError
 from tools.text.corpora import corpus
 from tools.text.corpora.dataset import MIXED
 
@@ -28,9 +30,13 @@ def real_text() -> list[bytes]:
     return [path.read_bytes() for path in sorted(Path(asyncio.__file__).parent.glob("*.py"))]
 
 
+def _unavailable() -> NoReturn:
+    raise ToolError("no network")
+
+
 def write_small_corpus(folder: Path) -> None:
     """Write a few documents of the mixed corpus; its tools accept them as the whole corpus."""
     sources = {"code": corpus.code_documents, "docs": corpus.docs_documents}
     few = {name: partial(itertools.islice, source(), 50) for name, source in sources.items()}
     folder.parent.mkdir(parents=True)
-    corpus.build(folder, print, MIXED, few)
+    corpus.build(folder, print, MIXED, {**few, "drama": _unavailable})

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
+import pytest
+
 import megatron.training.arguments  # noqa: F401  # plans then read flags in this process
 from tests.entry import shared_entry
 from tests.training_runs import REPOSITORY
@@ -42,9 +44,10 @@ def in_process(
     try:
         with (
             patch.dict(os.environ, alone(environment), clear=True), contextlib.chdir(folder),
-            patch.dict(sys.modules, {"transformer_engine": None}),
+            pytest.MonkeyPatch.context() as patched,
             contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors),
         ):  # fmt: skip
+            patched.setitem(sys.modules, "transformer_engine", None)
             code = main(words)
     except SystemExit as stop:
         code = int(stop.code or 0)
