@@ -77,6 +77,7 @@ ENTRY = {
     "several missing": Case(lacking("--lr --train-iters --seq-length"), "E201|--seq-length, --lr, --train-iters"),
     "like no other flag": Case(on("text", "--learning-rate 1"), "--learning-rate 1. --help lists all flags"),
     "heads": Case(on("text", "--num-attention-heads 5"), "num_attention_heads|Megatron refuses these settings"),
+    "whole validation": Case(on("text", "--full-validation"), "E203|--full-validation|--multiple-validation-sets"),
     "kernels without a GPU": Case(
         on("text", "--moe-kernels triton"), "E102|--moe-kernels triton|no GPU", unset=("TRITON_INTERPRET",)
     ),
