@@ -99,11 +99,10 @@ def test_unevenly_active_tokens_are_bounded_too() -> None:
 
 def test_received_pairs_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of two ranks sends no more pairs than the limit allows, but one of them receives all."""
-    read = counting.read_pairs
-    monkeypatch.setattr(counting, "read_pairs", lambda *arguments: read(*arguments).repeat(1, 2, 1))
-    dispatcher = SimpleNamespace(
-        ep_size=2, tp_size=1, ep_rank=0, tp_rank=0, tp_ep_group=SimpleNamespace(size=lambda: 1)
-    )
+    gathered = "gather_from_sequence_parallel_region"
+    monkeypatch.setattr(counting, gathered, lambda pairs, group: pairs.repeat(group.size(), 1))
+    group = SimpleNamespace(size=lambda: 2)
+    dispatcher = SimpleNamespace(ep_size=2, tp_size=1, ep_rank=0, tp_rank=0, tp_ep_group=group)
     map_TE = torch.tensor([[True, False, False, False]] * 8)
     assert len(counting.count_pairs(map_TE, None, dispatcher, PYTORCH, 1.0)) == 2
 
