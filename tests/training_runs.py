@@ -136,7 +136,8 @@ def wait_until(holds: Callable[[], object], process: subprocess.Popen[Any] | Non
     """Wait for a condition; fail after two minutes, or if the process ends before."""
     deadline = time.monotonic() + 120
     while not holds():
-        assert time.monotonic() < deadline and (process is None or process.poll() is None), process
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 

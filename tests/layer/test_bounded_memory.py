@@ -1,7 +1,6 @@
 """Test the activation limit: a layer with more pairs runs in chunks and gives the same result."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -101,16 +100,10 @@ def test_unevenly_active_tokens_are_bounded_too() -> None:
 
 def test_received_pairs_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of two ranks sends no more pairs than the limit allows, but one of them receives all."""
-    read = counting.read_pairs
-
-    def repeat(*arguments: Any) -> tuple[torch.Tensor, int]:
-        pairs_CRE, num_tokens = read(*arguments)
-        return pairs_CRE.repeat(1, 2, 1), num_tokens
-
-    monkeypatch.setattr(counting, "read_pairs", repeat)
-    dispatcher = SimpleNamespace(
-        ep_size=2, tp_size=1, ep_rank=0, tp_rank=0, tp_ep_group=SimpleNamespace(size=lambda: 1)
-    )
+    gathered = "gather_from_sequence_parallel_region"
+    monkeypatch.setattr(counting, gathered, lambda pairs, group: pairs.repeat(group.size(), 1))
+    group = SimpleNamespace(size=lambda: 2)
+    dispatcher = SimpleNamespace(ep_size=2, tp_size=1, ep_rank=0, tp_rank=0, tp_ep_group=group)
     map_TE = torch.tensor([[True, False, False, False]] * 8)
     assert len(counting.count_pairs(map_TE, None, dispatcher, PYTORCH, 1.0)) == 2
 

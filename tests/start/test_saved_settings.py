@@ -55,6 +55,7 @@ def test_settings_of_speed_layout_and_output_are_free(flags: str, changed) -> No
 
 
 def test_the_schedule_is_compared_by_itself() -> None:
+    assert "moe_relu_routing" in result_settings()
     assert {"lr_warmup_iters", "lr_decay_style", "weight_decay"} <= schedule_settings() - result_settings()
 
 

@@ -53,7 +53,7 @@ def select_figures(record: dict[str, Any]) -> dict[str, float]:
 @needs_cuda_build
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.bulk] * (name in BULK)) for name in CASES])
 def test_launch_commands(name: str, request: pytest.FixtureRequest) -> None:
-    """Each command starts; figures are at most 2 % above and 10 % below the committed ones (--update-golden).
+    """Each command starts; figures are 10 % below to 2 % above the committed ones (--update-golden renews them).
 
     An estimate without a rehearsal gives the same memory within 6 %, and the same time within 15 %.
     """

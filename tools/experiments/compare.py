@@ -135,7 +135,7 @@ def run_of_equal_flops(run: Run, reference: Run, results: Results) -> Run | None
     """Return the longer run that uses the FLOPs of `reference`; the same run if it is the reference.
 
     While the returned run has no result, its steps are an estimate: further steps compute as many experts per token as
-    the last ones. A run that misses by more than `EQUAL` is followed by a better estimate.
+    the last ones. A run that misses by more than `EQUAL` is followed by a better estimate, if its steps differ.
 
     Returns:
         The run; None without the results of both, or if it would not be longer.
@@ -148,10 +148,13 @@ def run_of_equal_flops(run: Run, reference: Run, results: Results) -> Run | None
             return None
         if tried and abs(wanted.flops - result.flops) <= EQUAL * wanted.flops:
             return matched
-        tried.add(matched)
-        matched = replace(run, steps=rounded(matched.steps + (wanted.flops - result.flops) / result.step_flops))
-        if matched.steps <= run.steps or matched in tried:
+        steps = rounded(matched.steps + (wanted.flops - result.flops) / result.step_flops)
+        if steps <= run.steps:
             return None
+        tried.add(matched)
+        if (better := replace(run, steps=steps)) in tried:
+            return matched  # steps are whole multiples
+        matched = better
     return matched if tried else None
 
 
