@@ -19,7 +19,7 @@ from ..console.display import duration, say
 from ..console.errors import ToolError
 from ..console.places import LOG, ROOT
 from ..runs.training_display import ShownTraining, TrainingDisplay
-from .jobs import SAVES, TRACKER, Grid, Job, check_conflicts, prepare
+from .jobs import SAVES, TRACKER, Grid, Job, check_conflicts, find_shorter, prepare
 from .run import Run
 
 
@@ -54,18 +54,23 @@ def execute(console: Console, grid: Grid, jobs: Sequence[Job], processes: int, h
     chains: dict[Run, list[Job]] = {}
     for job in jobs:
         chains.setdefault(replace(job.run, steps=0) if job.run.is_wsd else job.run, []).append(job)
+    for chain in chains.values():
+        chain.sort(key=lambda job: job.run.steps)
+        for place, job in enumerate(chain):  # steps of a shorter run do not count as time that is left
+            if job.run.is_wsd and job.loss is None and not job.has_checkpoint:
+                shorter = chain[place - 1].run if place else find_shorter(job, grid)
+                shown[job.folder].done = shorter.decay_start if shorter else 0
     with TrainingDisplay(console, [*shown.values()], held) as display:
 
         def train(chain: Sequence[Job]) -> None:
-            in_turn = sorted(chain, key=lambda job: job.run.steps)
-            for place, job in enumerate(in_turn):
+            for place, job in enumerate(chain):
                 line = shown[job.folder]
                 if (loss := job.loss) is not None:
                     display.finish(line, f"reused, validation loss {loss:.4f}")
                     continue
                 prepare(job, grid)
                 if not _train(job, line, display):
-                    failed.extend(each.folder.name for each in in_turn[place:])
+                    failed.extend(each.folder.name for each in chain[place:])
                     return
 
         display.run_all([partial(train, chain) for chain in chains.values()], processes)

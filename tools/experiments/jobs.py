@@ -173,28 +173,34 @@ def prepare(job: Job, grid: Grid) -> None:
         _go_on_from_shorter(job, grid)
 
 
+def find_shorter(job: Job, grid: Grid) -> Run | None:
+    """Return the finished run from which the job can continue the furthest: it differs only in its steps."""
+    steps = {json.loads(path.read_text(encoding="utf-8"))["run"]["steps"] for path in grid.output.glob(f"*/{STAMP}")}
+    runs = [
+        run for run in (replace(job.run, steps=number) for number in steps) if _decay_checkpoint(run, grid).exists()
+    ]
+    runs = [run for run in runs if run.decay_start <= job.run.decay_start and make_job(run, grid).loss is not None]
+    return max(runs, key=lambda run: run.decay_start, default=None)
+
+
+def _decay_checkpoint(run: Run, grid: Grid) -> Path:
+    return grid.output / run.name / SAVES / f"iter_{run.decay_start:07}"
+
+
 def _go_on_from_shorter(job: Job, grid: Grid) -> None:
     """Copy the checkpoint at the start of the decay of a run that differs only in its steps.
 
     Both are equal until then, if no text is read twice: Megatron shuffles all passes over a text together. The log is
     copied too, so that its running sums include all steps.
     """
-    shorter = {}
-    for path in grid.output.glob(f"*/{STAMP}"):
-        run = replace(job.run, steps=json.loads(path.read_text(encoding="utf-8"))["run"]["steps"])
-        if run.name == path.parent.name and run.decay_start <= job.run.decay_start:
-            checkpoint = path.parent / SAVES / f"iter_{run.decay_start:07}"
-            if checkpoint.exists() and make_job(run, grid).loss is not None:
-                shorter[run.decay_start] = checkpoint
-    if not shorter:
+    if (run := find_shorter(job, grid)) is None:
         return
-    start = max(shorter)
-    lines = (shorter[start].parent / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
-    saves = job.folder / SAVES
+    saves, original = job.folder / SAVES, _decay_checkpoint(run, grid)
+    lines = (original.parent / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
     saves.mkdir(parents=True, exist_ok=True)
-    kept = (line for line in lines if json.loads(line)["iteration"] <= start and '"validation"' not in line)
+    kept = (line for line in lines if json.loads(line)["iteration"] <= run.decay_start and '"validation"' not in line)
     write_text(saves / METRICS, "".join(kept))
-    copy = saves / shorter[start].name
+    copy = saves / original.name
     shutil.rmtree(copy, ignore_errors=True)  # of a copy that was cut off: the tracker follows a complete one
-    shutil.copytree(shorter[start], copy)
-    write_text(saves / TRACKER, str(start))
+    shutil.copytree(original, copy)
+    write_text(saves / TRACKER, str(run.decay_start))
