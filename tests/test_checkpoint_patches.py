@@ -90,8 +90,17 @@ print("kept", shards.get())
     assert ("kept 1" in in_another_process(lines, tmp_path, expect=int(not patched))) is patched
 
 
-@pytest.mark.parametrize("patched", [False, True])
-def test_the_process_of_async_saves_does_not_outlive_sigterm_by_itself(patched: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("patched", "end", "code"),
+    [
+        (False, "os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM),
+        (True, "os.kill(os.getpid(), signal.SIGTERM)", 1),
+        (True, "pass", 0),
+    ],
+)
+def test_the_process_of_async_saves_ends_with_its_parent_only(
+    patched: bool, end: str, code: int, tmp_path: Path
+) -> None:
     """With the patch it outlives Slurm's SIGTERM, but not its parent."""
     lines = f"""
 import multiprocessing, os, signal, time
@@ -106,9 +115,9 @@ if __name__ == "__main__":  # the worker imports this file
     worker.join({3 if patched else 30})
     print("pid", worker.pid if worker.is_alive() else 0)
     os.sys.stdout.flush()
-    os.kill(os.getpid(), signal.SIGTERM)
+    {end}
 """
-    pid = int(in_another_process(lines, tmp_path, expect=-signal.SIGTERM).split()[-1])
+    pid = int(in_another_process(lines, tmp_path, expect=code).split()[-1])
     assert (pid > 0) is patched
     if patched:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -6,9 +6,10 @@ remoe compare --collect                                              # tables an
 
 The learning rate is constant and falls in the last fifth of each run. A longer run continues a shorter one from the
 step at which its rate began to fall. For each length, an arm that has used fewer FLOPs than the arm of --equal-flops
-has one more run, which uses as many within 1 %. First, the rate and the warm-up of each arm are tuned for each number
-of experts, on a different part of the text, with a different seed, and with the same number of runs for each arm. After
-a stop, the same command continues. Finished runs keep a checkpoint of the step at which the rate began to fall.
+has one more run, which uses as many, within 1 % or 5 steps. First, the rate and the warm-up of each arm are tuned for
+each number of experts, on a different part of the text, with a different seed, and with the same number of runs for
+each arm. After a stop, the same command continues. Finished runs keep a checkpoint of the step at which the rate began
+to fall.
 """
 
 import argparse
@@ -60,7 +61,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     add("--steps", nargs="+", type=number, default=[400, 1200, 3600, 12000], metavar="N", help=text)
     text = "factors on the learning rate to tune over (default: 0.25 0.5 1 2)"
     add("--lr-factors", nargs="+", type=above_zero, default=[0.25, 0.5, 1.0, 2.0], metavar="X", help=text)
-    text = "learning-rate warm-up steps to tune over; at least the dense start (default: 100)"
+    text = "learning-rate warm-up steps to tune over; not shorter than the dense start, about 100 steps (default: 100)"
     add("--warmups", nargs="+", type=number, default=[100], metavar="N", help=text)
     add("--tuning-steps", type=number, default=1200, metavar="N", help=f"length of a tuning run {default}")
     args = parse_words(parser, words)

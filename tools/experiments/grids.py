@@ -75,7 +75,9 @@ def prepare_text(args: argparse.Namespace, console: Console) -> Text:
     try:
         text, made = Text.read(place), json.loads((folder / "corpus" / "manifest.json").read_text(encoding="utf-8"))
         domains = {*made["domains"], *made["missing"]}
-    except (OSError, ValueError, KeyError) as error:
+    except FileNotFoundError as error:
+        raise ToolError(f"{error.filename}: there is no text yet. Run this without --dry-run first.") from None
+    except (ValueError, KeyError) as error:
         raise ToolError(f"{folder}: not a text of this version ({error}). Remove it, or give --text-dir.") from None
     if domains != {*dataset.CORPORA[args.corpus]()}:
         raise ToolError(

@@ -57,8 +57,9 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
         text = f"for the figure {name}: {setting.label} (default: {' '.join(map('{:g}'.format, setting.values))})"
         add(f"--{name}s", nargs="+", type=above_zero, dest=name, metavar="N", help=text)
     text = (
-        "default: the first three; for the figure routing, most; for a setting, those of the first three that have it"
+        f"default: the first three; for the figure routing all but {', '.join(LEFT_OUT)}; for a setting those of the "
     )
+    text += "first three that have it, or all that have it"
     add("--routings", nargs="+", choices=ARMS, metavar="ROUTING", help=f"of {', '.join(ARMS)} ({text})")
     group = parser.add_argument_group("how to train", "Defaults of launch scripts are the paper's.")
     add = group.add_argument

@@ -1,9 +1,11 @@
 """Load checkpoints without running code from them, go back from damaged ones, and report failed saves."""
 
+import atexit
 import io
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from multiprocessing.managers import SyncManager
 from typing import Any
@@ -109,7 +111,7 @@ def keep_saving_possible() -> None:
     """Start the processes of Megatron's queue of written shards and of --async-save so that they survive SIGTERM.
 
     Slurm sends SIGTERM to all processes, which ends these, so the save that --exit-signal-handler makes would fail or
-    hang. They end with their parent: the queue's would keep the log's pipe open, the other one GPU memory.
+    hang. Both end with the program, and the queue's, which would keep the log's pipe open, even after SIGKILL.
     """
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("fork"))
@@ -120,14 +122,13 @@ def keep_saving_possible() -> None:
     def start_worker(stock: Any, *arguments: Any, **options: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the worker inherits it
         stock(*arguments, **options)
-        signal.signal(signal.SIGTERM, _end_with_children)  # replaced by --exit-signal-handler in the training loop
+        atexit.register(_kill_children)  # before multiprocessing, which would send it SIGTERM and wait
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # --exit-signal-handler replaces it in the training loop
 
 
-def _end_with_children(*_: Any) -> None:
+def _kill_children() -> None:
     for child in multiprocessing.active_children():
         child.kill()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.raise_signal(signal.SIGTERM)
 
 
 def _serve_until_the_parent_ends() -> None:

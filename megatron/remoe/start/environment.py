@@ -71,8 +71,8 @@ def check_settings(args: argparse.Namespace) -> None:
         f"--pipeline-model-parallel-layout {layout}: only the first and the last stage get tokens. Put all m into the "
         "last stage.": "m" in layout.rpartition("|")[0],
         # core/optimizer/__init__.py: init_state_fn = None
-        "--optimizer sgd with --save: Megatron cannot load its state. Add --no-save-optim and --no-load-optim.": (
-            args.optimizer == "sgd" and args.save and not (args.no_save_optim and args.no_load_optim)
+        "--optimizer sgd with --save: Megatron cannot load its state. Add --no-load-optim, or --ckpt-format torch.": (
+            args.optimizer == "sgd" and args.save and args.ckpt_format != "torch" and not args.no_load_optim
         ),
         "--inprocess-restart: this program does not restart in its process. Leave it out.": args.inprocess_restart,
     } | (_fsdp_problems(args) if args.use_megatron_fsdp else {})

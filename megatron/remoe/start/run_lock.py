@@ -62,7 +62,7 @@ def check_save_is_shared(args: argparse.Namespace, model_chunks: list[Any]) -> l
 
     Args:
         args: Megatron's parsed arguments.
-        model_chunks: returned unchanged, as by all hooks of a model's configuration.
+        model_chunks: the model; returned unchanged, as Megatron expects of a hook.
 
     Raises:
         UsageError: on all ranks; names a node that does not see it.
