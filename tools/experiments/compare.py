@@ -1,6 +1,6 @@
 """Compare ReMoE with other routings, by length, at equal steps and at equal FLOPs, each at its best learning rate.
 
-remoe compare --experts 8 --arms moe --steps 400 1200 --seeds 1 2 3   # half an hour on 2 cores
+remoe compare --experts 8 --arms moe --steps 400 1200 --seeds 1 2 3
 remoe compare                                                        # everything: days
 remoe compare --collect                                              # tables and picture so far
 
@@ -154,7 +154,7 @@ def run_of_equal_flops(run: Run, reference: Run, results: Results) -> Run | None
             return None
         tried.add(matched)
         if (better := replace(run, steps=steps)) in tried:
-            return matched  # steps are whole multiples
+            return matched  # no multiple of STEP is nearer
         matched = better
     return matched if tried else None
 

@@ -45,12 +45,8 @@ def grid_parser(name: str, description: str | None, seeds: Sequence[int]) -> arg
     add("--output-dir", type=Path, default=output, metavar="FOLDER", help=text)
     add = parser.add_argument_group("instead of training").add_mutually_exclusive_group().add_argument
     add("--collect", action="store_true", help="only write the table of the output folder, and the picture")
-    add(
-        "--results",
-        type=Path,
-        metavar="FILE.json",
-        help="make the page of this results.json, with the flags of its runs",
-    )
+    text = "make the page of this results.json, with the flags of its runs"
+    add("--results", type=Path, metavar="FILE.json", help=text)
     text = "list commands and state (also with DRY_RUN=1)"
     add("--dry-run", action="store_true", default=is_set(os.environ, "DRY_RUN"), help=text)
     return parser

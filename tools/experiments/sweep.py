@@ -56,10 +56,8 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     for name, setting in SETTINGS.items():
         text = f"for the figure {name}: {setting.label} (default: {' '.join(map('{:g}'.format, setting.values))})"
         add(f"--{name}s", nargs="+", type=above_zero, dest=name, metavar="N", help=text)
-    text = (
-        f"default: the first three; for the figure routing all but {', '.join(LEFT_OUT)}; for a setting those of the "
-    )
-    text += "first three that have it, or all that have it"
+    text = f"default: the first three; figure routing: all but {', '.join(LEFT_OUT)}; a setting: those of the first "
+    text += "three that have it, or all that have it"
     add("--routings", nargs="+", choices=ARMS, metavar="ROUTING", help=f"of {', '.join(ARMS)} ({text})")
     group = parser.add_argument_group("how to train", "Defaults of launch scripts are the paper's.")
     add = group.add_argument

@@ -12,15 +12,7 @@ from ..console.flags import tool_parser, whole_number
 TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "lambada_openai", "piqa", "race")
 FOLDER: dict[str, Any] = {"type": Path, "metavar": "FOLDER"}
 NUMBER: dict[str, Any] = {"type": whole_number(1), "metavar": "N"}
-ONLY_FOR_REMOE = (
-    "num_experts",
-    "moe_router_topk",
-    "moe_granularity",
-    "moe_layer_freq",
-    "data_path",
-    "tokens",
-    "loss_bound",
-)
+ONLY_FOR_REMOE = "num_experts moe_router_topk moe_granularity moe_layer_freq data_path tokens loss_bound".split()
 SEED = 1234  # Megatron's default
 FIT_TOKENS = 32768
 

@@ -12,7 +12,7 @@ from megatron.remoe.files.errors import UsageError
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 
 from ..runs.running import make_main
-from .arguments import parse_export
+from .arguments import SEED, parse_export
 from .checkpoints import check_output, new_folder, save
 from .evaluate.text import bound_experts, check_bound
 from .hf.opening import open_run, read_folder
@@ -33,7 +33,6 @@ from .megatron_model import build, one_process
 from .text import choose_blend, sample
 
 TOKENS = 2048
-SEED = 1234
 SEQUENCE = 4096  # sequence length for training, if a public model has more positions
 RANDOM_TOKENS = 512
 RANDOM = "random tokens"
