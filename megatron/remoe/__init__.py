@@ -1,6 +1,6 @@
 """ReLU routing for Mixture-of-Experts models on Megatron (ReMoE, arXiv 2412.14711).
 
-The public names for your own training script; each is imported on first use.
+Exports the functions and classes for your own training script. Each is imported on first use.
 """
 
 import importlib.metadata

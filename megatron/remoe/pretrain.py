@@ -1,6 +1,6 @@
 """Pre-train a language model with Megatron: dense, top-k Mixture-of-Experts or, with --moe-relu-routing, ReMoE.
 
-Accepts Megatron's flags and those of ReMoE (see --help). Without an accelerator it trains on the CPU.
+Accepts Megatron's and ReMoE's flags (see --help). Trains on the CPU with --cpu, or on one node without an accelerator.
 """
 
 import gc
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
     from megatron.training.models.base import ModelConfig
 
-# Started without torchrun, this is the only process.
+# Environment of a start without torchrun: this is the only process.
 SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def main(observe: "Callable[[ModelConfig], None] | None" = None) -> None:
-    """Train as the command line says. An error ends the process with exit code 1 or 2 and one short message.
+    """Train with the command line's flags. On an error, print a message and exit: code 2 for refused settings, else 1.
 
     Args:
         observe: called with the model's configuration before the model is built, for tools that measure.
     """
-    gc.disable()  # looking for garbage among what imports made takes an eighth of the start
+    gc.disable()  # collecting garbage during the imports takes an eighth of the time to start
     on_cpu = prepare()
     try:
         with ExitStack() as at_the_end:
@@ -35,8 +35,8 @@ def main(observe: "Callable[[ModelConfig], None] | None" = None) -> None:
     except SystemExit:
         raise
     except BaseException as error:
-        # With --exit-signal-handler, Megatron's data loaders ignore the SIGTERM that Python ends them with, and this
-        # process would wait for them forever. PyTorch raises an error when one is killed.
+        # With --exit-signal-handler, data loader workers ignore Python's SIGTERM, and this process would wait for them
+        # forever, so kill them. Turn off PyTorch's SIGCHLD handler first: it raises an error when a worker is killed.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():
             worker.kill()
@@ -54,9 +54,9 @@ def prepare() -> bool:
 
     if "RANK" not in os.environ:
         os.environ.update(SINGLE_PROCESS)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launch scripts make torchrun ignore it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launch scripts make torchrun ignore it; this is inherited
     if sys.platform == "linux" and multiprocessing.get_start_method(allow_none=True) is None:
-        # Megatron's data loaders give their workers a local function, which Python 3.14's default cannot pickle.
+        # Megatron's data loaders pass a local function to workers. Python 3.14's default, forkserver, cannot pickle it.
         multiprocessing.set_start_method("fork")
     console.hide_unhelpful_warnings()
     on_cpu = cpu.is_wanted(sys.argv)
@@ -72,7 +72,7 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_
     Args:
         on_cpu: whether this process trains on the CPU.
         observe: as in `main`.
-        at_the_end: closed by the caller; it then releases the lock of --save and the log.
+        at_the_end: holds the lock of --save and the run's log until the caller closes it.
     """
     from megatron.core.enums import ModelType
     from megatron.remoe import patches

@@ -13,10 +13,10 @@ def with_padding(gather: Collective, reduce_scatter: Collective) -> tuple[Collec
 
     Args:
         gather: `(input, group, output_split_sizes, use_global_buffer)`, correct for equal parts.
-        reduce_scatter: `(input, group, input_split_sizes, use_global_buffer)`, too.
+        reduce_scatter: `(input, group, input_split_sizes, use_global_buffer)`, correct for equal parts.
 
     Returns:
-        Replacements with the same parameters; split sizes count rows of each rank's part.
+        Replacements with the same parameters. A split size is the number of rows in a rank's part.
     """
 
     def padded_gather(

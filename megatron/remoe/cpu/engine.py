@@ -1,4 +1,4 @@
-"""Adapt Megatron to run without an accelerator; each adaptation with its reason."""
+"""Adapt Megatron to run without an accelerator. A comment gives the reason for each change."""
 
 import ctypes
 import os
@@ -23,12 +23,12 @@ def install() -> None:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     # Megatron requires it for tensor parallelism. It orders CUDA kernels and has no effect here.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # Huge pages for large tensors. Without them, steps took up to four times as long on a virtual machine.
+    # Use huge pages for large tensors. Without them, steps took up to four times as long on a virtual machine.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     put = facade.put_in_place()
     if put is not None:
         put.kernels = use_onednn()  # type: ignore[attr-defined]
-        # Adam's averages decay to denormal numbers where an expert is inactive, and its step takes five times as long.
+        # Adam's averages for inactive experts decay to denormal numbers, which make its step five times as slow.
         torch.set_flush_denormal(True)
         _keep_freed_memory()
         _adapt_tensors()
@@ -66,17 +66,17 @@ def _adapt_modules() -> None:
     # Megatron reaches the generator's state through CUDA's internals.
     tensor_parallel_random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
     tensor_parallel_random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
-    # Split sizes become host values only if they are on a CUDA device; the all-to-all takes no tensors.
+    # Megatron turns split sizes into host values only on a CUDA device, and the all-to-all does not accept tensors.
     token_dispatcher.maybe_move_tensor_to_cpu = _to_host
     # gloo gathers only equal parts; experts that are split over tensor parallel ranks gather unequal ones.
     mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = with_padding(
         mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
     )
-    # Megatron-FSDP makes a device of "cuda:" and the current device, and meshes of the type "cuda".
+    # Megatron-FSDP builds a device's name from "cuda:" and the current device, and meshes of the type "cuda".
     for module in (mcore_fsdp_adapter, megatron_fsdp):
         module.torch = facade.with_one_device(module.torch)
     mcore_fsdp_adapter.DeviceMesh = SimpleNamespace(from_group=_cpu_mesh)
-    # It warms up fused kernels, which do not exist here.
+    # This function warms up fused kernels, which do not exist here.
     initialize._warmup_jit_function = lambda *_args, **_kwargs: None
 
 

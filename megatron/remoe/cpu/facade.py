@@ -22,7 +22,7 @@ FACTORIES = tuple(
     "arange as_tensor empty empty_like eye full full_like linspace ones ones_like rand randint randn randperm tensor "
     "zeros zeros_like".split()
 )
-# Megatron 0.19 imports flash-linear-attention here if it is installed. Its kernels need a GPU, and it takes a second.
+# Megatron 0.19 imports flash-linear-attention here if it is installed. That takes a second, and its kernels need a GPU.
 IMPORTS_FLA = "megatron.core.ssm.gated_delta_net.common"
 MEMORY = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
 
@@ -90,7 +90,7 @@ def _cuda() -> types.ModuleType:
 
 
 def _copy(copy: types.ModuleType, module: types.ModuleType, **changes: Any) -> types.ModuleType:
-    """Fill a module with the names of another one, with changes."""
+    """Fill the module `copy` with the names of `module` and with changes; return it."""
     copy.__dict__.update({name: value for name, value in vars(module).items() if name != "__getattr__"} | changes)
     return copy
 
@@ -117,7 +117,7 @@ def with_one_device(facade: types.ModuleType) -> types.ModuleType:
 
 
 class _FacadeFinder(importlib.abc.MetaPathFinder):
-    """Set the facade in each module of Megatron that is imported later, right after its code has run."""
+    """Set the facade in each module of Megatron that is imported later, right after the module's code has run."""
 
     def __init__(self, facade: types.ModuleType) -> None:
         self.facade = facade
@@ -155,7 +155,7 @@ def put_in_place() -> types.ModuleType | None:
     The facade equals torch except for `cuda` and the tensor factories.
 
     Returns:
-        The facade; None if there is one already and nothing was changed.
+        The facade; None if it is in place already.
     """
     if any(isinstance(finder, _FacadeFinder) for finder in sys.meta_path):
         return None

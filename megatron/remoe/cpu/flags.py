@@ -33,7 +33,7 @@ def adapt_arguments(args: argparse.Namespace, trains: bool = True) -> None:
 
     Args:
         args: Megatron's arguments, not yet validated.
-        trains: whether the number format matters.
+        trains: whether the caller trains a model; if not, number formats are not checked.
 
     Raises:
         ValueError: the user asked for a number format that only accelerators have.
@@ -41,9 +41,9 @@ def adapt_arguments(args: argparse.Namespace, trains: bool = True) -> None:
     for name in ("fp16", "fp8", "fp4") if trains else ():
         if getattr(args, name, None):
             raise ValueError(f"--{name} needs an accelerator. On the CPU train in fp32 (the default) or with --bf16.")
-    if getattr(args, "use_megatron_fsdp", False):  # it refuses 1, which is the default here
+    if getattr(args, "use_megatron_fsdp", False):  # it refuses the value 1, which `install` sets
         os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
-    if not os.path.isdir("/proc/self/fd"):  # as on macOS; Megatron's data loader workers read it
+    if not os.path.isdir("/proc/self/fd"):  # missing on macOS; Megatron's data loader workers read it
         args.num_workers = 0
     if trains and args.rank == 0 and not getattr(args, "cpu", True):
         print(f"No GPU, or a driver too old for CUDA {torch.version.cuda}: training on the CPU.", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Compute single-precision matrix products with oneDNN on processors on which PyTorch's choice, MKL, is slower.
+"""Compute single-precision matrix products with oneDNN on processors where MKL, PyTorch's choice, is slower.
 
 Without it, a MoE layer takes 1.7 times as long on Zen 5 with a hidden size of 768, and 1.2 times with 256.
 """
@@ -12,16 +12,16 @@ import torch
 # For smaller products, the call costs more than it gains.
 SMALLEST = 1 << 20
 # oneDNN compiles a kernel for each shape in about half a millisecond, and keeps the last 1024. An expert's number of
-# tokens changes in each step: use oneDNN for a product that is worth a kernel, or if its numbers are likely to recur.
+# tokens changes in each step: use oneDNN for a product that is worth a kernel, or whose shape is likely to recur.
 WORTH_A_KERNEL = 1 << 28
 FEW_TOKENS = 64
 TOKENS_THAT_RECUR = 16
-# From this many rows on, a product and an addition are faster than MKL's product that adds.
+# If the right factor has at least this many rows, a product and an addition are faster than MKL's addmm.
 ROWS_TO_ADD = 32
 
 
-# From this family on, AVX-512 has twice the rate of AVX2, and oneDNN is faster for all products. On Zen 4 it is faster
-# if the left factor is stored row by row; MKL is faster for weight gradients, where it is not.
+# From this family on, AVX-512 has twice the rate of AVX2, and oneDNN is faster for all products. On Zen 4, oneDNN is
+# faster if the left factor is stored row by row. For weight gradients it is not, and MKL is faster.
 ZEN_5 = 26
 
 

@@ -5,7 +5,7 @@ class UsageError(ValueError):
     """Wrong settings, input or output; the message names the flag or file, what is wrong, and the remedy.
 
     Attributes:
-        code: stable, printed after the message; docs/errors.md lists all codes.
+        code: a stable identifier, printed after the message; docs/errors.md lists all codes.
     """
 
     code = ""

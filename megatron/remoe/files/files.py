@@ -1,4 +1,4 @@
-"""Write files atomically: other programs see the old file or the new one, also after a power cut. Lock files."""
+"""Lock files, and write them atomically: other programs see the old or the new file, even after a power cut."""
 
 import errno
 import fcntl
@@ -10,12 +10,12 @@ from typing import IO, Any
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` for a temporary file, wait until the file is on the disk, and rename it to `path`.
+    """Call `write` with a temporary file's path, wait until the file is on the disk, and rename it to `path`.
 
     Raises:
-        OSError: it cannot be written; the temporary file is removed.
+        OSError: the file cannot be written; the temporary file is removed.
     """
-    aside = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")  # containers' processes share numbers
+    aside = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")  # process ids repeat across containers
     try:
         write(aside)
         sync(aside)
@@ -46,7 +46,7 @@ def take_lock(file: IO[Any]) -> bool:
     """Lock an open file until it is closed, here and in processes that inherit it.
 
     Returns:
-        False if another process holds the lock. A file system without locks always gives True.
+        False if another process holds the lock. On a file system without locks, always True.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

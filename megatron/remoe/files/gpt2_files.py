@@ -1,4 +1,4 @@
-"""Read and check a pair of GPT-2 vocabulary files, or write one with the 256 bytes as tokens."""
+"""Read and check a pair of GPT-2 vocabulary files, or write a pair with the 256 bytes as tokens."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def read_gpt2_vocabulary(
     try:
         tokens, merges = models.BPE.read_file(os.fspath(vocab_file), os.fspath(merge_file))
         tokenizer = Tokenizer(models.BPE(tokens, merges))
-    except Exception as error:  # tokenizers has no exception of its own
+    except Exception as error:  # the package tokenizers raises plain exceptions
         raise DataError(
             f"{given}: are not a vocabulary and its merges ({error}). {HOW_TO_GET}", "REMOE-E307"
         ) from error

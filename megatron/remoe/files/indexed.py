@@ -41,7 +41,7 @@ def idx_path(prefix: Path) -> Path:
 
 
 class IndexedWriter:
-    """Write a data set under a temporary name. `publish` renames it; leaving the context before that removes it.
+    """Write a data set under a temporary name. `publish` renames it. Leaving the context without `publish` removes it.
 
     Memory grows by 4 bytes per document. An empty document has a bound but no sequence, as in Megatron-LM's tool.
 
@@ -106,7 +106,7 @@ class IndexedWriter:
 
 
 def _open_alone(path: Path, prefix: Path) -> BinaryIO:
-    """Open, lock and empty a file; a killed run may have left it."""
+    """Open, lock and empty a file, which a killed run may have left."""
     file = path.open("ab")
     # Another run may have published the file between opening and locking.
     if not (take_lock(file) and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
@@ -121,7 +121,7 @@ class IndexedReader:
 
     Args:
         prefix: path of the .bin/.idx pair without suffix.
-        thorough: check every entry of the index (about 2 s per 100 million sequences); otherwise header and sizes.
+        thorough: check every entry of the index (about 2 s per 100 million sequences), not only header and sizes.
 
     Attributes:
         dtype: type of a token.
@@ -185,7 +185,7 @@ class IndexedReader:
         return np.fromfile(bin_path(self.prefix), self.dtype, count, offset=start * self.dtype.itemsize)
 
     def largest_token(self) -> int:
-        """Return the largest id, after reading all tokens."""
+        """Return the largest token id, or -1 without tokens. This reads all tokens."""
         starts = range(0, self.tokens, TOKENS_AT_ONCE)
         return max((int(self.read(start, TOKENS_AT_ONCE).max()) for start in starts), default=-1)
 

@@ -1,7 +1,7 @@
 """Change Megatron where no public hook exists; changes for CPUs are in `megatron/remoe/cpu`.
 
-Each patch states what it changes, what it provides, and what ends it. A test for each fails once Megatron no longer
-needs it.
+Each patch states what it changes, what it provides, and which change in Megatron makes it unnecessary. For each patch,
+a test fails once Megatron no longer needs it.
 """
 
 import os
@@ -39,7 +39,7 @@ PATCHES = (
 def apply_patches(saves: bool = True) -> None:
     """Apply the patches. With an untested version of Megatron, apply none, and warn with a list of lost features.
 
-    The environment variable REMOE_TRY_MEGATRON applies them to any version.
+    With the environment variable REMOE_TRY_MEGATRON, apply them to any version.
 
     Args:
         saves: whether the run writes checkpoints.

@@ -36,7 +36,7 @@ ASYNC_FILE = "core/dist_checkpointing/strategies/filesystem_async.py"
 def load_objects_unexecuted() -> None:
     """Refuse checkpoint objects that could run code.
 
-    PyTorch unpickles them without restriction, although Megatron lists their types.
+    PyTorch unpickles them without restriction, although Megatron lists the safe types.
     """
     torch.serialization.add_safe_globals([Call, Caller])  # checkpoints after a NaN hold these
 
@@ -54,8 +54,8 @@ def load_objects_unexecuted() -> None:
 def go_back_from_damage() -> None:
     """Go back to the previous complete iteration if a checkpoint fails --verify-integrity or holds a damaged object.
 
-    Checkpoints without Megatron's hashes are loaded without this check. Megatron ends some failed loads with exit code
-    0; they become errors.
+    Checkpoints without Megatron's hashes are loaded without this check. Failed loads that Megatron ends with exit code
+    0 become errors. With --no-load-optim, the learning rate's schedule continues from the checkpoint.
     """
 
     @replace(training, "load_checkpoint")
@@ -108,10 +108,10 @@ def name_relu_routers() -> None:
     for_saving=True,
 )
 def keep_saving_possible() -> None:
-    """Start the processes of Megatron's queue of written shards and of --async-save so that they survive SIGTERM.
+    """Keep two processes alive at SIGTERM: Megatron's queue of written shards, and the worker of --async-save.
 
-    Slurm sends SIGTERM to all processes, which ends these, so the save that --exit-signal-handler makes would fail or
-    hang. Both end with the program, and the queue's, which would keep the log's pipe open, even after SIGKILL.
+    Slurm sends SIGTERM to all processes. Without these two, the save of --exit-signal-handler would fail or hang. Both
+    end with the program. The queue's process ends even after SIGKILL, or it would keep the log's pipe open.
     """
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("fork"))
@@ -120,9 +120,9 @@ def keep_saving_possible() -> None:
 
     @replace(initialize, "init_persistent_async_worker")
     def start_worker(stock: Any, *arguments: Any, **options: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the worker inherits it
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the worker inherits this setting
         stock(*arguments, **options)
-        atexit.register(_kill_children)  # before multiprocessing, which would send it SIGTERM and wait
+        atexit.register(_kill_children)  # runs before multiprocessing's exit code, which would send SIGTERM and wait
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # --exit-signal-handler replaces it in the training loop
 
 
@@ -150,7 +150,7 @@ def _serve_until_the_parent_ends() -> None:
     for_saving=True,
 )
 def report_write_errors() -> None:
-    """Report file and reason if part of a checkpoint cannot be written. Megatron keeps only the type of the error."""
+    """Report the file and the reason if a checkpoint cannot be written. Megatron keeps only the error's type."""
 
     @replace(filesystem_async.FileSystemWriterAsync, "write_preloaded_data")
     def write(stock: Any, *arguments: Any, **options: Any) -> Any:

@@ -27,11 +27,11 @@ OPTIMIZER = "core/optimizer/distrib_optimizer.py"
     ends="Megatron lists the same optimizer states on all ranks (NVIDIA/Megatron-LM issue 4910) and compares routings",
 )
 def adapt_fsdp_checkpoints() -> None:
-    """Add an empty optimizer state for each parameter without rows on this rank, and name ReLU routers.
+    """Add an empty optimizer state for each parameter without rows on this rank, and rename ReLU routers' weights.
 
-    Ranks exchange the places of their rows tensor by tensor. Optimizers keep no state for a parameter without rows, so
-    ranks would wait for each other forever, or exchange places of different tensors. A ReLU router's weight is stored
-    as `relu_weight`, as `name_relu_routers` does in Megatron's own format.
+    Ranks exchange the positions of their rows, one tensor at a time. Optimizers keep no state for a parameter without
+    rows, so ranks would wait for each other forever, or exchange positions of different tensors. A ReLU router's weight
+    is stored as `relu_weight`; `name_relu_routers` does the same in Megatron's own format.
     """
 
     @replace(checkpointing, "preprocess_fsdp_dtensor_state_dict")
@@ -68,7 +68,7 @@ def _with_all_states(optimizer: dict[str, Any], parameters: dict[str, torch.Tens
     ends="handle_swiglu_in_state_dict finds parameters without Float16Module",
 )
 def find_parameters_in_fp32() -> None:
-    """Find a model's parameters by name where no Float16Module lies between it and Megatron-FSDP."""
+    """Find a model's parameters by name if Megatron-FSDP wraps it without a Float16Module in between."""
 
     @replace(checkpointing, "handle_swiglu_in_state_dict")
     def split(stock: Any, model: torch.nn.Module, *states: Any) -> Any:
@@ -86,7 +86,7 @@ def find_parameters_in_fp32() -> None:
     ends="reload_model_params does nothing with Megatron-FSDP",
 )
 def keep_loaded_main_weights() -> None:
-    """Copy no loaded weights to Megatron-FSDP's main weights: its checkpoints are loaded into these."""
+    """Do not overwrite Megatron-FSDP's main weights with the model's: checkpoints are loaded into the main weights."""
 
     @replace(DistributedOptimizer, "_copy_model_params_to_main_params")
     def copy(stock: Any, self: DistributedOptimizer, *arguments: Any, **options: Any) -> None:
@@ -102,8 +102,8 @@ def keep_loaded_main_weights() -> None:
 def scale_once_per_step() -> None:
     """Scale gradients held by a single rank once per step.
 
-    Megatron divides such a buffer by the number of data parallel ranks after each micro-batch, with what earlier ones
-    have left in it. With another type for communication it even adds the buffer to itself.
+    After each micro-batch, Megatron divides such a buffer, with the sums of earlier micro-batches in it, by the number
+    of data parallel ranks. With a different dtype for communication, it even adds the buffer to itself.
     """
 
     @replace(GradReducePipeline, "_bucket_group_gradient_reduce")
@@ -124,7 +124,7 @@ def scale_once_per_step() -> None:
 
 
 def _is_of_one_rank(buffer: ParamAndGradBuffer, group: ParameterGroup) -> bool:
-    """Return whether Megatron would reduce the gradients of one rank after each micro-batch."""
+    """Return whether one rank has all of a group's gradients, and Megatron reduces them after each micro-batch."""
     reduces_each_time = buffer.ddp_config.data_parallel_sharding_strategy in ("optim_grads", "optim_grads_params")
     gradients = group.main_grad_buffer
     is_alone = gradients is not None and gradients.data_parallel_group.size() == 1

@@ -1,4 +1,4 @@
-"""Megatron's fusions without Transformer Engine, apex or a compiler. Megatron's own flags turn them on."""
+"""Provide Megatron's fusions without Transformer Engine, apex or a compiler. Megatron's own flags turn them on."""
 
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from megatron.remoe.transformer.cross_entropy import vocab_parallel_cross_entrop
 def enable_torch_weight_gradient_fusion() -> None:
     """Support --gradient-accumulation-fusion without apex.
 
-    apex's module calls a cuBLAS product that torch offers too: half-precision factors, added to an fp32 result.
+    apex calls a cuBLAS product that torch offers too: it adds the product of half-precision factors to an fp32 tensor.
     """
     if not layers._grad_accum_fusion_available:
         layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
@@ -35,8 +35,8 @@ def enable_torch_weight_gradient_fusion() -> None:
 def use_fla_cross_entropy() -> None:
     """Use flash-linear-attention's kernels for --cross-entropy-loss-fusion if the package is installed.
 
-    Megatron's own version is written for torch.compile: it stores an fp32 softmax and returns bf16 gradients to any
-    model.
+    Megatron's own version is written for torch.compile. It stores an fp32 softmax, and returns bf16 gradients even for
+    fp32 models.
     """
     if find_spec("fla") is not None:
         language_module.fused_vocab_parallel_cross_entropy = vocab_parallel_cross_entropy

@@ -18,7 +18,7 @@ COUNTERS = ("advanced iterations", "skipped iterations", "nan iterations")
 
 
 def run_logger() -> logging.Logger:
-    """Return the logger for records of the run's log, which are dicts; none are made unless INFO is enabled."""
+    """Return the logger for the run's log. Its records are dicts, and are dropped unless INFO is enabled."""
     logger = logging.getLogger("megatron.remoe.run")
     logger.propagate = False
     return logger
@@ -100,7 +100,7 @@ def _figures(given: Mapping[str, Any], sums: Mapping[str, Any], seconds: float) 
     Args:
         given: the arguments of `training_log`.
         sums: `total_loss_dict` before its reset.
-        seconds: time of the interval.
+        seconds: duration of the interval.
     """
     args, batch = get_args(), get_current_running_global_batch_size()
     advanced, skipped, not_finite = (sums[name] for name in COUNTERS)
@@ -150,7 +150,7 @@ def _forwarding(evaluate: Callable[..., Any], prefix: str, iteration: int) -> Ca
 
 
 def _set_names(args: argparse.Namespace, prefix: str) -> Iterator[str]:
-    """Yield the name of each evaluated set; "" if there is only one."""
+    """Yield the name of each evaluated set: "test", a name or number of several validation sets, or "" for one."""
     if args.multiple_validation_sets:
         yield from args.validation_set_names or map(str, count())
     while True:

@@ -1,4 +1,4 @@
-"""Make PyTorch's Adam fast, and work in the distributed optimizer, without Transformer Engine and apex."""
+"""Make PyTorch's Adam fast, and resumable in the distributed optimizer, without Transformer Engine and apex."""
 
 from typing import Any
 
@@ -61,7 +61,7 @@ def _is_torchs_adam(optimizer: MegatronOptimizer) -> bool:
 
 
 def _step(number: float, group: dict[str, Any], parameter: torch.Tensor) -> torch.Tensor:
-    """Return PyTorch's step counter: on the device for a fused or capturable optimizer, else on the host."""
+    """Return PyTorch's step counter, an fp32 scalar: on the device if fused or capturable, else on the host."""
     return torch.tensor(float(number), device=parameter.device if group["fused"] or group["capturable"] else "cpu")
 
 
@@ -71,7 +71,7 @@ def _step(number: float, group: dict[str, Any], parameter: torch.Tensor) -> torc
     ends="Megatron creates PyTorch's Adam with fused=True",
 )
 def use_fused_adam() -> None:
-    """Use PyTorch's fused Adam; Megatron's default passes over memory ten times."""
+    """Use PyTorch's fused Adam. Megatron's default reads and writes the optimizer's memory ten times."""
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
 

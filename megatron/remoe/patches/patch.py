@@ -30,14 +30,14 @@ class Patch:
 
 
 def patch(changes: str, provides: str, ends: str, for_saving: bool = False) -> Callable[[Callable[[], None]], Patch]:
-    """Return a decorator that turns a function into the `Patch` that it applies."""
+    """Return a decorator that makes a `Patch` from the function that applies it. The arguments are as in `Patch`."""
     return lambda apply: Patch(apply, changes, provides, ends, for_saving)
 
 
 def replace(owner: Any, name: str) -> Callable[[Callable[..., Any]], None]:
-    """Return a decorator that replaces `owner.name` by a function; it replaces nothing if it was applied before.
+    """Return a decorator that replaces `owner.name` with a function, unless it has done so before.
 
-    The function gets the replaced one as its first argument.
+    The function gets the replaced function as its first argument.
 
     Args:
         owner: module or class.

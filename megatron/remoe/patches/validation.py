@@ -21,18 +21,18 @@ def fill_validation_batches() -> None:
     """Return each sequence once, in full micro-batches.
 
     Megatron's sampler returns one sequence at a time. Other tensor and pipeline ranks wait for a whole micro-batch and
-    fail, and each step takes as many of them as a global batch has, so the set is evaluated that many times. A pipeline
-    stage without data fails too: its number of steps is None.
+    fail. Each step takes as many sequences as a global batch has micro-batches, so the set is evaluated that many
+    times. A pipeline stage without data fails too, because its number of steps is None.
 
     The last global batch is filled up with None, for which a data set returns a sequence whose loss does not count.
-    `args.validation_samples` gets the number of sequences of each set.
+    `args.validation_samples` is set to the number of sequences of each set.
     """
 
     @replace(training, "build_train_valid_test_data_iterators")
     def build(stock: Any, *arguments: Any, **options: Any) -> Any:
         args = get_args()
         args.validation_samples = []
-        random_state = torch.get_rng_state()  # PyTorch's loaders draw seeds from it, which on a CPU is dropout's
+        random_state = torch.get_rng_state()  # PyTorch's loaders draw seeds from it, and on a CPU so does dropout
         iterators = stock(*arguments, **options)
         torch.set_rng_state(random_state)
         if args.full_validation and args.multiple_validation_sets:

@@ -21,7 +21,7 @@ REDUCTIONS = ("reduce_max_stat_across_model_parallel_group", "logical_and_across
     ends="local_multi_tensor_l2_norm in core/utils.py reads no value on the host",
 )
 def keep_norms_on_device() -> None:
-    """Compute the gradient norm on the GPU. On the CPU keep Megatron's function and its digits."""
+    """Compute the gradient norm on the GPU. On the CPU, keep Megatron's function, so that results stay the same."""
     if clip_grads.l2_norm_impl is not local_multi_tensor_l2_norm:
         return
 

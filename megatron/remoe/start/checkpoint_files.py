@@ -19,7 +19,7 @@ from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, read_in
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG = "metadata.json"  # the last file of a checkpoint that Megatron writes, except for integrity.json
-RELEASE = "release"  # in the tracker, and as a folder: weights that no iteration belongs to
+RELEASE = "release"  # content of the tracker, and name of a folder, for weights without an iteration
 _FSDP_SETTINGS = ("args", "iteration", "checkpoint_version")  # keys of fsdp_dtensor's settings
 _FOLDER = re.compile(r"iter_(\d{7,15})")
 _NUMBER = re.compile(r"[0-9]{1,15}")  # Megatron reads it into 64 bits
@@ -31,8 +31,8 @@ class Resume:
 
     Attributes:
         flag: --load or --pretrained-checkpoint.
-        folder: of the iteration or release.
-        saved: Megatron's arguments of the run that wrote it; None if it holds none.
+        folder: the folder of the iteration or release.
+        saved: Megatron's arguments of the run that wrote the checkpoint; None if it holds none.
         step: the iteration to set as --ckpt-step; None if Megatron chooses the same one.
         notice: a line for the user, or "".
     """
@@ -44,7 +44,7 @@ class Resume:
     notice: str = ""
 
     def apply(self, args: argparse.Namespace) -> None:
-        """Set --ckpt-step and an unused flag, mend the tracker file, and print the notice on the first rank."""
+        """Set --ckpt-step and an unused flag, repair the tracker file, and print the notice on the first rank."""
         if self.step is not None:
             args.ckpt_step, args.is_going_back = self.step, True
         if getattr(args, "position_embedding_type", "learned_absolute") != "learned_absolute":
@@ -52,7 +52,7 @@ class Resume:
             args.add_position_embedding = getattr(self.saved, "add_position_embedding", True)
         if args.rank == 0 and self.notice:
             print(self.notice, file=sys.stderr, flush=True)
-        # Megatron exits with code 0 if the tracker is damaged. Each rank may read it before the others have mended it.
+        # Megatron exits with code 0 if the tracker is damaged. Each rank repairs it before it reads it.
         root = self.folder.parent
         if self.step is not None and not _NUMBER.fullmatch(newest_iteration(root)):
             write_text(root / TRACKER, str(self.step))
@@ -118,13 +118,13 @@ def check_is_whole(folder: Path) -> dict[str, Any]:
     """Check that all files of a checkpoint exist and are complete, without reading tensors. Return its settings.
 
     Args:
-        folder: `iter_...` of one iteration, as torch_dist, as fsdp_dtensor, or with one file per rank.
+        folder: `iter_...` of one iteration or `release`, in the format torch_dist, fsdp_dtensor or torch.
 
     Returns:
         The settings, as `common_state` returns them.
 
     Raises:
-        BrokenCheckpointError: names the file and the problem.
+        BrokenCheckpointError: a file is missing, truncated or unreadable; the message names it.
     """
     legacy = sorted(folder.glob("mp_rank_*/*.pt"))
     for file in legacy:
@@ -132,7 +132,7 @@ def check_is_whole(folder: Path) -> dict[str, Any]:
             raise BrokenCheckpointError(f"{file} cannot be read: it is truncated")
     if not legacy:
         index = read_index(folder)
-        if not is_of_fsdp(index):  # there the index is the last file
+        if not is_of_fsdp(index):  # Megatron-FSDP writes the index last
             try:
                 json.loads((folder / CONFIG).read_bytes())
             except (OSError, ValueError) as error:
@@ -142,7 +142,7 @@ def check_is_whole(folder: Path) -> dict[str, Any]:
 
 
 def _check_sizes(folder: Path, index: Metadata) -> None:
-    """Check that all files in a checkpoint's index exist and have their length."""
+    """Check that all files in a checkpoint's index exist and are long enough."""
     ends: dict[str, int] = {}
     for entry in index.storage_data.values():
         ends[entry.relative_path] = max(ends.get(entry.relative_path, 0), entry.offset + entry.length)
@@ -155,7 +155,7 @@ def _check_sizes(folder: Path, index: Metadata) -> None:
 
 
 def newest_whole(root: Path, below: int | None = None, above: int = -1) -> int | None:
-    """Return the iteration of the newest complete checkpoint between `above` and `below`; None if there is none."""
+    """Return the newest complete checkpoint's iteration, strictly between `above` and `below`; None without one."""
     numbers = (int(match[1]) for path in root.glob("iter_*") if (match := _FOLDER.fullmatch(path.name)))
     for iteration in sorted(numbers, reverse=True):
         if above < iteration and (below is None or iteration < below):
@@ -174,9 +174,9 @@ def newest_iteration(root: Path) -> str:
 
 
 def loaded_checkpoint(args: argparse.Namespace) -> tuple[str, Path | None]:
-    """Return the flag whose folder Megatron loads, and the folder of the iteration or release; None if there is none.
+    """Return the flag whose folder Megatron loads, and the folder of the iteration or release (None without one).
 
-    That is --pretrained-checkpoint while --load has no tracker file.
+    The flag is --pretrained-checkpoint, if given, while --load has no tracker file.
     """
     has_tracker = args.load and os.path.lexists(os.path.join(args.load, TRACKER))
     flag = "--pretrained-checkpoint" if args.pretrained_checkpoint and not has_tracker else "--load"
@@ -189,7 +189,7 @@ def loaded_checkpoint(args: argparse.Namespace) -> tuple[str, Path | None]:
 
 
 def is_of_fsdp(index: Metadata) -> bool:
-    """Return whether an index is of Megatron-FSDP's format (fsdp_dtensor), which keeps the settings under a key."""
+    """Return whether an index is in Megatron-FSDP's format, fsdp_dtensor, which has an entry for the settings."""
     return "args" in index.state_dict_metadata
 
 
@@ -198,7 +198,7 @@ def stored_object(folder: Path, entry: Any) -> io.BytesIO:
 
     Args:
         folder: `iter_...` of one iteration.
-        entry: of the index's `storage_data`.
+        entry: a value of the index's `storage_data`.
     """
     with (folder / entry.relative_path).open("rb") as stored:
         stored.seek(entry.offset)
@@ -206,7 +206,7 @@ def stored_object(folder: Path, entry: Any) -> io.BytesIO:
 
 
 def common_state(folder: Path) -> dict[str, Any]:
-    """Return the part of a checkpoint that all ranks share, without tensors; nothing in it is executed.
+    """Return the part of a checkpoint that all ranks share, without tensors. No code in it is executed.
 
     "args" holds Megatron's arguments of the run that wrote it. With one file per rank (--ckpt-format torch), this is
     the whole file of the first rank, with tensors that are not read yet.
@@ -215,7 +215,7 @@ def common_state(folder: Path) -> dict[str, Any]:
         folder: `iter_...` of one iteration.
 
     Raises:
-        BrokenCheckpointError: it cannot be read, or holds objects that are not settings.
+        BrokenCheckpointError: this part cannot be read, or holds objects that could run code.
     """
     files = [*sorted(folder.glob("mp_rank_*/model_optim_rng.pt")), *folder.glob("common.pt")]
     try:

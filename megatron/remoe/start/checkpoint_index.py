@@ -1,4 +1,4 @@
-"""Read a checkpoint's index and objects without running code that they could contain."""
+"""Read a checkpoint's index and objects without running code that they might contain."""
 
 import dataclasses
 import enum
@@ -27,7 +27,7 @@ class BrokenCheckpointError(UsageError):
 
 
 def unwrap(error: BaseException) -> BaseException:
-    """Return the error of one rank if PyTorch has wrapped all of them, else the given error."""
+    """Return one rank's error if PyTorch has wrapped the errors of several ranks, else the given error."""
     while isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return error
@@ -55,7 +55,7 @@ def read_index(folder: Path) -> Metadata:
     """Return torch's index of the tensors and objects in a checkpoint's folder, `iter_...`.
 
     Raises:
-        BrokenCheckpointError: it is missing or cannot be read, or refers to something that could run code.
+        BrokenCheckpointError: the index is missing or cannot be read, or refers to something that could run code.
     """
     index = folder / INDEX
     if not index.is_file():
@@ -73,7 +73,7 @@ def check_object(name: str, content: io.BytesIO) -> None:
     """Check the bytes of an object in a checkpoint, usually a random number generator's state.
 
     Raises:
-        BrokenCheckpointError: it cannot be read, or could run code; the message gives its name.
+        BrokenCheckpointError: the object cannot be read, or could run code; the message gives its name.
     """
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(content)

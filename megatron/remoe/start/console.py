@@ -20,7 +20,7 @@ UNHELPFUL_WARNINGS = (
     r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
 )
 
-# logger: messages about normal events that are logged as warnings
+# logger → pattern of its messages about normal events that are logged as warnings
 UNHELPFUL_LOGS = {
     "megatron.core.rerun_state_machine": r"RerunStateMachine initialized|Setting RerunStateMachine|Result validation",
     "megatron.core.tensor_parallel.random": r"CPU RNG state changed within GPU RNG context",
@@ -35,7 +35,7 @@ def _is_shown(hidden: str, record: logging.LogRecord) -> bool:
 
 
 def hide_unhelpful_warnings() -> None:
-    """Hide the messages listed above. Call it before Megatron is imported."""
+    """Hide `UNHELPFUL_WARNINGS` and `UNHELPFUL_LOGS`. Call it before Megatron is imported."""
     for message in UNHELPFUL_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for name, pattern in UNHELPFUL_LOGS.items():

@@ -32,7 +32,7 @@ def check_data(args: argparse.Namespace) -> None:
         args: Megatron's arguments, validated.
 
     Raises:
-        DataError: names flag, data set, reason and remedy.
+        DataError: a data set is missing or damaged, or a needed split is empty; the message names flag and remedy.
     """
     if args.mock_data or args.perform_rl_step:
         return
@@ -68,7 +68,7 @@ def check_vocabulary(args: argparse.Namespace) -> None:
         args: Megatron's arguments, after it has built the tokenizer.
 
     Raises:
-        DataError: names data set, id, the vocabulary's size and the remedy.
+        DataError: an id is outside the vocabulary; the message names data set, id, the vocabulary's size and remedy.
     """
     size = args.padded_vocab_size
     if args.mock_data or args.perform_rl_step or not size:
@@ -121,7 +121,7 @@ def _check_split(
 
 
 def _blends(args: argparse.Namespace) -> Iterator[tuple[str, Blend, list[tuple[float, float] | None]]]:
-    """Yield flag, data sets and split matrix of each blend."""
+    """Yield the flag, the data sets with weights, and the split matrix of each blend."""
     try:
         blend, per_split = get_blend_and_blend_per_split(args)
     except (AssertionError, LookupError, OSError, TypeError, ValueError) as error:

@@ -1,7 +1,7 @@
 """Check flags before a run starts, and make its output folders.
 
-A check raises a `UsageError`, which names the flag, its value and the remedy; where a folder cannot be written, a
-`DataError`. `args` are Megatron's arguments, validated unless stated otherwise.
+A check raises a `UsageError` that names the flag, its value and the remedy, or a `DataError` if a folder cannot be
+written. `args` are Megatron's arguments: parsed for `check_required_flags` and `check_flips`, validated for the others.
 """
 
 import argparse
@@ -29,9 +29,9 @@ def check_required_flags(args: argparse.Namespace) -> None:
 
 
 def check_settings(args: argparse.Namespace) -> None:
-    """Refuse settings that Megatron would silently ignore, or that it would fail at late.
+    """Refuse settings that Megatron would silently ignore, or that would make it fail late.
 
-    Some of them fail at the first evaluation or save, which can be after the last step.
+    Some would fail at the first evaluation or save, which can be after the last step.
     """
     pattern, experts = args.hybrid_layer_pattern, args.num_experts
     if pattern and bool(experts) != ("E" in pattern):
@@ -56,7 +56,7 @@ def check_settings(args: argparse.Namespace) -> None:
         "--full-validation: Megatron mixes the sets up with virtual pipeline stages. Leave one of them out.": (
             args.full_validation and args.virtual_pipeline_model_parallel_size
         ),
-        # training/global_vars.py: set_global_variables passes only the other one on.
+        # training/global_vars.py: set_global_variables passes on only --step-batch-size-schedule.
         "--rampup-batch-size: Megatron ignores it. Use --step-batch-size-schedule.": args.rampup_batch_size,
         # Megatron plans data and learning rates for --train-iters of --micro-batch-size.
         f"--step-batch-size-schedule {shown(args.step_batch_size_schedule)} needs --train-samples. Give it instead "
@@ -70,7 +70,7 @@ def check_settings(args: argparse.Namespace) -> None:
         ),
         f"--pipeline-model-parallel-layout {layout}: only the first and the last stage get tokens. Put all m into the "
         "last stage.": "m" in layout.rpartition("|")[0],
-        # core/optimizer/__init__.py: init_state_fn = None
+        # core/optimizer/__init__.py sets init_state_fn = None for sgd.
         "--optimizer sgd with --save: Megatron cannot load its state. Add --no-load-optim, or --ckpt-format torch.": (
             args.optimizer == "sgd" and args.save and args.ckpt_format != "torch" and not args.no_load_optim
         ),
@@ -83,21 +83,21 @@ def check_settings(args: argparse.Namespace) -> None:
 def _fsdp_problems(args: argparse.Namespace) -> dict[str, Any]:
     """Return message → whether it holds, for settings with which Megatron-FSDP computes wrong gradients."""
     return {
-        # .../megatron_fsdp.py: all_gather_and_wait_parameters_ready lets it overwrite what micro-batches have added up.
+        # .../megatron_fsdp.py: all_gather_and_wait_parameters_ready lets it overwrite the sum of earlier micro-batches.
         "--use-megatron-fsdp needs --no-gradient-accumulation-fusion. Add it.": args.gradient_accumulation_fusion,
         # core/distributed/fsdp/src/megatron_fsdp/param_and_grad_buffer.py: gradient_reduce_preprocessing
         "--ddp-average-in-collective: Megatron-FSDP does not divide experts' gradients with it. Leave it out.": (
             args.ddp_average_in_collective and args.expert_model_parallel_size > 1
         ),
-        # The same file divides the gradients of one rank of an instance after each micro-batch, and
-        # training/training.py shows it the last micro-batch only with --overlap-grad-reduce.
+        # If one rank of an instance holds a gradient, the same file divides it after each micro-batch. Only with
+        # --overlap-grad-reduce does training/training.py tell it which micro-batch is the last.
         "--num-distributed-optimizer-instances: Megatron-FSDP computes wrong gradients with it in some layouts. Leave "
         "it out.": args.num_distributed_optimizer_instances > 1,
     }
 
 
 def check_flips(args: argparse.Namespace) -> None:
-    """Refuse settings that do not work with --moe-log-flips-interval; routers in a CUDA graph are not seen."""
+    """Refuse settings that do not work with --moe-log-flips-interval; hooks do not see routers in a CUDA graph."""
     interval, graphs = args.moe_log_flips_interval, args.cuda_graph_impl
     if interval is not None and (interval < 1 or not args.num_experts or graphs != "none"):
         raise UsageError(
@@ -111,7 +111,7 @@ def check_local_layers(args: argparse.Namespace, stacks_experts: bool) -> None:
     """Refuse optimizers that would train the experts of --transformer-impl local in a different way.
 
     Args:
-        args: see above.
+        args: Megatron's arguments, validated.
         stacks_experts: whether an expert's weights are a slice of a three-dimensional parameter.
     """
     # core/optimizer/emerging_optimizers.py: _is_nonlinear_or_embedding.
@@ -124,7 +124,7 @@ def check_local_layers(args: argparse.Namespace, stacks_experts: bool) -> None:
 
 
 def make_output_folders(args: argparse.Namespace) -> None:
-    """Make the folders that the run will write into."""
+    """Make the folders that the run will write to."""
     for name in ("save", "tensorboard_dir"):
         folder = getattr(args, name)
         if folder and "://" not in folder:

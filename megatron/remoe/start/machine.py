@@ -11,10 +11,10 @@ from megatron.remoe.files.errors import UsageError
 
 
 def disable_unavailable(on_cpu: bool) -> None:
-    """Turn off compilation and Transformer Engine where they cannot work. Call it before Megatron is imported.
+    """Turn off compilation and Transformer Engine if they cannot work here. Call this before Megatron is imported.
 
-    Megatron compiles small functions when it is imported and calls them at its start, before it reads
-    --disable-jit-fuser. Triton, which makes their kernels, has to compile a part of itself.
+    Megatron decorates small functions with torch.compile when it is imported, and calls them before it reads
+    --disable-jit-fuser. Triton generates their kernels, and needs a C compiler and Python.h for a part of itself.
 
     Args:
         on_cpu: whether this process trains on the CPU, where nothing is compiled and Transformer Engine is not used.
@@ -38,7 +38,7 @@ def check_kernels(kernels: str, on_cpu: bool) -> None:
         on_cpu: whether this process trains on the CPU, where only Triton's interpreter can run them.
 
     Raises:
-        UsageError: names what is missing, and the remedy.
+        UsageError: the kernels cannot run; the message names what is missing and the remedy.
     """
     if kernels == "torch" or os.environ.get("TRITON_INTERPRET") == "1":
         return
@@ -51,7 +51,7 @@ def check_kernels(kernels: str, on_cpu: bool) -> None:
 
 
 def missing_for_triton() -> str:
-    """Return what Triton needs (runtime/build.py) and cannot find, or ""."""
+    """Return the name of what Triton's runtime/build.py needs and cannot find, or ""."""
     names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     if not any(map(shutil.which, names)):
         return f"C compiler ({' or '.join(names)})"

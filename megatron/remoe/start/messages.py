@@ -53,10 +53,10 @@ SECONDS_FOR_LOCAL_RANK_0, SECONDS_FOR_OTHERS = 2, 5
 def usage_errors() -> Iterator[None]:
     """End the process with exit code 2 and one message, without a traceback, if settings or files are refused.
 
-    Flags are the same on all ranks and the environment on all of a node, so only the first rank of each node prints
-    that they are wrong. A wrong file can concern one rank only, which then prints too. All others first wait: torchrun
-    ends all ranks when one fails, so the first could not print. Ended by torchrun they exit with 0, because its report
-    has seven lines for each failure.
+    Only the first rank of each node prints errors of flags and the environment, which are the same on the whole node.
+    Every rank prints errors of files, which might concern only this rank. All ranks but the first wait before they end:
+    torchrun ends all ranks when one fails, and the first might not have printed yet. A rank that torchrun ends while it
+    waits exits with code 0, because torchrun's report has seven lines for each failure.
     """
     try:
         yield
@@ -77,7 +77,7 @@ def usage_errors() -> Iterator[None]:
 
 
 def explain_flag_errors(parser: argparse.ArgumentParser) -> None:
-    """Raise a UsageError for wrong flags, without Megatron's usage of 700 lines. Let --help print all flags."""
+    """Make the parser raise a `UsageError` for wrong flags, without 700 lines of usage. Let --help list all flags."""
     parser.usage = parser.usage or "%(prog)s [--flag [value ...] ...]"
 
     def refuse(message: str) -> NoReturn:
@@ -118,7 +118,7 @@ def exit_with_message(error: BaseException) -> NoReturn:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return an error's message with its code; for errors of others, the kind, the first line and the remedy."""
+    """Return a `UsageError`'s message with its code, or another error's type and first line, and a remedy."""
     if isinstance(error, UsageError):
         return with_code(error)
     text, kind = str(error).strip(), type(error).__name__

@@ -35,11 +35,11 @@ def lock_save_folder(args: argparse.Namespace, lease_seconds: float = LEASE_SECO
 
     Args:
         args: Megatron's parsed arguments.
-        lease_seconds: the same for all runs that share a folder.
+        lease_seconds: must be the same for all runs that share a folder.
 
     Raises:
-        UsageError: after the heartbeat of another run, whose host and process it names; or after `lease_seconds` if
-            the lock is not from this program.
+        UsageError: another run is alive (the message names its host and process), or a lock that this program did not
+            write is still there after `lease_seconds`.
         DataError: the folder cannot be written.
     """
     if args.rank or args.skip_train or not args.save or "://" in args.save:
@@ -58,14 +58,14 @@ def lock_save_folder(args: argparse.Namespace, lease_seconds: float = LEASE_SECO
 
 
 def check_save_is_shared(args: argparse.Namespace, model_chunks: list[Any]) -> list[Any]:
-    """Check that every node sees the first rank's lock in --save. Call it on all ranks, with process groups.
+    """Check that every node sees the first rank's lock in --save. Call it on all ranks, after torch.distributed starts.
 
     Args:
         args: Megatron's parsed arguments.
         model_chunks: the model; returned unchanged, as Megatron expects of a hook.
 
     Raises:
-        UsageError: on all ranks; names a node that does not see it.
+        UsageError: a node does not see it. All ranks raise it, and the message names the node.
     """
     if not args.save or args.skip_train or "://" in args.save:
         return model_chunks
@@ -92,7 +92,7 @@ def _acquire(lease: SoftFileLease, lock: Path, lease_seconds: float) -> None:
             before, beat = beat, lock.lstat().st_mtime_ns
             holder = ", ".join(re.findall("^(?:pid|host)=.*", lock.read_text(errors="replace"), re.MULTILINE))
         except FileNotFoundError:
-            continue  # it has ended
+            continue  # the other run has ended
         if before not in (0, beat) or waited > lease_seconds + SPARE_SECONDS:
             raise UsageError(
                 f"--save {lock.parent}: another run writes there ({holder}). Wait until it ends, stop it, or give a "
@@ -111,4 +111,4 @@ def _lost(compromise: LeaseCompromise) -> None:
         print(f"{words}: another run could start in the same --save folder.", file=sys.stderr, flush=True)
         return
     print(f"error: {words}: another run took it over, and this one ends.", file=sys.stderr, flush=True)
-    os._exit(1)  # in a thread: the run must not save again
+    os._exit(1)  # sys.exit would end only this thread, and the run must not save again

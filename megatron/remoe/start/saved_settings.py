@@ -1,8 +1,8 @@
 """Compare this run's settings with those saved in the checkpoint that it resumes from, before anything starts.
 
-Megatron sorts its settings into configurations (`PretrainConfigContainer`) and its flags into groups. Those of the
-model, the optimizer, the schedule and the data count, so new ones count too. Left out are those that also belong to a
-configuration of the layout or of the output, and those whose names say that they only change speed or memory.
+Megatron sorts its settings into configurations (`PretrainConfigContainer`) and its flags into groups. This module
+compares those of the model, the optimizer, the schedule and the data, including future ones. It leaves out settings
+that also belong to a configuration of layout or output, and those that, by their names, change only speed or memory.
 """
 
 import argparse
@@ -31,12 +31,12 @@ from megatron.training.config import PretrainConfigContainer
 # Configurations in Megatron's container. The model and the scheduler have their own rules.
 COMPARED = ("optimizer", "rng")
 NOT_COMPARED = ("ddp", "dist", "logger", "checkpoint", "profiling", "validation", "tokenizer")
-# Groups of flags that the configurations do not have, or under other names.
+# Groups of flags that are missing from the configurations, or have different names there.
 FLAG_GROUPS = ("network size", "moe", "data and dataloader")
 # Also compared: the kind of optimizer state, and settings of the training loop and of precision.
 ALWAYS_COMPARED = {"use_distributed_optimizer", "use_megatron_fsdp", "bf16", "fp16", "dataloader_type"}
 ALWAYS_COMPARED |= {"global_batch_size", "step_batch_size_schedule"}
-# Parts of names of settings that change speed or memory only, or repeat another setting.
+# Matches the names of settings that change only speed or memory, or repeat a different setting.
 WITHOUT_EFFECT = re.compile(
     "recompute|fus(ed|ion|er)|offload|overlap|dispatcher|deepep|hybridep|ncclep|stash|gemm|cuda_graph|inference|"
     "backend|_impl|kernels?$|comm_|comm$|num_sms|pipeline|meta_device|tracker|logging|logger|deterministic|"
@@ -46,24 +46,24 @@ WITHOUT_EFFECT = re.compile(
 RATES = {"lr", "min_lr"}  # Megatron identifies parameter groups in a checkpoint by these
 ENDS = {"lr_decay_iters", "lr_decay_samples"}  # compared as samples
 DEFAULTS = (None, False, 0, 1)  # values with which a removed flag had no effect
-# Megatron replaces the flags' words when it validates them; converted checkpoints still have the words.
+# Validation replaces the words of these flags by dtypes; converted checkpoints still have the words.
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "fp8"}
-SHOWN = 120  # characters of a setting, for example of a list of data sets
+SHOWN = 120  # most characters of a setting in a message, for example of a list of data sets
 
 
 def check_loaded_run(args: argparse.Namespace, resume: Resume | None = None) -> bool:
-    """Refuse a checkpoint that would silently continue as a different run, and a start that would overwrite newer ones.
+    """Refuse to continue a checkpoint silently as a different run, or to overwrite newer checkpoints.
 
     Args:
         args: Megatron's arguments, validated and with the size of the tokenizer's vocabulary.
-        resume: the checkpoint to resume from, if it was chosen already.
+        resume: the checkpoint to resume from, if it has been chosen already.
 
     Returns:
         Whether the run continues with the same learning rates to a different end. The caller then has to set
         `args.override_opt_param_scheduler`: Megatron refuses a different end, because weight decay can depend on it.
 
     Raises:
-        UsageError: names the flag, both values and the remedy.
+        UsageError: a setting differs, newer checkpoints would be overwritten, or --load has none.
     """
     resume = resume or choose_checkpoint(args)
     trains = not (args.finetune or args.skip_train)
@@ -110,7 +110,7 @@ def result_settings() -> set[str]:
 
 
 def schedule_settings() -> set[str]:
-    """Return the names of the settings of the learning rate's and weight decay's schedule."""
+    """Return the names of the settings that define the schedules of learning rate and weight decay."""
     names = {*_names(typing.get_type_hints(PretrainConfigContainer)["scheduler"]), "weight_decay"}
     return {name for name in names - ENDS if not name.endswith("opt_param_scheduler")}
 
@@ -120,16 +120,16 @@ def _names(*configurations: Any) -> list[str]:
 
 
 def differences(args: argparse.Namespace, saved: argparse.Namespace, names: set[str]) -> str:
-    """Return the settings that differ as flags with both values, or "".
+    """Return the settings that differ, as flags with both values, or "".
 
     Args:
-        args, saved: of this run and of the checkpoint; settings that only one of them has are skipped.
+        args, saved: arguments of this run and of the checkpoint; settings that only one of them has are skipped.
         names: the settings to compare.
     """
     if getattr(args, "step_batch_size_schedule", None):
         names = names - {"global_batch_size"}  # Megatron derives one from the number of GPUs
     if getattr(args, "hybrid_layer_pattern", None) and not getattr(saved, "hybrid_layer_pattern", None):
-        names = names - {"hybrid_layer_pattern", "num_layers"}  # Megatron reads GPTModel's checkpoints
+        names = names - {"hybrid_layer_pattern", "num_layers"}  # a HybridModel can load a GPTModel's checkpoint
     if not getattr(args, "group_query_attention", False):
         names = names - {"num_query_groups"}  # Megatron's FLOPs count changes it during the run
     divisors = ("make_vocab_size_divisible_by", "tensor_model_parallel_size")
@@ -161,7 +161,7 @@ def _removed_settings(saved: argparse.Namespace) -> str:
 
 
 def _comparable(value: Any) -> Any:
-    """Return data sets by their names, because they may have been moved, and a pattern of layers without its stages."""
+    """Return a value that can be compared: a path's name, as data may have moved; a layer pattern without stages."""
     if isinstance(value, list):
         return [_comparable(item) for item in value]
     if not isinstance(value, str):
@@ -183,7 +183,7 @@ def _short(value: Any) -> str:
 
 
 def _check_keeps_saved(args: argparse.Namespace, start: int) -> None:
-    """Refuse to overwrite newer whole checkpoints in --save; if --load is --save, only print a warning."""
+    """Refuse to overwrite newer complete checkpoints in --save. If --load is the same folder, only print a warning."""
     newest = newest_whole(Path(args.save), above=start)
     if newest is None:
         return
@@ -200,7 +200,7 @@ def _check_keeps_saved(args: argparse.Namespace, start: int) -> None:
 
 
 def _check_is_there(args: argparse.Namespace) -> None:
-    """Refuse to start from random weights, as Megatron does if it finds no checkpoint, except at a first start."""
+    """Refuse to start from random weights if a checkpoint is missing, except at a first start with --load as --save."""
     places = {"--pretrained-checkpoint": args.pretrained_checkpoint, "--load": args.load}
     given = {flag: folder for flag, folder in places.items() if folder}
     is_elsewhere = any("://" in folder for folder in given.values())

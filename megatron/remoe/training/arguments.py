@@ -28,7 +28,7 @@ ArgumentsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
 
 def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags of ReMoE to Megatron's parser: the fields of `ReMoEConfig` and options of the training."""
+    """Add ReMoE's flags to Megatron's parser: the fields that `ReMoEConfig` adds, and options for training."""
     group = ArgumentGroupFactory(ReMoEConfig, exclude=MEGATRONS_FIELDS).build_group(parser, title="ReMoE")
     group.description = "Mixture-of-Experts with ReLU routing (arXiv 2412.14711)"
     group.add_argument(
@@ -101,10 +101,10 @@ def parse_args(
     """Parse the flags without Megatron's validation; apply granularity, defaults and tokenizer files.
 
     Args:
-        extra_args_provider, args_defaults: as above.
+        extra_args_provider, args_defaults: as in `parse_and_validate_args`.
 
     Raises:
-        ValueError: a flag cannot be used with ReLU routing or granularity.
+        ValueError: a flag is wrong, or cannot be used with ReLU routing or granularity.
         DataError: the tokenizer's files are missing or wrong.
     """
 
@@ -132,14 +132,14 @@ def parse_args(
 
 
 def load_saved_args(args: argparse.Namespace) -> None:
-    """With --use-checkpoint-args, read the model's shape from the checkpoint before validation, and check it then.
+    """With --use-checkpoint-args, read the model's shape from the checkpoint and check it. Call this before validation.
 
     Raises:
-        ValueError, DataError: as `parse_args` does.
+        ValueError, DataError: as in `parse_args`; or no complete checkpoint exists (`BrokenCheckpointError`).
     """
     if not args.use_checkpoint_args:
         return
-    tokenizer, resume = args.tokenizer_type, choose_checkpoint(args)  # also refuses code in it
+    tokenizer, resume = args.tokenizer_type, choose_checkpoint(args)  # refuses a checkpoint with code
     if resume is None:
         problem = "--use-checkpoint-args: there is no checkpoint in --load or --pretrained-checkpoint."
         raise BrokenCheckpointError(problem, "REMOE-E404")
@@ -147,10 +147,10 @@ def load_saved_args(args: argparse.Namespace) -> None:
     load_args_from_checkpoint(args, load_arg=resume.flag.removeprefix("--").replace("-", "_"))
     saved = resume.saved
     files = getattr(saved, "gpt2_files", None) if args.use_tokenizer_model_from_checkpoint_args else None
-    if args.vocab_file:  # it belongs to the flag's tokenizer
+    if args.vocab_file:  # this file belongs to the tokenizer of the flags, not to that of the checkpoint
         args.tokenizer_type = tokenizer
     elif files and (all(map(os.path.isfile, files)) or not os.path.isdir(args.tokenizer_model)):
-        # Megatron has read the folder that another machine made of these files.
+        # Megatron has read the path of a folder made from these files, perhaps on a different machine.
         args.tokenizer_type, (args.vocab_file, args.merge_file) = GPT2_TOKENIZER, files
     _check_model(args)
 
@@ -166,13 +166,13 @@ def _check_model(args: argparse.Namespace) -> None:
         raise ValueError("\n".join(problems))
     check_flips(args)
     if args.moe_relu_routing:
-        # The L1 term replaces it. Megatron would all-reduce and log a load-balancing loss of zero.
+        # The L1 term replaces the load-balancing loss. Megatron would still all-reduce and log it, as zero.
         args.moe_router_load_balancing_type = "none"
     use_local_gpt2_files(args)
 
 
 def drop_ignored_fork_flags(args: argparse.Namespace) -> None:
-    """With --moe-relu-routing, drop the top-k settings that the authors' code ignores, and print which."""
+    """With --moe-relu-routing, drop the top-k settings that the authors' code ignores, and print their names."""
     if not args.moe_relu_routing:
         return
     ignored = []
@@ -195,12 +195,12 @@ def drop_ignored_fork_flags(args: argparse.Namespace) -> None:
 
 
 def apply_granularity(args: argparse.Namespace) -> None:
-    """Split each expert into G finer ones: E·G experts, top k·G, hidden size /G (paper section 4.3).
+    """Split each expert into G finer ones: E·G experts, top k·G, hidden size divided by G (paper section 4.3).
 
-    Call this before anything reads the arguments: FLOPs counts, expert-parallel checks and configurations do.
+    Call this before FLOPs counts, expert-parallel checks and configurations read the arguments, which it changes.
 
     Raises:
-        UsageError: there are no experts, their size is unknown, or G does not divide it.
+        UsageError: G is below 1, there are no experts, their size is unknown, or G does not divide it.
     """
     granularity = args.moe_granularity
     if granularity == 1:
@@ -231,7 +231,7 @@ def transformer_config_from_args(args: argparse.Namespace) -> TransformerConfig:
     routes = args.moe_relu_routing or args.moe_baseline_router or args.moe_warmup_topk is not None
     ours: type[TransformerConfig] | None = ReMoEConfig if routes or wants_kernels(args) else None
     if ours and args.multi_latent_attention:
-        # Megatron would replace the class. Without a rope type the configuration's default applies, which is YaRN.
+        # With this flag set, Megatron would replace the class. Without a rope type, the class's default applies: YaRN.
         ours, rope_type = ReMoEMLAConfig, None if args.rope_type == "yarn" else args.rope_type
         args = argparse.Namespace(**vars(args) | {"multi_latent_attention": False, "rope_type": rope_type})
     return megatron.core_transformer_config_from_args(args, config_class=ours)

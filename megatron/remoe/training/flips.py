@@ -30,7 +30,7 @@ class FlipMeter:
         """
         Args:
             args: Megatron's arguments; every `moe_log_flips_interval`th update is measured.
-            forward_step: as Megatron's loop takes it.
+            forward_step: the function that Megatron's loop calls for each micro-batch.
         """
         self.chunks: list[torch.nn.Module] = []  # the model on this rank, with all virtual pipeline stages
         self._args, self._forward_step = args, forward_step
@@ -41,8 +41,8 @@ class FlipMeter:
         """Keep this rank's sequences. Call it once for each virtual pipeline stage.
 
         Args:
-            data_sets: training, validation and test set, each None if this rank does not need it; the validation set
-                may be a list of several.
+            data_sets: training, validation and test set, each None if this rank does not need it; there may be a list
+                of several validation sets.
         """
         train, valid, *_ = data_sets
         data = valid[0] if isinstance(valid, list) and valid else valid or train
@@ -53,18 +53,18 @@ class FlipMeter:
         )
 
     def after_update(self, iteration: int) -> dict[str, Any] | None:
-        """Route the calibration set if it is time; call this on every rank after each update.
+        """Measure the flips of an update if it is due. Call this on every rank after each update.
 
         Args:
             iteration: number of updates so far.
 
         Returns:
-            None if this update is not measured; the first one after a start never is. Otherwise
+            None if this update is not measured; the first update after a start never is. Otherwise
             - "rate": share of the (token, expert) pairs of all MoE layers that became active or inactive;
-            - "count": such pairs per token and layer;
+            - "count": number of such pairs per token and layer;
             - "layer_rate": layer number (from 1) → the rate of that layer;
-            - "changed_tokens": share of tokens, over all MoE layers, that got other experts. If top-1 sends a token to
-              another expert, it counts once here and twice in the rate.
+            - "changed_tokens": share of tokens, over all MoE layers, whose set of experts changed. If top-1 sends a
+              token to a different expert, it counts once here and twice in the rate.
         """
         interval = self._args.moe_log_flips_interval
         if iteration % interval not in (0, interval - 1):
@@ -77,7 +77,7 @@ class FlipMeter:
 
     @torch.no_grad()
     def _route(self) -> Maps:
-        """Return the routing maps of this rank's routers, in the order of their calls."""
+        """Return the routing maps of this rank's routers in the decoder, in the order of their calls."""
         args, config = self._args, get_model_config(self.chunks[0])
         maps: Maps = []
 
@@ -90,14 +90,14 @@ class FlipMeter:
         hooks = [
             router.register_forward_hook(keep)
             for router, number in zip(routers, numbers, strict=True)
-            if number <= config.num_layers  # the decoder's
+            if number <= config.num_layers  # leave out multi-token prediction
         ]
         with _aside(self.chunks, args.seed):
             get_forward_backward_func()(
                 forward_step_func=lambda data, model: (self._forward_step(data, model)[0], None),
                 data_iterator=[repeat(batch) for batch in self._batches],
                 model=self.chunks,
-                # Interleaved stages need at least this many.
+                # The interleaved schedule needs at least this many micro-batches.
                 num_microbatches=config.microbatch_group_size_per_vp_stage if len(self.chunks) > 1 else 1,
                 seq_length=args.seq_length,
                 micro_batch_size=args.eval_micro_batch_size,
@@ -145,7 +145,7 @@ def _aside(chunks: list[torch.nn.Module], seed: int) -> Iterator[None]:
         chunk.eval()
     config.timers = None
     torch.manual_seed(seed)
-    if all(map(torch.is_tensor, states.values())):  # random routing draws from these; --te-rng-tracker has generators
+    if all(map(torch.is_tensor, states.values())):  # random routing draws from them; --te-rng-tracker holds generators
         tracker.set_states(dict.fromkeys(states, torch.cuda.get_rng_state()))
     try:
         yield

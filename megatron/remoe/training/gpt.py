@@ -25,8 +25,8 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], vp_stage: int | 
     """Return the next micro-batch on this rank.
 
     Returns:
-        tokens, labels, loss_mask, attention_mask, position_ids: `[micro_batch, sequence / context parallel size]`
-        (the attention mask: `[micro_batch, 1, sequence, sequence]`); None if this stage does not need it.
+        tokens, labels, loss_mask, attention_mask, position_ids: `[micro_batch, s]` with s = sequence / context parallel
+        size; the attention mask is `[micro_batch, 1, s, sequence]`. Each is None if this stage does not need it.
     """
     if not is_first_or_last_pipeline_stage(vp_stage):
         return (None,) * len(BATCH_KEYS)
@@ -60,11 +60,11 @@ def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tens
     """Sum the losses of the tokens on this rank.
 
     Args:
-        loss_mask: `[micro_batch, sequence]`, 1 for tokens to count.
+        loss_mask: `[micro_batch, sequence]`, 1 for tokens that count.
         losses: `[micro_batch, sequence]`, cross entropy in nats.
 
     Returns:
-        The summed loss, its number of tokens (int32), and the two together for Megatron's report of "lm loss".
+        The summed loss, the number of its tokens (int32), and both in one tensor `[2]` for Megatron's "lm loss".
     """
     loss_mask = loss_mask.view(-1).float()
     loss = torch.sum(losses.view(-1).float() * loss_mask)
@@ -103,7 +103,7 @@ def _builds_datasets(vp_stage: int | None) -> bool:
 
 
 def dataset_config() -> GPTDatasetConfig:
-    """Build Megatron's data set configuration from its arguments."""
+    """Build Megatron's data set configuration from its global arguments."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences_per_dataset = None
@@ -130,7 +130,7 @@ def dataset_config() -> GPTDatasetConfig:
 def train_valid_test_datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> Any:
     """Build the training, validation and test sets; None for a set without sequences.
 
-    Lowers `args.consumed_valid_samples` if evaluations have other settings than before a checkpoint.
+    Lowers `args.consumed_valid_samples` if the evaluation settings have changed since the checkpoint.
 
     Args:
         num_samples: number of sequences of each set.

@@ -35,7 +35,7 @@ def use_local_gpt2_files(args: argparse.Namespace) -> None:
     if args.tokenizer_type == GPT2_TOKENIZER:
         args.tokenizer_model = str(gpt2_tokenizer_folder(args.vocab_file, args.merge_file))
         args.tokenizer_type = FOLDER_TOKENIZER
-        # Megatron would prefer these flags to the folder. Tools on a machine without the folder need the files.
+        # Megatron would prefer the flags to the folder, so clear them. Tools on machines without the folder need paths.
         args.gpt2_files = [os.path.abspath(args.vocab_file), os.path.abspath(args.merge_file)]
         args.vocab_file = args.merge_file = None
 
@@ -48,8 +48,8 @@ def gpt2_tokenizer_folder(vocab_file: Place | None, merge_file: Place | None, ca
     Args:
         vocab_file: GPT-2's encoder.json or vocab.json.
         merge_file: GPT-2's vocab.bpe or merges.txt.
-        cache_dir: where to keep the folder; defaults to megatron-remoe in the user's cache ($XDG_CACHE_HOME or
-            ~/.cache), or in the temporary folder if that cannot be written.
+        cache_dir: parent of the folder; defaults to megatron-remoe in the user's cache ($XDG_CACHE_HOME or ~/.cache),
+            or to megatron-remoe-UID in the temporary folder if the cache cannot be written.
 
     Raises:
         DataError: a file is missing or wrong; the message names flag, path and remedy.
@@ -70,7 +70,7 @@ def gpt2_tokenizer_folder(vocab_file: Place | None, merge_file: Place | None, ca
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return _write_missing(contents, cache / "megatron-remoe" / name)
-    except (OSError, RuntimeError):  # RuntimeError: nobody's home, as in a container with an unknown user
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home folder, as an unknown user in a container
         return _write_missing(contents, Path(tempfile.gettempdir()) / f"megatron-remoe-{os.getuid()}" / name)
 
 

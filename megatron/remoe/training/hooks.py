@@ -52,18 +52,18 @@ type ModelConfig = GPTModelConfig | HybridModelConfig
 
 
 def install_routing(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
-    """Install the router that the flags ask for, and its hooks. Do nothing without such a flag.
+    """Install the router that the flags ask for, and its hooks. Without such a flag, keep Megatron's router.
 
-    Its hooks update λ or a baseline's state after each step, log the figures, set the k of --moe-warmup-topk, and pass
-    token ids to --moe-baseline-router hash. The patches are applied too. With --moe-per-layer-logging the pairs of
-    top-k routing are counted.
+    The hooks update λ or a baseline's state after each step, log the figures, set the k of --moe-warmup-topk, and pass
+    token ids to --moe-baseline-router hash. With these routers, the patches are applied too. With Megatron's router,
+    --moe-per-layer-logging counts its pairs, except in CUDA graphs.
 
     Args:
         args: arguments from `parse_and_validate_args`.
         model_cfg: built with `transformer_config_from_args`; its layer specification may be the caller's own.
 
     Raises:
-        TypeError: `model_cfg` has a different configuration class, or its layers do not support the router.
+        TypeError: the configuration's class is wrong, or, at the latest when they are built, MoE layers do not fit.
     """
     router: type[TopKRouter]
     prepare: Callable[[list[torch.nn.Module]], list[torch.nn.Module]]
@@ -110,7 +110,7 @@ def _install_counter(
 
 
 def _restore_for_reruns(counter: SparsityController | PairCounter) -> None:
-    """Let Megatron undo an update before it runs a step again: the step sees the same λ, and moves it once."""
+    """Restore the counter's state when Megatron runs a step again: the step sees the same λ, and moves it once."""
     machine = get_rerun_state_machine()
     if (save := machine.state_save_func) is None or (restore := machine.state_restore_func) is None:
         return
@@ -130,8 +130,8 @@ def _restore_for_reruns(counter: SparsityController | PairCounter) -> None:
 
 def _install_warmup(args: argparse.Namespace, model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
     def begin_step(router: WarmupTopKRouter, _inputs: Any) -> None:
-        # Megatron's loop sets the first when it loads, the second at each step. An evaluation belongs to the step
-        # before.
+        # Megatron sets `iteration` when it loads a checkpoint, and `curr_iteration` at each step. An evaluation uses
+        # the k of the step before it.
         router.begin_step(max(args.iteration, getattr(args, "curr_iteration", 0)))
 
     for module in (module for chunk in model_chunks for module in chunk.modules()):
@@ -144,12 +144,12 @@ def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> No
     """Install layers with PyTorch's fused kernels for --transformer-impl local, for any routing.
 
     With --no-local-layer-fusion only the norms change, and only for sequence parallelism. With Transformer Engine only
-    the MoE layers change, and only with --moe-kernels. The attention of --qk-layernorm-all-heads and
-    --multi-latent-attention is installed into any layers.
+    the MoE layers change, and only with --moe-kernels. --qk-layernorm-all-heads and --multi-latent-attention change the
+    attention of both.
 
     Args:
-        args: arguments from `parse_and_validate_args`. The data loader's causal attention mask is turned off: the
-            kernels do not need it.
+        args: arguments from `parse_and_validate_args`. The data loader's causal attention mask is turned off if the
+            fused kernels do not need it.
         model_cfg: its layer specification may be the caller's own.
 
     Raises:
@@ -175,7 +175,7 @@ def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> No
         if not args.sequence_parallel:
             return spec
         if isinstance(spec, ModuleSpec) and not is_hybrid:
-            # Otherwise Megatron chooses the final norm itself.
+            # With the specification of a single layer, Megatron would choose the final norm itself.
             num_layers = get_num_layers_to_build(model_cfg.transformer, vp_stage=vp_stage)
             spec = TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=WrappedTorchNorm)
         return with_sequence_parallel_norms(spec)
@@ -214,11 +214,11 @@ def build_model(args: argparse.Namespace) -> Any:
 
 
 def rebuild_prediction_layers(change: Callable[[Any, int | None], Any], model_chunks: list[Any]) -> list[Any]:
-    """Rebuild GPTModel's layers of multi-token prediction, which no setting of Megatron changes; a pre-wrap hook.
+    """Rebuild GPTModel's layers of multi-token prediction in a pre-wrap hook: no setting of Megatron changes them.
 
     Args:
-        change: returns the changed submodules of a block, from those and the virtual pipeline stage.
-        model_chunks: the model on this rank, as Megatron built it; returned.
+        change: takes a block's submodules and the virtual pipeline stage; returns the changed submodules.
+        model_chunks: the model on this rank, as Megatron built it; changed in place and returned.
     """
     for chunk in model_chunks:
         if chunk.mtp_process:
@@ -258,7 +258,7 @@ def with_flips(
         args: Megatron's arguments.
         model_cfg: the configuration that the model will be built from.
         provider: builds the data sets.
-        forward_step: as Megatron's loop takes it.
+        forward_step: the function that Megatron's loop calls for each micro-batch.
     """
     if args.moe_log_flips_interval is None:
         return provider

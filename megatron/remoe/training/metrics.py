@@ -1,4 +1,4 @@
-"""Log sparsity, λ, expert load and flips: Megatron's line, TensorBoard, Weights & Biases, and the run's log."""
+"""Log sparsity, λ, expert load and flips to Megatron's line, TensorBoard, Weights & Biases and the run's log."""
 
 import argparse
 from dataclasses import asdict
@@ -16,7 +16,7 @@ PRINTED |= {"lowest_layer_sparsity": ".6f", "highest_layer_sparsity": ".6f"}
 
 
 class ReMoEMetricsTracker(MoEMetricsTracker):
-    """Megatron's tracker with the figures of the sparsity controller and the measured flips in its report.
+    """Add the sparsity controller's figures and the measured flips to the report of Megatron's tracker.
 
     Megatron's loop asks for a report after every step and prints it at log intervals. Figures are fetched from the
     device only if they are written.
@@ -28,7 +28,7 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
         self._args, self._counter, self._first = args, counter, True
 
     def totals(self) -> dict[str, int]:
-        """Return the running sums of computed pairs and tokens, if they are counted; waits for the device."""
+        """Return the running sums of computed pairs and tokens; {} if nothing counts them. Waits for the device."""
         return self._counter.totals() if self._counter is not None else {}
 
     def report(

@@ -25,8 +25,8 @@ class PairCounter:
         modules = [module for chunk in model_chunks for module in chunk.modules()]
         self.routers = [module for module in modules if isinstance(module, TopKRouter)]
         device = torch.device(torch.cuda.current_device())
-        # A row for each layer: the tokens of each expert, then all tokens; of this rank in the current step, of all
-        # ranks in the last one, and over all steps.
+        # Each table has a row per layer: the tokens of each expert, then all tokens. `_step` counts this rank's current
+        # step, `_last` the last step of all ranks, and `running_sums` all steps.
         shape = count_layers(modules, config), (config.num_moe_experts or 0) + 1
         make = partial(torch.zeros, shape, dtype=torch.float64, device=device)
         self._step, self._last, self.running_sums = make(), make(), make()
@@ -42,7 +42,7 @@ class PairCounter:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Add the step's pairs of all ranks to the sums. Call it on every rank, after the backward passes."""
+        """Sum the pairs over all ranks and end the routers' step. Call it on all ranks after all backward passes."""
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(self._step)
         self.running_sums += self._step
@@ -53,7 +53,7 @@ class PairCounter:
         self._step.zero_()
 
     def totals(self) -> dict[str, int]:
-        """Return computed pairs, and tokens times MoE layers, of all updates; waits for the device."""
+        """Return the computed pairs, and tokens times MoE layers, of all steps and ranks. Waits for the device."""
         sums = self.running_sums.sum(dim=0)
         return {"total_active_pairs": int(sums[:-1].sum()), "total_layer_tokens": int(sums[-1])}
 

@@ -24,14 +24,14 @@ Record = dict[str, Any]
 
 @contextmanager
 def write_run_log(args: argparse.Namespace) -> Iterator[None]:
-    """Write the log of a training run on the last rank, which has the loss. Do nothing if nothing is saved."""
+    """Write the log of a training run on the last rank, which has the loss. Do nothing without training or saving."""
     if args.skip_train or not args.save or "://" in args.save or args.rank != args.world_size - 1:
         yield
         return
-    from megatron.remoe.patches.log_lines import run_logger  # imports Megatron, which tools that only read do without
+    from megatron.remoe.patches.log_lines import run_logger  # imports Megatron, which tools that only read do not need
 
     logger, log = run_logger(), RunLog(args)
-    logger.setLevel(logging.INFO)  # starts the records
+    logger.setLevel(logging.INFO)  # enables the records
     logger.addHandler(log)
     try:
         yield
@@ -84,13 +84,13 @@ class RunLog(logging.Handler):
         return any([record.get(name) for name in names] == wanted for record in read_run_log(self.path))
 
     def _with_all_totals(self, record: Record) -> Record:
-        """Add the running sums of earlier sessions, or leave the sums out if those are unknown."""
+        """Add the sums of earlier sessions to a record's running sums; drop these if the earlier ones are unknown."""
         if self._totals_before is None:
             return {name: value for name, value in record.items() if name not in TOTALS}
         return record | {name: record[name] + self._totals_before[name] for name in TOTALS if name in record}
 
     def _begin(self) -> None:
-        """Remove the lines after the checkpoint that this run resumes from, and add a `start` line."""
+        """Add a `start` line. First remove lines after the loaded checkpoint, or rename the log of an older run."""
         iteration = self._args.iteration
         if iteration:
             self._cut(iteration)
@@ -115,7 +115,7 @@ class RunLog(logging.Handler):
         write_aside(self.path, write)
 
     def _append(self, record: Record) -> None:
-        """Write one line without values that JSON cannot hold or that are not finite."""
+        """Write one line. Leave out values that are not finite or that JSON cannot hold."""
         line = json.dumps({name: value for name, value in record.items() if _is_json(value)}) + "\n"
         with self.path.open("ab+") as file:
             if file.tell():
@@ -130,7 +130,7 @@ def read_run_log(path: Path, unread: Callable[[str], object] = lambda line: None
 
     Args:
         path: `SAVE/metrics.jsonl`.
-        unread: called with each line that is no record, except for a last line that was cut off.
+        unread: called with each line that is not a record, except blank lines and a last line that was cut off.
     """
     if not path.exists():
         return

@@ -48,7 +48,7 @@ def _devices(args: argparse.Namespace) -> str:
 
 
 def short(number: int) -> str:
-    """Return a number with three digits and its unit, as in 1.23 B."""
+    """Return a number with three digits and a unit, as in 1.23 B; below a million, return it in full."""
     unit, letter = next(((unit, letter) for unit, letter in UNITS if number >= unit), (1, ""))
     return f"{number / unit:,.3g}{letter}" if letter else f"{number:,}"
 
@@ -66,7 +66,7 @@ def count_parameters(model_chunks: Iterable[torch.nn.Module]) -> int:
         else:
             replica = mpu.get_data_parallel_rank(with_context_parallel=True)
             tensor_rank = mpu.get_tensor_model_parallel_rank()
-        # A parameter of Megatron-FSDP has the size of all tensor parallel ranks' parts.
+        # With Megatron-FSDP, a parameter's size includes the parts of all tensor parallel ranks.
         is_split = getattr(parameter, "tensor_model_parallel", False) and not isinstance(parameter, DTensor)
         # The last pipeline stage has a copy of tied embeddings.
         if replica == 0 and (is_split or tensor_rank == 0) and not getattr(parameter, "shared", False):
