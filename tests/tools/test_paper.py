@@ -1,5 +1,6 @@
 """Test docs/paper.md (rows in order, valid commands), and published tables against their data files."""
 
+import itertools
 import json
 import re
 import shlex
@@ -120,9 +121,10 @@ def test_a_table_of_the_protocol(name: str, tmp_path: Path) -> None:
     assert compare.main(words) == 0
     assert (tmp_path / "broad" / "results.md").read_text() == (published / "results.md").read_text()
     args = compare.parse_arguments(words)
-    lines = compare.make_lines(args, finished(read_results(published / "results.json")), *args.experts)
-    by_titles, differences = {line.titles: line for line in lines}, gaps(lines)
-    for arm in args.arms:
+    results = finished(read_results(published / "results.json"))
+    for experts, arm in itertools.product(args.experts, args.arms):
+        lines = compare.make_lines(args, results, experts)
+        by_titles, differences = {line.titles: line for line in lines}, gaps(lines)
         cells = [ARMS[arm].title]
         for steps in map(str, args.steps):
             seeds = by_titles[steps, arm].seeds.values()
