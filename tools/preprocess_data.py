@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-if __name__ == "__main__":  # as a file, in a clone
+if __name__ == "__main__":  # run as a script, in a clone
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from tools.start import start
 
@@ -68,14 +68,14 @@ def show_progress(start: float) -> Callable[[Progress], None]:
 
 
 def format_rates(state: Progress, seconds: float) -> str:
-    """Return megabytes of text and tokens per second as text."""
+    """Format the rates: megabytes of text per second, and millions of tokens per second."""
     seconds = max(seconds, 1e-9)
     return f"{state.text_bytes / 1e6 / seconds:.1f} MB/s  {state.tokens / 1e6 / seconds:.2f}M tokens/s"
 
 
 def run(args: argparse.Namespace) -> None:
     """Preprocess, with progress on standard error and a summary on standard output."""
-    # The library tokenizers makes as many threads as there are cores otherwise.
+    # By default, the library tokenizers starts one thread per core.
     os.environ.setdefault("RAYON_NUM_THREADS", str(args.workers))
     skip_bad = args.on_error == "skip"
     keys = list(dict.fromkeys(args.json_keys))

@@ -24,7 +24,7 @@ COMMANDS = {
     "convert": ("models.convert.command", "make a ReMoE from a dense or top-k model, import one, change its class"),
     "export": ("models.export", "write a model for transformers, or read one"),
 }
-BUILDS_ON_CPU = ("export", "convert")  # also where there is an accelerator
+BUILDS_ON_CPU = ("export", "convert")  # even if there is an accelerator
 IMPORT_TORCH = (*BUILDS_ON_CPU, "generate", "evaluate", "analyze")
 # Packages of the extras that a command imports late, after minutes of work.
 NEEDED_LATE = {"quickstart": ("tokenizers", "matplotlib"), "analyze": ("matplotlib",), "sweep": ("matplotlib",)}
@@ -32,7 +32,7 @@ NEEDED_LATE["compare"] = NEEDED_LATE["quickstart"]
 
 
 def start(command: str, arguments: Sequence[str]) -> int:
-    """Run a command of `COMMANDS` and return its exit code; name the Python to use if a package is missing."""
+    """Run a command of `COMMANDS` and return its exit code: 2 if Python is too old or a package is missing."""
     if sys.version_info < (3, 12):  # noqa: UP036 - older ones are started by mistake
         return _refuse(f"is Python {sys.version.split()[0]}, and 3.12 or newer is needed")
     try:
@@ -44,7 +44,7 @@ def start(command: str, arguments: Sequence[str]) -> int:
 
 
 def _load(command: str, arguments: Sequence[str]) -> Any:
-    """Import and return the module of a tool."""
+    """Check a tool's arguments and packages where that saves time, then import and return its module."""
     module = f"{__package__}.{COMMANDS[command][0]}"
     if command in IMPORT_TORCH:
         parsers = importlib.import_module(f"{__package__}.models.arguments")

@@ -27,7 +27,7 @@ class Display:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            redirect_stdout=sys.stdout.isatty(),  # rich would write results for a file to the console
+            redirect_stdout=sys.stdout.isatty(),  # otherwise rich would send results meant for a file to the terminal
             disable=not console.is_terminal,
         ) as progress:
             self.advance = partial(progress.advance, progress.add_task(title, total=total))
@@ -39,7 +39,7 @@ class Display:
 
 
 def say(console: Console, line: str, style: str = "") -> None:
-    """Print a line without markup, colored numbers or line breaks."""
+    """Print a line in a style, without interpreting markup, coloring numbers or wrapping."""
     console.print(line, style=style, highlight=False, soft_wrap=True, markup=False)
 
 

@@ -1,7 +1,7 @@
 """Write folders under a temporary name and rename them when complete, lock them, and stamp them.
 
-A stamp is a file with a fingerprint of the inputs, written after the results that a later call can then reuse. For
-single files see `megatron/remoe/files/files.py`.
+A stamp is a file with a fingerprint of the inputs. It is written after the results, so a later call with the same
+inputs can reuse them. For single files see `megatron/remoe/files/files.py`.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder; rename it to `path` if the block ends without an exception, else remove it.
 
     Raises:
-        OSError: it cannot be written, or `path` is not an empty folder at the end.
+        OSError: it cannot be written, or something other than an empty folder exists at `path` at the end.
     """
-    path = path.resolve()  # a link to an empty folder stays one
+    path = path.resolve()  # a link to an empty folder stays a link
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         aside.mkdir(parents=True)
@@ -57,7 +57,7 @@ def lock(folder: Path, tool: str) -> TextIO:
 
 
 def fingerprint(*parts: Any) -> str:
-    """Return a hash of values that JSON can hold."""
+    """Return the SHA-256 hash, in hexadecimal, of values that JSON can hold."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -67,7 +67,7 @@ def fingerprint_of_files(paths: Iterable[Path]) -> str:
 
 
 def read_stamp(path: Path, inputs: str) -> dict[str, Any] | None:
-    """Return the stamp at `path`, or None if there is none or it has other inputs."""
+    """Return the stamp at `path`, or None if it cannot be read or its fingerprint is not `inputs`."""
     try:
         stamp = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

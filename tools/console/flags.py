@@ -1,6 +1,6 @@
-"""Define types of our own flags, and split lists of Megatron's flags by name.
+"""Define argparse types for the tools' flags, and split lists of Megatron's flags by name.
 
-Values of Megatron's flags are read by its parser: recipes/megatron_values.py.
+Megatron's parser reads the values of its flags: recipes/megatron_values.py.
 """
 
 import argparse
@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 
 def group_by_flag(words: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Return each flag and the words after it; later ones replace earlier ones.
+    """Return flag → the words after it; the last occurrence of a flag counts.
 
-    For names of flags, and for fingerprints of runs. Lists of runs use it without Megatron's parser, which would add
-    seconds to every command and change the fingerprints of finished runs.
+    Use it for the names of flags, and for the fingerprints of runs. Megatron's parser would add seconds to every
+    command, and change the fingerprints of finished runs.
     """
     settings: dict[str, tuple[str, ...]] = {}
     flag = ""
@@ -43,12 +43,12 @@ def without(words: Iterable[str], left_out: Callable[[str], bool]) -> list[str]:
 
 
 def number_of_cores() -> int:
-    """Return the number of cores that this process may use; on macOS, of all."""
+    """Return the number of cores that this process may use, or of all cores on macOS."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def tool_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """Return a parser for the command `remoe NAME` whose description keeps its lines."""
+    """Return a parser for the command `remoe NAME`; the description keeps its line breaks in the help."""
     formatter = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(prog=f"remoe {name}", description=description, formatter_class=formatter)
 

@@ -1,4 +1,4 @@
-"""Set Matplotlib's style, one color for each routing, and dashes for several runs of one."""
+"""Set Matplotlib's style, one color for each routing, and dashes for several runs of a routing."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron.remoe.files.files import write_aside
 
-# Mostly of Okabe and Ito's palette, which is safe for color-blind readers; visible on white and on black.
+# Mostly from Okabe and Ito's palette, which is safe for color-blind readers; visible on white and on black.
 ROUTING_COLORS: dict[str, str] = {
     "dense": "#777777",
     "topk": "#E69F00",
@@ -18,7 +18,7 @@ ROUTING_COLORS: dict[str, str] = {
 }
 OTHER = "#B39B00"
 TARGET, MUTED = "#D55E00", "#555555"  # for lines at a target, and for notes
-# For further runs of a routing in one picture, in turn with its own color.
+# Colors for more runs of a routing in one picture; they follow the routing's color in turn.
 SHADES = {"dense": ("#A5A5A5", "#8A7968"), "topk": ("#D55E00", "#A07000"), "remoe": ("#56B4E9", "#7A6FD0")}
 DASHES = ("solid", "dashed", "dotted", "dotdash")  # Bokeh's names; Matplotlib's pictures use markers instead
 STYLE: dict[Any, Any] = {
@@ -56,7 +56,7 @@ def picture(path: Path, font_size: float, pad: tuple[float, float], **settings: 
         path: a .png file.
         font_size: in points.
         pad: inches around each panel, horizontal and vertical.
-        settings: of the figure.
+        settings: for `pyplot.figure`.
     """
     import matplotlib
 

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "megatron" / "remoe" if (ROOT / "pretrain_gpt.py").exists() els
 
 
 def run_folder(place: Path) -> Path:
-    """Return a run's folder, given it or its --save."""
+    """Return a run's folder, given that folder or the checkpoints/ in it."""
     return place.parent if place.name == "checkpoints" else place
 
 
@@ -43,5 +43,5 @@ def tool(command: str) -> list[str]:
 
 
 def short(path: Path) -> Path:
-    """Return a path relative to the current folder if it is in there, else unchanged."""
+    """Return a path relative to the current folder if it is inside it, else unchanged."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -25,7 +25,7 @@ def _parser(parse: Callable[[Words], argparse.Namespace]) -> argparse.ArgumentPa
 
 
 def _add_models(add: Callable[..., Any], **number: Any) -> None:
-    """Add the flags for trained models to read."""
+    """Add the flags that name trained models."""
     text = "runs (on the CPU; export for a GPU) or exported folders"
     add("--load", **FOLDER, **number, required=True, help=text)
     add("--ckpt-step", type=int, metavar="N", help="iteration of a run (default: the newest)")
@@ -33,7 +33,7 @@ def _add_models(add: Callable[..., Any], **number: Any) -> None:
 
 
 def _add_sequences(add: Callable[..., Any]) -> None:
-    """Add the flags for the sequences of data sets to read."""
+    """Add the flags that choose the sequences of data sets."""
     add("--seq-length", **NUMBER, help="tokens per sequence (default: the model's context)")
     add("--sequences", **NUMBER, help="read at most N sequences per data set (default: all)")
 

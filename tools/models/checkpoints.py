@@ -37,11 +37,11 @@ from ..console.errors import ConversionError
 from .measuring import check_finite
 
 EMBEDDING = "embedding.word_embeddings.weight"
-FAILURES = (Exception, CheckpointException)  # a damaged file can raise anything; PyTorch's own error is no Exception
+FAILURES = (Exception, CheckpointException)  # a damaged file can raise anything; CheckpointException is no Exception
 LAYOUT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True, RELU_KEY: True}
 OVERHEAD = 2**18  # minimum number of bytes of a checkpoint without its tensors
-# A norm's name in plain PyTorch layers → its key if it is fused with the next product. Plain layers are saved under the
-# fused keys too; Transformer Engine does not fuse the norm before experts.
+# A norm's name in plain PyTorch layers → its key if it is fused with the next linear layer. Plain layers are saved with
+# the fused keys too. Transformer Engine does not fuse the norm before experts.
 NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -55,7 +55,7 @@ class Checkpoint:
     Attributes:
         folder: of this iteration.
         name: for messages.
-        args: Megatron's arguments of the run, with the rows of the embedding.
+        args: Megatron's arguments of the run; `padded_vocab_size` is the embedding's number of rows.
         layout: Megatron's metadata about the format of the tensors.
         index: of all tensors and objects.
     """
@@ -68,10 +68,10 @@ class Checkpoint:
 
 
 def find(root: Path, step: int | None) -> Checkpoint:
-    """Return a run's newest checkpoint, or the one of an iteration.
+    """Return a run's newest checkpoint, or that of a given iteration.
 
     Args:
-        root: folder of the run's checkpoints, or the folder above it.
+        root: folder of the run's checkpoints, or its parent.
         step: the iteration (None: the newest).
 
     Raises:
@@ -116,7 +116,7 @@ def load(checkpoint: Checkpoint, model: GPTModel) -> None:
 
 
 class _Reader(FileSystemReader):
-    """Read with an index that was read without executing anything in it."""
+    """Read tensors with an index that was loaded without executing code in it."""
 
     def __init__(self, folder: Path, index: Metadata) -> None:
         super().__init__(folder)
@@ -144,13 +144,13 @@ def read_tensors(folder: Path, index: Metadata, tensors: dict[str, torch.Tensor]
 def save(model: GPTModel, args: argparse.Namespace, output: Path) -> None:
     """Write a checkpoint without optimizer state. The folder appears only when it is complete.
 
-    In Megatron's terms this is a release: training from it starts at iteration 0. Norms before experts have both of
-    their names, so that plain PyTorch layers and Transformer Engine's can load it.
+    In Megatron's terms this is a release: training from it starts at iteration 0. Norms before experts are saved under
+    both of their names, so that plain PyTorch layers and Transformer Engine's can load them.
 
     Args:
-        model: its parameters are rounded to `args.params_dtype`; Megatron keeps buffers, such as the bias of experts,
-            in float32.
-        args: the arguments to save with them.
+        model: its parameters are cast in place to `args.params_dtype`; Megatron keeps buffers, such as the bias of
+            experts, in float32.
+        args: the arguments to save with it.
         output: new or empty folder.
 
     Raises:
@@ -173,7 +173,7 @@ def save(model: GPTModel, args: argparse.Namespace, output: Path) -> None:
 
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Turn any exception inside the block into a ConversionError that names the checkpoint's folder."""
+    """Turn an exception inside the block, except a UsageError, into a ConversionError that names `folder`."""
     try:
         yield
     except UsageError:
@@ -219,10 +219,10 @@ def check_output(output: Path) -> None:
 
 
 def open_folder(root: Path, step: int | None) -> tuple[Path, dict[str, Any], Metadata]:
-    """Return the folder of a run's newest iteration, or of the given one, its settings and counters, and its index.
+    """Return an iteration's folder, its settings and counters, and its index; None for `step` means the newest.
 
     Raises:
-        ConversionError: there is none, or it is damaged.
+        ConversionError: there is no such checkpoint, it is damaged, or it has one file per rank.
     """
     folder = find_folder(root, step)
     try:
@@ -235,10 +235,10 @@ def open_folder(root: Path, step: int | None) -> tuple[Path, dict[str, Any], Met
 
 
 def find_folder(root: Path, step: int | None) -> Path:
-    """Return the folder of a run's newest iteration, or of the given one.
+    """Return the folder of a run's iteration; None for `step` means the newest.
 
     Raises:
-        ConversionError: there is none, or it has one file per rank.
+        ConversionError: there is no such folder, or it has one file per rank.
     """
     if not newest_iteration(root) and newest_iteration(root / "checkpoints"):
         root /= "checkpoints"
@@ -271,7 +271,7 @@ def _tensors(sharded: dict[str, Any]) -> Iterator[ShardedTensor | ShardedTensorF
 
 
 def rename_expert_norm(key: str) -> str:
-    """Return the key of a norm before experts under its other name; other keys stay."""
+    """Swap the two names of a norm before experts in a key; other keys stay unchanged."""
     plain, fused = [*NORMS.items()][-1]
     return key.replace(fused, plain) if fused in key else key.replace(plain, fused)
 

@@ -94,10 +94,10 @@ def _random_tokens(config: RemoeConfig, *shape: int) -> torch.Tensor:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write a folder from a checkpoint.
+    """Export a checkpoint to a folder for transformers.
 
     Raises:
-        ConversionError: something is wrong with the flags, the checkpoint or the tokenizer, or the logits differ.
+        UsageError: something is wrong with the flags, the checkpoint, the text or the tokenizer, or the logits differ.
     """
     run = open_run(options.load, options.ckpt_step)
     args, config = run.args, run.config
@@ -147,7 +147,7 @@ def export(options: argparse.Namespace) -> None:
 
 
 def measure_bounds(model: RemoeForCausalLM, text: torch.Tensor, bounds: set[int]) -> dict[str, str]:
-    """Print the loss with only the K largest gates, for each K that the model has; return rows for the card."""
+    """Print the loss with only the K largest gates, for each K of `bounds` up to E; return rows for the card."""
     rows = {}
     for bound in sorted(bound for bound in bounds if bound <= model.config.num_experts):
         with bound_experts(model, bound):
@@ -158,7 +158,7 @@ def measure_bounds(model: RemoeForCausalLM, text: torch.Tensor, bounds: set[int]
 
 
 def write_card(folder: Path, args: argparse.Namespace, config: RemoeConfig, results: dict[str, str]) -> None:
-    """Write README.md about the run and the model; `results` are further rows of its table."""
+    """Write README.md about the run and the model; `results` are more rows of its table."""
     kind = "hash-routed MoE" if config.hash_routing else f"top-{config.num_experts_per_tok} MoE"
     kind = "dense" if not config.num_experts else "ReMoE" if config.moe_relu_routing else kind
     rows = {"kind": kind}
@@ -185,7 +185,7 @@ def write_checkpoint(
         tokenizer_model: folder of a tokenizer to use instead of the model's own.
 
     Raises:
-        ConversionError: it is damaged or no such model; Megatron cannot express it; the logits differ.
+        ConversionError: the folder is damaged or has a different model; Megatron cannot express it; the logits differ.
     """
     source = read_folder(folder, families, torch.float32)
     is_ours = source.config.model_type == RemoeConfig.model_type

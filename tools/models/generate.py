@@ -33,7 +33,7 @@ def continue_text(
     """Print the prompt and its continuation, token by token.
 
     Returns:
-        Number of tokens, their rate, and the mean number of experts per token and layer.
+        A line with the number of tokens, their rate, and the mean number of experts per token and layer.
 
     Raises:
         ToolError: the prompt is empty or too long.

@@ -1,4 +1,4 @@
-"""Map layers and names between GPTModel and HybridModel, where attention and MLP are separate layers."""
+"""Map layers and names between GPTModel and HybridModel, which has attention and MLP in separate layers."""
 
 import argparse
 import re
@@ -22,12 +22,12 @@ def moe_layer_pattern(args: argparse.Namespace) -> list[int]:
 
 
 def hybrid_layer(layer: int, rest: str) -> int:
-    """Return the number, from 0, of HybridModel's layer that holds `rest` of GPTModel's `layer`."""
+    """Return the number, from 0, of the HybridModel layer that holds the weight `rest` of the GPTModel layer."""
     return 2 * layer + (0 if rest.startswith(ATTENTION) else 1)
 
 
 def as_gpt(args: argparse.Namespace, source: object) -> argparse.Namespace:
-    """Return the arguments of the GPTModel that computes the same; `source` is the checkpoint, for errors.
+    """Return the arguments of the GPTModel that computes the same as `args`; errors name the checkpoint `source`.
 
     Raises:
         ConversionError: attention and MLP do not alternate, or the routing is by hash.
@@ -51,7 +51,7 @@ def as_gpt(args: argparse.Namespace, source: object) -> argparse.Namespace:
 
 
 def as_hybrid(args: argparse.Namespace) -> argparse.Namespace:
-    """Return the arguments of the HybridModel that computes the same as a GPTModel of `args`.
+    """Return the arguments of the HybridModel that computes the same as a GPTModel with `args`.
 
     Raises:
         ConversionError: the routing is by hash.

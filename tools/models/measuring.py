@@ -45,7 +45,7 @@ def compute_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def split_batches(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Split sequences `[sequences, length]` into parts for a forward pass each."""
+    """Split sequences `[sequences, length]` into batches of at most `TOKENS_PER_FORWARD` tokens, or of one sequence."""
     return ids.split(max(1, TOKENS_PER_FORWARD // ids.shape[1]))
 
 
@@ -56,7 +56,7 @@ def measure_loss(model: Any, batches: Iterable[torch.Tensor], display: Display |
     Args:
         model: of Megatron or of transformers, in evaluation mode.
         batches: int64 `[batch, length + 1]` each.
-        display: counts sequences.
+        display: to advance by one for each sequence.
     """
     total, tokens, device = 0.0, 0, next(model.parameters()).device
     for batch in batches:
@@ -71,15 +71,15 @@ def measure_loss(model: Any, batches: Iterable[torch.Tensor], display: Display |
 
 @torch.no_grad()
 def compare_models(model: Any, other: Any, ids: torch.Tensor) -> float:
-    """Return the largest difference of two models' logits for a text, as a share of the largest logit.
+    """Return the largest difference between two models' logits for a text, as a share of the largest logit.
 
     Args:
         model: of Megatron or of transformers, on the CPU in float32, in evaluation mode.
-        other: the same; or its logits, a list of tensors by `split_batches`.
+        other: another such model, or its logits: a list with one tensor for each batch of `split_batches`.
         ids: int64 `[sequences, length]`.
 
     Raises:
-        ConversionError: they differ by more than rounding.
+        ConversionError: the difference is above `BOUND`, so it is not just rounding.
     """
     difference = largest = 0.0
     for number, batch in enumerate(split_batches(ids)):
@@ -102,18 +102,18 @@ def describe_difference(difference: float, ids: torch.Tensor, name: str = "token
 
 
 def find_blocks(model: RemoeForCausalLM) -> dict[int, RemoeSparseMoeBlock]:
-    """Return the number of each layer with experts, from 1 → its experts."""
+    """Return layer number, from 1 → MoE block, for each layer with experts."""
     layers = enumerate(model.model.layers, start=1)
     return {number: layer.mlp for number, layer in layers if isinstance(layer.mlp, RemoeSparseMoeBlock)}
 
 
 @contextmanager
 def watch_routers(model: Any, see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """Call `see` in each forward pass of the block, with a layer's number and its active pairs.
+    """Call `see` for each layer with experts in every forward pass inside the `with` block.
 
     Args:
-        model: of Megatron, or a ReMoE of transformers.
-        see: gets the number of a layer with experts, from 1, and bool `[tokens, experts]`, padding included.
+        model: of Megatron, or a RemoeForCausalLM.
+        see: gets the layer's number, from 1, and its active pairs, bool `[tokens, experts]`, padding included.
     """
 
     def look(number: int, _router: object, _inputs: object, routed: tuple[torch.Tensor, ...]) -> None:
@@ -135,10 +135,10 @@ def watch_routers(model: Any, see: Callable[[int, torch.Tensor], None]) -> Itera
 
 @contextmanager
 def count_experts(model: Any) -> Iterator[dict[int, torch.Tensor]]:
-    """Count the active experts of every token in the block's forward passes.
+    """Count the active experts of every token in the forward passes inside the `with` block.
 
     Yields:
-        Number of each layer with experts, from 1 → int64 `[E + 1]`, the number of tokens with 0, 1, 2, ... experts.
+        Number of a layer with experts, from 1 → int64 `[E + 1]`, the number of tokens with 0, 1, 2, ... experts.
     """
     histograms: dict[int, torch.Tensor] = {}
 
@@ -151,13 +151,13 @@ def count_experts(model: Any) -> Iterator[dict[int, torch.Tensor]]:
 
 
 def mean_experts(histograms: Iterable[torch.Tensor]) -> float:
-    """Return the mean number of experts per token of layers' histograms from `count_experts`."""
+    """Return the mean number of experts per token and layer, from histograms of `count_experts`."""
     total = torch.stack([*histograms]).sum(dim=0)
     return float((total * torch.arange(len(total))).sum() / total.sum())
 
 
 def summarize_experts(histogram: torch.Tensor) -> dict[str, Any]:
-    """Summarize the experts per token of a layer.
+    """Summarize a layer's experts per token.
 
     Args:
         histogram: int64 `[E + 1]`, from `count_experts`.

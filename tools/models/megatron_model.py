@@ -55,7 +55,7 @@ def build(args: argparse.Namespace) -> GPTModel:
 
 @contextmanager
 def one_process(seed: int = 1234, backend: str = "gloo") -> Iterator[None]:
-    """Set up Megatron's process groups for one process, and its random generators, unless there are groups already."""
+    """Set up Megatron's process groups for one process, and its random generators, unless groups exist already."""
     if torch.distributed.is_initialized():
         yield
         return

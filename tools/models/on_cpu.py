@@ -9,7 +9,7 @@ from megatron.remoe.start import console, machine
 def megatron_on_cpu() -> None:
     """Prepare for importing Megatron on the CPU, even if there is an accelerator."""
     console.hide_unhelpful_warnings()
-    # Advice for training; these tools open trained models.
+    # This warning is advice for training, but these tools open trained models.
     warnings.filterwarnings("ignore", message="Using a large number of experts")
     machine.disable_unavailable(on_cpu=True)
     cpu.install()

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 def read_sequences(prefix: str, length: int, seed: int, vocabulary: int) -> "GPTDataset":
-    """Return a data set's sequences as Megatron's `--full-validation` takes them: one epoch, in the order of a seed.
+    """Return a data set's sequences as Megatron's `--full-validation` reads them: one epoch, in the order of a seed.
 
     Args:
         prefix: of the .bin and .idx files.
-        length: tokens of a sequence, without the one after the last.
+        length: input tokens of a sequence; the label of the last one is an additional token.
         seed: Megatron's --seed.
         vocabulary: number of tokens that the model knows.
 
@@ -38,7 +38,7 @@ def read_sequences(prefix: str, length: int, seed: int, vocabulary: int) -> "GPT
     from megatron.core.datasets.utils import Split
 
     open_data_set(prefix, length + 1)
-    # Megatron asks for a tokenizer; nothing here depends on it.
+    # Megatron requires a tokenizer, but nothing here depends on it.
     tokenizer = SimpleNamespace(vocab_size=vocabulary, eod=0, pad=-1, unique_identifiers={})
     logging.getLogger("megatron.core.datasets").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as cache:
@@ -108,7 +108,7 @@ def choose_blend(args: argparse.Namespace, data_path: list[str] | None) -> tuple
     """Return the data sets of `data_path`, or the run's, and their weights (None: by their size).
 
     Raises:
-        ToolError: there are none.
+        ToolError: there are none, or the flags or files that name them cannot be read.
     """
     from megatron.training.utils.common_utils import get_blend_and_blend_per_split, get_blend_from_list
 
@@ -128,7 +128,7 @@ def choose_blend(args: argparse.Namespace, data_path: list[str] | None) -> tuple
 def sample(
     blend: tuple[list[str], list[float] | None], sequences: int, length: int, vocabulary: int, seed: int
 ) -> torch.Tensor:
-    """Return random sequences of text, int64 `[sequences, length + 1]`; two of them share at most the last token.
+    """Return random sequences of text, int64 `[sequences, length + 1]`; two of them overlap by at most one token.
 
     Raises:
         UsageError: a data set is missing, corrupt or too small, or was made with a different vocabulary.

@@ -36,7 +36,7 @@ def report(args: argparse.Namespace) -> None:
 
     Raises:
         ToolError: a run has no log.
-        OSError: one cannot be read, or the page cannot be written.
+        OSError: a log cannot be read, or the page cannot be written.
     """
     from .page import page  # takes a moment to import
 

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from ..console.picture_style import looks
 from ..runs.run_figures import EMPTY, TOTALS, Curve, RunFigures, smooth
 
-COLUMNS = 240  # most columns of a heat map
-FIRST_SHARE = 0.05  # start of a run that does not set the range of the loss axis: its fall hides later differences
+COLUMNS = 240  # maximum number of columns of a heat map
+FIRST_SHARE = 0.05  # share of steps at the start that the loss axis ignores: their fall would hide later differences
 LABELS = 6  # side by side in a figure
 POINTS, FEW = 1000, 300  # maximum number of points of a curve, and of a layer's curve and the tooltip
 RIM = "#888888"  # visible on light and on dark
@@ -46,7 +46,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A run in a figure: its curve, thin ones of its layers, a faint one, and single values as marks."""
+    """A run in a figure: its curve, thin curves of its layers, a faint curve, and single values as marks."""
 
     curve: Curve = EMPTY
     layers: Layers = field(default_factory=dict)
@@ -72,7 +72,7 @@ def panels(runs: Sequence[RunFigures]) -> dict[str, list[Panel]]:
             ),
             *(
                 panel
-                for name in dict.fromkeys(sets)  # a figure that was measured once is in the table
+                for name in dict.fromkeys(sets)  # a loss that was measured once is only in the table
                 for panel in draw(partial(_validation, name), f"Validation {name}".strip(), unit="nats per token")
             ),
         ],
@@ -139,9 +139,9 @@ def _load(run: RunFigures, x_range: Range1d) -> Iterator[Panel]:
         return
     layers = [*loads[iterations[-1]]]
     experts = len(loads[iterations[-1]][layers[0]])
-    rows = len(layers) * (experts + 1) - 1  # an empty one between two layers
+    rows = len(layers) * (experts + 1) - 1  # with an empty row between two layers
     edges = np.linspace(0, iterations[-1], 1 + min(COLUMNS, len(iterations)))
-    chosen = np.searchsorted(iterations, (edges[1:] + edges[:-1]) / 2)  # a line covers the iterations before it
+    chosen = np.searchsorted(iterations, (edges[1:] + edges[:-1]) / 2)  # a log line covers the iterations before it
     blocks = []
     for layer in layers:
         load = np.stack([loads[iterations[place]][layer] for place in chosen], axis=1)  # [experts, columns]
@@ -186,7 +186,7 @@ def overlay(
         unit: of the values (default: the title).
         form: format of the values in the tooltip.
         find_level: returns a run's target, a dashed line.
-        settings: of Bokeh's figure.
+        settings: for Bokeh's `figure`.
     """
     plot = new_figure(x_range, unit or title, **settings)
     hovered: list[tuple[str, str, Curve]] = []
@@ -202,7 +202,7 @@ def overlay(
         if len(drawn.marks.values):
             plot.scatter(*thin(drawn.marks, POINTS), size=11, line_color=RIM, line_width=2, **style)
         if count := len(drawn.curve.values):
-            # Labels of curves that end close to each other are side by side.
+            # Labels are placed side by side, since curves often end close to each other.
             x, y = ([values[-1 - count * len(hovered) // LABELS % count]] for values in drawn.curve)
             plot.text(x, y, text=[run.name], text_align="right", text_baseline="bottom", **style)
             hovered.append((run.name, color, drawn.curve))
@@ -250,7 +250,7 @@ def thin(curve: Curve, limit: int) -> Curve:
 
 
 def new_figure(x_range: Range1d, unit: str, **settings: Any) -> figure:
-    """Return an empty figure, in which a drag zooms the iterations."""
+    """Return an empty figure; dragging in it zooms the axis of iterations."""
     settings = {"height": 270, "tools": "pan,wheel_zoom,reset,save", "active_drag": None} | settings
     plot = figure(x_range=x_range, sizing_mode="stretch_width", x_axis_label="iteration", y_axis_label=unit, **settings)
     drag = BoxZoomTool(dimensions="width")
@@ -267,7 +267,7 @@ def _plain(text: str) -> str:
 
 
 def _newest_values(curve: Curve, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the newest value at each iteration; NaN before the first and after the last."""
+    """Return the curve's newest value at each iteration; NaN before its first and after its last iteration."""
     place = np.searchsorted(curve.iterations, iterations, side="right") - 1
     outside = (place < 0) | (iterations > curve.iterations[-1])
     return np.where(outside, math.nan, curve.values[place])

@@ -16,11 +16,11 @@ from .figures import panels
 
 
 def page(runs: Sequence[RunFigures], reload_after: int | None) -> str:
-    """Return HTML that needs no network.
+    """Return the page as HTML that needs no network.
 
     Args:
         runs: at least one.
-        reload_after: seconds after which the page loads itself again.
+        reload_after: seconds after which the page reloads itself (None: never).
     """
     sections = panels(runs)
     drawn = [panel.plot for section in sections.values() for panel in section]

@@ -12,7 +12,7 @@ from ..console.display import duration
 from ..recipes.flops import TrainingStage
 from ..runs.run_figures import RunFigures
 
-RECENT = 20  # lines whose rate gives the time that is left
+RECENT = 20  # newest lines of the log, whose median rate gives the time left
 # Paths and process numbers, which differ between any two runs; then values that Megatron stores with the flags.
 LEFT_OUT = frozenset(
     """
@@ -25,7 +25,7 @@ LEFT_OUT = frozenset(
     use_layer_wise_distributed_optimizer variable_seq_lengths
     """.split()
 )
-SHOWN = 60  # characters of a flag's value
+SHOWN = 60  # maximum number of characters of a flag's value
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _time_left(run: RunFigures) -> str:
 
 
 def stages(by_run: Mapping[str, Sequence[TrainingStage]]) -> Table:
-    """Return the paper's table 6 for runs by name."""
+    """Return the training stages of each run, by its name, as in table 6 of the paper."""
     rows = [
         [
             *(run, {"way": "on the way"}.get(stage.name, stage.name), f"{stage.first:,}–{stage.last:,}"),

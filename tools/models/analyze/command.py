@@ -21,7 +21,7 @@ TITLES = "layer,mean,none,99 %,most,sparsity,imbalance,dead,inactive,domain bits
 
 
 def layer_numbers(opened: OpenedModel) -> list[int]:
-    """Return Megatron's numbers, from 1, of layers with experts; a HybridModel has attention in layers before them."""
+    """Return Megatron's numbers, from 1, of layers with experts; in a HybridModel, attention layers count too."""
     step = 2 if getattr(opened.args, "hybrid_layer_pattern", None) else 1
     return [step * number for number in find_blocks(opened.model)]
 
@@ -35,7 +35,7 @@ def token_text(tokenizer: PreTrainedTokenizerBase | None, token: int) -> str | N
 
 
 def show(results: dict[str, Any]) -> None:
-    """Print a line for each layer."""
+    """Print a table with a row for each layer."""
     special, rows = results["load"]["specialization"], []
     for layer, experts in results["experts_per_token"]["layers"].items():
         balance = results["balance"]["layers"][layer]
@@ -49,10 +49,10 @@ def show(results: dict[str, Any]) -> None:
 
 
 def analyze(args: argparse.Namespace) -> None:
-    """Count, write and show.
+    """Count how a model routes, write files and pictures, and print a table.
 
     Raises:
-        ToolError: something is wrong with the flags, the model or the data.
+        UsageError: something is wrong with the flags, the model or the data.
         OSError: --output-dir cannot be written.
     """
     opened = open_model(args.load, args.ckpt_step, args.tokenizer_model, needs_tokenizer=False)

@@ -25,7 +25,7 @@ Numbers = dict[str, Any]
 
 
 class Counts:
-    """Sums over tokens, for D data sets, L layers with experts, E experts, V tokens of the vocabulary.
+    """Sums over tokens, for D data sets, L layers with experts, E experts, and V tokens in the vocabulary.
 
     Args:
         layers: numbers of the layers, from 1. `[L]`
@@ -51,9 +51,9 @@ class Counts:
         """Count the routing of some tokens in one layer.
 
         Args:
-            domain: the data set's place.
+            domain: index of the data set.
             ids: int64 `[tokens]`.
-            place: the layer's place among those with experts.
+            place: index of the layer among those with experts.
             active: bool `[tokens, experts]`.
         """
         self.routed[domain, place] += active.sum(dim=0)
@@ -110,7 +110,7 @@ def _by_frequency(counts: Counts) -> Numbers:
     tokens = by_layer(shown.tolist(), frequency=frequency, experts=experts[-1])
     result: Numbers = {"least_occurrences": MIN_OCCURRENCES}
     result["tokens"] = [{"token": token} | values for token, values in tokens.items()]
-    if len(frequency.unique()) > 1 and experts.min() < experts.max():  # top-k gives all tokens the same
+    if len(frequency.unique()) > 1 and experts.min() < experts.max():  # top-k gives all tokens the same number
         tenfold = frequency.log10() - frequency.log10().mean()
         slopes = experts @ tenfold / tenfold.square().sum()  # slopes of lines fitted by least squares
         result["slopes"] = by_layer([*counts.layers, "mean"], slope=slopes)
@@ -123,7 +123,7 @@ def load(counts: Counts, names: Sequence[str], even: float, token_text: Callable
 
     Args:
         names: of the data sets.
-        even: each expert's share if all got the same, at the target.
+        even: share of the tokens that each expert gets if all get the same, at the target sparsity.
         token_text: returns a token's text, or None without a tokenizer.
     """
     shares = counts.routed / counts.tokens[:, None, None].double()
@@ -158,7 +158,7 @@ def information(routed: torch.Tensor) -> torch.Tensor:
 
 
 def _list_tokens(counts: Counts, place: int, token_text: Callable[[int], str | None]) -> list[list[Numbers]]:
-    """Return, for each expert of a layer, the tokens that it gets most often; ties by frequency."""
+    """Return, for each expert of a layer, the tokens it gets most often; of equal ones, the more frequent first."""
     often = counts.occurrences.argsort(descending=True, stable=True)
     often = often[counts.occurrences[often] >= MIN_OCCURRENCES]
     shares = counts.by_token[place][often].double() / counts.occurrences[often, None]
@@ -174,7 +174,7 @@ def _list_tokens(counts: Counts, place: int, token_text: Callable[[int], str | N
 
 
 def balance(counts: Counts, topk: int) -> Numbers:
-    """Return layer → sparsity (figure 8d), load imbalance, and experts without tokens.
+    """Return the target sparsity and, for each layer, sparsity (figure 8d), load, and experts with no or few tokens.
 
     Args:
         topk: k of the target sparsity.

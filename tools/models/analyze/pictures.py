@@ -10,13 +10,13 @@ from ...console.picture_style import MUTED, TARGET, picture, routing_color
 from .findings import Numbers
 
 MEASURED, OTHER = routing_color("remoe"), TARGET
-# Okabe and Ito's, those two first.
+# Okabe and Ito's palette, with the two colors above first.
 DOMAINS = (MEASURED, OTHER, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 Layers = Mapping[int, Numbers]
 
 
 def draw(path: Path, name: str, numbers: Numbers) -> None:
-    """Write the picture of an analysis."""
+    """Write the picture of an analysis to `path`; `name` is a key of `DRAWN`."""
     with picture(path, font_size=11, pad=(0.12, 0.12)) as figure:
         DRAWN[name](figure, numbers)
 
@@ -129,12 +129,12 @@ def _draw_cells(axes: Any, values: numpy.ndarray, layers: Mapping[int, Any], xla
 
 
 def _draw_dots(axes: Any, layers: Layers, drawn: Sequence[tuple[str, str, str]]) -> None:
-    """Draw figures of each layer, the first layer at the top.
+    """Draw values of each layer as dots, with the first layer at the top.
 
     Args:
         axes: Matplotlib's.
-        layers: layer → figures by key; None is left out.
-        drawn: key, color and label of each figure.
+        layers: layer → key → value; None is not drawn.
+        drawn: key, color and label of each kind of value.
     """
     for key, color, label in drawn:
         values = [numpy.nan if layer[key] is None else layer[key] for layer in layers.values()]

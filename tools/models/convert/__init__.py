@@ -1,1 +1,1 @@
-"""Conversion of checkpoints."""
+"""Convert checkpoints."""

@@ -34,7 +34,7 @@ def convert(options: argparse.Namespace) -> None:
     """Convert a dense or top-k checkpoint to a ReMoE.
 
     Raises:
-        ConversionError: something is wrong with the flags, the checkpoint or the data, or the loss grows too much.
+        UsageError: something is wrong with the flags, the checkpoint or the data, or the loss grows too much.
     """
     checkpoint, display = find(options.load, options.ckpt_step), Display()
     if getattr(checkpoint.args, "hybrid_layer_pattern", None):
@@ -73,7 +73,7 @@ def _fit_routers(
     to_fit: torch.Tensor,
     to_measure: torch.Tensor,
 ) -> tuple[GPTModel, float]:
-    """Return the ReMoE with fitted routers, and the source's loss."""
+    """Return the ReMoE with fitted routers, and the source's loss on `to_measure`, in nats per token."""
     source, target = build(args), build(new_args)
     load(checkpoint, source)
     layers = [number for number, layer in enumerate(target.decoder.layers) if isinstance(layer.mlp, MoELayer)]
@@ -106,7 +106,7 @@ def _fit_routers(
 
 
 def training_flags(args: argparse.Namespace, output: Path) -> str:
-    """Return the flags to train the ReMoE with, in addition to its source's."""
+    """Return the flags to train the ReMoE with, in addition to those of its source."""
     granularity = args.moe_granularity
     flags = f"--pretrained-checkpoint {output} --moe-relu-routing --num-experts {args.num_experts // granularity}"
     flags += f" --moe-router-topk {args.moe_router_topk // granularity}"

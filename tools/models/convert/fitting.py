@@ -7,8 +7,8 @@ import torch
 STEPS = 800
 TOKENS_PER_STEP = 4096
 LEARNING_RATE = 0.2  # in units of the root mean square of the weights at the start
-RIDGE = 0.1  # in units of the inputs' mean square: directions with less are not scaled up to the others
-# If only a sum of gates is given: give all experts the same share, and each token few of them.
+RIDGE = 0.1  # in units of the inputs' mean square: directions with less are not scaled up to the size of the others
+# Weights of two terms for sums of gates: give all experts the same share, and each token few of them.
 BALANCE = 0.1
 CONCENTRATION = 0.05
 
@@ -45,12 +45,12 @@ def split_mlp(weights: Mapping[str, torch.Tensor], parts: int, gated: bool) -> l
 def fit_router(
     inputs: torch.Tensor, targets: torch.Tensor, copies: int = 1, start: torch.Tensor | None = None, seed: int = 0
 ) -> tuple[torch.Tensor, float, float]:
-    """Find a router whose gates ReLU(x W) come close to given ones.
+    """Find a router whose gates ReLU(x Wᵀ) approximate given ones.
 
     If experts are copies of each other, only the sum of their gates counts. The fit then gives every copy the same
     share over all tokens, and every token few of the copies.
 
-    The router has no bias. Gates that are off for some tokens follow a constant much better than one linear direction.
+    The router has no bias. Gates that are off for some tokens fit a constant much better than one linear direction.
 
     Args:
         inputs: `[tokens, hidden]`, of the router.
@@ -120,7 +120,7 @@ def _whiten(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _draw_weights(inputs: torch.Tensor, experts: int, generator: torch.Generator) -> torch.Tensor:
-    """Return weights `[experts, hidden]` whose logits have the same mean and about the same variance."""
+    """Return random weights `[experts, hidden]` whose logits have the same mean and about the same variance."""
     mean = inputs.mean(dim=0)
     directions = torch.randn(experts, inputs.shape[1], generator=generator, dtype=inputs.dtype)
     directions -= torch.outer(directions @ mean, mean) / mean.square().sum()
@@ -128,11 +128,11 @@ def _draw_weights(inputs: torch.Tensor, experts: int, generator: torch.Generator
 
 
 def _sum_copies(gates: torch.Tensor, copies: int) -> torch.Tensor:
-    """`[tokens, num_experts]` → `[tokens, num_experts / copies]`."""
+    """Sum the gates of each expert's copies: `[tokens, num_experts]` → `[tokens, num_experts / copies]`."""
     return gates.view(len(gates), -1, copies).sum(dim=2)
 
 
 def _best_factor(inputs: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor, copies: int) -> torch.Tensor:
-    """Return the factor of `weight` that brings the sums closest to their targets in least squares."""
+    """Return the factor on `weight` that brings the sums of gates closest to their targets, by least squares."""
     sums = _sum_copies(torch.relu(inputs @ weight.T), copies)
     return (sums * targets).sum() / sums.square().sum().clamp(min=torch.finfo(sums.dtype).tiny)

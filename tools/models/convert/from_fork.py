@@ -1,7 +1,7 @@
 """Convert a checkpoint of the authors' fork (Megatron of December 2024), optimizer state and λ included.
 
-Weights are the same numbers under other names. The fork's distributed optimizer cuts a weight's state into flat parts,
-which Megatron no longer reads: they get the weight's shape again.
+Weights are the same numbers under different names. The fork's distributed optimizer cuts a weight's state into flat
+parts, which Megatron no longer reads. This tool gives them the weight's shape again.
 """
 
 import argparse
@@ -27,10 +27,10 @@ KEPT = ("checkpoint_version", "iteration", "opt_param_scheduler", "num_floating_
 
 
 def convert_fork(options: argparse.Namespace) -> None:
-    """Write the fork's checkpoint under `options.load` as one of this project to `options.save`.
+    """Write the fork's checkpoint under `options.load` to `options.save` as one of this project.
 
     Raises:
-        ConversionError: it is no checkpoint of the fork, cannot be read, or cannot be written.
+        ConversionError: it is not a checkpoint of the fork, or cannot be read, converted or written.
     """
     folder, state, index = open_folder(options.load, options.ckpt_step)
     saved: Any = state.get("args")
@@ -55,7 +55,7 @@ def convert_fork(options: argparse.Namespace) -> None:
 
 
 def _complete_arguments(saved: argparse.Namespace) -> argparse.Namespace:
-    """Return the fork's arguments as this project's training would have saved them."""
+    """Return the fork's arguments as this project would have saved them."""
     args = complete(saved)
     if not args.num_experts:  # the fork gives dense models a size of experts, which Megatron now refuses
         args.moe_ffn_hidden_size, args.moe_granularity = None, 1
@@ -68,9 +68,9 @@ def _complete_arguments(saved: argparse.Namespace) -> argparse.Namespace:
 
 
 def _join_state(content: Content, folder: Path) -> Content:
-    """Return the content with the shape of its weight for each state of the optimizer, and without Adam's step.
+    """Return the content with each optimizer state in the shape of its weight, and without Adam's step.
 
-    A weight of shape [S₁, S₂] that is stored in c₁ × c₂ pieces has a state of shape [c₁, c₂, S₁/c₁ · S₂/c₂].
+    The state of a weight [S₁, S₂] that is stored in c₁ × c₂ pieces has the shape [c₁, c₂, S₁/c₁ · S₂/c₂].
     """
     result: Content = {}
     for key, value in content.items():
@@ -90,8 +90,7 @@ def _join_state(content: Content, folder: Path) -> Content:
 def _rename_weights(content: Content, args: argparse.Namespace) -> Content:
     """Return the content under the names of this project's checkpoints.
 
-    A norm before experts is written under its name in plain PyTorch layers and under that in Transformer Engine's, so
-    that either can load it.
+    A norm before experts gets both of its names, so that plain PyTorch layers and Transformer Engine's can load it.
     """
     result: Content = {}
     experts = [bool(args.num_experts) and bool(has_experts) for has_experts in moe_layer_pattern(args)]
@@ -110,7 +109,7 @@ def _rename_weights(content: Content, args: argparse.Namespace) -> Content:
 
 
 def _refresh_object(key: str, value: Any) -> Any:
-    """Return NumPy's state stored again: NumPy 1 wrote it under a name that no longer exists."""
+    """Load a random state, to store it again: NumPy 1's name for it no longer exists. Return others unchanged."""
     if not key.startswith("rng_state/"):
         return value
     rebuild = numpy.empty(0).__reduce__()[0]  # rebuilds arrays; its module's name differs between versions
@@ -120,7 +119,7 @@ def _refresh_object(key: str, value: Any) -> Any:
 
 
 def _collect_settings(state: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Return settings and counters."""
+    """Return the settings and counters of the new checkpoint."""
     layout: dict[str, Any] = dict(LAYOUT)
     if args.use_distributed_optimizer:
         layout["distrib_optim_sharding_type"] = "fully_reshardable"
@@ -132,7 +131,7 @@ def _collect_settings(state: dict[str, Any], args: argparse.Namespace) -> dict[s
 
 
 def _convert_optimizer(saved: dict[Any, Any], args: argparse.Namespace) -> dict[Any, Any]:
-    """Return the optimizer's settings: experts have groups of their own here, also without expert parallelism."""
+    """Return the optimizer's settings. Experts have separate groups here, even without expert parallelism."""
     parts = [saved[number] for number in sorted(saved)] if 0 in saved else [saved]
     inner = [part.get("optimizer", part) for part in parts]
     groups = [
@@ -170,7 +169,7 @@ def _convert_optimizer(saved: dict[Any, Any], args: argparse.Namespace) -> dict[
 
 def _exponent(state: dict[str, Any], args: argparse.Namespace) -> int:
     """Return n of λ = λ₀ · αⁿ, rounded, for the λ of the fork."""
-    # Of several virtual stages, only the last one's λ is used and changed.
+    # With several virtual pipeline stages, the fork uses and changes only the last one's λ.
     chunks = sorted(name for name in state if re.fullmatch(r"model\d*", name) and COEFFICIENT in state[name])
     if not chunks:
         raise ConversionError(f"--load: the checkpoint holds no {COEFFICIENT}.")

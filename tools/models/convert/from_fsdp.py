@@ -17,10 +17,10 @@ NAMES = NORMS | {".router.weight": ".router.relu_weight"}
 
 
 def convert_fsdp(options: argparse.Namespace) -> None:
-    """Write the model under `options.load` to `options.save`, λ included, without optimizer state.
+    """Write the model under `options.load`, λ included, to `options.save`, without optimizer state.
 
     Raises:
-        ConversionError: it has a different format, cannot be read, or the output cannot be written.
+        ConversionError: the checkpoint has a different format or cannot be read, or the output cannot be written.
     """
     folder, common, index = open_folder(options.load, options.ckpt_step)
     if not is_of_fsdp(index):
@@ -40,7 +40,7 @@ def convert_fsdp(options: argparse.Namespace) -> None:
 
 
 def _match_keys(name: str, tensor: torch.Tensor, keys: Mapping[str, object]) -> dict[str, torch.Tensor]:
-    """Return the checkpoint's keys of a tensor, each with the part to fill; SwiGLU's halves have a key each."""
+    """Return the checkpoint's key of a tensor → the part to fill; the two halves of SwiGLU have one key each."""
     names = [name, *(name.replace(local, stored) for local, stored in NAMES.items())]
     if expert := EXPERT.fullmatch(name):
         names.append(f"{expert['mlp']}experts.{expert['weight']}{expert['expert']}")

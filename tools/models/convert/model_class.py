@@ -1,7 +1,7 @@
 """Convert a GPTModel's checkpoint to a HybridModel's or back, optimizer state included.
 
-A GPTModel's layer has attention and MLP, a HybridModel's only one of them. Weights, optimizer state and λ are the same
-numbers under other names.
+A GPTModel's layer has attention and an MLP; a HybridModel's layer has one of the two. Weights, optimizer state and λ
+are the same numbers under different names.
 """
 
 import argparse
@@ -13,17 +13,17 @@ from ..checkpoints import Checkpoint, find
 from ..hybrid import FINAL_NORM, as_gpt, as_hybrid, hybrid_layer
 from .rewriting import LAYER, Content, read_content, split_layers, stack_layers, write_content
 
-# With these the optimizer's state is stored under the weights' names.
+# Formats that store the optimizer's state under the weights' names.
 RESHARDABLE = ("fully_reshardable", "fully_sharded_model_space")
 ONLY_HYBRID = "output_layer._extra_state/shard_0_1"  # an empty object that GPTModel does not have
 
 
 def convert_class(options: argparse.Namespace) -> None:
-    """Write the checkpoint under `options.load` for the other class, `options.model`, to `options.save`.
+    """Write the checkpoint under `options.load` to `options.save` for the other class, `options.model`.
 
     Raises:
-        ConversionError: it is of that class already, the other one cannot express its layers, or it cannot be read
-            or written.
+        ConversionError: it is of that class already, that class cannot express its layers, its optimizer state is
+            stored by ranks, or it cannot be read or written.
     """
     checkpoint = find(options.load, options.ckpt_step)
     folder, saved = checkpoint.folder, checkpoint.args

@@ -1,4 +1,4 @@
-"""Arguments and weights of the source and of the ReMoE made from it."""
+"""Make the arguments and weights of a ReMoE from those of its source."""
 
 import argparse
 import copy
@@ -26,16 +26,16 @@ from .fitting import split_mlp
 TOPK_ONLY = """moe_aux_loss_coeff moe_router_score_function moe_router_enable_expert_bias moe_router_topk_scaling_factor
 moe_router_num_groups moe_router_group_topk moe_router_topk_limited_devices moe_router_fusion moe_expert_capacity_factor
 moe_pad_expert_input_to_capacity moe_enable_deepep moe_warmup_topk moe_warmup_steps""".split()
-FLAGS = "REMOE-E501"  # they do not fit
+FLAGS = "REMOE-E501"  # code of errors about flags that do not fit
 ROUTER = re.compile(r".*\.layers\.(?P<layer>\d+)\.mlp\.router\.(?P<name>\w+)")
 
 
 def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argparse.Namespace:
-    """Return the arguments of the ReMoE, from its source's and the tool's flags (None if not given).
+    """Return the arguments of the ReMoE, made from its source's arguments and the tool's flags (None if not given).
 
     Raises:
-        ConversionError: they do not fit the source, it is a ReMoE already, or ReLU routing does not work with its other
-            settings.
+        ConversionError: the flags do not fit the source, the source is a ReMoE already, or ReLU routing does not work
+            with its other settings.
     """
     if source.moe_relu_routing:
         raise ConversionError("--load: this is a checkpoint of a ReMoE already. Train on from it with --load.")
@@ -51,9 +51,9 @@ def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argp
     target.moe_relu_routing = True
     target.moe_router_load_balancing_type, target.moe_token_dispatcher_type = "none", "alltoall"
     defaults = vars(make_parser().parse_args([]))
-    vars(target).update({name: defaults.get(name) for name in TOPK_ONLY})  # checkpoints can have former flags
+    vars(target).update({name: defaults.get(name) for name in TOPK_ONLY})  # None for another version's flags
     vars(target).update(consumed_train_samples=0, skipped_train_samples=0, consumed_valid_samples=0, iteration=0)
-    problems = relu_routing_problems(argparse.Namespace(**(vars(target) | HERE)))  # layout and speed are free
+    problems = relu_routing_problems(argparse.Namespace(**(vars(target) | HERE)))  # layout and speed can change
     if problems:
         raise ConversionError("\n".join(problems), "")  # each has its code
     return target
@@ -86,7 +86,7 @@ def _keep_mixture(target: argparse.Namespace, options: argparse.Namespace) -> No
 
 @torch.no_grad()
 def fill(target: GPTModel, source: GPTModel, routers: dict[int, torch.Tensor]) -> None:
-    """Copy the source's weights into the ReMoE: a dense layer, or one part of it, into each expert.
+    """Copy the source's weights into the ReMoE; a dense layer, or one part of it, goes into each expert.
 
     Args:
         target: the ReMoE, changed.
@@ -115,10 +115,10 @@ def fill(target: GPTModel, source: GPTModel, routers: dict[int, torch.Tensor]) -
 
 @contextmanager
 def record_routers(source: GPTModel, layers: list[int]) -> Iterator[tuple[dict[int, Any], dict[int, Any]]]:
-    """Collect the inputs of the feed-forward layers and the gates of top-k routers, inside the block.
+    """Collect the inputs of feed-forward layers and the gates of top-k routers inside the `with` block.
 
     Yields:
-        Layer's index → list of inputs `[tokens, hidden]`, and of gates `[tokens, num_experts]`, empty if it is dense.
+        Two maps, layer's index → list: inputs `[tokens, hidden]`; gates `[tokens, num_experts]`, empty if it is dense.
     """
     inputs: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
     gates: dict[int, list[torch.Tensor]] = {index: [] for index in layers}

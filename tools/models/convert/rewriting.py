@@ -19,7 +19,7 @@ from megatron.remoe.start.checkpoint_files import CONFIG, RELEASE, TRACKER, stor
 
 from ..checkpoints import OVERHEAD, new_folder, read_tensors, reading
 
-# A layer's name, with its number or without one if a tensor holds the weights of all layers.
+# The name of a weight in a layer; it has no number if the tensor holds the weights of all layers.
 LAYER = re.compile(r"(?P<before>(?:.*\.)?decoder\.layers\.)(?:(?P<number>\d+)\.)?(?P<rest>.+)")
 OBJECT = re.compile(r"(?P<key>.+)/shard_(?P<offset>[\d.]+)_(?P<shape>[\d.]+)")  # an object is stored in parts
 
@@ -57,7 +57,7 @@ def write_content(content: Content, state: dict[str, Any], output: Path, name: s
         content: tensors and objects.
         state: Megatron's settings and counters.
         output: new or empty folder.
-        name: of the iteration's folder in it.
+        name: of the iteration's folder in `output`.
 
     Raises:
         ConversionError: it cannot be written, for instance because the disk is full.

@@ -25,7 +25,7 @@ def evaluate(args: argparse.Namespace) -> None:
     """Measure, show and write the results; after an error or a stop, only those that are complete.
 
     Raises:
-        ToolError: something is wrong with the flags, a model or the data.
+        UsageError: something is wrong with the flags, a model or the data.
         OSError: --output cannot be written.
     """
     results: dict[str, Any] = {}

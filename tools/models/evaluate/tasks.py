@@ -16,15 +16,15 @@ BATCH_ON_CPU = 4
 def score(
     args: argparse.Namespace, model: RemoeForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
-    """Score lm-eval's tasks, whose data comes from the Hugging Face hub, and a user's own in --task-data.
+    """Score tasks of lm-eval, whose data comes from the Hugging Face hub, and the user's tasks in --task-data.
 
     Args:
-        args: the command line's; --tasks, --task-data and --limit count here.
+        args: of the command line; --tasks, --task-data and --limit are used.
         model: to score.
-        tokenizer: its own.
+        tokenizer: of the model.
 
     Returns:
-        the rows of `read_scores`.
+        The rows of `read_scores`.
 
     Raises:
         ToolError: lm-eval is not installed, a task is unknown, or its data cannot be read.
@@ -42,7 +42,7 @@ def score(
         pretrained=model,
         backend="causal",
         tokenizer=tokenizer,
-        # Its choice starts with 64 of the longest request, which takes a CPU minutes and memory.
+        # "auto" starts with a batch of 64 of the longest request, which costs a CPU minutes and much memory.
         batch_size="auto" if model.device.type == "cuda" else BATCH_ON_CPU,
         max_length=model.config.max_position_embeddings,
     )
@@ -57,7 +57,7 @@ def score(
 
 
 def read_scores(scored: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row for each metric of lm-eval's results by task.
+    """Return a row for each metric of each task in lm-eval's results.
 
     A row has the "task" (or group), "metric" (with a filter's name: "metric,filter"), "value", standard "error" (None
     if unknown), and number of "documents".

@@ -1,4 +1,4 @@
-"""Measure models on Megatron data sets: the loss as Megatron's validation does, experts per token, and the speed."""
+"""Measure models on Megatron data sets: the loss of Megatron's validation, experts per token, and the speed."""
 
 import argparse
 import statistics
@@ -31,7 +31,7 @@ def check_bound(name: str, config: RemoeConfig, bound: int) -> None:
     """Check that a model can use only its K = `bound` largest gates.
 
     Raises:
-        ToolError: it has no ReLU router, or fewer experts.
+        ToolError: it has no ReLU router, or `bound` is not between 1 and its number of experts.
     """
     if not (config.moe_relu_routing and 1 <= bound <= config.num_experts):
         problem = f"{name} has no ReLU routing, or {config.num_experts} experts"
@@ -50,7 +50,7 @@ def bound_experts(model: RemoeForCausalLM, bound: int | None) -> Iterator[None]:
 def read_text(args: argparse.Namespace, opened: OpenedModel, prefix: str) -> "GPTDataset":
     """Return the sequences of a data set for a model.
 
-    By default they are in the run's order, so the loss equals the log's; the first --sequences in that of --seed.
+    Their order follows --seed. By default it is the run's, so the loss over all sequences equals that of the run's log.
     """
     config = opened.model.config
     seed = getattr(opened.args, "seed", SEED) if args.seed is None else args.seed
@@ -60,13 +60,13 @@ def read_text(args: argparse.Namespace, opened: OpenedModel, prefix: str) -> "GP
 def measure_text(
     args: argparse.Namespace, models: dict[str, OpenedModel], display: Display, results: dict[str, Any]
 ) -> None:
-    """Add model → data set → bound on the experts per token, or "none" → measurements, each when it is complete.
+    """Fill `results["text"]`: model → data set → bound on the experts per token, or "none" → measurements.
 
-    Measurements are "loss" in nats per token; "tokens", the number of predicted ones; and "experts": number of a layer
-    with experts, from 1 → what `summarize_experts` returns.
+    Measurements are "loss", in nats per token; "tokens", the number of predicted tokens; and "experts": number of a
+    layer with experts, from 1 → the result of `summarize_experts`. They are added as soon as they are complete.
 
     Raises:
-        ToolError: a model does not take a bound, before anything is measured; a data set does not fit the model.
+        UsageError: a model does not support a bound (checked first), or a data set is broken or does not fit a model.
     """
     for name, opened in models.items():
         for bound in args.max_experts_per_token:
@@ -95,11 +95,11 @@ def measure_text(
 def measure_speed(args: argparse.Namespace, opened: dict[str, OpenedModel]) -> dict[str, dict[str, float]]:
     """Time the models in turns, so that other work on the machine slows all of them.
 
-    Each reads half of some sequences at once, and continues them by `NEW_TOKENS`.
+    Each reads the first halves of `PROMPTS` sequences as one batch, and continues each of them by `NEW_TOKENS` tokens.
 
     Returns:
-        model → tokens per second over the batch, medians of the rounds: of reading ("prefill") and of writing
-        ("decode").
+        model → tokens per second of the whole batch, in reading ("prefill") and in writing ("decode"), from the median
+        times of the rounds.
     """
     first = next(iter(opened.values()))
     data = read_text(args, first, args.data_path[0])

@@ -1,4 +1,4 @@
-"""Open a model: a run's checkpoint or a folder of transformers. Code, pickles and adapters in it are never used."""
+"""Open a run's checkpoint or a folder of transformers. Code, pickles and adapters in a model are never used."""
 
 import argparse
 import sys
@@ -40,7 +40,7 @@ class LoadedRun(NamedTuple):
 
 
 class OpenedModel(NamedTuple):
-    """A model for evaluation; its tokenizer, or None without one; of a run, Megatron's arguments as saved."""
+    """A model for evaluation, its tokenizer if it has one, and a run's saved arguments (None for a folder)."""
 
     model: RemoeForCausalLM
     tokenizer: PreTrainedTokenizerBase | None
@@ -59,7 +59,7 @@ class OpenedModel(NamedTuple):
 
 
 def read_folder(folder: Path, families: Collection[str], dtype: torch.dtype | None = None) -> Any:
-    """Return the model in a folder, one of transformers' classes, for evaluation on the CPU.
+    """Return the model of transformers in a folder, for evaluation on the CPU.
 
     Args:
         folder: written by `save_pretrained`.
@@ -76,7 +76,7 @@ def read_folder(folder: Path, families: Collection[str], dtype: torch.dtype | No
     if (folder / "adapter_config.json").exists():
         raise ConversionError(f"{folder}: holds an adapter. Merge it into the model and save that.")
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-    logging.set_verbosity(logging.CRITICAL)  # problems are one error here
+    logging.set_verbosity(logging.CRITICAL)  # a problem becomes one error below
     logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder, **options)
@@ -85,7 +85,7 @@ def read_folder(folder: Path, families: Collection[str], dtype: torch.dtype | No
             raise ConversionError(f"{path}: is of {config.model_type!r:.40}, and must be of an unquantized {kinds}.")
         options |= {"config": config, "dtype": dtype or "auto", "use_safetensors": True}
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        options["generation_config"] = GenerationConfig()  # the folder's is not read, nor its code for generation
+        options["generation_config"] = GenerationConfig()  # so the folder's, and its code for generation, are not read
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     except ConversionError:
         raise
@@ -104,12 +104,12 @@ def read_folder(folder: Path, families: Collection[str], dtype: torch.dtype | No
 
 
 def open_run(root: Path, step: int | None) -> LoadedRun:
-    """Load a run's newest checkpoint, or the one of an iteration, with Megatron.
+    """Load a run's newest checkpoint, or that of a given iteration, with Megatron.
 
     Layers of multi-token prediction are left out: the model's logits do not need them.
 
     Raises:
-        ConversionError: there is no checkpoint, it cannot be read, or its model cannot be expressed.
+        ConversionError: there is no checkpoint, it cannot be read, or the model for transformers cannot express it.
     """
     megatron_on_cpu()
     # Imported here because an exported folder does not need Megatron.
@@ -137,16 +137,16 @@ def open_run(root: Path, step: int | None) -> LoadedRun:
 def open_model(
     place: Path, step: int | None = None, tokenizer_model: Path | None = None, needs_tokenizer: bool = True
 ) -> OpenedModel:
-    """Open a run's checkpoint, on the CPU, or an exported folder, on the accelerator if there is one.
+    """Open a run's checkpoint on the CPU, or an exported folder on the accelerator if there is one.
 
     Args:
         place: a run's checkpoints or an exported folder.
         step: the run's iteration (default: the newest).
         tokenizer_model: folder of a tokenizer to use instead of the model's own.
-        needs_tokenizer: whether it is an error if there is no tokenizer, or a run's cannot be read.
+        needs_tokenizer: whether it is an error if there is no tokenizer, or a run's tokenizer cannot be read.
 
     Raises:
-        ConversionError: it is neither, or cannot be read.
+        ConversionError: `place` is neither or cannot be read, or the tokenizer is missing or cannot be read.
     """
     tokenizer, saved = None, None
     if (place / "config.json").is_file():

@@ -1,6 +1,6 @@
-"""Describe public top-k MoEs (OLMoE, Qwen3-MoE, Mixtral, DeepSeek-V2) by this project's configuration.
+"""Describe public top-k MoEs (OLMoE, Qwen3-MoE, Mixtral, DeepSeek-V2) with this project's configuration.
 
-A family is a function from its configuration to the fields in which it differs from the others.
+Each family has a function that maps its configuration to the fields in which it differs from the other families.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def describe_public(config: Any) -> RemoeConfig:
     if config.num_attention_heads % config.num_key_value_heads:
         raise _inexpressible(config, "num_key_value_heads")
     if is_latent and config.rms_norm_eps != 1e-6:
-        raise _inexpressible(config, "rms_norm_eps")  # its norms of latents have this one, and Megatron has one for all
+        raise _inexpressible(config, "rms_norm_eps")  # its latent norms always use 1e-6; Megatron has one for all
     named = {"num_experts": "n_routed_experts"} if is_latent else {}  # transformers before 5.16 does not map it
     fields = {name: getattr(config, named.get(name, name)) for name in SAME}
     fields["moe_intermediate_size"] = getattr(config, "moe_intermediate_size", config.intermediate_size)

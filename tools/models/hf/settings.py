@@ -14,7 +14,7 @@ from ...console.errors import ConversionError
 from ...recipes.megatron_values import make_parser
 from ..hybrid import moe_layer_pattern
 
-# The configuration's field → Megatron's argument of the same value.
+# The configuration's field → Megatron's argument with the same value.
 MODEL = {
     "hidden_size": "hidden_size",
     "intermediate_size": "ffn_hidden_size",
@@ -47,12 +47,12 @@ TOPK = {
     "routed_scaling_factor": "moe_router_topk_scaling_factor",
     "router_expert_bias": "moe_router_enable_expert_bias",
 }
-NOTHING = {"shared_expert_intermediate_size": 0, "routed_scaling_factor": 1.0}  # None in Megatron
+NOTHING = {"shared_expert_intermediate_size": 0, "routed_scaling_factor": 1.0}  # Megatron has None for these values
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 ROUTER_DTYPES = {None: None, "fp32": "float32", "fp64": "float64"}
 YARN = {"beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096}  # Megatron has no flags for them
 
-# Arguments that must have this value, because the model for transformers has nothing else.
+# Arguments that must be None, False or as in `ONLY`, because the model for transformers supports nothing else.
 UNSET = """rotary_seq_len_interpolation_factor no_rope_freq window_size activation_func_clamp_value
 heterogeneous_layers_config_path moe_latent_size moe_router_num_groups moe_expert_capacity_factor
 moe_mlp_glu_interleave_size moe_shared_expert_glu_interleave_size""".split()
@@ -68,7 +68,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "moe_router_score_function": ("softmax", "sigmoid"),
     "moe_baseline_router": (None, "hash"),
 }
-# Of latent attention: without its norms there is no class in transformers, and YaRN is not converted.
+# For latent attention: the model for transformers always has its norms, and YaRN is not converted.
 ONLY_LATENT = {"qk_layernorm": True, "rotary_scaling_factor": 1.0}
 
 
@@ -78,10 +78,10 @@ def complete(saved: argparse.Namespace) -> argparse.Namespace:
 
 
 def make_config(args: argparse.Namespace) -> RemoeConfig:
-    """Return the configuration for transformers of complete arguments. With ReLU routing, λ is λ₀.
+    """Return the configuration for transformers, from complete arguments. With ReLU routing, λ is set to λ₀.
 
     Raises:
-        ConversionError: the model for transformers does not support it; the message names each flag.
+        ConversionError: the model for transformers does not support some arguments; the message names each flag.
     """
     only = ONLY | (ONLY_LATENT if args.multi_latent_attention else {})
     wrong = [name for name, value in only.items() if getattr(args, name, value) != value]
@@ -125,7 +125,7 @@ def make_config(args: argparse.Namespace) -> RemoeConfig:
 
 
 def set_bound(config: RemoeConfig, bound: int) -> None:
-    """Compute only the K = `bound` largest gates of each token. Write K where servers read it; keep k."""
+    """Limit a model to the K = `bound` largest gates per token. Servers read K; `target_experts_per_token` keeps k."""
     config.target_experts_per_token = config.mean_experts_per_token
     config.max_experts_per_token = config.num_experts_per_tok = bound
 
@@ -149,7 +149,7 @@ def make_flags(config: RemoeConfig, seq_length: int) -> list[str]:
     """Return Megatron's flags for a model of this configuration, without the vocabulary.
 
     Args:
-        config: of the model; its rotary embedding may be DeepSeek's YaRN.
+        config: of the model; its rotary embedding can be DeepSeek's YaRN.
         seq_length: tokens of a sequence, for training.
 
     Raises:
@@ -169,7 +169,7 @@ def make_flags(config: RemoeConfig, seq_length: int) -> list[str]:
     if config.kv_lora_rank is None:
         values |= {"group_query_attention": True, "qk_layernorm": config.qk_norm is not None}
         values["qk_layernorm_all_heads"] = config.qk_norm == "all_heads"
-    else:  # the size of a head is not used, but a start compares it
+    else:  # kv_channels is not used, but it is compared when a run starts
         values |= {"multi_latent_attention": True, "qk_layernorm": True}
         values["kv_channels"] = config.hidden_size // config.num_attention_heads
     return _make_words(values | (_expert_arguments(config) if config.num_experts else {}))
@@ -192,7 +192,7 @@ def _make_rope(config: RemoeConfig) -> dict[str, Any]:
 def _expert_arguments(config: RemoeConfig) -> dict[str, Any]:
     names = {field: name for name, field in ROUTER_DTYPES.items()}
     values: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall", "moe_router_dtype": names[config.router_dtype]}
-    if config.mlp_only_layers:  # a list names the layers in checkpoints one by one, also where all have experts
+    if config.mlp_only_layers:  # with a list, checkpoints name each layer, even if all have experts
         layers = range(config.num_hidden_layers)
         values["moe_layer_freq"] = [int(layer not in config.mlp_only_layers) for layer in layers]
     if config.moe_relu_routing:
@@ -225,7 +225,7 @@ def _make_words(values: dict[str, Any]) -> list[str]:
 
 
 def vocabulary_flags(config: RemoeConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
-    """Return the flags for an embedding of the same size in Megatron's model."""
+    """Return tokenizer flags that give Megatron's embedding the same number of rows."""
     rows = config.vocab_size
     if tokenizer is None:
         return f"--tokenizer-type NullTokenizer --vocab-size {rows} --make-vocab-size-divisible-by 1".split()

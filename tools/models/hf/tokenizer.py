@@ -18,13 +18,13 @@ REMEDY = "Give the folder of a Hugging Face tokenizer, or of GPT-2's two files, 
 
 
 def read_tokenizer(folder: Path, name: str, config: RemoeConfig, **options: Any) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in a folder, also one of GPT-2's two files, without running its code or asking the user.
+    """Return the tokenizer in a folder, without running its code or asking the user.
 
     Args:
-        folder: with the files.
-        name: of the flag and folder, for errors.
+        folder: has transformers' files, or only GPT-2's two.
+        name: the flag and folder, for errors.
         config: of the model.
-        options: for transformers.
+        options: for `AutoTokenizer.from_pretrained`.
 
     Raises:
         ConversionError: it cannot be read, or has more tokens than the model.
@@ -50,7 +50,7 @@ def read_tokenizer(folder: Path, name: str, config: RemoeConfig, **options: Any)
 
 
 def _gpt2_files(folder: Path) -> list[Path]:
-    """Return vocabulary and merges of a folder that has them and nothing for transformers, else an empty list."""
+    """Return a folder's vocabulary and merges files if it has both and no file for transformers, else an empty list."""
     if any((folder / name).exists() for name in ("config.json", "tokenizer_config.json", "tokenizer.json")):
         return []
     pairs = ([folder / name for name in pair] for pair in GPT2_FILES)
@@ -73,7 +73,7 @@ def find_training_tokenizer(
 ) -> PreTrainedTokenizerBase | None:
     """Return the run's tokenizer, or that in the `other` folder, set up for generation; None if there is none.
 
-    Sets the tokens for the start and end of a text in the configuration.
+    Sets `bos_token_id` and `eos_token_id` in the configuration.
 
     Raises:
         ConversionError: it is missing, transformers cannot read it, or it has more tokens than the model.

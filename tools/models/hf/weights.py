@@ -78,7 +78,7 @@ def match_parts(
     """
     layers_per_block = 2 if f"{FINAL_NORM['hybrid']}weight" in megatron else 1
     for name, tensor in megatron.items():
-        # Layers of multi-token prediction are left out, and numbers: λ's exponent and which layers are guarded.
+        # Leave out layers of multi-token prediction, and integers: λ's exponent and whether a layer is guarded.
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or name.startswith("mtp."):
             continue
         if (layer := LAYER.fullmatch(name)) is None:
@@ -102,7 +102,7 @@ def match_parts(
 def _attention_parts(
     tensor: torch.Tensor, prefix: str, other: Tensors, config: RemoeConfig
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the parts of queries, keys and values, which Megatron stores together by group of heads."""
+    """Yield the weights of queries, keys and values, which Megatron stores together for each group of heads."""
     groups, size = config.num_key_value_heads, config.head_dim
     assert groups is not None and size is not None
     heads = config.num_attention_heads // groups * size

@@ -38,13 +38,13 @@ def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int,
     Args:
         folder: for the data sets and their vocabulary.
         corpus_folder: the corpus.
-        text: its manifest.
+        text: the corpus's manifest.
         threads: number of threads for encoding.
         tokens: one of `TOKENS`.
 
     Returns:
-        The manifest: "inputs", "tokens" and "bytes" (part → domain → number of tokens, and of bytes and ends of
-        documents), "reused".
+        The manifest: "inputs", "reused", "tokens" (part → domain → number of tokens) and "bytes" (the same for bytes,
+        with one more for the end of each document).
 
     Raises:
         ToolError: preprocessing failed.
@@ -115,7 +115,7 @@ def vocabulary_flags(data: Path) -> list[str]:
 
 
 def weighted_training_sets(data: Path, train_tokens: Mapping[str, int]) -> list[str]:
-    """Return weights and prefixes of the training text: all domains in proportion to their size."""
+    """Return weights and prefixes of the training text; all domains count in proportion to their size."""
     return [word for domain, n in train_tokens.items() for word in (str(n), data_prefix(data, "train", domain))]
 
 

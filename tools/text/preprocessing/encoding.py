@@ -1,7 +1,7 @@
-"""Turn many documents at a time into tokens, from several threads, with the ids that transformers would give.
+"""Tokenize many documents at a time, from several threads, with the same ids as transformers.
 
 `gigatoken` does the work; `tokenizers` (the library under transformers' fast tokenizers) is the reference. The two know
-different versions of Unicode: the reference encodes documents with characters that they treat differently.
+different versions of Unicode, so the reference encodes documents with characters that they treat differently.
 """
 
 import sys
@@ -33,7 +33,7 @@ TRIAL_TEXTS = (
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens of documents, concatenated, and how many each has.
+    """Concatenated tokens of documents, and the number of tokens of each.
 
     ids: shape [sum(lengths)]; lengths: shape [documents].
     """
@@ -46,7 +46,7 @@ class Encoded:
         return np.split(self.ids, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
 
     def surrounded(self, prefix: Sequence[int], suffix: Sequence[int], which: npt.NDArray[np.bool_]) -> "Encoded":
-        """Put tokens before and after the documents where `which` (shape [documents]) is true."""
+        """Return the documents with tokens added before and after those where `which` (shape [documents]) is true."""
         if not prefix and not suffix:
             return self
         ends = np.cumsum(self.lengths)
@@ -59,7 +59,7 @@ class Encoded:
 class TextEncoder:
     """Encode documents as `tokenizer(text).input_ids` of transformers does. Safe to use from several threads.
 
-    If gigatoken does not work with the tokenizer, which shows at the first documents, one warning says so.
+    At the first documents, gigatoken is tried. If it does not work with the tokenizer, a warning is printed once.
 
     Args:
         reference: the tokenizer that defines the ids.
@@ -79,11 +79,11 @@ class TextEncoder:
 
     @property
     def engine(self) -> str:
-        """Name of the library that encodes."""
+        """Return the name of the library that encodes."""
         return "tokenizers" if self._fast is None else "gigatoken"
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """Encode documents without lone surrogates. The ids are of type uint32."""
+        """Encode documents, which must not contain lone surrogates. The ids are of type uint32."""
         if not texts:
             return _encoded([])
         with self._lock:
@@ -114,7 +114,7 @@ class TextEncoder:
             self._tried = True
             try:
                 self._fast = self._start_fast(texts)
-            except Exception as error:  # gigatoken has no exception of its own
+            except Exception as error:  # gigatoken has no exception class
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 print(
                     f"warning: gigatoken cannot be used here ({reason[:200]}): the library tokenizers takes its place, "
@@ -132,7 +132,7 @@ class TextEncoder:
         """Load gigatoken's tokenizer and try it on strange texts, special tokens and the first documents.
 
         Raises:
-            Exception: it cannot load the tokenizer, or gives other ids than the reference.
+            Exception: gigatoken cannot load the tokenizer, or gives different ids than the reference.
         """
         fast = self._load_fast()
         specials = [token.content for token in self._reference.get_added_tokens_decoder().values()][:32]
@@ -192,7 +192,7 @@ def load_encoder(
     merge_file: str | None = None,
     tokenizer_model: str | None = None,
 ) -> TextEncoder:
-    """Return the encoder with the ids of Megatron's tokenizer of this type.
+    """Return an encoder that gives the same ids as Megatron's tokenizer of this type.
 
     Raises:
         DataError: a flag is missing or does not name a tokenizer.
@@ -219,12 +219,12 @@ def load_encoder(
         ) from error
     reference.no_truncation()
     reference.no_padding()
-    # Like Megatron: without an end-of-sequence token the separator ends documents.
+    # As in Megatron, the separator ends documents if there is no end-of-sequence token.
     end_of_document = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     return TextEncoder(reference, len(tokenizer), end_of_document)
 
 
 def gpt2_encoder(vocab_file: Path | str | None, merge_file: Path | str | None) -> TextEncoder:
-    """Return the encoder of a GPT-2 vocabulary."""
+    """Return the encoder for a GPT-2 vocabulary."""
     tokenizer = read_gpt2_vocabulary(vocab_file, merge_file)
     return TextEncoder(tokenizer, tokenizer.get_vocab_size(), tokenizer.token_to_id(END_OF_TEXT))

@@ -16,7 +16,7 @@ from megatron.remoe.files.indexed import IndexedWriter, bin_path, idx_path, toke
 from .encoding import Encoded, TextEncoder
 from .reading import Block, expand_inputs, parse_documents, read_blocks
 
-# More threads do not help: then parsing JSON, which Python does on one core at a time, is the limit.
+# More threads do not help: Python parses JSON on one core at a time, and that becomes the limit.
 MOST_THREADS = 8
 
 
@@ -39,9 +39,9 @@ class Job:
 
 @dataclass
 class Progress:
-    """How far a run is.
+    """Progress of a run.
 
-    Total and done bytes count the inputs on disk; `left_out` counts lines, `messages` has those of the newest
+    Total and done bytes count the inputs on disk. `left_out` counts lines; `messages` describe those of the newest
     block.
     """
 
@@ -74,7 +74,7 @@ def preprocess(
     """
     paths = expand_inputs(job.inputs)
     for prefix in map(job.prefix, job.json_keys):
-        # A run that was killed while publishing leaves one without the other.
+        # A run that was killed while publishing leaves one file without the other.
         if bin_path(prefix).exists() and idx_path(prefix).exists() and not job.overwrite:
             raise DataError(
                 f"{bin_path(prefix)} exists already. Give --overwrite, or a different --output-prefix.", "REMOE-E105"
@@ -108,7 +108,7 @@ def preprocess(
 
 
 def _encoded_blocks(paths: Sequence[str], job: Job, encoder: TextEncoder) -> Generator[EncodedBlock, None, None]:
-    """Yield the blocks in order, encoded on threads; read ahead only as far as keeps the threads busy."""
+    """Yield the blocks in order, encoded on threads; read ahead just enough to keep the threads busy."""
     threads = min(job.workers, MOST_THREADS)
     pool = ThreadPoolExecutor(threads)
     pending: deque[Future[EncodedBlock]] = deque()

@@ -27,7 +27,7 @@ ZSTD_LARGEST_WINDOW_LOG = 31
 
 @dataclass(frozen=True)
 class Block:
-    """Lines of one input; `first_line` counts from 1, `done_bytes` is how much of all inputs was read."""
+    """Lines of one input; `first_line` counts from 1, and `done_bytes` is the number of bytes read from all inputs."""
 
     source: str
     first_line: int
@@ -124,5 +124,5 @@ def _read_texts(line: bytes, keys: Sequence[str]) -> list[str]:
     for key in keys:
         if not isinstance(record.get(key), str):
             raise ValueError(f"no text with the key {key!r} among {', '.join(map(repr, record)) or 'no keys'}")
-        record[key].encode()  # an escape can bring half a character, which no tokenizer accepts
+        record[key].encode()  # fails for a lone surrogate from an escape, which no tokenizer accepts
     return [record[key] for key in keys]
