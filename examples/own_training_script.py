@@ -38,7 +38,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> An
 
     kind = MockGPTDataset if args.mock_data else GPTDataset
     builder = BlendedMegatronDatasetBuilder(kind, num_samples, on_this_rank, dataset_config())
-    return [data_set if wanted else None for wanted, data_set in zip(num_samples, builder.build(), strict=True)]
+    return [None if wanted == 0 else data_set for wanted, data_set in zip(num_samples, builder.build(), strict=True)]
 
 
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ A stamp is a file with a fingerprint of the inputs. It is written after the resu
 inputs can reuse them. For single files see `megatron/remoe/files/files.py`.
 """
 
+import ast
 import hashlib
 import json
 import secrets
@@ -16,6 +17,8 @@ from typing import Any, TextIO
 from megatron.remoe.files.files import take_lock, write_text
 
 from .errors import ToolError
+
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @contextmanager
@@ -61,9 +64,13 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def fingerprint_of_files(paths: Iterable[Path]) -> str:
-    """Return a hash of the files' contents, in the order of their paths."""
-    return fingerprint([hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)])
+def fingerprint_of_code(paths: Iterable[Path]) -> str:
+    """Return a hash of Python files without their comments and docstrings, in the order of their paths."""
+    trees = [ast.parse(path.read_bytes()) for path in sorted(paths)]
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return fingerprint([ast.dump(tree) for tree in trees])
 
 
 def read_stamp(path: Path, inputs: str) -> dict[str, Any] | None:

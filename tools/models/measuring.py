@@ -81,19 +81,19 @@ def compare_models(model: Any, other: Any, ids: torch.Tensor) -> float:
     Raises:
         ConversionError: the difference is above `BOUND`, so it is not just rounding.
     """
-    difference = largest = 0.0
+    difference = largest = torch.zeros(())
     for number, batch in enumerate(split_batches(ids)):
         logits = compute_logits(model, batch)
         expected = other[number] if isinstance(other, list) else compute_logits(other, batch)
-        difference = max(difference, float((logits - expected).abs().max()))
-        largest = max(largest, float(expected.abs().max()))
-    if not difference <= BOUND * largest:
+        difference = torch.maximum(difference, (logits - expected).abs().max())  # keeps NaN, as `max` does not
+        largest = torch.maximum(largest, expected.abs().max())
+    share = float(difference / largest)
+    if not share <= BOUND:
         raise ConversionError(
-            f"{describe_difference(difference / largest, ids)}, above {BOUND:.0e}: nothing was written. Please report "
-            "this error.",
+            f"{describe_difference(share, ids)}, above {BOUND:.0e}: nothing was written. Please report this error.",
             "REMOE-E514",
         )
-    return difference / largest
+    return share
 
 
 def describe_difference(difference: float, ids: torch.Tensor, name: str = "tokens") -> str:

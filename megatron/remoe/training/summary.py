@@ -50,7 +50,7 @@ def _devices(args: argparse.Namespace) -> str:
 def short(number: int) -> str:
     """Return a number with three digits and a unit, as in 1.23 B; below a million, return it in full."""
     unit, letter = next(((unit, letter) for unit, letter in UNITS if number >= unit), (1, ""))
-    return f"{number / unit:,.3g}{letter}" if letter else f"{number:,}"
+    return f"{float(f'{number / unit:.3g}'):,g}{letter}" if letter else f"{number:,}"
 
 
 def count_parameters(model_chunks: Iterable[torch.nn.Module]) -> int:

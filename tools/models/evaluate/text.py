@@ -101,9 +101,8 @@ def measure_speed(args: argparse.Namespace, opened: dict[str, OpenedModel]) -> d
         model → tokens per second of the whole batch, in reading ("prefill") and in writing ("decode"), from the median
         times of the rounds.
     """
-    first = next(iter(opened.values()))
-    data = read_text(args, first, args.data_path[0])
-    batches = read_batches(data, PROMPTS, first.model.config.vocab_size)
+    data = read_text(args, next(iter(opened.values())), args.data_path[0])
+    batches = read_batches(data, PROMPTS, min(each.model.config.vocab_size for each in opened.values()))
     prompts = torch.cat(list(batches))[:, : max(1, data.config.sequence_length // 2)]
     length = {"do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
 

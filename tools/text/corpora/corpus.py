@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ...console.errors import ToolError
-from ...console.files import fingerprint, fingerprint_of_files, make_empty, new_folder, read_stamp, write_json
+from ...console.files import fingerprint, fingerprint_of_code, make_empty, new_folder, read_stamp, write_json
 
 CODE_BYTES = 5_000_000
 SKIPPED_CODE = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages", "__pycache__"}
@@ -203,7 +203,7 @@ def inputs(name: str) -> str:
     """Return a fingerprint of the packages and the code that determine a corpus."""
     versions = {package: importlib.metadata.version(package) for package in DOCUMENTED_PACKAGES}
     code = [Path(__file__).with_name(f"{part}.py") for part in ("corpus", "technical", "python_packages")]
-    return fingerprint(name, sys.version, versions, fingerprint_of_files(code))
+    return fingerprint(name, sys.version, versions, fingerprint_of_code(code))
 
 
 def build(folder: Path, say: Callable[[str], None], name: str, sources: Sources) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...console.errors import ToolError
-from ...console.files import fingerprint, fingerprint_of_files, make_empty, read_stamp, write_json
+from ...console.files import fingerprint, fingerprint_of_code, make_empty, read_stamp, write_json
 from ...console.places import PACKAGE
 from . import corpus, python_packages, technical
 
@@ -29,7 +29,7 @@ FOLDERS = {
 def inputs(text: dict[str, Any]) -> str:
     """Return a fingerprint of the text and the code that the data sets are made from."""
     sources = [Path(__file__), *Path(__file__).parents[1].glob("preprocessing/*.py"), *PACKAGE.glob("files/*.py")]
-    return fingerprint(text["inputs"], text["domains"], fingerprint_of_files(sources))
+    return fingerprint(text["inputs"], text["domains"], fingerprint_of_code(sources))
 
 
 def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int, tokens: str = BYTES) -> dict[str, Any]:
