@@ -35,7 +35,7 @@ SHAPES = {"(8, 1)": (8, 1), "(8, 8)": (8, 8), "(64, 1)": (64, 1)}  # E and G: E�
 # A GPT of the paper's kind, with few layers.
 SIZE = Size(2, 768, 12, 2048, init_std=0.02, vocabulary_multiple=128)
 MICRO_BATCH = 4
-# Small, so that the output layer's share of the FLOPs (29 %) is near the 182M model's (24 %). One more ends a document.
+# Small, so that the output layer's share of the FLOPs (29 %) is near the 182M model's (24 %).
 VOCABULARY = 8191
 DOCUMENTS = 64
 COMMON = f"""
@@ -51,7 +51,7 @@ PACKAGES = ("torch", "megatron-core", "transformers", "numpy")
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train: "remoe" or "moe", flags on top of the shape's, and environment."""
+    """A way to train: "remoe" or "moe", flags in addition to the shape's, and environment variables."""
 
     name: str
     routing: str
@@ -103,7 +103,7 @@ def run(shape: str, variant: Variant, steps: int, more: list[str]) -> dict[str, 
 
 
 def measure(shape: str, variants: list[Variant], rounds: int, steps: int, more: list[str]) -> dict[str, Any]:
-    """Return variant's name → its figures, from runs in turns."""
+    """Return name of a variant → its figures. The variants' runs take turns."""
     records: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
     for number in range(rounds):
         for variant in variants[:: 1 if number % 2 == 0 else -1]:
@@ -146,7 +146,7 @@ def machine() -> dict[str, Any]:
 
 
 def save(path: Path, results: dict[str, Any]) -> None:
-    """Write figures with date, machine and command; called after each shape, so that a stopped run keeps them."""
+    """Write figures with date, machine and command. Called after each shape, so that a stopped benchmark keeps them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     head = {"date": time.strftime("%Y-%m-%d %H:%M"), "command": " ".join(sys.argv), "machine": machine()}
     write_json(path, head | {"results": results})

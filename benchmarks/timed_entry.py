@@ -1,7 +1,7 @@
 """Run the training entry and measure its steps; the figures go to the JSON file $BENCHMARK_RECORD.
 
-BENCHMARK_AT_TARGET=1: routers start with an even load of the first batches, ReMoE's at the target.
-BENCHMARK_SHARE=S: keep remoe cost's forecast for the active share S of the (token, expert) pairs.
+BENCHMARK_AT_TARGET=1: routers start with an even load for the first batches, ReMoE's also at the target.
+BENCHMARK_SHARE=S: also record the memory that remoe cost forecasts for a share S of active (token, expert) pairs.
 """
 
 import json
@@ -25,7 +25,7 @@ from megatron.remoe import pretrain  # noqa: E402
 if TYPE_CHECKING:
     from megatron.core.transformer.moe.router import TopKRouter
 
-# Steps that bring routers to the target. One batch is not enough: the tokens of a sequence have much in common.
+# Steps that bring routers to the target. One batch is not enough, because the tokens of a sequence are similar.
 FIT_STEPS = 4
 PROFILED_STEP = FIT_STEPS + 1
 PEAK_SIZES = {
@@ -124,7 +124,7 @@ class Recorder:
         def finalize_and_record(*arguments: Any, **options: Any) -> None:
             routers = [module for module in modules if isinstance(module, ReLURouter)]
             if counts := [router.counts for router in routers if router.counts is not None]:
-                # A tensor: to read a number would wait for the device, in ReMoE's steps only.
+                # Keep a tensor: reading its number would make ReMoE's steps, but no others, wait for the device.
                 pairs = sum(count.active - count["left_out"] for count in counts)
                 self.record["active"].append(pairs / sum(count["tokens"] for count in counts))
             finalize(*arguments, **options)
@@ -188,10 +188,10 @@ class Fit:
             router.weight.data.copy_(self.initial)
             start_at_target(router, torch.cat(self.tokens))
             main = getattr(router.weight, "main_param", None)
-            if main is not None:  # with half precision the optimizer sets the weights from its own, in fp32
+            if main is not None:  # in half precision, the optimizer sets the weights from its fp32 copy
                 main.data.view(-1).copy_(router.weight.data.view(-1))
         else:
-            self.tokens.clear()  # they would count as memory of later steps
+            self.tokens.clear()  # else they would count as memory of later steps
 
 
 def find_peak(profiler: torch.profiler.profile) -> int:

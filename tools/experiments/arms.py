@@ -12,7 +12,7 @@ class Arm:
         title: for pictures and tables.
         marker: Matplotlib's, for pictures.
         flags: for Megatron, after the recipe's; {most} is 4 experts per token for k = 1, {near_dense} 6 of 8 experts.
-        router: key of its color, if this is not its routing.
+        router: key of its color, if that is not its routing.
     """
 
     title: str
@@ -60,11 +60,11 @@ class Setting:
     """A number that runs of some arms vary.
 
     Attributes:
-        label: of the number.
-        base: the value without any flag.
-        values: to compare by default.
-        arms: that have it.
-        flag: Megatron's; empty for the learning rate, which is part of the recipe.
+        label: title of the number in pictures and help texts.
+        base: the number without any flag.
+        values: numbers to compare by default.
+        arms: keys of `ARMS` that have this setting.
+        flag: Megatron's flag; empty for the learning rate, which is part of the recipe.
     """
 
     label: str

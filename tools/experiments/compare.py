@@ -83,7 +83,7 @@ def base_run(args: argparse.Namespace, experts: int) -> Run:
 
 
 def tuning_runs(args: argparse.Namespace) -> list[Run]:
-    """Return the runs that tune each arm for each number of experts; none if there is nothing to choose from."""
+    """Return the runs that tune each arm for each number of experts; none if there is only one choice."""
     runs = (
         replace(base_run(args, experts), arm=arm, seed=TUNING_SEED, steps=args.tuning_steps, rate=rate, warmup=warmup,
                 is_tuning=True)
@@ -115,7 +115,7 @@ def choose_rates(args: argparse.Namespace, results: Results) -> dict[tuple[int, 
 def planned_runs(args: argparse.Namespace, tuned: Tuned, experts: int) -> Iterator[tuple[Run, Run]]:
     """Yield the tuned runs with `experts` experts, each with the run of the same seed and length that sets its FLOPs.
 
-    The runs of the arm that sets FLOPs come first. With `--equal-flops none` each run is paired with itself.
+    For each seed, runs of the arm that sets FLOPs come first. With `--equal-flops none` each run is paired with itself.
     """
 
     def tuned_run(arm: str, seed: int, steps: int) -> Run | None:
@@ -135,11 +135,11 @@ def planned_runs(args: argparse.Namespace, tuned: Tuned, experts: int) -> Iterat
 def run_of_equal_flops(run: Run, reference: Run, results: Results) -> Run | None:
     """Return the longer run that uses the FLOPs of `reference`; the same run if it is the reference.
 
-    While the returned run has no result, its steps are an estimate: further steps compute as many experts per token as
-    the last ones. A run that misses by more than `EQUAL` is followed by a better estimate, if its steps differ.
+    While the returned run has no result, its steps are an estimate, which assumes that further steps compute as many
+    experts per token as the last ones. If a run misses by more than `EQUAL`, a better estimate follows if there is one.
 
     Returns:
-        The run; None without the results of both, or if it would not be longer.
+        The run; None if `run` or `reference` has no result, or if it would not be longer.
     """
     if run == reference:
         return run
@@ -160,7 +160,7 @@ def run_of_equal_flops(run: Run, reference: Run, results: Results) -> Run | None
 
 
 def make_lines(args: argparse.Namespace, results: Results, experts: int) -> list[Line]:
-    """Return the lines of the table of one number of experts: one for each length and arm."""
+    """Return the table's lines for a number of experts: one line for each length and arm."""
     lines: dict[tuple[str, str], Line] = {}
     for run, matching in planned_runs(args, choose_rates(args, results), experts):
         if run in results:
@@ -182,7 +182,7 @@ def tuning_lines(args: argparse.Namespace, results: Results, experts: int) -> It
 
 
 def show(args: argparse.Namespace, rows: Sequence[Row]) -> None:
-    """Write the tables and the picture of the finished runs."""
+    """Write the tables and the picture of the finished runs. Raise ToolError if --results has none of them."""
     results, text, panels = finished(rows), list[str](), dict[str, dict[str, dict[int, float]]]()
     for experts in args.experts:
         if lines := make_lines(args, results, experts):

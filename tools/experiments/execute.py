@@ -28,13 +28,13 @@ def execute(console: Console, grid: Grid, jobs: Sequence[Job], processes: int, h
 
     Args:
         console: shows their progress.
-        grid: of the jobs.
+        grid: settings of all jobs.
         jobs: WSD runs that differ only in their steps run in turn, shortest first, and each continues the one before.
-        processes: number of runs at once.
+        processes: number of runs at once on this machine.
         held: a locked file; the runs keep the lock too.
 
     Returns:
-        The names of unfinished runs.
+        The names of unfinished runs; none with Slurm, which trains them later.
 
     Raises:
         RecipeError: a folder holds a different run.
@@ -45,7 +45,7 @@ def execute(console: Console, grid: Grid, jobs: Sequence[Job], processes: int, h
         submit(console, grid, jobs)
         return []
     failed: list[str] = []
-    shown = {  # the cost of a step grows with the experts
+    shown = {  # the time of a step grows with the number of experts
         job.folder: ShownTraining(
             job.folder.name, job.run.steps, _step_tokens(job), job.run.steps * (1 + job.run.experts / 32)
         )
@@ -56,7 +56,7 @@ def execute(console: Console, grid: Grid, jobs: Sequence[Job], processes: int, h
         chains.setdefault(replace(job.run, steps=0) if job.run.is_wsd else job.run, []).append(job)
     for chain in chains.values():
         chain.sort(key=lambda job: job.run.steps)
-        for place, job in enumerate(chain):  # steps of a shorter run do not count as time that is left
+        for place, job in enumerate(chain):  # the time left does not include the steps of a shorter run
             if job.run.is_wsd and job.loss is None and not job.has_checkpoint:
                 shorter = chain[place - 1].run if place else find_shorter(job, grid)
                 shown[job.folder].done = shorter.decay_start if shorter else 0
@@ -91,7 +91,7 @@ def _train(job: Job, line: ShownTraining, display: TrainingDisplay) -> bool:
             print(f"$ OMP_NUM_THREADS=1 {shlex.join(job.words)}", file=log)
             code, cause = display.run(line, job.words, environment, log)
     else:
-        code, cause = display.run(line, job.words, environment)  # writes its log itself
+        code, cause = display.run(line, job.words, environment)  # the launch script writes the log
     loss = job.loss
     if code == 0 and loss is not None:
         if job.run.is_wsd:  # longer runs continue from the start of the decay, and nothing needs the end
@@ -138,7 +138,7 @@ def submit(console: Console, grid: Grid, jobs: Sequence[Job]) -> None:
 
 
 def sbatch_command(job: Job, grid: Grid) -> list[str]:
-    """Return the submission of a run; the user's sbatch flags override these and those in the file."""
+    """Return the command that submits a run. The user's sbatch flags override ours and those in train.sbatch."""
     options = ["--parsable", f"--job-name={job.folder}", f"--output={job.folder / 'slurm-%j.out'}"]
     options += [f"--gpus-per-node={grid.gpus_per_node}", *(grid.sbatch_flags or ())]
     return ["sbatch", *options, str(ROOT / "scripts" / "slurm" / "train.sbatch"), *job.words[1:]]

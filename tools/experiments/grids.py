@@ -1,4 +1,4 @@
-"""Run a command over a grid of runs: its options, the list of commands, training, and the results."""
+"""Share the work of commands that train a grid of runs: options, the list of commands, training, and results."""
 
 import argparse
 import json
@@ -62,7 +62,7 @@ def parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> argpar
 
 
 def prepare_text(args: argparse.Namespace, console: Console) -> Text:
-    """Return the text of tiny runs; make it first if it is missing, unless this is a dry run."""
+    """Return the text of tiny runs; make a missing one. Raise ToolError for a wrong one, or none in a dry run."""
     folder = (args.text_dir or home() / dataset.FOLDERS[args.corpus]).expanduser().resolve()
     place = folder / dataset.TOKENS[args.tokens]
     if not args.dry_run and not (place / "manifest.json").exists():
@@ -88,7 +88,7 @@ def run_grid(
     rounds: Callable[[], Iterable[Sequence[Run]]],
     show: Callable[[Sequence[Row]], None],
 ) -> int:
-    """Carry out the command line; return the exit code. Show the results also after an interruption.
+    """Do what the command line asks for and return the exit code. Show the results also after an interruption.
 
     Args:
         name: of the command.
@@ -109,7 +109,7 @@ def run_grid(
             check_flags(args.flags, runs)
             return [make_job(run, grid) for run in runs]
 
-        if args.dry_run:  # a round depends on the results of those before
+        if args.dry_run:  # list the first unfinished round: later rounds depend on its results
             for jobs in map(make_jobs, rounds()):
                 check_conflicts(jobs)
                 if any(job.loss is None for job in jobs):
@@ -152,7 +152,7 @@ def write_page(
     """Write results.json, results.md and, with `draw`, results.png; print the tables and the paths.
 
     Args:
-        args: the command line. With `results`, results.json stays as it is.
+        args: the command line. With `args.results`, results.json is not written.
         rows: all runs.
         lines: the tables, in Markdown.
         draw: writes the picture; None without losses.

@@ -44,7 +44,7 @@ class Grid:
     """Settings that all runs of a list share.
 
     Attributes:
-        output: folder of their folders.
+        output: folder of the runs' folders.
         flags: Megatron's, for all runs, after each run's own.
         text: of tiny runs.
         gpus_per_node, micro_batch: of launch scripts.
@@ -77,7 +77,7 @@ class Job:
 
     @property
     def differences(self) -> list[str]:
-        """Return how the run in the folder differs from this run; an empty list if the folder holds no run."""
+        """Return how the run in the folder differs from this run; an empty list if it does not, or there is none."""
         path = self.folder / STAMP
         if not path.exists():
             return []
@@ -111,12 +111,12 @@ def _shown(values: Sequence[str | None] | None) -> str:
 
 
 def make_job(run: Run, grid: Grid, name: str = "") -> Job:
-    """Return a run with its command.
+    """Return the job of a run: its folder, stamp, command and environment.
 
     Args:
-        run: to train.
-        grid: of the list.
-        name: of the run's folder (default: the run's name).
+        run: the run to train.
+        grid: the settings of all runs.
+        name: name of the run's folder (default: the run's name).
 
     Raises:
         RecipeError: an argument or environment variable of a launch script is wrong.
@@ -174,7 +174,7 @@ def prepare(job: Job, grid: Grid) -> None:
 
 
 def find_shorter(job: Job, grid: Grid) -> Run | None:
-    """Return the finished run from which the job can continue the furthest: it differs only in its steps."""
+    """Return the finished run that the job can continue the furthest, different only in its steps; None without one."""
     steps = {json.loads(path.read_text(encoding="utf-8"))["run"]["steps"] for path in grid.output.glob(f"*/{STAMP}")}
     runs = [
         run for run in (replace(job.run, steps=number) for number in steps) if _decay_checkpoint(run, grid).exists()
@@ -188,10 +188,10 @@ def _decay_checkpoint(run: Run, grid: Grid) -> Path:
 
 
 def _go_on_from_shorter(job: Job, grid: Grid) -> None:
-    """Copy the checkpoint at the start of the decay of a run that differs only in its steps.
+    """Copy the checkpoint from which another run, which differs only in its steps, began its decay.
 
-    Both are equal until then, if no text is read twice: Megatron shuffles all passes over a text together. The log is
-    copied too, so that its running sums include all steps.
+    Both runs are equal until then, if no text is read twice: Megatron shuffles all passes over a text together. The
+    log is copied too, so that its running sums include all steps.
     """
     if (run := find_shorter(job, grid)) is None:
         return
@@ -201,6 +201,6 @@ def _go_on_from_shorter(job: Job, grid: Grid) -> None:
     kept = (line for line in lines if json.loads(line)["iteration"] <= run.decay_start and '"validation"' not in line)
     write_text(saves / METRICS, "".join(kept))
     copy = saves / original.name
-    shutil.rmtree(copy, ignore_errors=True)  # of a copy that was cut off: the tracker follows a complete one
+    shutil.rmtree(copy, ignore_errors=True)  # left by an interrupted call, which had not written the tracker
     shutil.copytree(original, copy)
     write_text(saves / TRACKER, str(run.decay_start))

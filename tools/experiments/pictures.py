@@ -14,17 +14,17 @@ from .tables import interval
 
 Losses = Mapping[str, Mapping[int, float]]  # arm → seed → nats per byte
 IN_A_ROW = 5
-MARGIN = 0.5  # of the axis of the losses in rows, at each end, as a share of their range; the labels need room
+MARGIN = 0.5  # room for the labels at each end of the loss axis of `plot_rows`, as a share of the losses' range
 
 
 @dataclass
 class Panel:
-    """A panel.
+    """A plot of losses over a setting, with a line for each arm.
 
     Attributes:
         title, label: of the panel, and of its horizontal axis.
-        lines: arm and a note → place on the horizontal axis → values of the seeds.
-        ticks: place → label.
+        lines: arm and a note → place on the horizontal axis → losses of the seeds.
+        ticks: place → label; if empty, Matplotlib chooses them.
         is_log: whether the horizontal axis is logarithmic.
     """
 
@@ -41,7 +41,7 @@ def color_key(arm: str) -> str:
 
 
 def draw(path: Path, panels: Sequence[Panel], label: str) -> None:
-    """Write a .png file with at least one panel; `label` is that of the vertical axis."""
+    """Write a .png file of at least one panel; `label` is the label of the vertical axis."""
     from matplotlib.ticker import NullLocator
 
     names = [*dict.fromkeys(name for panel in panels for name in panel.lines)]
@@ -69,7 +69,7 @@ def draw(path: Path, panels: Sequence[Panel], label: str) -> None:
 
 
 def draw_final_losses(path: Path, panels: Mapping[str, Losses], base: str) -> None:
-    """Write a .png file with panels of `plot_rows`, by title."""
+    """Write a .png file with a panel of `plot_rows` for each title; gaps are measured from the arm `base`."""
     columns, rows = min(IN_A_ROW, len(panels)), -(-len(panels) // IN_A_ROW)
     height = 1 + 0.8 * max(map(len, panels.values()))
     with picture(path, font_size=13, pad=(0.12, 0.1), figsize=(max(8, 6 * columns), height * rows)) as figure:

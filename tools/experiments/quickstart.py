@@ -26,7 +26,7 @@ from .jobs import Grid, Job, make_job
 from .quickstart_picture import draw
 from .run import Run, Text
 
-ARMS = {"dense": "dense", "moe": "moe", "remoe": "remoe-capped"}  # by name of the folder
+ARMS = {"dense": "dense", "moe": "moe", "remoe": "remoe-capped"}  # name of the folder → arm
 SIZE = tiny.SIZES[tiny.QUICKSTART]
 ITERATIONS, WARMUP = 900, 300  # steps
 
@@ -109,7 +109,7 @@ def summarize(jobs: Sequence[Job], runs: Mapping[str, RunFigures]) -> dict[str, 
 
 
 def late_sparsity(figures: RunFigures, last: int, experts: int) -> float:
-    """Return S over all steps of the last quarter of `last` iterations, from the running sums."""
+    """Return the sparsity of the computed pairs over the last quarter of `last` iterations, from the running sums."""
     iterations = figures.curve(TOTALS[0]).iterations
     ends = np.append(iterations[iterations <= 0.75 * last][-1:], iterations[-1])
     return float(1 - figures.experts_per_token(ends)[-1] / experts)

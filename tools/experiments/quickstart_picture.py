@@ -29,7 +29,7 @@ def draw(path: Path, runs: Mapping[str, RunFigures], summary: Mapping[str, Any])
 
 
 def late_load(figures: RunFigures, last: int) -> dict[int, NDArray[np.float64]]:
-    """Return layer → share of its tokens that each expert gets, the mean over the last quarter: [experts]."""
+    """Return layer → share of its tokens that each expert gets, float `[E]`, the mean over the last quarter."""
     late = [loads for iteration, loads in figures.loads.items() if iteration > 0.75 * last]
     return {layer: np.mean([loads[layer] for loads in late], axis=0) for layer in late[-1]}
 

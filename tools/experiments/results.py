@@ -26,17 +26,17 @@ class Result:
 
     Attributes:
         iterations: number of logged iterations.
-        loss: validation loss after the last iteration, in nats per token, or per byte of the text of a tiny run; with
-            it the run is done.
+        loss: validation loss after the last iteration, in nats per byte of text for a tiny run, else per token. A run
+            with this loss is done.
         losses: the same by validation set.
         first_near: the first logged iteration with S within 1 % of its target.
         settled: the first logged iteration from which S stays there.
         flip_rate, flip_count: of the routing decisions, median over the log's second half.
-        experts_per_token: those computed, mean over layers and over the steps since the log's second last line.
-        inactive: number of experts of each layer that are inactive at the end.
+        experts_per_token: computed experts, mean over layers and over the steps since the log's second last line.
+        inactive: number of each layer's experts that are inactive at the end.
         training_seconds: without evaluations and saves, from the log's time per iteration.
-        flops: of the whole run, with the computed experts.
-        step_flops: of a step, with `experts_per_token`.
+        flops: training FLOPs of the whole run, from the computed experts.
+        step_flops: training FLOPs of a step with `experts_per_token`.
     """
 
     iterations: int
@@ -61,8 +61,8 @@ def read_result(folder: Path, per_byte: Mapping[str, float] | None = None) -> Re
     """Return the results of the run in a folder; None if it has not begun.
 
     Args:
-        folder: of the run.
-        per_byte: validation set → tokens of a byte; None if losses are per token.
+        folder: the run's folder.
+        per_byte: validation set → tokens per byte; None to keep losses per token.
     """
     try:
         figures = read_figures(folder)
@@ -95,7 +95,7 @@ def read_result(folder: Path, per_byte: Mapping[str, float] | None = None) -> Re
 
 
 def _mean_loss(figures: RunFigures, losses: Mapping[str, float], per_byte: Mapping[str, float]) -> float | None:
-    """Return the mean loss of all sets, weighted by their text; None until every set has a loss."""
+    """Return the mean loss of all sets, weighted by the size of their text; None until every set has a loss."""
     wanted = figures.args.get("validation_set_names") or [""]
     if not losses.keys() >= {*wanted}:
         return None
@@ -111,7 +111,7 @@ def _late_median(figures: RunFigures, name: str) -> float | None:
 
 
 def read_folder(output: Path) -> list[Row]:
-    """Return the runs in a folder of runs, in the order of their names."""
+    """Return the runs in a folder of runs with their results, in the order of their names."""
     rows: list[Row] = []
     for path in output.glob(f"*/{STAMP}"):
         stamp = json.loads(path.read_text(encoding="utf-8"))
@@ -125,7 +125,7 @@ def finished(rows: Sequence[Row]) -> Results:
 
 
 def write_results(path: Path, rows: Sequence[Row]) -> None:
-    """Write runs and their results, a line each."""
+    """Write runs and their results to a JSON file, a line for each run."""
     lines = (json.dumps({"run": asdict(run), "result": asdict(result) if result else None}) for run, result in rows)
     write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
 
@@ -134,7 +134,7 @@ def read_results(path: Path) -> list[Row]:
     """Read a file of `write_results`.
 
     Raises:
-        ToolError: it is a different file.
+        ToolError: the file cannot be read, or has a different format.
     """
     try:
         entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))

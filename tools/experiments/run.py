@@ -14,7 +14,7 @@ from ..recipes.models import Routing, Training
 from ..text.corpora import dataset
 from .arms import ARMS, RATE, SETTINGS
 
-CAP = 4  # largest number of experts per token of remoe-capped, for k = 1 and without granularity
+CAP = 4  # largest number of experts per token of capped arms, for k = 1 and without granularity
 DECAY = 0.2  # share of a WSD schedule's steps in which the learning rate falls
 STEP = 5  # steps of a WSD schedule are multiples of it, so that a line of the log has their exact FLOPs
 SAVED = 200  # largest number of steps between two checkpoints of a WSD schedule
@@ -29,7 +29,7 @@ class Text:
         folder: of the data sets and their vocabulary.
         train_tokens: domain → tokens of its training text.
         inputs: fingerprint of the sources of the data sets.
-        per_byte: set ("" for a part of the training text, else a domain's held-out text) → tokens of a byte.
+        per_byte: set ("" for a part of the training text, else a domain's held-out text) → tokens per byte.
     """
 
     folder: Path
@@ -57,10 +57,10 @@ class Run:
         steps: optimizer steps.
         size: of the launch script, or key of `tiny.SIZES`.
         experts: of a layer, before granularity splits them; 0 for a dense model.
-        granularity: number of smaller experts of each.
+        granularity: number of smaller experts that each expert is split into.
         topk: active experts of a token, before granularity.
-        expansion: a dense model's FFN over the recipe's.
-        setting, value: a setting of `SETTINGS` that is not at its base; "" for none.
+        expansion: a dense model's FFN width, as a multiple of the recipe's.
+        setting, value: key of `SETTINGS` and its value, if not at its base; "" for none.
         rate: factor on the recipe's learning rate.
         warmup: steps in which the learning rate rises; None for the recipe's share.
         is_wsd: the rate is constant and falls linearly in the last fifth; else it follows a cosine.
@@ -178,7 +178,7 @@ class Run:
         return {"EP": str(fitting)} if fitting != int(given["EP"]) else {}
 
     def fitting(self, given: Sequence[str]) -> list[str]:
-        """Return the flags without --moe-... ones for a dense model: Megatron refuses some of them."""
+        """Return the `given` flags, for a dense model without --moe-... ones: Megatron refuses some of those."""
         return [*given] if self.experts else without(given, lambda flag: flag.startswith("--moe-"))
 
 

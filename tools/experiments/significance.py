@@ -26,9 +26,9 @@ class Difference:
     Attributes:
         mean: the arm's minus its reference's, in the unit of the losses.
         half: half of the 95 % interval, not corrected for other comparisons; infinite with one seed.
-        p_different: of two equal arms.
-        p_equivalent: of two arms whose difference is at least `margin` (TOST).
-        p_worse: of an arm that is worse by at least `margin` (the upper one of TOST's two tests).
+        p_different: under the hypothesis that the arms are equal.
+        p_equivalent: under the hypothesis that they differ by at least `margin` (TOST).
+        p_worse: under the hypothesis that the arm is worse by at least `margin` (the upper one of TOST's two tests).
         margin: the largest difference that counts as none.
     """
 
@@ -54,7 +54,7 @@ class Difference:
 
 
 def compare[Row: Hashable](rows: Mapping[Row, Sequence[float]], margin: float) -> dict[Row, Difference]:
-    """Compare arms with their references, given the differences by seed; one up to `margin` counts as none."""
+    """Compare arms with their references, given the differences by seed; up to `margin` they count as none."""
     different = holm([_p(values, 0.0, "two-sided") for values in rows.values()])
     worse = [_p(values, margin, "less") for values in rows.values()]
     better = [_p(values, -margin, "greater") for values in rows.values()]
@@ -70,7 +70,7 @@ def half_width(values: Sequence[float]) -> float:
 
 def _p(values: Sequence[float], mean: float, alternative: str) -> float:
     """Return the p-value of a t-test; 1 for one value, and for equal values at `mean`."""
-    with warnings.catch_warnings(action="ignore"):  # of equal values
+    with warnings.catch_warnings(action="ignore"):  # SciPy warns of equal values
         p = float(stats.ttest_1samp(values, mean, alternative=alternative).pvalue)
     return 1.0 if math.isnan(p) else p
 
@@ -85,15 +85,15 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def seeds_for_equivalence(margin: float, deviation: float, comparisons: int = 1) -> int | None:
-    """Return the seeds with which two equal arms are found equivalent with a probability of 80 %.
+    """Return how many seeds it takes to find two equal arms equivalent with a probability of 80 %.
 
     Args:
-        margin: of the test, in the unit of the losses.
-        deviation: of the difference of two equal arms with one seed.
-        comparisons: of the table; the first step of Holm's method tests at 5 % divided by their number.
+        margin: largest difference that counts as none, in the unit of the losses.
+        deviation: standard deviation of two equal arms' difference with one seed.
+        comparisons: their number in the table; the first step of Holm's method tests at 5 % divided by it.
 
     Returns:
-        Their number; None if 1,000 do not suffice.
+        The number of seeds; None if 1,000 do not suffice.
     """
     if not deviation:
         return 2

@@ -33,7 +33,7 @@ VALUES: Mapping[str, Sequence[Any]] = {
 }
 WIDE = 8  # the paper's Dense x 8, as wide as 8 experts
 COMPARED = ("dense", "moe", "remoe")
-# Not in the figure over routings: with k = 1 top-p always takes one expert.
+# Not in the figure over routings by default. With k = 1, top-p always chooses one expert.
 LEFT_OUT = ("moe-topp", "moe-expert-threshold", "moe-normalized", "remoe-normalized", "remoe-deco")
 FIGURES = (*VALUES, "routing", *SETTINGS)
 
@@ -81,7 +81,7 @@ def plan_runs(args: argparse.Namespace) -> dict[str, list[tuple[Run, float, str]
     """Return figure → its runs, each with its place on the figure's axis and the label of that place.
 
     Raises:
-        RecipeError: there are no runs.
+        RecipeError: there are no runs, because none of the routings has the figures' settings.
     """
     base = replace(BASE, steps=args.steps, is_tiny=args.tiny, tokens=args.tokens)
     planned = {
@@ -136,7 +136,7 @@ def make_panel(figure: str, planned: Iterable[tuple[Run, float, str]], results: 
 
 
 def make_lines(results: Results) -> list[Line]:
-    """Return the lines of the table, one for finished runs that differ only in their seeds; gaps are from ReMoE."""
+    """Return the table's lines: one for all finished runs that differ only in their seeds. Gaps are from ReMoE."""
     lines: dict[Run, Line] = {}
     for run, result in results.items():
         key, experts = replace(run, seed=0), run.experts or BASE.experts

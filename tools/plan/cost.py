@@ -17,11 +17,11 @@ from .gpus import parse_plan, plan_parser, planned_flags
 
 
 def check_sizes(args: argparse.Namespace, layers: str) -> None:
-    """Check sizes with which building the model or training would fail, and that there is a number of steps.
+    """Refuse a missing number of steps, and sizes with which building the model or training would fail.
 
     Args:
         args: Megatron's validated arguments.
-        layers: --transformer-impl on the GPUs.
+        layers: value of --transformer-impl on the GPUs.
 
     Raises:
         ValueError: names the flag, its value and the remedy.
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     with contextlib.redirect_stdout(io.StringIO()), usage_errors():
         sys.argv = ["pretrain_gpt.py", *planned_flags(flags, read_values(flags))]
         args = parse_args(cpu.add_cpu_argument, {"tokenizer_type": "GPT2BPETokenizer"})
-        args.tensorboard_dir, args.wandb_project = None, ""  # the globals below would create or contact them
+        args.tensorboard_dir, args.wandb_project = None, ""  # set_global_variables would create or contact them
         if not args.cpu:
             fp4 = ("fp4", "fp4_param_gather")  # Megatron refuses these without Transformer Engine
             planned = {name: getattr(args, name) for name in (*cpu.CPU_VALUES, *fp4) if hasattr(args, name)}
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
         check_sizes(args, planned.get("transformer_impl", args.transformer_impl))
         set_global_variables(args)
         stages, whole = parameters.count_stages(args), parameters.count_whole_model(args)
-        # Settings that were switched off to build the model here count as on the GPUs.
+        # The estimate uses the GPUs' settings, some of which were switched off to build the model here.
         args = argparse.Namespace(**vars(args) | planned)
         text = "\n".join(estimate.write_lines(args, options, stages, *whole))
     print(text)

@@ -1,4 +1,4 @@
-"""Write the text of an estimate: model, data, checkpoints, memory and time."""
+"""Write the text of an estimate: layout, compute, checkpoints, memory and time."""
 
 import argparse
 import math
@@ -31,13 +31,13 @@ def _layout_lines(args: argparse.Namespace, options: argparse.Namespace) -> Iter
 def write_lines(
     args: argparse.Namespace, options: argparse.Namespace, stages: list[Stage], total: int, experts: int
 ) -> Iterator[str]:
-    """Yield layout, compute, checkpoints, memory and time.
+    """Yield the lines of an estimate.
 
     Args:
         args: Megatron's validated arguments for `options.gpus` processes.
-        options: the command's own flags.
-        stages: see `parameters.count_stages`.
-        total, experts: see `parameters.count_whole_model`.
+        options: the options of `remoe cost`.
+        stages: from `parameters.count_stages`.
+        total, experts: numbers of parameters from `parameters.count_whole_model`.
     """
     sequences = args.train_samples or args.train_iters * args.global_batch_size
     yield from _layout_lines(args, options)
@@ -45,7 +45,7 @@ def write_lines(
     yield from _compute_lines(args, sequences, total, experts)
     if args.save and args.save_interval:
         interval = args.save_retain_interval or args.save_interval
-        # One is saved after the last iteration in any case.
+        # Megatron always saves a checkpoint after the last iteration.
         number = math.ceil(sequences / args.global_batch_size / interval)
         size = memory.checkpoint_bytes(args, total) / 1e9
         yield ""

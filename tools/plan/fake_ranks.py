@@ -18,7 +18,7 @@ def join(rank: int, world: int, gpus_per_node: int) -> None:
         RANK=str(rank), LOCAL_RANK=str(rank % gpus_per_node), WORLD_SIZE=str(world),
         LOCAL_WORLD_SIZE=str(gpus_per_node), MASTER_ADDR="127.0.0.1", MASTER_PORT="1",
     )  # fmt: skip
-    from torch.testing._internal.distributed import fake_pg  # noqa: F401  # has the backend "fake"
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401  # registers the backend "fake"
 
     distributed, stub = torch.distributed, ctypes.CDLL("libcuda.so.1")
     store = _StoreOfOne()
@@ -82,7 +82,7 @@ class _StoreOfOne(torch.distributed.Store):
 
 
 class Pairs:
-    """Made-up counts, for those that the host reads from routing maps.
+    """Made-up counts that replace those that the host would read from routing maps.
 
     Attributes:
         share: active share of (token, expert) pairs, 0 to 1.
@@ -93,7 +93,7 @@ class Pairs:
         self._random = random.Random(1234)
 
     def install(self) -> None:
-        """Replace the functions that read. Call this after Megatron is imported."""
+        """Replace the functions that read from the device. Call this after Megatron is imported."""
         from megatron.core.transformer.moe import token_dispatcher
         from megatron.remoe.layer import counting
 
@@ -102,7 +102,7 @@ class Pairs:
         item, truth = torch.Tensor.item, torch.Tensor.__bool__
 
         def read(tensor: torch.Tensor) -> Any:
-            """Return 1 for losses and norms: their memory is uninitialized."""
+            """Return 1 for floats on the device, such as losses and norms: their memory is uninitialized."""
             value = item(tensor)
             return 1.0 if tensor.is_cuda and tensor.is_floating_point() else value
 
@@ -114,7 +114,7 @@ class Pairs:
             setattr(torch.Tensor, name, function)
 
     def counted(self, real: Callable[..., tuple[torch.Tensor, int]]) -> Callable[..., tuple[torch.Tensor, int]]:
-        """Return a `read_pairs` whose counts have this share, nearly even over the experts."""
+        """Wrap `read_pairs`: replace its counts by ones with the active share, nearly even over the experts."""
 
         def read_pairs(routing_map: torch.Tensor, chunks: int, *how: Any) -> tuple[torch.Tensor, int]:
             pairs, _ = real(routing_map, chunks, *how)
@@ -130,7 +130,7 @@ class Pairs:
         return min(tokens, max(0, round(tokens * self.share * (1 + deviation))))
 
     def _moved(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap the function with which Megatron's own dispatchers read; it returns the counts of an even load."""
+        """Wrap the function with which Megatron's own dispatchers read: it then returns the counts of an even load."""
         from megatron.training import get_args
 
         def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -19,7 +19,7 @@ class Gpu:
         capability: compute capability.
         multiprocessors: their number.
         bandwidth: of its memory, in TB/s.
-        link: to the other GPUs of a node, in GB/s and direction.
+        link: to the other GPUs of a node, in GB/s per direction.
     """
 
     tflops: float
@@ -41,27 +41,28 @@ GPUS_PER_NODE = 8
 CONTEXT = 0.6  # GiB of a GPU that the driver's context uses
 # Shares of the data sheet's figures, until --rate gives measured rates. Bandwidth: copies on H100 and H200 with PyTorch
 # 2.11 reach 3.0 and 4.3 TB/s. Grouped: Transformer Engine's product of 8 experts, 509 to 650 TFLOP/s on H100
-# (NVIDIA/TransformerEngine#2045). Products and attention at head size 128 are assumed between published ones.
+# (NVIDIA/TransformerEngine#2045). Products, and attention at head size 128: assumed, between published figures.
 SHARES = {"products": 0.57, "grouped": 0.57, "attention": 0.46, "bandwidth": 0.9, "link": 0.8}
-NETWORK = 50.0  # GB/s and direction of each GPU to other nodes: 400 Gbit/s
+NETWORK = 50.0  # GB/s per direction from each GPU to other nodes: 400 Gbit/s
 SMALLEST = 2.3  # microseconds of the shortest kernel
-# Microseconds of a collective for each doubling of its ranks, as in a tree, within a node and over nodes: assumed.
+# Assumed microseconds of a collective per doubling of its ranks, as in a tree: within a node, and between nodes.
 LATENCY, NETWORK_LATENCY = 5.0, 10.0
-# Microseconds of the host for each call of a Python function, and for each launch with PyTorch's work around it:
-# fitted to the CPU time of two 182M steps over the no-op CUDA, 103 ms with 73,400 calls and 4,783 launches,
-# 123 ms with 43,600 and 9,603 (AMD EPYC Zen 5, Python 3.13). The hosts of H100s take HOST times as long: 114 ns for a
-# call that takes 77 to 98 there (pytorch/pytorch#187862), and 8.7 µs for a Triton launch, driver included, that takes
-# 5.2 (vllm-project/vllm#34838). DRIVER, the launch itself, is assumed.
+# Microseconds of the host for each call of a Python function, and for each launch with PyTorch's work around it. They
+# are fitted to the CPU time of two 182M steps over the no-op CUDA on an AMD EPYC Zen 5 with Python 3.13: 103 ms with
+# 73,400 calls and 4,783 launches, and 123 ms with 43,600 and 9,603. The hosts of H100s take HOST times as long: 114 ns
+# for a call that takes the EPYC 77 to 98 (pytorch/pytorch#187862), and 8.7 µs, driver included, for a Triton launch
+# that takes it 5.2 (vllm-project/vllm#34838). DRIVER, the time of the launch itself, is assumed.
 FRAME, LAUNCH, HOST, DRIVER = 0.8, 9.0, 1.3, 2.0
 
-WITHOUT_FILES = "--tokenizer-type NullTokenizer --vocab-size 50257".split()  # GPT-2's number of words
+WITHOUT_FILES = "--tokenizer-type NullTokenizer --vocab-size 50257".split()  # the size of GPT-2's vocabulary
 
 
 def rates(name: str) -> dict[str, float]:
     """Return the rates of the time model for a kind of GPU.
 
     Returns:
-        products, grouped, attention in TFLOP/s, bandwidth in TB/s, link, network in GB/s, the others in microseconds.
+        name → rate: products, grouped, attention in TFLOP/s; bandwidth in TB/s; link, network in GB/s; the others in
+        microseconds.
     """
     gpu = GPUS[name]
     figures = {kind: SHARES[kind] * gpu.tflops for kind in ("products", "grouped", "attention")}
@@ -72,7 +73,7 @@ def rates(name: str) -> dict[str, float]:
 
 
 def read_rate(text: str) -> tuple[str, float]:
-    """Convert NAME=VALUE; an argparse type."""
+    """Convert NAME=VALUE to a rate's name and value; an argparse type."""
     name, _, value = text.partition("=")
     if name not in rates("h100"):
         raise argparse.ArgumentTypeError(f"{text!r}: choose a name from {', '.join(rates('h100'))}")
@@ -80,7 +81,7 @@ def read_rate(text: str) -> tuple[str, float]:
 
 
 def plan_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """Return the parser of the command `remoe NAME`, with the flags of machine and rates."""
+    """Return a parser for the command `remoe NAME`, with the options for the machine and the rates."""
     parser = tool_parser(name, description)
     parser.usage = "%(prog)s [options] -- Megatron flags"
     add = parser.add_argument
@@ -94,7 +95,7 @@ def plan_parser(name: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def parse_plan(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return a command's own flags, with "rates", and Megatron's, which follow "--"."""
+    """Parse the arguments of a plan. Return its options, with `rates` added, and Megatron's flags after "--"."""
     given, flags = split(arguments)
     options = parser.parse_args(given)
     options.gpus_per_node = options.gpus_per_node or min(GPUS_PER_NODE, options.gpus)
@@ -107,13 +108,10 @@ def parse_plan(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tup
 
 
 def planned_flags(flags: Sequence[str], values: argparse.Namespace) -> list[str]:
-    """Return the flags with the last batch size of --step-batch-size-schedule for all steps.
+    """Return Megatron's `flags` with the last batch size of --step-batch-size-schedule for all steps.
 
-    If GPT-2's files are not given or do not exist yet, the flags set a vocabulary of the same size.
-
-    Args:
-        flags: Megatron's.
-        values: the values of `flags`, from `read_values`.
+    If GPT-2's files are not given or do not exist yet, the flags set a vocabulary of the same size. `values` are the
+    values of `flags`, from `read_values`.
     """
     planned = [*flags]
     if values.step_batch_size_schedule is not None:

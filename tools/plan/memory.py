@@ -1,8 +1,8 @@
 """Estimate the memory of one GPU: weights, gradients, optimizer and activations of a pipeline stage.
 
-T is the number of a micro-batch's tokens on one GPU; context parallelism divides it. Sequence parallelism divides it
-once more, by the tensor parallel size. Each term of a layer's activations is a tensor that its autograd graph saves.
-Tests compare the sum with PyTorch's.
+Context parallelism divides a micro-batch's tokens among GPUs. Sequence parallelism further divides the tokens of some
+tensors by the tensor parallel size. Each term of a layer's activations is a tensor that its autograd graph saves; tests
+compare the sum with what PyTorch saves.
 """
 
 import argparse
@@ -41,33 +41,33 @@ class LayerActivations(NamedTuple):
 
 
 def tokens_per_gpu(args: argparse.Namespace) -> float:
-    """Return T (see the top of the file)."""
+    """Return the tokens of a micro-batch on one GPU, before sequence parallelism divides them."""
     return args.micro_batch_size * args.seq_length / args.context_parallel_size
 
 
 def element_size(args: argparse.Namespace) -> int:
-    """Return the bytes of an activation's element."""
+    """Return the bytes per element of activations and weights."""
     return 2 if args.bf16 or args.fp16 else 4
 
 
 def gradient_size(args: argparse.Namespace) -> int:
-    """Return the bytes of an element of Megatron's buffers of gradients."""
+    """Return the bytes per element of Megatron's gradient buffers."""
     in_fp32 = args.megatron_fsdp_main_grads_dtype if args.use_megatron_fsdp else args.accumulate_allreduce_grads_in_fp32
     return 4 if in_fp32 else element_size(args)
 
 
 def sharding(args: argparse.Namespace) -> str:
-    """Return the part of the state that data parallel ranks split, as --data-parallel-sharding-strategy names it."""
+    """Return what data parallel ranks split, as --data-parallel-sharding-strategy names it; "" for nothing."""
     return args.data_parallel_sharding_strategy if args.use_megatron_fsdp else "optim" * args.use_distributed_optimizer
 
 
 def recomputed_modules(args: argparse.Namespace) -> list[str]:
-    """Return --recompute-modules or its default if recomputation is selective, else nothing."""
+    """Return --recompute-modules or its default if recomputation is selective, else an empty list."""
     return args.recompute_modules or ["core_attn"] if args.recompute_granularity == "selective" else []
 
 
 def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: float) -> dict[str, float]:
-    """Return bytes by part of the layer, with nothing recomputed.
+    """Return part of a layer → bytes that it keeps of one micro-batch, if nothing is recomputed.
 
     Args:
         args: Megatron's validated arguments.
@@ -91,13 +91,13 @@ def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: flo
         parts["attention output"] = query * tokens * size / tp
         parts["scores"] = args.num_attention_heads * tokens * 4 / tp  # the log-sum-exp of flash attention
         rotated = args.position_embedding_type in ("rope", "yarn") and not args.qk_layernorm
-        if fused:  # values are views; a rotary embedding copies queries and keys, groups and norms only queries
+        if fused:  # values are views; rotary embeddings copy queries and keys, query groups and norms only queries
             copied = rotated or args.group_query_attention or args.qk_layernorm
             parts["attention"] += (query * copied + key_value / 2 * rotated) * tokens * size / tp
         elif local:  # keys and values are repeated to all heads; the softmax's output is kept
             parts["attention"] = 3 * query * tokens * size / tp
             parts["scores"] = args.num_attention_heads * tokens * args.seq_length * size / tp
-        if args.qk_layernorm:  # queries before the norm, and keys that are no view; for all heads in fp32 and normed
+        if args.qk_layernorm:  # queries before the norm, and copied keys; norms over all heads add fp32 and normed ones
             normed = (query + key_value / 2) * (4 / size + 1) if args.qk_layernorm_all_heads else query
             parts["attention"] += (normed + key_value / 2) * tokens * size / tp
     if "-" in sublayers:
@@ -106,7 +106,7 @@ def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: flo
         return parts
 
     pairs = experts_per_token * split
-    # Grouped experts recompute everything after the first product. If they can, they gather tokens by their numbers.
+    # Grouped experts recompute everything after the first product. If possible, they index tokens without a copy.
     gathers = args.expert_model_parallel_size == args.expert_tensor_parallel_size == 1
     gathers = gathers and fused and args.swiglu and args.moe_token_dispatcher_type == "alltoall"
     gathers = gathers and not (args.moe_permute_fusion or args.moe_pad_expert_input_to_capacity)
@@ -124,12 +124,12 @@ def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: flo
 
 
 def _latent_attention(args: argparse.Namespace, bytes_per_head: float, bytes_per_token: float) -> dict[str, float]:
-    """Return bytes by part.
+    """Return part → bytes of multi-latent attention on this rank.
 
     Args:
         args: Megatron's validated arguments.
-        bytes_per_head: for one element of each head's tensors on this rank.
-        bytes_per_token: for one element of the latents on this rank.
+        bytes_per_head: bytes of one element per token of one head.
+        bytes_per_token: bytes of one element per token of the latents.
     """
     heads, key, value = args.num_attention_heads, args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
     latents = 2 * (args.kv_lora_rank + (args.q_lora_rank or 0)) + args.qk_pos_emb_head_dim  # before and after norms
@@ -143,10 +143,10 @@ def _latent_attention(args: argparse.Namespace, bytes_per_head: float, bytes_per
 
 
 def _mlp_tensors(args: argparse.Namespace, gated: bool = False) -> tuple[int, int]:
-    """Return the numbers of saved tensors of shape [tokens, ffn] before the activation, and from it on.
+    """Return the numbers of saved tensors of shape [tokens, ffn]: before the activation, and after it.
 
-    Fused kernels recompute the steps in backward. Unfused, SwiGLU keeps silu(x), the linear half and the product;
-    experts also keep the product with the gate.
+    Fused kernels recompute the steps in backward. Unfused SwiGLU keeps silu(x), the linear half and the product;
+    `gated` experts also keep the product with the gate.
     """
     before = 2 if args.swiglu else 1
     if args.bias_swiglu_fusion if args.swiglu else args.bias_gelu_fusion:
@@ -156,7 +156,7 @@ def _mlp_tensors(args: argparse.Namespace, gated: bool = False) -> tuple[int, in
 
 
 def layer_activations(args: argparse.Namespace, sublayers: str, experts_per_token: float) -> LayerActivations:
-    """Return the bytes of a layer with selective recomputation and chunks of experts; see `layer_parts`."""
+    """Return a layer's bytes with selective recomputation and chunks of experts. Args: as in `layer_parts`."""
     bounded = "E" in sublayers and args.moe_relu_routing
     limit = args.moe_relu_activation_limit * args.moe_router_topk if bounded else 0.0
     in_chunks = 0.0 < limit < experts_per_token
@@ -171,7 +171,7 @@ def layer_activations(args: argparse.Namespace, sublayers: str, experts_per_toke
 
 
 def group_activations(args: argparse.Namespace, layers: Sequence[str], experts: float) -> Iterator[LayerActivations]:
-    """Yield the bytes of each layer of a pipeline stage, or of each group that core/recompute.py checkpoints."""
+    """Yield the bytes of each layer of a stage, or of each group that Megatron's core/recompute.py checkpoints."""
     is_full, is_uniform = args.recompute_granularity == "full", args.recompute_method == "uniform"
     size, length = args.recompute_num_layers if is_full and is_uniform else 1, len(layers) or 1
     tokens = tokens_per_gpu(args) / (args.tensor_model_parallel_size if args.sequence_parallel else 1)
@@ -197,7 +197,7 @@ class Memory(NamedTuple):
 def stage_memory(args: argparse.Namespace, stages: list[Stage], index: int, experts_per_token: float) -> Memory:
     """Return the memory of a GPU of stage `index` with an even load of experts.
 
-    `experts_per_token` are the active ones in each MoE layer.
+    `experts_per_token` experts are active in each MoE layer.
     """
     stage, parameters = stages[index], stages[index].shared + stages[index].experts
     per_stage = args.world_size // args.pipeline_model_parallel_size // args.num_distributed_optimizer_instances
@@ -222,7 +222,7 @@ def exchanged_bytes(args: argparse.Namespace, stages: list[Stage], experts_per_t
     """Return the bytes that a GPU sends to others in a step's all-to-all exchanges of tokens.
 
     Each pair's vector travels there and back, and so does its gradient; recomputation sends the vectors again.
-    `experts_per_token` are those computed in each MoE layer.
+    `experts_per_token` experts are computed in each MoE layer.
     """
     layers = sum("E" in layer for stage in stages for layer in stage.layers)
     groups = [group for stage in stages for group in group_activations(args, stage.layers, experts_per_token)]
@@ -257,7 +257,7 @@ def _activations(args: argparse.Namespace, stages: list[Stage], index: int, expe
 def _micro_batches_in_flight(args: argparse.Namespace, index: int) -> float:
     """Return how many micro-batches' activations the stage holds at once.
 
-    These are the micro-batches of the warm-up and one more, as in Megatron's `get_pp_rank_microbatches`.
+    These are the micro-batches of the pipeline's warm-up (Megatron's `get_pp_rank_microbatches`) and one more.
     """
     stages, chunks = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size or 1
     if stages == 1:

@@ -21,7 +21,7 @@ NAME, MANAGEMENT_NAME = "libcuda.so.1", "libnvidia-ml.so.1"
 # Symbols of CUDA's family in the libraries of PyTorch.
 FAMILY = re.compile(r"(cuda[A-Z]|__cuda|cublas|nccl[A-Z]|cu[A-Z]|nvrtc[A-Z])\w*")
 OTHERS = re.compile(r"cuFile|cudnn")
-# These only look up names. The real functions in torch's libraries do that.
+# These functions only look up names, so the real ones in torch's libraries are used.
 REAL = {"cudaGetErrorName", "cudaGetErrorString", "cublasGetStatusString", "ncclGetErrorString", "cublasLtGetVersion"}
 # Functions that the C++ files do not define: parameters and body → their names. All others return 0.
 ANSWERS = {
@@ -86,7 +86,7 @@ def environment(gpu: str, devices: int) -> dict[str, str]:
 
     Args:
         gpu: the kind of card, a key of `GPUS`.
-        devices: how many of them the process sees.
+        devices: number of cards that the process sees.
 
     Raises:
         ToolError: the libraries cannot be built.
@@ -108,7 +108,7 @@ def environment(gpu: str, devices: int) -> dict[str, str]:
 
 
 def cache_folder() -> Path:
-    """Return the folder of the built libraries."""
+    """Return the folder for the built libraries and Triton's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-remoe"
 
 

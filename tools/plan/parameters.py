@@ -1,4 +1,4 @@
-"""Count the parameters of each pipeline stage by building Megatron's model without memory in a fake process group."""
+"""Count the parameters of each pipeline stage: build Megatron's model with fake tensors in a fake process group."""
 
 import argparse
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from megatron.remoe.training.hooks import install_local_layers, install_routing
 
 LAYOUT = "tensor_model pipeline_model virtual_pipeline_model context expert_model expert_tensor".split()
 UNEVEN = "pipeline_model_parallel_layout decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers".split()
-# Some values of these need Transformer Engine. None changes the parameters.
+# Unset while the model is built: some values need Transformer Engine, and no value changes the parameters.
 BUILT_WITHOUT = """recompute_granularity fp8 fp8_param_gather fp8_output_proj moe_router_padding_for_fp8
 moe_router_padding_for_quantization""".split()
 
@@ -30,8 +30,8 @@ class Stage:
     """The parameters on one GPU of a pipeline stage.
 
     Attributes:
-        shared: parameters outside of experts, after tensor parallelism.
-        experts: parameters of experts, after expert and expert tensor parallelism.
+        shared: parameters outside the routed experts, after tensor parallelism.
+        experts: parameters of the routed experts, after expert and expert tensor parallelism.
         layers: sublayers of each transformer layer, in the letters of --hybrid-layer-pattern: two in GPTModel, one in
             HybridModel. The layers of multi-token prediction come last.
     """
@@ -42,7 +42,7 @@ class Stage:
 
 
 def count_stages(args: argparse.Namespace) -> list[Stage]:
-    """Build the model of the first GPU of every pipeline stage and count.
+    """Count the parameters and layers of each pipeline stage on its first GPU.
 
     Args:
         args: Megatron's validated arguments; `world_size` need not be the number of real processes.
@@ -54,13 +54,13 @@ def count_stages(args: argparse.Namespace) -> list[Stage]:
     args.perform_initialization = False
     vars(args).update(dict.fromkeys(BUILT_WITHOUT))
     if not args.cpu:
-        args.context_parallel_size = 1  # needs Transformer Engine, and does not change the parameters
+        args.context_parallel_size = 1  # more would need Transformer Engine, and does not change the parameters
     gpus_per_stage = args.world_size // args.pipeline_model_parallel_size
     return [_stage(args, stage * gpus_per_stage) for stage in range(args.pipeline_model_parallel_size)]
 
 
 def count_whole_model(args: argparse.Namespace) -> tuple[int, int]:
-    """Return the parameters of the whole model, and of its routed experts."""
+    """Return the number of parameters of the whole model, and of all its routed experts."""
     one_gpu: dict[str, Any] = dict.fromkeys([f"{kind}_parallel_size" for kind in LAYOUT], 1)
     one_gpu |= {"world_size": 1, "sequence_parallel": False, "virtual_pipeline_model_parallel_size": None}
     one_gpu |= dict.fromkeys(UNEVEN)

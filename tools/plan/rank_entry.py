@@ -43,7 +43,7 @@ COLLECTIVES = {
 def plan_steps(phases: dict[str, float]) -> list[tuple[str, str]]:
     """Return the steps to simulate, as phase and purpose.
 
-    One step starts, one in each phase measures memory, one counts events, and one counts the operations' work.
+    The first step warms up, one in each phase measures memory, one counts events, and one the operations' work.
     """
     first, last = next(iter(phases)), next(reversed(phases))
     return [(first, "start"), *((phase, "memory") for phase in phases), (last, "events"), (last, "roofline")]
@@ -57,7 +57,7 @@ class Collectives:
         self.is_counting = False
 
     def watch(self, gpus_per_node: int) -> None:
-        """Start counting. Call it before anything imports these functions by name."""
+        """Wrap the functions. Call this before anything imports them by name; they count while `is_counting`."""
         for name in COLLECTIVES:
             watched = self._watched(getattr(torch.distributed, name), name, gpus_per_node)
             setattr(torch.distributed, name, watched)
@@ -103,7 +103,7 @@ def counting_frames() -> Iterator[collections.Counter[str]]:
 
 @contextmanager
 def watching_waits() -> Iterator[collections.Counter[str]]:
-    """Count the places inside the block at which the host waits for the device, by PyTorch's sync-debug warnings."""
+    """Count the host's waits for the device inside the block by place, from PyTorch's sync-debug warnings."""
     show, places = warnings.showwarning, collections.Counter[str]()
 
     def take(message: Any, *arguments: Any, **options: Any) -> None:
@@ -121,7 +121,7 @@ def watching_waits() -> Iterator[collections.Counter[str]]:
 
 
 def _place() -> str:
-    """Return file and line of the two innermost frames of Megatron and of this project."""
+    """Return file and line of the two innermost frames that belong to Megatron or this project."""
     here, folder = os.path.dirname(__file__), f"{os.sep}megatron{os.sep}"
     frame: FrameType | None = sys._getframe(1)
     named: list[str] = []
@@ -145,7 +145,7 @@ class Rehearsal:
         self.steps = 0
 
     def observe(self, model_cfg: Any) -> None:
-        """Hook into the training loop; the entry calls this with Megatron imported."""
+        """Hook into the training loop. The training entry calls this after it has imported Megatron."""
         from megatron.training import get_args, training
 
         args = get_args()
@@ -213,11 +213,11 @@ def describe_model(chunks: list[torch.nn.Module], args: argparse.Namespace, phas
     Args:
         chunks: the rank's part of the model.
         args: Megatron's validated arguments.
-        phases: see `experts_by_phase`.
+        phases: from `experts_by_phase`.
 
     Returns:
-        "forecast_gib" by phase; the model's FLOPs on a GPU in a step, "step_flops", None if some layers are not
-        counted; "bubble", see `step_estimate.bubble`.
+        "forecast_gib": GiB by phase; "step_flops": the model's FLOPs per GPU and step, None if some layers are not
+        counted; "bubble": see `step_estimate.bubble`.
     """
     from megatron.core import parallel_state
 

@@ -24,7 +24,7 @@ def summarize(records: list[dict[str, Any]], options: argparse.Namespace) -> dic
 
 
 def _model_time(record: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Return the collectives with their seconds, the roofline with its sum under "all", and the time of a step."""
+    """Return a rank's collectives with their seconds, its roofline with the sum under "all", and its step's time."""
     calls = [call for call in record["collectives"] if call["ranks"] > 1]
     calls = [call | {"seconds": collective_seconds(call, options.rates)} for call in calls]
     parts, names = record["roofline"], ("operations", "bytes", "flops", "seconds")

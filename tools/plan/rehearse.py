@@ -26,9 +26,9 @@ from .gpus import parse_plan, plan_parser, planned_flags
 from .step_time import TITLES
 
 PROGRESS = "rehearsal:"
-MOST_STEPS = 6  # of `rank_entry.plan_steps`
-LINES_OF_ERROR = 12  # shown if the program has printed no error
-# A rehearsal saves, loads and reports nothing, and sets the number of steps. Megatron's defaults are right for these.
+MOST_STEPS = 6  # the most that `rank_entry.plan_steps` returns
+LINES_OF_ERROR = 12  # last lines of the output, shown if the program has printed no error
+# Flags to drop: a rehearsal uses mock data, saves, loads and reports nothing, and sets the number of steps.
 LEFT_OUT = set(
     "--save --load --pretrained-checkpoint --save-interval --ckpt-step --finetune --tensorboard-dir --wandb-project "
     "--wandb-exp-name --wandb-save-dir --wandb-entity --async-save --data-path --data-args-path --train-data-path "
@@ -39,20 +39,20 @@ LEFT_OUT = set(
 
 
 def rehearsal_flags(flags: Sequence[str], values: argparse.Namespace, steps: int) -> list[str]:
-    """Return a run's flags, whose `values` are known, with made-up tokens, `steps` steps, and nothing saved."""
+    """Return a run's `flags` with mock data, `steps` steps and nothing saved; `values` are the values of `flags`."""
     kept = planned_flags(without(flags, LEFT_OUT.__contains__), values)
     run = f"--mock-data --train-iters {steps} --log-interval 1 --eval-interval 1000000 --eval-iters 0 --num-workers 0"
     return [*kept, *run.split()]
 
 
 def choose_ranks(stages: int, world: int) -> dict[int, str]:
-    """Return the ranks to simulate, the first of the first, a middle and the last pipeline stage, and their kinds."""
+    """Return rank → description, for the first rank of the first, a middle and the last pipeline stage."""
     chosen = sorted({0, stages // 2, stages - 1})
     return {stage * world // stages: f"pipeline stage {stage + 1} of {stages}" for stage in chosen}
 
 
 def simulate(rank: int, options: argparse.Namespace, flags: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Simulate a rank with Megatron's `flags`; return its record, with "rank", "starts" and "error"."""
+    """Simulate a rank with Megatron's `flags`. Return its record, extended by "rank", "starts" and "error"."""
     record, lines = folder / f"rank{rank}.json", list[str]()
     request = {"rank": rank, "world": options.gpus, "gpus_per_node": options.gpus_per_node, "record": str(record)}
     request |= {"stage": options.stage, "rates": options.rates}

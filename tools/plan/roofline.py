@@ -1,4 +1,4 @@
-"""Count the operations of a step by kind, with the bytes and FLOPs of each; step_time.py has their times.
+"""Count a step's operations by kind, with their bytes, FLOPs and modelled seconds.
 
 Calls of Transformer Engine are counted where Python makes them. cuDNN's attention is replaced.
 """
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .step_time import attention_share, grouped_share
 
-# Operations that move nothing.
+# Operations that move no data on the device.
 FREE = set(
     "view transpose t permute slice select split unbind expand as_strided alias detach unsqueeze squeeze _unsafe_view "
     "chunk reshape lift_fresh view_as split_with_sizes tensor_split _local_scalar_dense empty empty_like new_empty "
@@ -28,9 +28,9 @@ TRAFFIC = "memory traffic"
 # Functions of Transformer Engine.
 ATTENTION = ("fused_attn_fwd", "fused_attn_bwd")
 ENGINE_PRODUCTS = {"generic_gemm": "products", "te_general_grouped_gemm": "grouped"}
-ACCUMULATE, WORKSPACE = 14, 12  # arguments of both products
+ACCUMULATE, WORKSPACE = 14, 12  # positions of arguments in both products
 ENGINE_FREE = {"bulk_allocate"}
-# Packages whose modules can have imported these functions by name.
+# Packages whose modules may import these functions by name.
 HOLDERS = ("transformer_engine", "transformer_engine_torch", "megatron")
 
 
@@ -39,8 +39,8 @@ class Roofline(TorchDispatchMode):
 
     Args:
         args: Megatron's, for the sizes of experts and heads.
-        rates: see `gpus.rates`.
-        engine: Transformer Engine's functions.
+        rates: from `gpus.rates`.
+        engine: watches Transformer Engine's functions.
 
     Attributes:
         parts: kind → number of "operations", their "bytes", "flops" and "seconds".
@@ -60,7 +60,7 @@ class Roofline(TorchDispatchMode):
         return super().__enter__()
 
     def _watched(self, real: Any) -> Any:
-        """Wrap the function that Triton calls before each launch, with the kernel's arguments."""
+        """Wrap the function that Triton calls with a kernel's arguments before each launch."""
 
         def launch_metadata(kernel: Any, grid: Any, stream: Any, *values: Any) -> Any:
             arguments = dict(zip(kernel.src.fn.arg_names, values, strict=True))
@@ -87,7 +87,7 @@ class Roofline(TorchDispatchMode):
         return result
 
     def add(self, moved: float, flops: float, rate: str, share: float = 1.0) -> None:
-        """Add an operation that moves these bytes and takes these FLOPs, at a share of a rate."""
+        """Add an operation that moves `moved` bytes and takes `flops` FLOPs at a `share` of the rate named `rate`."""
         seconds = max(moved / (self._rates["bandwidth"] * 1e12), self._rates["smallest"] * 1e-6)
         if rate == "attention":
             share = attention_share(self._args)
@@ -99,7 +99,7 @@ class Roofline(TorchDispatchMode):
 
 
 def _size(tensor: torch.Tensor) -> int:
-    """Return the bytes in memory, where expanded dimensions exist once."""
+    """Return a tensor's bytes in memory; an expanded dimension counts once."""
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return math.prod(size for size, stride in sizes if stride or size == 0) * tensor.element_size()
 
@@ -133,14 +133,14 @@ class Calls:
     """Watches Transformer Engine's C++ functions, which bypass PyTorch's dispatch.
 
     Attributes:
-        report: is given each call's bytes, its FLOPs, and the rate that applies to the FLOPs.
+        report: called with each call's bytes, its FLOPs, and the rate that applies to the FLOPs.
     """
 
     def __init__(self) -> None:
         self.report: Callable[[float, float, str], None] | None = None
 
     def watch(self) -> None:
-        """Start watching, if the engine is installed. Call it once Megatron is imported, before it builds a model."""
+        """Start watching, if the engine is installed. Call this once Megatron is imported, before it builds a model."""
         from megatron.core.extensions.transformer_engine import HAVE_TE
 
         if not HAVE_TE:
@@ -172,7 +172,7 @@ class Calls:
 
 
 def _replace_attention(functions: Any) -> None:
-    """Make Transformer Engine choose cuDNN's attention, and replace it: it cannot be simulated below Python."""
+    """Make Transformer Engine choose cuDNN's attention, and replace that, as cuDNN has no no-op version."""
     chosen = functions.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
     functions.get_fused_attn_backend = lambda *_, **__: (chosen, "")
     functions.fused_attn_fwd, functions.fused_attn_bwd = _attend, _attend_backward
@@ -231,7 +231,7 @@ def _launch() -> None:
 
 
 def iterate_tensors(values: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors among values, and in lists of them."""
+    """Yield the tensors in `values`, also in nested lists and tuples."""
     if isinstance(values, torch.Tensor):
         yield values
     elif isinstance(values, list | tuple):

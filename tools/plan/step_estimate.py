@@ -16,7 +16,7 @@ from .step_time import StepTime, attention_share, collective_seconds, grouped_sh
 
 CAUSAL = 7 / 12  # share of the attention FLOPs of recipes.flops: half forward, 5/8 backward
 FORWARD = {"products": 1 / 3, "grouped": 1 / 3, "attention": 2 / 7}  # share of a step's FLOPs; attention as in CAUSAL
-BUCKET = 40e6  # Megatron's smallest bucket of gradients, in elements; it grows by 1e6 for each data parallel rank
+BUCKET = 40e6  # elements of a gradient bucket in Megatron, or 1e6 for each data parallel rank if that is more
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Overhead:
         passes: bytes that a step moves, relative to the activations that layers keep.
         logit: bytes that the loss moves, relative to the number of logits.
         gradient: bytes that optimizer, norm and buffers move, relative to the gradients' bytes.
-        calls, launches: of Python functions, and on the GPU, for each layer and micro-batch.
+        calls, launches: calls of Python functions, and launches on the GPU, per layer and micro-batch.
     """
 
     passes: float
@@ -41,7 +41,7 @@ TORCH, TRITON = Overhead(13.6, 69.0, 5.4, 870, 197), Overhead(7.1, 6.6, 3.4, 126
 
 
 def step_flops(args: argparse.Namespace) -> float | None:
-    """Return the model's FLOPs on a GPU in a step; None if the model has layers that are not counted."""
+    """Return the model's FLOPs per GPU and step; None if the model has layers that are not counted."""
     try:
         return flops_per_sequence(args) * args.global_batch_size / args.world_size
     except ValueError:
@@ -49,7 +49,7 @@ def step_flops(args: argparse.Namespace) -> float | None:
 
 
 def bubble(args: argparse.Namespace) -> float:
-    """Return (m v + p - 1) / (m v): m micro-batches, v virtual stages of a GPU, p GPUs of a pipeline."""
+    """Return the pipeline's slowdown (m v + p - 1) / (m v): m micro-batches, v virtual stages per rank, p ranks."""
     steps = get_num_microbatches() * (args.virtual_pipeline_model_parallel_size or 1)
     return (steps + args.pipeline_model_parallel_size - 1) / steps
 
@@ -61,9 +61,9 @@ def estimate_step(
 
     Args:
         args: Megatron's validated arguments.
-        stages: see `parameters.count_stages`.
-        rates: see `gpus.rates`.
-        gpus_per_node: number of GPUs with fast links.
+        stages: from `parameters.count_stages`.
+        rates: from `gpus.rates`.
+        gpus_per_node: number of GPUs with fast links to each other.
 
     Returns:
         None if the model has layers whose FLOPs are not counted.
@@ -80,12 +80,12 @@ def estimate_step(
     layers = [layer for stage in stages for layer in stage.layers]
     kept_bytes = sum(group.kept + 4 / 3 * group.recomputed for group in groups) / len(stages)
     logits = args.padded_vocab_size * tokens_per_gpu(args) / args.tensor_model_parallel_size
-    # The last stage has the output layer, and is the slowest; `parts` are the mean of all stages.
+    # `parts` are means over the stages. The last stage has the output layer, so it is the slowest.
     products += 6e-12 * micro_batches * args.hidden_size * logits * (1 - 1 / len(stages)) / rates["products"]
     gradients = memory.gradient_size(args) * sum(stage.shared + stage.experts for stage in stages)
     moved = micro_batches * (overhead.passes * kept_bytes + overhead.logit * logits)
     traffic = (moved + overhead.gradient * gradients / len(stages)) / (rates["bandwidth"] * 1e12)
-    launched = micro_batches * len("".join(layers)) / 2 / len(stages)  # a layer has attention, and an MLP or experts
+    launched = micro_batches * len("".join(layers)) / 2 / len(stages)  # a layer has two sublayers
     host = host_seconds(overhead.calls * launched, overhead.launches * launched, rates)
     waiting = waiting_seconds(host, products + traffic)
     links, network = 0.0, 0.0
@@ -96,7 +96,7 @@ def estimate_step(
 
 
 def _products(args: argparse.Namespace, recomputed: str = "") -> dict[str, float]:
-    """Return a GPU's FLOPs in a step by rate, with a second forward pass of the recomputed sublayers."""
+    """Return rate → FLOPs that a GPU computes at it in a step; `recomputed` sublayers have a second forward pass."""
     sequences = args.global_batch_size / args.world_size
     flops = sequences * flops_per_sequence(args)
     longer = flops_per_sequence(argparse.Namespace(**vars(args) | {"seq_length": 2 * args.seq_length}))
@@ -112,7 +112,7 @@ def _products(args: argparse.Namespace, recomputed: str = "") -> dict[str, float
 
 
 def estimate_collectives(args: argparse.Namespace, stages: list[Stage], gpus_per_node: int) -> Iterator[dict[str, Any]]:
-    """Yield a GPU's collectives in a step for `collective_seconds`; those of context parallelism are left out."""
+    """Yield a GPU's collectives in a step for `collective_seconds`, without context and pipeline parallelism's."""
     tp, pp, size = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, element_size(args)
     per_stage, micro_batches = args.world_size // pp, get_num_microbatches()
     hidden = args.hidden_size * tokens_per_gpu(args) * size  # bytes of the hidden states of a micro-batch
@@ -126,7 +126,7 @@ def estimate_collectives(args: argparse.Namespace, stages: list[Stage], gpus_per
 
     mean = {name: sum(getattr(stage, name) for stage in stages) / len(stages) for name in ("shared", "experts")}
     gradient, sharded = memory.gradient_size(args), memory.sharding(args)
-    # FSDP gathers weights for both passes of each micro-batch, and reduces its gradients.
+    # FSDP gathers the weights for both passes of each micro-batch, and reduces each micro-batch's gradients.
     gathers, sums = 2 * micro_batches if "params" in sharded else 1, micro_batches if "grads" in sharded else 1
     for name, ranks in (("shared", per_stage // tp), ("experts", per_stage // expert_ranks)):
         buckets = math.ceil(mean[name] / max(BUCKET, 1e6 * ranks))
@@ -137,7 +137,7 @@ def estimate_collectives(args: argparse.Namespace, stages: list[Stage], gpus_per
             yield from call("all_reduce", ranks, per_stage, buckets, gradient * mean[name])
     sublayers = [part for stage in stages for layer in stage.layers for part in layer]
     split = sum(part in "*-" for part in sublayers) / len(stages) * micro_batches
-    # Sequence parallelism gathers or scatters twice forward and three times backward; else one sum in each pass.
+    # With sequence parallelism: two gathers or scatters forward, three backward. Without: one sum in each pass.
     kind, times = ("all_gather_into_tensor", 5) if args.sequence_parallel else ("all_reduce", 2)
     yield from call(kind, tp, tp, times * split, times * split * hidden)
     with_experts = sublayers.count("E") / len(stages) * micro_batches

@@ -11,24 +11,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-# PyTorch's grouped_mm with experts of FFN size F: F / (F + 800) of the rate. With it a layer's forward pass takes 10.5
-# and 11.1 ms where ByteDance-Seed/VeOmni#460 has 10.2 (128 experts of 768, 242 TFLOP/s) and 11.4 (512 of 512, 181).
+# PyTorch's grouped_mm reaches F / (F + 800) of the rate with experts of FFN size F. For a layer's forward pass this
+# gives 10.5 and 11.1 ms; ByteDance-Seed/VeOmni#460 has 10.2 (128 experts of 768, 242 TFLOP/s), 11.4 (512 of 512, 181).
 HALF_RATE_EXPERT = 800
-# Attention is bound by its exponentials below this head size: cuDNN's causal one at 64 and sequence 1024 reaches 288
-# TFLOP/s forward (FlashAttention-3, arXiv 2407.08608, figure 5), and backward about 220.
+# Below this head size, exponentials limit attention: cuDNN's causal attention at size 64 and sequence length 1024
+# reaches 288 TFLOP/s forward (FlashAttention-3, arXiv 2407.08608, figure 5), and about 220 backward.
 FULL_RATE_HEAD = 128
 # The GPU's waits as a share of the host's work, while the host is faster than the GPU. Simulating a step's launches in
 # order gave 0.09 to 0.13, for the 182M, 469M and 978M with 1 to 8 micro-batches.
 STALLS = 0.11
-RINGS = {"all_reduce": 2.0}  # how often a ring sends (n - 1)/n of the bytes; others once
+RINGS = {"all_reduce": 2.0}  # how often a ring sends (n - 1)/n of the bytes; once for other collectives
 POINT_TO_POINT = ("isend", "irecv")
 DENSE_SHARE = 0.5  # share of the experts that is active before training
-BELOW_LIMIT = 0.9  # of the bound on activations: the most at which no layer of a rehearsal works in chunks
+BELOW_LIMIT = 0.9  # share of the activation limit up to which no layer of a rehearsal works in chunks
 TITLES = {"dense": "dense start", "way": "on the way", "steady": "at the target"}
 
 
 def experts_by_phase(args: argparse.Namespace) -> dict[str, float]:
-    """Return the phases of a run, and the experts that each computes per token in every MoE layer.
+    """Return the phases of a run: phase → experts computed per token in every MoE layer.
 
     The phases are the dense start, the moment when layers stop using chunks ("way") if the start uses them, and the
     rest ("steady"). Only ReLU routing has more than one phase.
@@ -54,7 +54,7 @@ class StepTime:
         traffic: memory-bound operations.
         waiting: waits for the host.
         links, network: collectives within a node, and between nodes.
-        bubble: how many times as long the pipeline's idle time makes the GPU's work.
+        bubble: factor by which the pipeline's idle time lengthens the GPU's work.
     """
 
     products: float
@@ -90,12 +90,12 @@ class StepTime:
 
 
 def conclude(time: StepTime | None, iterations: float, needed: float | None, available: float) -> Iterator[str]:
-    """Yield the end of a plan; its last line says whether it fits, hours from and to, and what limits them.
+    """Yield the end of a plan. Its last line has whether the run fits, its hours (best and worst) and their limit.
 
     Args:
-        time: of a step; None if it is not known.
-        iterations: steps of the run; 0 if they are not known.
-        needed: GiB of memory; None if they are not known, but more than available.
+        time: of a step; None if unknown.
+        iterations: steps of the run; 0 if unknown.
+        needed: GiB of memory; None if unknown, but more than `available`.
         available: GiB of the GPU's memory.
     """
     fits = needed is not None and needed <= available
@@ -114,7 +114,7 @@ def conclude(time: StepTime | None, iterations: float, needed: float | None, ava
 
 
 def format_duration(seconds: float) -> str:
-    """Return hours, and also minutes or days, in words."""
+    """Return a duration as text: in minutes below an hour, else in hours, with the days above 48 hours."""
     hours = seconds / 3600
     if hours < 1:
         return f"{hours * 60:.1f} minutes"
@@ -138,7 +138,7 @@ def collective_seconds(call: dict[str, Any], rates: dict[str, float]) -> float:
 
     Args:
         call: "kind", "ranks" of the group, whether it is "within_node", "times", and "bytes" of all times.
-        rates: see `gpus.rates`.
+        rates: from `gpus.rates`.
     """
     ranks, within = call["ranks"], call["within_node"]
     sent = call["bytes"] * (1 if call["kind"] in POINT_TO_POINT else (ranks - 1) / ranks)

@@ -82,7 +82,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def show(launch: Launch) -> int:
-    """Print the cost, unless only the command is asked for, and the command."""
+    """Print the cost of the run, unless DRY_RUN=command, and its command; return the exit code."""
     if os.environ["DRY_RUN"] != "command":
         from ..plan.cost import main as cost
 
@@ -100,7 +100,7 @@ def machine_flags(launch: Launch) -> list[str]:
 
 
 def rehearse(launch: Launch) -> int:
-    """Simulate the run."""
+    """Simulate the run and return the exit code of `remoe rehearse`."""
     os.environ.update(launch.settings)
     from ..plan.rehearse import main as rehearsal
 
@@ -109,7 +109,7 @@ def rehearse(launch: Launch) -> int:
 
 
 def train(launch: Launch) -> int:
-    """Train, with each node's log and the first node's command in the run's folder."""
+    """Train and return the exit code. Each node writes its log, and the first node its command, to the run's folder."""
     output, node = Path(launch.output), launch.layout.node_rank(os.environ)
     log = output / (f"train.node{node}.log" if node else LOG)  # a shared disk can lose lines that two nodes append
     try:

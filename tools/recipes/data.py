@@ -11,8 +11,8 @@ from megatron.remoe.files.gpt2_files import GPT2_FILES
 from ..console.flags import group_by_flag
 from .layout import RecipeError
 
-PLACEHOLDER = "PREFIX"  # the data of a plan that is given none
-SPLITS = ("969,30,1", "98,1,1", "90,5,5", "80,10,10", "34,33,33")  # the paper's, then for ever fewer documents
+PLACEHOLDER = "PREFIX"  # stands for the data in a plan without data
+SPLITS = ("969,30,1", "98,1,1", "90,5,5", "80,10,10", "34,33,33")  # the paper's first; each next needs fewer documents
 _SHARD = re.compile(r"(?:pile_)?([0-2]\d)_text_document")
 
 
@@ -26,10 +26,10 @@ def find_data(environment: Mapping[str, str], planned: bool) -> list[str]:
 
     Args:
         environment: has DATA_PATH or DATA_DIR.
-        planned: nothing is trained, so files need not exist.
+        planned: nothing is trained, so no data need to be given.
 
     Raises:
-        RecipeError: there are no data.
+        RecipeError: neither variable is set, although the run is not just planned.
     """
     if given := environment.get("DATA_PATH"):
         return add_weights(split_data_path(given))
@@ -53,7 +53,7 @@ def split_data_path(given: str) -> list[str]:
 def add_weights(words: list[str]) -> list[str]:
     """Weight several data sets by the bytes of their .bin files, unless there are weights or a file is missing.
 
-    Without weights Megatron reads each data set once: a longer run, or evaluation, would end without data.
+    Without weights, Megatron reads each data set once: longer training or evaluation would run out of data.
     """
     files = [Path(f"{word}.bin") for word in words]
     if len(words) == 1 or not all(file.is_file() for file in files):
@@ -99,7 +99,7 @@ def choose_split(data_path: Sequence[str]) -> str:
     for split in SPLITS:
         numbers = [*map(int, split.split(","))]
         ends = [numbers[0] / sum(numbers), (numbers[0] + numbers[1]) / sum(numbers)]
-        # Megatron cuts between documents, at the nearest.
+        # Megatron rounds each cut to the nearest boundary between documents.
         if all(0 < round(ends[0] * count) < round(ends[1] * count) < count for count in counts):
             return split
     return SPLITS[0]

@@ -1,9 +1,8 @@
 """Count the training FLOPs of a model and of the stages of a run, for all tools.
 
 Megatron's own `num_floating_point_operations` is not called. It counts attention over half of the square, counts no
-routers, and needs arguments that older logs do not have. To import it takes eight seconds, for every tool that reads a
-log.
-tests/tools/test_flops.py compares both for each kind of layer.
+routers, and needs arguments that older logs do not have. Importing it would add eight seconds to every tool that reads
+a log. tests/tools/test_flops.py compares both functions for each kind of layer.
 """
 
 import argparse
@@ -77,7 +76,7 @@ def key_value_heads(args: argparse.Namespace) -> int:
 
 
 def _attention(args: _Defaulting) -> float:
-    """Multiply-adds of a token in an attention layer."""
+    """Return the multiply-adds of a token in an attention layer."""
     hidden, heads = args.hidden_size, args.num_attention_heads
     if args.multi_latent_attention:
         key, value = args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
@@ -90,7 +89,7 @@ def _attention(args: _Defaulting) -> float:
 
 
 def _experts(args: _Defaulting, topk: float, products: int) -> float:
-    """Multiply-adds of a token in a layer of experts, router included."""
+    """Return the multiply-adds of a token in a layer of experts, router included."""
     hidden, latent = args.hidden_size, args.moe_latent_size
     width = args.moe_ffn_hidden_size or args.ffn_hidden_size
     router = 0 if args.moe_baseline_router == "hash" else hidden * args.num_experts  # a hash router has no weights
@@ -134,7 +133,7 @@ class TrainingStage:
 def stages(figures: RunFigures, flops: Flops) -> list[TrainingStage]:
     """Return the dense stage, the way to the target and the steady stage, as far as the log has them.
 
-    Other models have one stage, "all". A line of the log covers the iterations since the previous line.
+    Models without ReLU routing have one stage, "all". A line of the log covers the iterations since the previous line.
     """
     iterations, seconds = figures.curve("seconds_per_iteration").iterations, figures.seconds
     batches, target = figures.batches(iterations), figures.target_sparsity
@@ -169,9 +168,9 @@ def stages(figures: RunFigures, flops: Flops) -> list[TrainingStage]:
 
 
 def training_flops(figures: RunFigures) -> float | None:
-    """Return the FLOPs of a whole run; None if its log lacks the arguments or some steps.
+    """Return the FLOPs of a whole run; None if the log misses arguments or first steps, or layers are not counted.
 
-    Exact where the log has the running sums of computed pairs, as each line since version 0.1 does.
+    The result is exact if the log has the running sums of computed pairs, as each line since version 0.1 does.
     """
     try:
         flops = Flops.count(figures.args)

@@ -36,7 +36,7 @@ def find_engine_problem(interpreter: str, nodes: int) -> str | None:
     """Return why Transformer Engine cannot be imported; None if it can. A new process tries it, as it may crash.
 
     Raises:
-        RecipeError: it is installed, and there are several nodes: the others could still import it.
+        RecipeError: it is installed but cannot be imported, and other nodes might import it.
     """
     if importlib.util.find_spec("transformer_engine") is None:
         return "not installed"
@@ -66,10 +66,10 @@ def gpu_flags(
 
     Args:
         has_experts: whether the model has experts.
-        kernels: KERNELS of the environment.
-        values: see `deciding_values`.
+        kernels: the environment variable KERNELS.
+        values: from `deciding_values`.
         interpreter: starts the run; if empty, no package is looked for, and plain PyTorch is chosen.
-        nodes: their number; each chooses its layers.
+        nodes: number of nodes; each chooses its layers.
 
     Raises:
         RecipeError: context parallelism would run in plain PyTorch, which does not have it; see `find_engine_problem`.
@@ -89,8 +89,8 @@ def gpu_flags(
             )
         engine = f"plain PyTorch (Transformer Engine: {problem})"
         chosen = [*PLAIN_PYTORCH, "--no-rope-fusion"]
-    # Without apex, PyTorch's product adds weight gradients, at least in Megatron's output layer. This is not yet tested
-    # on a GPU.
+    # Without apex, a product of PyTorch's accumulates weight gradients, at least in Megatron's output layer. That is
+    # not yet tested on a GPU, so only KERNELS=triton uses it.
     if not kernels and (not interpreter or importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None):
         chosen.append("--no-gradient-accumulation-fusion")
     return [*GPU_FLAGS, *chosen], engine
@@ -108,8 +108,8 @@ def gpu_settings(
     if gpu is None:
         gpu = run(question).stdout if shutil.which(question[0]) else ""
     precedes_blackwell = re.search(r"\bg?b\d", gpu.lower()) is None
-    # Before Blackwell, Megatron refuses TP and CP without one connection. It refuses FSDP with it, and the overlap of
-    # expert parallelism wants more.
+    # Before Blackwell, Megatron refuses TP and CP unless this is 1. It refuses FSDP if this is 1, and the overlap of
+    # expert parallelism needs more connections.
     is_parallel = max(values["--tensor-model-parallel-size"], values["--context-parallel-size"]) > 1
     if is_parallel and not _WITHOUT_CONNECTIONS & set(flags) and precedes_blackwell:
         chosen["CUDA_DEVICE_MAX_CONNECTIONS"] = environment.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -21,7 +21,7 @@ class Launch:
     Attributes:
         launcher: torchrun's words in front of the program.
         flags: Megatron's flags.
-        settings: environment variables that it needs.
+        settings: environment variables that the run needs.
         output: folder of the run.
         layout: parallel sizes.
         notes: lines about the choices.

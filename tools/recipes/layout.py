@@ -47,11 +47,11 @@ class Layout:
 
     @property
     def world(self) -> int:
-        """Processes on all nodes."""
+        """Return the number of processes on all nodes."""
         return self.gpus_per_node * self.nodes
 
     def flags(self, has_experts: bool) -> list[str]:
-        """Return Megatron's flags."""
+        """Return Megatron's flags for these sizes, except for the virtual stages."""
         words = ["--tensor-model-parallel-size", str(self.tp), "--pipeline-model-parallel-size", str(self.pp)]
         words += ["--context-parallel-size", str(self.cp)]
         if self.tp > 1:

@@ -1,6 +1,6 @@
 """Read the values of Megatron's flags with Megatron's parser.
 
-To import Megatron takes seconds, so commands that need no value do not use this module.
+Importing Megatron takes seconds, so commands that need no value do not use this module.
 """
 
 import argparse
@@ -16,7 +16,7 @@ PARSER = "megatron.training.arguments"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return Megatron's parser with ReMoE's flags. Call `megatron_on_cpu` before, unless Megatron is imported."""
+    """Return Megatron's parser with ReMoE's flags. Call `megatron_on_cpu` first, unless Megatron is imported."""
     from megatron.remoe.start.messages import explain_flag_errors
     from megatron.remoe.training.arguments import add_remoe_arguments
     from megatron.training.arguments import add_megatron_arguments

@@ -91,9 +91,9 @@ class Training:
 
     Attributes:
         warmup: share of the iterations in which the learning rate rises.
-        warmup_steps: this number of steps instead of a share.
-        decay_steps: steps at the end in which the learning rate falls linearly, constant before; None: it follows a
-            cosine.
+        warmup_steps: number of these iterations; None to use the share.
+        decay_steps: number of steps at the end in which the learning rate falls linearly, after a constant part; None
+            for a cosine.
     """
 
     iterations: int = 60000

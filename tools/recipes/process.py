@@ -1,4 +1,4 @@
-"""Train and keep the log; let it save a checkpoint at Ctrl-C and SIGTERM."""
+"""Run a training command and keep its log. At Ctrl-C and SIGTERM, let it save a checkpoint first."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ import psutil
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LAST_BYTES = 2**16  # the end of a log that is searched for the program's last error
-STOPPED = 143  # exit code of a training run that saved at a signal
+STOPPED = 143  # exit code of a training run that a signal stopped
 
 
 def _signal_training(launcher: int, wanted: signal.Signals) -> None:
@@ -49,7 +49,7 @@ def _ignore_signals() -> None:
 
 
 def last_error(text: str) -> str:
-    """Return the program's last error in its output, "" if there is none; torchrun prints a hundred lines below it."""
+    """Return the program's last error in its output, or "". torchrun prints about a hundred lines below the error."""
     errors = re.findall(r"^\S+\.py: error: .*?(?=^[EW]\d{4} |^Traceback |\Z)", text, re.MULTILINE | re.DOTALL)
     return errors[-1].strip() if errors else ""
 
@@ -58,11 +58,11 @@ def run_training(command: Sequence[str], log: Path) -> int:
     """Run the command of a training run to its end.
 
     Args:
-        command: its words.
+        command: program and arguments.
         log: the run's output is appended to this file and printed; its last error is printed again at the end.
 
     Returns:
-        Its exit code; `STOPPED` if Ctrl-C or SIGTERM ended it without an error.
+        The exit code, 128 + n after signal n; `STOPPED` if the run ended without an error after Ctrl-C or SIGTERM.
     """
     start, stopping = log.stat().st_size if log.exists() else 0, False
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until there is a run to stop

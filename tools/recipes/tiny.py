@@ -21,7 +21,7 @@ class TinySize(Size):
 
 
 SIZE = TinySize(2, 64, 4, 128, query_groups=2, sequence=128, init_std=0.02, vocabulary_multiple=8)
-# Key: the size of the launch script that a model replaces, or layers and hidden size.
+# The keys are the sizes of the launch scripts that a tiny model replaces, or "layers x hidden size".
 SIZES: Mapping[str, TinySize] = {
     BASE_SIZE: SIZE,
     "469m": replace(SIZE, layers=4, hidden=80, ffn=160),

@@ -9,7 +9,7 @@ from ..console.places import run_folder
 
 BY_LAYER = "mean/99%/largest by layer"
 EXPLAINED = "Experts per token: the mean; the most that 99 % of the tokens have; the largest."
-Results = tuple[tuple[str, ...], list[list[str]]]  # titles of the columns, and rows, of one kind of result
+Results = tuple[tuple[str, ...], list[list[str]]]  # one kind of result: titles of the columns, and rows
 
 
 def make_tables(results: dict[str, Any]) -> Iterator[Results]:

@@ -17,7 +17,7 @@ from .run_figures import Curve, Evaluation, RunFigures
 
 FLIPS = {"rate": "flip_rate", "count": "flip_count", "layer_rate": "layer_flip_rate"}
 NOT_FIGURES = frozenset({"kind", "time", "iteration", "parameters", "guarded_layers", "tokens_per_expert"})
-Points = dict[tuple[str, int], tuple[array, array]]  # figure, and layer or 0 → iterations and values
+Points = dict[tuple[str, int], tuple[array, array]]  # figure, and layer (0 for none) → iterations and values
 
 
 def read_figures(place: Path, name: str = "") -> RunFigures:
@@ -25,7 +25,7 @@ def read_figures(place: Path, name: str = "") -> RunFigures:
 
     Args:
         place: a run's folder, its --save, or its metrics.jsonl.
-        name: of the run, in a comparison.
+        name: the run's name in a comparison.
 
     Raises:
         ToolError: there is no such file, or it is not the log of a run.
@@ -56,10 +56,10 @@ def read_figures(place: Path, name: str = "") -> RunFigures:
 
 
 def _add(figures: RunFigures, curves: Points, record: Mapping[str, Any]) -> None:
-    """Add a record.
+    """Add a record of the log.
 
     Raises:
-        ArithmeticError, AttributeError, LookupError, TypeError, ValueError: a value has a different type or is missing.
+        ArithmeticError, AttributeError, LookupError, TypeError, ValueError: a value has a wrong type or is missing.
     """
     iteration = record["iteration"]
     figures.parameters = record.get("parameters") or figures.parameters

@@ -11,7 +11,7 @@ from megatron.remoe.training.run_log import TOTALS, whole_number
 
 WITHIN = 0.01  # share of the target within which S counts as settled
 SMOOTHED = 0.03  # each point drawn is the mean over this share of the curve
-INACTIVE = 1 / 8  # an inactive expert gets less than this part of the even share; figure 8b: 1/64 of the tokens for 8
+INACTIVE = 1 / 8  # of the even share: inactive experts get less; paper, figure 8b: 1/64 of the tokens with 8 experts
 
 
 class Curve(NamedTuple):
@@ -25,7 +25,7 @@ EMPTY = Curve(np.empty(0, np.int64), np.empty(0))
 
 
 def smooth(curve: Curve) -> Curve:
-    """Return the centered mean over `SMOOTHED` of the points, over fewer at both ends."""
+    """Return the centered moving mean over a share `SMOOTHED` of the points, and over fewer points at both ends."""
     count = len(curve.values)
     half = max(1, round(count * SMOOTHED / 2))
     sums, places = np.concatenate([[0.0], np.cumsum(curve.values)]), np.arange(count)
@@ -48,16 +48,16 @@ class RunFigures:
     """The logged figures of a run.
 
     Attributes:
-        args: Megatron's arguments by name, of the last start.
-        curves: name of a figure in metrics.jsonl → its values; every logged number.
+        args: name of an argument of Megatron → its value at the last start.
+        curves: name of a figure in metrics.jsonl → its values, for every logged number.
         layers: name of a figure by layer → layer → its values.
         loads: iteration → layer → share of its tokens that each expert got, float32 [experts].
         evaluations: validation set ("" for the only one, "test") → evaluations in the order of the file.
         last: the last logged iteration; 0 before the first.
-        parameters: of the whole model; None if unknown.
-        unread: number of lines without a record.
+        parameters: number of the whole model's parameters; None if unknown.
+        unread: number of lines that could not be read.
         starts: iterations at which sessions started.
-        name: in a comparison of runs.
+        name: the run's name in a comparison.
         notes: messages about data that could not be read or counted.
     """
 
@@ -78,7 +78,7 @@ class RunFigures:
         return self.curves.get(name, EMPTY)
 
     def newest(self, name: str) -> float | None:
-        """Return the last value of a figure."""
+        """Return the last value of a figure; None if it was not logged."""
         values = self.curve(name).values
         return float(values[-1]) if len(values) else None
 
@@ -154,7 +154,7 @@ class RunFigures:
         return sum(losses) / sum(weights) if newest else None
 
     def final_losses(self, iteration: int) -> dict[str, float]:
-        """Return validation set → the newest loss after a run of this length, for sets that have one."""
+        """Return validation set → its newest loss after a run of `iteration` steps, for sets that have one."""
         return {
             name: evaluation.loss
             for name, evaluations in self.evaluations.items()
@@ -177,7 +177,7 @@ class RunFigures:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Return the median over the log's lines, without the first, which has the warm-up; over all processes."""
+        """Return tokens per second of all processes: the median of the log's lines without the first (the warm-up)."""
         rates = self.curve("tokens_per_second").values
         return float(np.median(rates[1:] if len(rates) > 1 else rates)) if len(rates) else None
 
@@ -189,9 +189,9 @@ class RunFigures:
 
     @property
     def seconds(self) -> NDArray[np.float64]:
-        """Return the time since the previous line, of each line of the curve "seconds_per_iteration".
+        """Return the seconds since the previous line, for each line of the curve "seconds_per_iteration".
 
-        Steps that a start left without a line count with the median.
+        Steps that have no line because of a restart count with the median time.
         """
         iterations, means = self.curve("seconds_per_iteration")
         if not len(means):
@@ -210,9 +210,9 @@ class RunFigures:
         return np.minimum(self.num_experts * (1 - sparsity), self.whole("moe_relu_max_experts") or math.inf)
 
     def experts_per_token(self, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return the experts per token of a ReMoE, averaged over layers and the steps since the previous line.
+        """Return a ReMoE's computed experts per token, averaged over layers and the steps since the previous line.
 
-        Without running sums (as after --load from a different folder) it comes from S of the logged step.
+        Without running sums (for example after --load from a different folder), use S of the logged step.
         """
         pairs, tokens = (np.diff(self.values(name, iterations), prepend=0) for name in TOTALS)
         in_step = self.computed_experts(self.values("sparsity", iterations))

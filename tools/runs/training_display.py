@@ -25,7 +25,7 @@ _LAUNCHER = "torch/distributed/elastic"  # in the first line of torchrun's repor
 
 @dataclass
 class ShownTraining:
-    """A training run on the display; `cost` is its time relative to the other runs."""
+    """A training run on the display; `cost` is its expected time, relative to the other runs."""
 
     name: str
     iterations: int
@@ -37,7 +37,7 @@ class ShownTraining:
 
 
 class TrainingDisplay:
-    """Run training processes together; show each, and the time left for all. Ctrl-C does not reach them directly."""
+    """Run training processes; show their progress and the time left for all. Ctrl-C reaches only this process."""
 
     def __init__(self, console: Console, trainings: Sequence[ShownTraining], keep_open: IO[str]) -> None:
         """Prepare the bars without showing them.
@@ -57,7 +57,7 @@ class TrainingDisplay:
             title: self._progress.add_task(title, total=total, note="", visible=False)
             for title, total in [*((shown.title, shown.iterations) for shown in trainings), ("all", 1)]
         }
-        self._began, self._worked = monotonic(), 0.0  # cost of the iterations that were trained since then
+        self._began, self._worked = monotonic(), 0.0  # start, and cost of the iterations that were trained since then
         self._started: list[subprocess.Popen[str]] = []
         self._stopped, self._starting = False, Lock()
 
@@ -101,7 +101,7 @@ class TrainingDisplay:
             Its exit code, and the last lines of its output before torchrun's own.
 
         Raises:
-            KeyboardInterrupt: all were stopped.
+            KeyboardInterrupt: all runs were stopped.
         """
         shown.next_line = shown.iterations / PLAIN_LINES
         bar = self._bars[shown.title]
@@ -163,7 +163,7 @@ class TrainingDisplay:
         for iteration, fields in read_log(line).items():
             self._worked += shown.cost * (iteration - shown.done) / shown.iterations
             shown.done = iteration
-            speed = shown.tokens_per_iteration / max(float(fields[MILLISECONDS]), 1e-6)  # thousands a second
+            speed = shown.tokens_per_iteration / max(float(fields[MILLISECONDS]), 1e-6)  # thousands of tokens a second
             loss = f"loss {float(fields['lm loss']):.3f}  " if "lm loss" in fields else ""
             note = f"{iteration}/{shown.iterations}  {loss}{speed:,.1f}k tokens/s"
             costs = [(run.cost, run.cost * run.done / run.iterations) for run in self._trainings]
