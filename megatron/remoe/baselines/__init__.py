@@ -1,9 +1,9 @@
-"""Routers to compare with ReLU routing that Megatron does not have, for `--moe-baseline-router`.
+"""Baseline routers that Megatron does not have, for `--moe-baseline-router`.
 
-All but hash, which takes no logits and routes padding too, have a method
-`routing(logits, padding_mask)`, for T tokens (sequence x batch) and E experts:
+All have a method `routing(logits, padding_mask)`, except `HashRouter`, which uses no logits and also routes padding.
+With T tokens (sequence x batch) and E experts:
 
-    logits        `[sequence, batch, E]` unless stated otherwise, x W in the router's dtype
+    logits        `[sequence, batch, E]`, x W in the router's dtype
     padding_mask  bool `[sequence, batch]`, True at padding, which is not routed; or None
     returns       gates `[T, E]`, 0 where the map is False; routing map, bool `[T, E]`
 

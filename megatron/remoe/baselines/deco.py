@@ -1,4 +1,4 @@
-"""The router of DECO (arXiv 2605.10933): entropy in place of L1, and a learned scale of each expert.
+"""The router of DECO (arXiv 2605.10933): entropy in place of L1, and a learned scale for each expert.
 
     g   = ReLU(x W),   p = g / Σ_e g_e         the gates, and their shares
     y   = Σ_e s_e · g_e · FFN_e(x)             s_e is learned and starts at 0.1
@@ -32,19 +32,19 @@ class DecoRouter(ReLURouter):
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_unused: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Route each token to the experts with a positive logit; gates are scaled."""
+        """Route each token to the experts with a positive logit; the gates are s · ReLU(x W)."""
         if self.training and torch.is_grad_enabled():
             logits = MoEAuxLossAutoScaler.apply(logits, self._entropy_loss(logits, padding_mask))
         gates_TE, map_TE = super().routing(logits, padding_mask)
         return gates_TE * self.scale.to(gates_TE.dtype), map_TE
 
     def count_and_regularize(self, *counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Count as `ReLURouter` does, with its guard and without L1."""
+        """Count as `ReLURouter` does and keep its guard, but drop the gradient of L1, which is only logged."""
         on_E, off = super().count_and_regularize(*counted)
         return torch.zeros_like(on_E), off
 
     def _entropy_loss(self, logits: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
-        """Return λ times the mean entropy of a sequence's tokens, or for losses per token its sum; 0 if guarded."""
+        """Return λ times this rank's part of the mean entropy, or of its sum with losses per token; 0 if guarded."""
         gates = logits.to(torch.promote_types(logits.dtype, torch.float32)).relu()
         shares = gates / (gates.sum(dim=-1, keepdim=True) + SMALL)
         entropies = -(shares * (shares + SMALL).log()).sum(dim=-1)

@@ -26,7 +26,7 @@ class ExpertChoiceRouter(TopKRouter):
         scores = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
         ranked = scores.detach()
         if padding_mask is not None:
-            ranked = ranked.masked_fill(padding_mask.unsqueeze(-1), -1.0)  # last
+            ranked = ranked.masked_fill(padding_mask.unsqueeze(-1), -1.0)  # padding comes last
         if self.tp_cp_group.size() > 1:  # rank r has the r-th of the group's equal parts of the sequence
             ranked = gather_from_sequence_parallel_region(ranked, group=self.tp_cp_group)
         capacity = max(1, len(ranked) * self.topk // self.num_experts)

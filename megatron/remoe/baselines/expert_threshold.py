@@ -20,10 +20,10 @@ class ExpertThresholdRouter(TopKRouter):
     steps, except in the very first one.
 
     Attributes:
-        thresholds: int64 `[E]`, moving averages in units of 2^-32: half-precision wrappers cast floats.
-        batches: int64 scalar, steps that they have seen.
-        quantile_sums: int64 `[E]`, sum over this step's micro-batches of the logits that thresholds follow.
-        micro_batches: int64 scalar, number of these; those with NaN or Inf do not count.
+        thresholds: int64 `[E]`, moving averages in units of 2^-32; integers, as half-precision wrappers cast floats.
+        batches: int64 scalar, number of steps that have updated the thresholds.
+        quantile_sums: int64 `[E]`, sum over this step's micro-batches of the logits that thresholds follow; same units.
+        micro_batches: int64 scalar, number of micro-batches in the sum; those with NaN or Inf are left out.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -65,7 +65,7 @@ class ExpertThresholdRouter(TopKRouter):
         torch._foreach_zero_([self.quantile_sums, self.micro_batches])
 
     def _quantiles(self, seen_TE: torch.Tensor) -> torch.Tensor:
-        """Return the logit of each expert that a share k/E of the tokens exceeds, fp64 `[E]`, averaged over ranks."""
+        """Return each expert's logit that a share k/E of tokens exceeds, averaged over ranks: fp64 `[E]` in `UNIT`s."""
         num_tokens = len(seen_TE)
         above = min(num_tokens - 1, max(1, num_tokens * self.topk // self.num_experts))
         quantiles_E = (seen_TE.kthvalue(num_tokens - above, dim=0).values / UNIT).ceil()

@@ -12,13 +12,13 @@ BITS = 0xFFFFFFFF
 
 
 class HashRouter(TopKRouter):
-    """Gives each token id `moe_router_topk` experts with gates of 1, drawn once, differently in each layer.
+    """Gives each token id `moe_router_topk` fixed experts with gates of 1. Each layer has a different assignment.
 
-    Nothing is learned, and the load is not balanced: frequent ids load their experts.
+    Nothing is learned, and the load is not balanced: experts of frequent ids get more tokens.
 
     Attributes:
-        token_ids: `[batch, sequence]`, the ids of the next tokens of the whole tensor parallel group, set by
-            `pass_token_ids`.
+        token_ids: `[batch, sequence]`, the ids of the next tokens of the whole tensor parallel group. The hook of
+            `pass_token_ids` sets them.
     """
 
     token_ids: torch.Tensor | None = None
@@ -33,7 +33,7 @@ class HashRouter(TopKRouter):
         """Route tokens `[sequence, batch, hidden]`, padding included; return gates and map as Megatron's router does.
 
         Raises:
-            RuntimeError: the ids of these tokens are not known.
+            RuntimeError: `token_ids` is None.
         """
         if self.token_ids is None:
             raise RuntimeError("HashRouter has no token ids: call pass_token_ids with the model once it is built.")
@@ -48,10 +48,10 @@ class HashRouter(TopKRouter):
 
 
 def pass_token_ids(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Make the embedding pass its token ids to the model's hash routers, if there are any.
+    """Make the embedding pass its token ids to the model's hash routers, if it has any, and return `model_chunks`.
 
     A router gets only hidden states, and no public hook passes ids through the layers. All layers must be in this
-    process, and read the ids before those of the next micro-batch arrive.
+    process. They must read the ids of a micro-batch before the embedding gets the next one.
     """
     modules = [module for chunk in model_chunks for module in chunk.modules()]
     routers = [module for module in modules if isinstance(module, HashRouter)]

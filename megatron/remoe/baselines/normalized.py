@@ -3,7 +3,7 @@
     g = s · c · ReLU(l / ‖l‖)       s is learned and starts at 1
     c = 1 / √(mean of the sum of the k largest squares of ReLU(l / ‖l‖))     for normally distributed logits l
 
-The paper takes the mean of the roots' inverses, which is infinite if a token may have no positive logit.
+The paper averages the inverse roots instead. That mean is infinite if a token can have no positive logit.
 """
 
 from typing import Any
@@ -32,16 +32,16 @@ class ScaledRouter(TopKRouter):
 
 
 class NormalizedReLURouter(ScaledRouter, ReLURouter):
-    """ReLU routing of normalized logits; L1 takes the gates before they are scaled."""
+    """ReLU routing of normalized logits; L1 uses the gates before they are scaled."""
 
     def routing(self, logits: torch.Tensor, *given: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Route as `ReLURouter` does with the normalized logits."""
+        """Route the normalized logits as `ReLURouter` does, then scale the gates."""
         gates_TE, map_TE = super().routing(normalize(logits, dim=-1), *given, **named)
         return self.scaled(gates_TE), map_TE
 
 
 class NormalizedTopKRouter(ScaledRouter):
-    """Top-k of normalized ReLU gates, some of which may be 0, with Megatron's auxiliary loss of a micro-batch."""
+    """Top-k of normalized ReLU gates, some of which can be 0, with Megatron's auxiliary loss per micro-batch."""
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_unused: Any

@@ -18,11 +18,11 @@ PROPORTIONAL, INTEGRAL, UNIT = 0.2, 0.1, 2.0**-32
 class TopPRouter(TopKRouter):
     """Takes a token's most probable experts until their sum reaches p; k experts per token on average.
 
-    Each layer has its own p, moved after each step in training. The paper shares one p among layers, whose logits it
-    normalizes; that and its gains are not part of this.
+    Each layer has its own p, which moves after each training step. The paper shares one p among layers and normalizes
+    their logits. This class does neither, and does not use the paper's gains.
 
     Attributes:
-        errors: int64 scalar, the sum of the errors in units of 2^-32: half-precision wrappers cast floats.
+        errors: int64 scalar, the sum of errors in units of 2^-32; an integer, as half-precision wrappers cast floats.
         threshold: int64 scalar, p of the next step in the same units.
         seen: int64 `[2]`, pairs and tokens of this step so far.
     """
@@ -61,7 +61,7 @@ class TopPRouter(TopKRouter):
             torch.distributed.all_reduce(seen, group=self.tp_dp_cp_group)
         error = (self.topk - seen[0] / seen[1].clamp(min=1.0)) / self.num_experts * (seen[1] > 0)
         start = self.topk / self.num_experts
-        # The sum stops where p without the proportional part would leave 0 to 1.
+        # Limit the sum, so that p without the proportional part stays between 0 and 1.
         total = (self.errors * UNIT + error).clamp(-start / INTEGRAL, (1.0 - start) / INTEGRAL)
         threshold = (start + PROPORTIONAL * error + INTEGRAL * total).clamp(UNIT, 1.0)
         self.errors.copy_((total / UNIT).round().to(torch.int64))

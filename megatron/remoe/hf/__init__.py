@@ -15,8 +15,8 @@ AutoModelForCausalLM.register(RemoeConfig, RemoeForCausalLM, exist_ok=True)
 
 
 def register_with_vllm() -> None:
-    """Register the class with vLLM, which looks for it in transformers. Entry point: vllm.general_plugins."""
-    import transformers  # which replaces its module object while it is imported
+    """Make `RemoeForCausalLM` known to vLLM, which looks for it in transformers. Entry point: vllm.general_plugins."""
+    import transformers  # not at the top: transformers replaces its module object while it is imported
 
     transformers.RemoeForCausalLM = RemoeForCausalLM  # type: ignore[attr-defined]
 

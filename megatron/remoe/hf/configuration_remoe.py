@@ -8,10 +8,10 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 
 @strict
 class RemoeConfig(LlamaConfig):
-    """`LlamaConfig` with experts: ReLU routing (arXiv 2412.14711), top-k of scores, by hash, or none in any layer.
+    """`LlamaConfig` with experts that are chosen by ReLU (arXiv 2412.14711), top-k or hash, or without experts.
 
     Raises:
-        ValueError: the number of experts per token does not fit the number of experts, or settings each other.
+        ValueError: a number of experts per token is not between 1 and `num_experts`, or settings contradict each other.
     """
 
     model_type = "remoe"
@@ -75,15 +75,15 @@ class RemoeConfig(LlamaConfig):
             self.head_dim, self.qk_head_dim = self.qk_rope_head_dim, self.qk_nope_head_dim + self.qk_rope_head_dim
         super().__post_init__(**kwargs)
         if self.kv_lora_rank is not None or self.qk_norm == "all_heads":
-            self.base_model_tp_plan = None  # type: ignore[misc,assignment]  # Llama's plan splits heads that they need whole
+            self.base_model_tp_plan = None  # type: ignore[misc,assignment]  # both need all heads; Llama's plan splits them
 
     @property
     def mean_experts_per_token(self) -> int:
-        """k: the experts of each token, with ReLU routing the mean that L1 aims at."""
+        """k: the number of experts per token; with ReLU routing, the mean that the L1 term holds."""
         return self.target_experts_per_token or self.num_experts_per_tok
 
     def validate_architecture(self) -> None:
-        """Check the experts' settings. Unlike Llama's, heads need not divide the hidden size."""
+        """Check the experts' settings. Unlike in Llama, the number of heads need not divide the hidden size."""
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok}: must be 1 to {self.num_experts}.")
         if self.max_experts_per_token is not None and not 1 <= self.max_experts_per_token <= self.num_experts:

@@ -1,4 +1,4 @@
-"""A ReMoE (arXiv 2412.14711) for transformers: Llama with experts chosen by ReLU routing, or top-k, or none.
+"""A ReMoE (arXiv 2412.14711) for transformers: Llama with experts chosen by ReLU, top-k or hash, or without experts.
 
 It supports the attention of Qwen3, OLMoE and DeepSeek.
 """
@@ -32,10 +32,10 @@ from .training_remoe import SparsityCallback
 
 @dataclass
 class RemoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
-    """Outputs of transformers' MoE models; `aux_loss` is the L1 term, summed over the layers.
+    """Output of transformers' MoE models. `aux_loss` is the L1 term, or top-k's load balancing loss, over all layers.
 
     Attributes:
-        sparsity: scalar, share of inactive (token, expert) pairs; with `output_router_logits` only, as `aux_loss`.
+        sparsity: scalar, share of inactive (token, expert) pairs. Like `aux_loss`, None without `output_router_logits`.
     """
 
     sparsity: torch.Tensor | None = None
@@ -70,9 +70,9 @@ class RemoeSparseMoeBlock(nn.Module):
         return output.reshape(hidden_states.shape)
 
     def _active(self, tokens: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-        # Each pair becomes a token with one expert, which every experts implementation of transformers takes.
+        # Each pair becomes a token with one expert, which every experts implementation of transformers supports.
         token, expert = gates.nonzero(as_tuple=True)
-        if not len(token):  # ranks wait for each other's gradients of all weights: add a pair whose gate is 0
+        if not len(token):  # add a pair whose gate is 0: ranks wait for each other's gradients of all weights
             token = expert = token.new_zeros(1)
         pairs = self.experts(tokens[token], expert.unsqueeze(-1), gates[token, expert].unsqueeze(-1))
         total = torch.zeros(tokens.shape, dtype=torch.promote_types(tokens.dtype, torch.float32), device=tokens.device)
@@ -80,7 +80,7 @@ class RemoeSparseMoeBlock(nn.Module):
 
 
 class RemoeLatentAttention(DeepseekV3Attention):
-    """DeepSeek's attention; the latents' norms take the configuration's epsilon, as in Megatron."""
+    """DeepSeek's attention, with the configuration's epsilon in the norms of the latents, as in Megatron."""
 
     def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)  # type: ignore[arg-type]  # it has the fields that are read
@@ -107,23 +107,23 @@ class RemoeDecoderLayer(GradientCheckpointingLayer):
         token_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Run the layer, as Llama's.
+        """Run the layer as Llama's does.
 
         Args:
-            token_mask: bool `[batch, sequence]`, False at padding, which goes to no routed expert.
+            token_mask: bool `[batch, sequence]`, False at padding, where the experts get zeros and so return zeros.
             token_ids: int64 `[batch, sequence]`, for routing by hash.
         """
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
         if token_mask is not None and isinstance(self.mlp, RemoeSparseMoeBlock):
-            normed = normed.masked_fill(~token_mask.unsqueeze(-1), 0.0)  # a router without bias: no positive logit
+            normed = normed.masked_fill(~token_mask.unsqueeze(-1), 0.0)  # without bias, no logit is positive
         ids = (token_ids,) if isinstance(self.mlp, RemoeSparseMoeBlock) and token_ids is not None else ()
         return hidden_states + self.mlp(normed, *ids)
 
 
 class RemoePreTrainedModel(LlamaPreTrainedModel):
-    """Settings that transformers reads from all models of a kind."""
+    """Settings that transformers reads, for all ReMoE models."""
 
     config: RemoeConfig
     config_class = RemoeConfig
@@ -153,7 +153,7 @@ class RemoePreTrainedModel(LlamaPreTrainedModel):
 
 
 class RemoeModel(RemoePreTrainedModel, LlamaModel):
-    """Embedding, layers and the last norm."""
+    """The embedding, the layers and the final norm."""
 
     _auto_class = "AutoModel"
 
@@ -176,7 +176,7 @@ class RemoeModel(RemoePreTrainedModel, LlamaModel):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Run the model, as `LlamaModel` does. Padding (0 in a two-dimensional `attention_mask`) is not routed."""
+        """Run the model as `LlamaModel` does. Experts get zeros at padding, where a 2D `attention_mask` is 0."""
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is not None and (token_mask := newest_tokens(attention_mask, given.shape[1])) is not None:
             kwargs["token_mask"] = token_mask
@@ -192,10 +192,10 @@ class RemoeModel(RemoePreTrainedModel, LlamaModel):
 
 
 class RemoeForCausalLM(RemoePreTrainedModel, LlamaForCausalLM):
-    """The language model.
+    """`RemoeModel` with a language modeling head.
 
     Attributes:
-        routing_counts: int64 `[2]`, active and all (token, expert) pairs of training's forward passes; None unless
+        routing_counts: int64 `[2]`, active and all (token, expert) pairs of forward passes in training; None unless
             `SparsityCallback` counts them.
     """
 
@@ -209,7 +209,7 @@ class RemoeForCausalLM(RemoePreTrainedModel, LlamaForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
         if config.num_experts and (config.hidden_size % 8 or config.moe_intermediate_size % 8):
-            self.set_experts_implementation("eager")  # grouped_mm needs rows of 16 bytes, in bf16 8 elements
+            self.set_experts_implementation("eager")  # grouped_mm needs rows of 16 bytes: 8 elements of bf16
 
     def sparsity_callback(self, multiplier: float = 1.2) -> SparsityCallback:
         """Return a callback for transformers' `Trainer` that holds the sparsity at its target.
@@ -229,14 +229,14 @@ class RemoeForCausalLM(RemoePreTrainedModel, LlamaForCausalLM):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> RemoeCausalLMOutputWithPast:
-        """Run the model, as `LlamaForCausalLM` does.
+        """Run the model as `LlamaForCausalLM` does.
 
         Args:
             input_ids, attention_mask, labels, logits_to_keep, kwargs: as for Llama.
-            output_router_logits: replaces the configuration's value. A loss then includes λ times the L1 term.
+            output_router_logits: overrides the configuration's value. If True, a loss includes λ times `aux_loss`.
 
         Raises:
-            ValueError: re-entrant checkpointing would drop the term's gradient.
+            ValueError: re-entrant checkpointing would drop the gradient of `aux_loss`.
         """
         counts = self.routing_counts if self.training else None
         if output_router_logits is None:
@@ -262,7 +262,7 @@ class RemoeForCausalLM(RemoePreTrainedModel, LlamaForCausalLM):
             if counts is not None:
                 counts += pairs.to(counts.device)
             if labels is not None and loss is not None:
-                # The loss is a mean over all labels of a step; so is the term.
+                # The loss is a mean over all labels of a step, so weigh the term by this micro-batch's labels.
                 share = self.config.router_aux_loss_coef * share_of_items(labels, **kwargs)
                 loss = loss + share * aux_loss.to(loss.device)
         # The cache's name has changed between versions of transformers.

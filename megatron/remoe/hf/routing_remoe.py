@@ -8,11 +8,11 @@ from torch import nn
 
 from .configuration_remoe import RemoeConfig
 
-TINY = 1e-20  # as Megatron adds to sums of sigmoids, which may all be 0
+TINY = 1e-20  # Megatron adds it to a sum of sigmoids, which could be 0
 
 
 class RemoeRouter(nn.Module):
-    """Choose a token's experts and their gates."""
+    """Chooses each token's experts and their gates."""
 
     e_score_correction_bias: torch.Tensor | None
 
@@ -22,7 +22,7 @@ class RemoeRouter(nn.Module):
         self.dtype = getattr(torch, config.router_dtype) if config.router_dtype else None
         if not config.hash_routing:
             self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        # In float32, also in a model of half precision.
+        # float32 even in a half-precision model.
         bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.router_expert_bias else None
         self.register_buffer("e_score_correction_bias", bias)
 
@@ -31,19 +31,19 @@ class RemoeRouter(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return logits, gates and experts, as the routers of transformers' MoE models do.
 
-        With ReLU routing the K = `max_experts_per_token` largest gates, 0 where fewer experts are active; with K None
-        all gates. Servers read the order of the results and of the operations (docs/huggingface.md).
+        ReLU routing returns the K = `max_experts_per_token` largest gates, which can be 0, or all (K = E) if that is
+        None. Other routing has K = k. Servers depend on the order of results and operations (docs/huggingface.md).
 
         Args:
             hidden_states: `[tokens, hidden]`.
-            token_ids: int64, of these tokens in any shape. Routing by hash (arXiv 2106.04426) needs them, and returns
-                1 as logits of the chosen experts.
+            token_ids: int64, the ids of these tokens in any shape. Routing by hash (arXiv 2106.04426) needs them. Its
+                logits are 1 for the chosen experts and 0 for the others.
 
         Returns:
             Logits `[tokens, num_experts]` and gates `[tokens, K]` in the router's dtype, experts int64 `[tokens, K]`.
 
         Raises:
-            ValueError: routing is by hash and there are no ids.
+            ValueError: routing is by hash and `token_ids` is None.
         """
         dtype, k = self.dtype or hidden_states.dtype, self.config.num_experts_per_tok
         if self.config.hash_routing:
@@ -68,7 +68,7 @@ class RemoeRouter(nn.Module):
         return logits, (top * self.config.routed_scaling_factor).to(dtype), experts
 
     def _hashed(self, token_ids: torch.Tensor | None) -> torch.Tensor:
-        """Return numbers `[tokens, num_experts]` that depend on the id; the k largest are chosen."""
+        """Return int64 hashes `[tokens, num_experts]` of ids and experts; a token's k largest are its experts."""
         if token_ids is None:
             raise ValueError("hash_routing chooses experts by input_ids. Give input_ids, not only inputs_embeds.")
         experts = torch.arange(self.config.num_experts, device=token_ids.device)
@@ -77,7 +77,7 @@ class RemoeRouter(nn.Module):
 
 
 def score_experts(config: RemoeConfig, logits: torch.Tensor) -> torch.Tensor:
-    """Return the scores of top-k routing, of the logits' shape, at least in float32."""
+    """Return the scores of top-k routing, in the shape of `logits` and at least in float32."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
 
@@ -95,18 +95,18 @@ def newest_tokens(attention_mask: Any, length: int) -> torch.Tensor | None:
 def routing_loss(
     config: RemoeConfig, router_logits: tuple[torch.Tensor, ...], token_mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the L1 term (sections 3.3 and 3.4) or, of top-k routing, the load balancing loss; and counts.
+    """Return the L1 term (paper sections 3.3 and 3.4), or top-k's load balancing loss, and the counts of pairs.
 
-    For gates R and an expert's share of the tokens f_e, times E/k (without load balancing 1): L1 = sum over layers of
-    1/T Σ_t Σ_e f_e · R(x_t)_e.
+    L1 = Σ_layers 1/T · Σ_t Σ_e f_e · R(x_t)_e, with gates R. f_e is E/k times the share of tokens that use expert e, or
+    1 without load balancing. The loss of top-k routing has scores in place of R.
 
     Args:
-        config: of the model.
-        router_logits: of each layer with experts, `[batch * sequence, num_experts]`.
+        config: the model's configuration.
+        router_logits: for each layer with experts, `[batch * sequence, num_experts]`.
         token_mask: bool `[batch, sequence]`, False at padding, which does not count.
 
     Returns:
-        The term, a scalar with a gradient; and int64 `[2]`, the active (token, expert) pairs and all pairs.
+        The term, a scalar with a gradient; and int64 `[2]`, the numbers of active and of all (token, expert) pairs.
     """
     experts, k, device = config.num_experts, config.mean_experts_per_token, router_logits[0].device
     total, active_pairs, pairs = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device), 0
@@ -129,11 +129,11 @@ def routing_loss(
 
 
 def share_of_items(labels: torch.Tensor, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
-    """Return this micro-batch's share of a step's labels, by which transformers' trainer weighs its loss; else 1.
+    """Return this micro-batch's share of a step's labels, the weight of its loss in transformers' trainer.
 
     Args:
         labels: int64 `[batch, sequence]`, -100 where there is none.
-        num_items_in_batch: labels of the step: all micro-batches and, by the trainer's default, all ranks.
+        num_items_in_batch: labels of all the step's micro-batches and, by the trainer's default, ranks. None gives 1.
         kwargs: `shift_labels` and `ignore_index`, as in transformers' loss functions.
     """
     if num_items_in_batch is None:

@@ -1,21 +1,21 @@
-"""Fine-tuning with transformers' `Trainer`: hold the sparsity at its target, as Megatron's training does."""
+"""Hold the sparsity at its target in fine-tuning with transformers' `Trainer`, as training with Megatron does."""
 
 from typing import Any
 
 import torch
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-SMALLEST = 1e-8  # lower bound of λ: the default of λ₀ in Megatron
+SMALLEST = 1e-8  # lower bound of λ: the default of λ₀ in training with Megatron
 
 
 class SparsityCallback(TrainerCallback, ExportableState):
     """Moves λ after every optimizer step: λ ← λ · α^sign(target − S), with target = 1 − k/E (section 3.3).
 
-    λ does not fall below 1e-8. Long runs may end with S above the target and a λ that has decayed to nothing, from
-    which it would take hundreds of steps to return.
+    λ does not fall below 1e-8. A long run can end with S above the target and λ close to 0. Without the bound, λ would
+    take hundreds of steps to return.
 
     S is counted over all layers, micro-batches and ranks of the step. λ is `config.router_aux_loss_coef`, so it is
-    saved with the model; a checkpoint of the trainer keeps it too. Logs get `sparsity` and `l1_coefficient`.
+    saved with the model; the trainer's checkpoints store it too. Logs include `sparsity` and `l1_coefficient`.
     """
 
     def __init__(self, multiplier: float = 1.2) -> None:
@@ -24,7 +24,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
             multiplier: α, above 1.
 
         Raises:
-            ValueError: it is not.
+            ValueError: `multiplier` is not above 1.
         """
         if not multiplier > 1.0:
             raise ValueError(f"multiplier={multiplier}: must be above 1 (1.2 in training).")
@@ -38,10 +38,10 @@ class SparsityCallback(TrainerCallback, ExportableState):
         return {"args": {"multiplier": self.multiplier}, "attributes": {"coefficient": self.coefficient}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Start counting, and read λ from the checkpoint to resume from.
+        """Start counting, and restore λ if the trainer resumes from a checkpoint.
 
         Raises:
-            ValueError: the model has no ReLU routing.
+            ValueError: the model has no experts with ReLU routing.
         """
         # Look at classes: PEFT's wrapper also has the attributes of its model, but setting them there has no effect.
         routers = (part for part in model.modules() if hasattr(type(part), "routing_counts"))

@@ -17,9 +17,9 @@ def mark_as_added(weight: torch.Tensor) -> torch.Tensor:
     """Tell Megatron that `main_grad` has the gradient of `weight`. Call it in the backward pass.
 
     Returns:
-        A gradient for autograd, which Megatron never reads: sparse and empty, so that chunks of a layer neither hold
-        nor add weights. Megatron's hook, which may start the reduction of `main_grad`, runs on the stream that the
-        model was wrapped on. Autograd makes that stream wait for this one, but only for a gradient that is not None.
+        A gradient for autograd, which Megatron never reads. It is sparse and empty, so that a layer's chunks do not add
+        up full-size gradients. Megatron's hook, which can start the reduction of `main_grad`, runs on the stream that
+        the model was wrapped on. Autograd makes that stream wait for this one only if the gradient is not None.
     """
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     size, dtype, device = weight.shape, weight.dtype, weight.device
@@ -27,7 +27,7 @@ def mark_as_added(weight: torch.Tensor) -> torch.Tensor:
 
 
 def add_outer(rows: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor) -> None:
-    """Add `gradient.T @ rows` to `out`, in its type: `[rows, in]`, `[rows, out]` → `[out, in]`."""
+    """Add `gradient.T @ rows` to `out`, in the dtype of `out`: `[rows, in]`, `[rows, out]` → `[out, in]`."""
     if out.dtype == rows.dtype:
         out.addmm_(gradient.T, rows)
     else:

@@ -1,6 +1,6 @@
-"""Turn a routing map into the rows of each expert and of each token: no nonzero, no sort, no atomics.
+"""List the rows of each expert and of each token in a routing map, without nonzero, sort or atomics.
 
-T tokens, E experts, P pairs, B blocks of tokens; a program takes a block and goes through the experts tile by tile.
+T tokens, E experts, P pairs, B blocks of tokens. A program handles one block and loops over tiles of experts.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from triton import cdiv, next_power_of_2
 
 # Each program holds the counts of all blocks for a tile of experts in registers, so there are few blocks.
 MOST_BLOCKS, LEAST_TOKENS, TILE_COUNTS, WARPS = 256, 16, 8192, 8
-SPREAD = 1024  # elements of the map that a program of the gates' gradient takes at once
+SPREAD = 1024  # elements of the map that a program of `_spread` handles at once
 
 
 def count_blocks(routing_map: torch.Tensor) -> torch.Tensor:
@@ -22,7 +22,7 @@ def count_blocks(routing_map: torch.Tensor) -> torch.Tensor:
         routing_map: bool `[T, E]`.
 
     Returns:
-        int32 `[E, blocks]`.
+        int32 `[E, B]`.
     """
     num_tokens, num_experts = routing_map.shape
     block, tile = choose_tile(num_tokens, num_experts)
@@ -37,18 +37,18 @@ def count_blocks(routing_map: torch.Tensor) -> torch.Tensor:
 class _Filled(torch.autograd.Function):
     """Sort the pairs by expert, then by token.
 
-    Moves the map once and a gate, a token and a row of each pair; its backward pass also writes `[T, E]`.
+    Moves the map once, and the gate, token index and row index of each pair; the backward pass also writes `[T, E]`.
 
     Args:
         probs: `[T, E]`, the gates.
         routing_map: bool `[T, E]`.
-        counts: of `count_blocks`.
+        counts: int32 `[E, B]`, as `count_blocks` returns them for this map.
         num_pairs: P, the number of True elements of the map. If it is too low, pairs are missing, but no index is out
             of range.
 
     Returns:
         token_index: int32 `[P]`, the token of each pair.
-        by_token: int32 `[T + 1 + P]`: its elements t and t + 1 are the bounds, within it, of token t's pairs.
+        by_token: int32 `[T + 1 + P]`. The rows of token t's pairs are `by_token[by_token[t] : by_token[t + 1]]`.
         gates: `[P]`, of the type of `probs`; the only one with a gradient.
     """
 
@@ -91,7 +91,7 @@ fill = _Filled.apply
 
 
 def choose_tile(num_tokens: int, num_experts: int) -> tuple[int, int]:
-    """Return the tokens of a block, and the experts that a program takes at once."""
+    """Return the number of tokens in a block, and of experts that a program handles at once."""
     block = max(LEAST_TOKENS, next_power_of_2(cdiv(num_tokens, MOST_BLOCKS)))
     return block, min(next_power_of_2(num_experts), max(1, TILE_COUNTS // max(2 * block, MOST_BLOCKS)))
 
@@ -113,7 +113,7 @@ def _count(map_TE, counts_EB, num_tokens, num_experts, BLOCK: tl.constexpr, TILE
         tl.store(place, tl.sum(active, axis=0), mask=expert < num_experts)
 
 
-# The number of pairs changes with each launch: specialized by it, the kernel would compile again in mid-training.
+# The number of pairs changes with each launch. If specialized for it, the kernel would be recompiled during training.
 @triton.jit(launch_metadata=_fill_bytes, do_not_specialize=["num_pairs"])
 def _fill(
     probs_TE, map_TE, counts_EB, token_index_P, by_token, gates_P, num_tokens, num_experts, num_blocks, num_pairs,

@@ -15,7 +15,7 @@ from megatron.remoe.kernels.interface import Backend
 def gate(
     logits_TE: torch.Tensor, padding_mask_T: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute ReLU, where it is positive, and sums over the tokens.
+    """Compute the ReLU gates, the map of positive gates, and each expert's number of tokens and sum of gates.
 
     Args:
         logits_TE: `[T, E]`, of any floating-point type.
@@ -23,9 +23,9 @@ def gate(
 
     Returns:
         probs: `[T, E]`, of the type of `logits_TE`.
-        routing_map: bool `[T, E]`, where they are positive.
+        routing_map: bool `[T, E]`, True where `probs` is positive.
         counts: as `count` returns them for this map.
-        sums: fp32 `[E]`, of the probs.
+        sums: fp32 `[E]`, the sums of `probs` over the tokens.
     """
     map_TE = logits_TE > 0
     if padding_mask_T is not None:
@@ -43,7 +43,7 @@ def gate_backward(
         d_probs_TE: `[T, E]`, the gradient of the probs.
         map_TE: bool `[T, E]`.
         on_E: `[E]`, added to the gradient where the map is True.
-        off: one element, the gradient elsewhere.
+        off: one element, the gradient where the map is False.
     """
     dtype = d_probs_TE.dtype
     return torch.where(map_TE, d_probs_TE + on_E.to(dtype), off.to(dtype))
@@ -65,7 +65,7 @@ class TokenOrder(NamedTuple):
     """An `Order` by the token of each pair.
 
     Attributes:
-        token_index_P: int64 `[P]`.
+        token_index_P: int64 `[P]`, the token of each pair.
     """
 
     token_index_P: torch.Tensor
@@ -85,7 +85,7 @@ class TokenOrder(NamedTuple):
 
 
 class SortedPairs(NamedTuple):
-    """The `Order` of rows that are pairs already, sorted by expert: the identity."""
+    """The identity, an `Order` for rows that are already pairs, sorted by expert."""
 
     def take(self, tokens_TH: torch.Tensor) -> torch.Tensor:
         return tokens_TH
@@ -102,7 +102,7 @@ def plan(
     Args:
         probs_TE: `[T, E]`, the gates.
         map_TE: bool `[T, E]`.
-        counts_EB: of `count`; not needed here.
+        counts_EB: as `count` returns them for this map; not needed here.
         num_pairs: P, the number of True elements of the map.
 
     Returns:
@@ -127,11 +127,11 @@ def activate(hidden: torch.Tensor, gates_P: torch.Tensor) -> torch.Tensor:
 def activate_backward(
     hidden: torch.Tensor, gates_P: torch.Tensor, d_activated: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return `activate`'s result again, and the gradients of its arguments.
+    """Return `activate`'s result again, then the gradients of `hidden` and `gates_P`.
 
     Args:
-        hidden, gates_P: as above.
-        d_activated: `[P, F]`, the result's gradient, whose memory is used up.
+        hidden, gates_P: as for `activate`.
+        d_activated: `[P, F]`, the gradient of the result; its memory is overwritten.
     """
     left, right = hidden.chunk(2, dim=-1)
     activation = silu(left)

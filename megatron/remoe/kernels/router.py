@@ -1,4 +1,4 @@
-"""ReLU with its map and its sums, and its gradient: one launch each, without atomics, so that sums have a fixed order.
+"""Compute ReLU with its map and sums, and its gradient, in one kernel each. Without atomics, sums have a fixed order.
 
 T tokens, E experts, B blocks of tokens.
 """
@@ -33,7 +33,7 @@ def gate(
 def gate_backward(
     d_probs: torch.Tensor, routing_map: torch.Tensor, on: torch.Tensor, off: torch.Tensor
 ) -> torch.Tensor:
-    """Compute `pytorch.gate_backward`; moves T·E·(2·size + 1) bytes."""
+    """Compute `pytorch.gate_backward`; moves at most T·E·(2·size + 1) bytes, with elements of `size` bytes."""
     d_probs = d_probs.contiguous()
     d_logits = torch.empty_like(d_probs)
     size, num_experts = d_probs.numel(), d_probs.shape[1]

@@ -1,6 +1,6 @@
 """SwiGLU with gates, between an expert's two products: one pass over memory each way, fp32 inside.
 
-P pairs, F the experts' FFN size; a program works on a few pairs, in the backward pass on whole ones.
+P pairs, F the experts' FFN size. A program handles a tile of pairs and columns; in the backward pass, all columns.
 """
 
 from typing import Any
@@ -38,7 +38,7 @@ def activate_backward(
 
 
 def _tile(activated: torch.Tensor) -> tuple[int, int]:
-    """Return the pairs and columns of a program."""
+    """Return the number of pairs and of columns that a program handles at once."""
     width = min(next_power_of_2(activated.shape[1]), TILE)
     return TILE // width, width
 
@@ -49,7 +49,7 @@ def _backward_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str,
     return {"bytes": 3 * hidden.numel() * hidden.element_size() + gates.numel() * gates.element_size()}
 
 
-# The number of pairs changes with each launch: specialized by it, both kernels would compile again in mid-training.
+# The number of pairs changes with each launch. If specialized for it, both kernels would be recompiled during training.
 @triton.jit(do_not_specialize=["num_pairs"])
 def _activate(hidden_PF, gates_P, activated_PF, num_pairs, ffn, PAIRS: tl.constexpr, WIDTH: tl.constexpr):
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
@@ -85,7 +85,7 @@ def _activate_backward(
 
 @triton.jit
 def _halves(hidden_PF, pair, column, num_pairs, ffn):
-    """Load both halves, fp32 `[pairs, columns]`, and the mask of those that exist."""
+    """Return the mask of elements that exist, and the left and right halves in fp32, each `[pairs, columns]`."""
     inside = (pair < num_pairs)[:, None] & (column < ffn)[None, :]
     place = hidden_PF + pair[:, None] * 2 * ffn + column[None, :]
     left = tl.load(place, mask=inside, other=0.0).to(tl.float32)

@@ -1,4 +1,4 @@
-"""The backend of Triton kernels: `--moe-kernels triton`. The same numbers as `pytorch.py`'s, in fewer passes.
+"""The Triton backend, for `--moe-kernels triton`. It computes the same as `pytorch.py`, in fewer passes over memory.
 
 T tokens, E experts, B blocks of tokens, P pairs, H hidden size.
 """
@@ -17,11 +17,11 @@ SUM_WIDTH = 1024  # columns that a program sums for a token
 
 
 class TritonOrder(NamedTuple):
-    """An `Order` that knows the rows of each token too.
+    """An `Order` that also has the rows of each token.
 
     Attributes:
         token_index_P: int32 `[P]`, the token of each pair.
-        by_token: int32 `[T + 1 + P]`, the pairs of each token, as `plan.fill` returns them.
+        by_token: int32 `[T + 1 + P]`, the rows of each token's pairs, as `plan.fill` returns them.
     """
 
     token_index_P: torch.Tensor
@@ -35,7 +35,7 @@ class TritonOrder(NamedTuple):
 
 
 def sum_rows(pairs: torch.Tensor, by_token: torch.Tensor) -> torch.Tensor:
-    """Add up in fp32, in the order of the experts, and round once; moves `(P + T) · H` elements.
+    """Sum each token's pairs in fp32, in the order of the experts, and round once; moves `(P + T) · H` elements.
 
     Args:
         pairs: `[P, H]`.

@@ -16,16 +16,16 @@ from megatron.remoe.kernels.interface import Backend
 
 @dataclass(frozen=True)
 class Counts:
-    """The numbers of pairs of a layer's tokens, or of one chunk; int64 on the host, except for the last.
+    """The numbers of pairs in a layer's tokens or in one chunk. Tensors are int64 on the host, except `counts_EB`.
 
     Attributes:
         num_pairs: P.
         tokens_per_expert: `[L]`, pairs that arrive at each expert here.
         sent: `[ep]`, pairs that this rank sends to each slice of experts.
-        received: `[ep]`, pairs that it receives from each.
-        gathered: `[tp]`, pairs that each rank with the same experts has after that.
+        received: `[ep]`, pairs that this rank receives, by sending rank.
+        gathered: `[tp]`, pairs that each tensor parallel partner (a rank with the same experts) has received in all.
         per_rank: `[R, L]`, pairs from each rank's tokens for each expert here.
-        counts_EB: integers `[E, B]` on the device, those of this rank, for the backend's `plan`.
+        counts_EB: integers `[E, B]` on the device, the counts of this rank's tokens, for the backend's `plan`.
     """
 
     num_pairs: int
@@ -44,20 +44,20 @@ def count_pairs(
     backend: Backend,
     limit: float = 0.0,
 ) -> list[Counts]:
-    """Count the tokens that each rank sends to each expert, in enough chunks to keep each one within a limit.
+    """Count the tokens that each rank sends to each expert, and choose enough chunks to keep each within `limit`.
 
     Waits for the device once for each number of chunks that it tries.
 
     Args:
         map_TE: bool `[T, E]`.
-        counts_EB: its counts, if the router has made them.
-        dispatcher: of the layer; all ranks of its `tp_ep_group` must call this function.
+        counts_EB: integers `[E, B]`, the counts of the map, if the router has computed them.
+        dispatcher: the layer's dispatcher; all ranks of its `tp_ep_group` must call this function.
         backend: counts the pairs.
         limit: maximum number of pairs per token that a rank sends or receives at once; 0 for none. If T differs between
-            ranks, the largest T counts, so that all ranks work in the same number of chunks.
+            ranks, the largest T is used, so that all ranks run the same number of chunks.
 
     Returns:
-        The `Counts` of each chunk; chunks are cut as by `tensor_split`.
+        The `Counts` of each chunk. Chunks are cut as `tensor_split` does.
     """
     parts, chunks = [backend.count(map_TE) if counts_EB is None else counts_EB], 1
     while True:
@@ -83,7 +83,7 @@ def read_pairs(
     Args:
         map_TE, dispatcher: as in `count_pairs`.
         chunks: C.
-        parts: integers `[E, B]` of each chunk.
+        parts: for each chunk, its counts, integers `[E, B]`.
 
     Returns:
         int64 `[C, R, E]` on the host, and the largest T of the ranks.

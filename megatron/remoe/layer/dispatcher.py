@@ -1,8 +1,8 @@
 """All-to-all dispatch for a number of experts that varies from token to token.
 
-Megatron's dispatcher with the fix of docs/upstream.md has the same results, but with an activation limit the host waits
-more often for the device: it counts each chunk again in the forward and the backward pass. Megatron's permutation sorts
-T · E booleans and sums each token's experts in bf16, where a GPU rounds each addition.
+Megatron's dispatcher with the fix of docs/upstream.md has the same results. But with an activation limit the host waits
+more often for the device, because Megatron counts each chunk again in the forward and the backward pass. Megatron's
+permutation also sorts T · E booleans, and sums each token's experts in bf16, where a GPU rounds each addition.
 
 T tokens on this rank, E experts in all, P pairs (of a token here and an expert that is active for it), H hidden size.
 """
@@ -18,11 +18,11 @@ from megatron.remoe.layer.counting import Counts, count_pairs
 
 
 class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
-    """Megatron's all-to-all dispatcher, with sizes that are known before and a permutation in place of its sort.
+    """Megatron's all-to-all dispatcher, with sizes that are counted in advance and a planned order instead of a sort.
 
     Attributes:
-        counts: of the next tokens, set by the layer. Without them, the dispatcher counts itself: schedules call the
-            steps of a layer one by one.
+        counts: the counts of the next tokens, set by the layer. If None, the dispatcher counts the pairs itself, for
+            schedules that call a layer's steps one by one.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -42,7 +42,7 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
             probs: `[T, E]`.
 
         Returns:
-            `[P, H]` and `[P]`.
+            Each pair's token `[P, H]` and gate `[P]`, sorted by expert.
         """
         counts, self.counts = self.counts or count_pairs(routing_map, None, self, self.backend)[0], None
         self._order, gates_P = self.backend.plan(probs, routing_map, counts.counts_EB, counts.num_pairs)
@@ -67,7 +67,7 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
         return hidden_states if self.tp_ep_group.size() == 1 else super().combine_preprocess(hidden_states)
 
     def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
-        """Sum each token's pairs, `[P, H]` → `[sequence, batch, H]`."""
+        """Sum each token's pairs, `[P, H]` → `[sequence, batch, H]`, and add the overlapped shared experts."""
         order, self._order = self._order, None
         assert order is not None
         num_tokens = self.hidden_shape[:-1].numel()

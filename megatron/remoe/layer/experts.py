@@ -25,7 +25,7 @@ from megatron.remoe.layer.grouped_swiglu import grouped_swiglu
 
 
 def takes_grouped_experts(config: TransformerConfig) -> bool:
-    """Return whether the experts are bias-free SwiGLU layers and nothing more."""
+    """Return whether `GroupedExperts` supports the configuration: bias-free SwiGLU without any further option."""
     return bool(
         config.gated_linear_unit
         and config.activation_func is silu
@@ -104,11 +104,11 @@ class GroupedExperts(MegatronModule):
             permuted_local_hidden_states: `[P, H]`, sorted by local expert; with an `order`, all tokens, `[T, H]`.
             tokens_per_expert: integers `[L]`.
             permuted_probs: `[P]`, the gates, sorted by local expert.
-            order: of the pairs of these tokens.
+            order: maps these tokens to their pairs and back.
 
         Returns:
-            `[P, H]`, or with an `order` each token's sum `[T, H]`; with expert tensor parallelism, this rank's
-            summand. And None, for no bias.
+            `[P, H]`, or with an `order` each token's sum `[T, H]`; with expert tensor parallelism, this rank's part of
+            the sum. And None, for no bias.
         """
         given = permuted_local_hidden_states, permuted_probs, *self._weights(), tokens_per_expert.tolist()
         return grouped_swiglu(*given, SortedPairs() if order is None else order, self.backend), None
@@ -155,14 +155,14 @@ class GroupedExperts(MegatronModule):
             number = self.ep_group.rank() * self.num_local_experts + expert
             offsets = (*sharded_offsets, (axis, number, self.ep_group.size() * self.num_local_experts))
             for name in ("linear_fc1", "linear_fc2"):
-                # Empty, but `SequentialMLP` expects it.
+                # `SequentialMLP` expects this entry, though it is empty.
                 state[f"{prefix}local_experts.{expert}.{name}._extra_state"] = make_sharded_object_for_checkpoint(
                     None, f"{prefix}experts.{name}._extra_state", offsets, (0, rank, self.dp_group.rank())
                 )
         return state
 
     def _stack_sequential(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Stack the state of a `SequentialMLP` before it is loaded."""
+        """Stack the weights in the state of a `SequentialMLP` before they are loaded."""
         for name in ("fc1", "fc2"):
             keys = [f"{prefix}local_experts.{i}.linear_{name}.weight" for i in range(self.num_local_experts)]
             if all(key in state_dict for key in keys):
@@ -174,8 +174,8 @@ class GroupedExperts(MegatronModule):
 class SplitExperts(GroupedExperts):
     """`GroupedExperts` for Megatron-FSDP: each matrix is a parameter with the name that `TEGroupedMLP` gives it.
 
-    Megatron-FSDP splits a parameter between rows of its first dimension, and numbers the experts of all ranks in
-    checkpoints by these names.
+    Megatron-FSDP splits a parameter between rows of its first dimension. From these names, it numbers the experts of
+    all ranks in checkpoints.
 
     Attributes:
         linear_fc1: `weight0` ... of `[2 * F, H]`.
@@ -217,7 +217,7 @@ def build_experts(
     stock: Callable[..., torch.nn.Module],
     kind: type[GroupedExperts] = GroupedExperts,
 ) -> torch.nn.Module:
-    """Build grouped experts if the configuration allows them, otherwise call `stock`."""
+    """Build experts of class `kind` if they support the configuration, otherwise call `stock`, Megatron's builder."""
     if not takes_grouped_experts(config):
         return stock(num_local_experts, config, pg_collection=pg_collection, name=name)
     return kind(num_local_experts, config, pg_collection)

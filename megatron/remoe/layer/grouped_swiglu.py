@@ -23,7 +23,7 @@ def _generation(device: torch.device) -> int:
 
 
 def takes_grouped_kernel(fc1: torch.Tensor) -> bool:
-    """Return whether `grouped_mm` is one kernel for weights `[E, 2 * F, H]`; otherwise it loops or refuses them."""
+    """Return whether `grouped_mm` is one kernel for weights `[E, 2 * F, H]`; otherwise it loops or raises an error."""
     experts, ffn, hidden = fc1.shape[0], fc1.shape[1] // 2, fc1.shape[2]
     takes_sizes = not (hidden % KERNEL_MULTIPLE or ffn % KERNEL_MULTIPLE or experts > KERNEL_EXPERTS)
     return fc1.dtype == torch.bfloat16 and _generation(fc1.device) in (SM90, SM100) and takes_sizes
@@ -45,11 +45,11 @@ def grouped_swiglu(
         gates_P: `[P]`, sorted by expert.
         fc1: `[E, 2 * F, H]`, W_left and then W_right; or a list with the matrix of each expert.
         fc2: `[E, H, F]`, W_down; or a list with the matrix of each expert.
-        sizes: the pairs of each expert.
-        order: of the pairs.
+        sizes: the number of pairs of each expert.
+        order: maps tokens to pairs and back.
         backend: computes SwiGLU between the products.
     """
-    stacked = fc1[0].expand(len(fc1), -1, -1) if isinstance(fc1, list) else fc1  # only type and shape count
+    stacked = fc1[0].expand(len(fc1), -1, -1) if isinstance(fc1, list) else fc1  # only dtype, device and shape are read
     is_one = len(gates_P) and takes_grouped_kernel(stacked)  # without rows grouped_mm may fail or hang
     products = OneKernel(sizes, tokens_TH.device) if is_one else OneByOne(sizes)
     weights = (*fc1, *fc2) if isinstance(fc1, list) else (fc1, fc2)
@@ -77,7 +77,7 @@ class OneByOne:
         return outs
 
     def add_outers(self, outs: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Add the results of `outers` to `outs`, in its type."""
+        """Add the results of `outers` to `outs`, in the dtype of `outs`."""
         for out, a, b in zip(outs, left.split(self.sizes), right.split(self.sizes), strict=True):
             if len(a):
                 add_outer(b, a, out)

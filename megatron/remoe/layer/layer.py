@@ -39,7 +39,7 @@ class ReMoELayer(MoELayer):
     So it never holds more than `moe_relu_activation_limit` times the target's number of pairs.
 
     Attributes:
-        pairs_limit: this bound in pairs per token; 0 for none.
+        pairs_limit: this limit in pairs per token; 0 for none.
         way: runs the experts.
         route_arguments: names that `route` of the installed Megatron accepts.
     """
@@ -63,7 +63,7 @@ class ReMoELayer(MoELayer):
         self.pairs_limit = 0.0 if type(self.router) is TopKRouter else _pairs_limit(config)
         self.way = self._choose_way(config, pg_collection)
         self.route_arguments = frozenset(inspect.signature(self.route).parameters)
-        is_fused = config.use_transformer_engine_op_fuser  # recomputes without freeing
+        is_fused = config.use_transformer_engine_op_fuser  # it recomputes without freeing
         self._frees_activations = getattr(self.experts, "activation_recompute", False) and not is_fused
         _prepare_experts(self.experts)
 
@@ -91,13 +91,13 @@ class ReMoELayer(MoELayer):
             hidden_states: `[sequence, batch, H]`.
             intermediate_tensors: passed by Megatron if parts of the layer are in CUDA graphs.
             padding_mask: bool `[batch, sequence]`, True at padding.
-            for_router: more arguments of some versions of Megatron; those that `route` accepts reach the router.
+            for_router: further arguments of some versions of Megatron; those that `route` accepts are passed to it.
 
         Returns:
             `[sequence, batch, H]`, and None for no bias.
 
         Raises:
-            ValueError: in training with tensor parallelism and without sequence parallelism.
+            ValueError: the layer trains with tensor parallelism but without sequence parallelism.
         """
         in_graphs = intermediate_tensors is not None or self.config.cuda_graph_impl != "none"
         if not self.pairs_limit and (in_graphs or type(self.way) is ByMegatron):
@@ -135,7 +135,7 @@ class ReMoELayer(MoELayer):
         """Run the experts chunk by chunk, and recompute each chunk in the backward pass."""
 
         def run_chunk(tokens: torch.Tensor, *chunk: Any) -> torch.Tensor:
-            self._free_activations(False)  # the checkpoint saves them
+            self._free_activations(False)  # the checkpoint already recomputes them
             return self.way.run(_OwnGradient.apply(tokens), *chunk)
 
         run = partial(
@@ -144,7 +144,7 @@ class ReMoELayer(MoELayer):
             # A re-entrant checkpoint would reduce the experts' gradients once per chunk.
             use_reentrant=False,
             preserve_rng_state=False,
-            # HybridEP's manager keeps the sizes of a dispatch until combine, so recomputation must reach it.
+            # HybridEP's manager keeps the sizes of a dispatch until combine, so recomputation must run up to combine.
             early_stop=self.config.moe_token_dispatcher_type != "flex",
         )
         tokens = hidden_states.view(-1, 1, hidden_states.shape[-1])
@@ -171,7 +171,7 @@ class Way(Protocol):
             hidden_states: `[sequence, batch, H]`.
             probs_TE: `[T, E]`, the gates.
             map_TE: bool `[T, E]`.
-            counts: of this map; Megatron's dispatchers make their own.
+            counts: the counts of this map; Megatron's dispatchers compute their own.
 
         Returns:
             `[sequence, batch, H]`.
@@ -209,7 +209,7 @@ class ByMegatron:
 
 
 class ByExchange(ByMegatron):
-    """A `PlannedAlltoAllDispatcher` takes Megatron's steps with the counts of the layer."""
+    """A `PlannedAlltoAllDispatcher` runs Megatron's steps with the layer's counts."""
 
     def run(
         self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
@@ -227,8 +227,8 @@ def _prepare_experts(experts: torch.nn.Module) -> None:
     if isinstance(experts, SequentialMLP):
         for expert in experts.local_experts:
             if isinstance(expert.linear_fc2, tensor_parallel.RowParallelLinear):
-                # Megatron adds the bias in place to the result of a reduction. With one rank, this is the input itself,
-                # which autograd does not allow to change. Skip this reduction.
+                # Megatron adds the bias in place to the result of a reduction. With one rank, the result is the input
+                # itself, which autograd does not allow to be changed. Skip this reduction.
                 expert.linear_fc2.explicit_expert_comm = True
 
 
@@ -262,7 +262,7 @@ class _ZeroGradients(torch.autograd.Function):
 
 
 def takes_plans(config: TransformerConfig) -> bool:
-    """Return whether dispatch follows our plan; otherwise it is left to Megatron's dispatcher."""
+    """Return whether `PlannedAlltoAllDispatcher` supports the configuration; otherwise Megatron's dispatcher runs."""
     changes = config.moe_permute_fusion or config.moe_router_padding_for_quantization or config.moe_latent_size
     is_captured = CudaGraphModule.moe_preprocess in config.cuda_graph_modules  # the host cannot read the counts
     return config.moe_token_dispatcher_type == "alltoall" and not (
@@ -271,7 +271,7 @@ def takes_plans(config: TransformerConfig) -> bool:
 
 
 def _pairs_limit(config: TransformerConfig) -> float:
-    """Return the bound on activations in pairs per token; 0 if there is none, or if no token could exceed it."""
+    """Return the activation limit in pairs per token; 0 if there is none, or if no token could exceed it."""
     pairs = getattr(config, "moe_relu_activation_limit", 0.0) * config.moe_router_topk
     assert config.num_moe_experts is not None
     return pairs if pairs < config.num_moe_experts else 0.0

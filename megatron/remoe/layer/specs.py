@@ -25,10 +25,10 @@ from megatron.remoe.transformer.attention import FusedDotProductAttention
 from megatron.remoe.transformer.norm import SequenceParallelTorchNorm
 from megatron.remoe.transformer.self_attention import AllHeadsNormAttention, LatentAttention
 
-# Classes for `replace_classes`. Plain layers need the fused kernels for the sizes of latent attention.
+# Classes for `replace_classes`. In plain PyTorch layers, only the fused kernels support latent attention's head sizes.
 LATENT_ATTENTION = {MLASelfAttention: LatentAttention, DotProductAttention: FusedDotProductAttention}
 NORMS_OF_ALL_HEADS = {SelfAttention: AllHeadsNormAttention}
-PLANNED_DISPATCH = {MoELayer: ReMoELayer}  # takes --moe-kernels; routers and experts stay
+PLANNED_DISPATCH = {MoELayer: ReMoELayer}  # supports --moe-kernels; keeps routers and experts
 
 type LayerSpec = ModuleSpec | TransformerBlockSubmodules | MultiTokenPredictionBlockSubmodules
 
@@ -39,43 +39,43 @@ def with_relu_routing(spec: LayerSpec) -> LayerSpec:
 
 
 def with_router(spec: LayerSpec, router: type[TopKRouter]) -> LayerSpec:
-    """Return a copy of `spec` in which every MoE layer takes any routing map and has this router; dense layers stay.
+    """Return a copy of `spec` in which every MoE layer is a `ReMoELayer` with this router; dense layers stay the same.
 
     Args:
-        spec: of one layer, of a block of layers (of multi-token prediction too), or of a hybrid stack.
+        spec: specification of a layer, a block of layers, a multi-token prediction block or a hybrid stack.
         router: the class of the router.
 
     Raises:
-        TypeError: a layer's experts and router belong to a different class than Megatron's `MoELayer`.
+        TypeError: a part of `spec` has a router but is not built from Megatron's `MoELayer`.
     """
     return replace_classes(spec, PLANNED_DISPATCH, router)
 
 
 def with_sequence_parallel_norms(spec: Any) -> Any:
-    """Return a copy of `spec` whose PyTorch norms may run under sequence parallelism; other norms stay."""
+    """Return a copy of `spec` whose PyTorch norms support sequence parallelism; other norms stay the same."""
     return replace_classes(spec, {WrappedTorchNorm: SequenceParallelTorchNorm})
 
 
 def with_fused_layers(spec: Any, experts: type[GroupedExperts] = GroupedExperts) -> Any:
     """Return a copy of `spec` whose local attention and experts use PyTorch's fused kernels.
 
-    Dense layers, layers of Transformer Engine, and routers stay.
+    Dense MLPs, Transformer Engine's layers and routers stay the same.
 
     Args:
-        spec: see above.
-        experts: their class; `SplitExperts` for Megatron-FSDP.
+        spec: specification of a block or layer, or any part of one.
+        experts: class of the experts; `SplitExperts` for Megatron-FSDP.
     """
     local = {DotProductAttention: FusedDotProductAttention, SequentialMLP: partial(build_experts, kind=experts)}
     return replace_classes(spec, PLANNED_DISPATCH | local)
 
 
 def replace_classes(spec: Any, classes: dict[Any, Any], router: type[TopKRouter] | None = None) -> Any:
-    """Return a specification in which the keys of `classes` are replaced by their values; other parts are the same.
+    """Return a copy of `spec` in which the keys of `classes` are replaced by their values; other parts are shared.
 
     Args:
-        spec: see above.
-        classes: old → new.
-        router: for all MoE layers, in place of theirs.
+        spec: specification of a block or layer, or any part of one.
+        classes: old class → new class.
+        router: new router class of all MoE layers; None to keep theirs. With one, raises as `with_router` does.
     """
     if isinstance(spec, type):
         return classes.get(spec, spec)

@@ -1,4 +1,4 @@
-"""Configuration of a ReMoE transformer: Megatron's own and the fields of ReLU routing."""
+"""Megatron's transformer configuration with the settings of ReLU routing and of the baseline routers."""
 
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -11,13 +11,13 @@ Baseline = Literal["hash", "expert_choice", "expert_threshold", "top_p", "normal
 
 @dataclass
 class ReMoEConfig(TransformerConfig):
-    """`TransformerConfig` with ReLU routing. The fields are the command-line flags, with their defaults and help.
+    """`TransformerConfig` with ReLU routing. Each field is also a command-line flag; its docstring is the help text.
 
     `num_moe_experts`, `moe_router_topk` (k) and `moe_ffn_hidden_size` are the values after granularity. The target
     sparsity is `1 - k / num_moe_experts`.
 
     Raises:
-        ValueError: a value is out of range, or a setting assumes exactly k experts per token.
+        ValueError: a value is out of range, or the router refuses a setting (`relu_routing_problems`).
     """
 
     moe_relu_routing: bool = False
@@ -74,18 +74,18 @@ class ReMoEConfig(TransformerConfig):
         if problems := relu_routing_problems(self):
             raise ValueError("\n".join(problems))
         if self.moe_relu_routing or self.moe_baseline_router:
-            # Megatron insists on it for k = 1, where a softmax over one score is constant; these have none over k.
+            # Megatron requires it for k = 1: a softmax over one score is constant. These routers have no such softmax.
             self.moe_router_pre_softmax = True
             if hasattr(self, "moe_hybridep_routing_map_mode"):
                 # Versions after 0.19.2 send the k largest gates of each token by default ("indices").
                 self.moe_hybridep_routing_map_mode = "bool"
         super().__post_init__()
-        if problems := relu_routing_problems(self):  # Megatron has translated deprecated settings
+        if problems := relu_routing_problems(self):  # Megatron has translated deprecated settings: check again
             raise ValueError("\n".join(problems))
 
     @property
     def target_sparsity(self) -> float:
-        """The share of inactive (token, expert) pairs to reach: 1 - k/E (paper section 3.3)."""
+        """The share of (token, expert) pairs that should be inactive: 1 - k/E (paper section 3.3)."""
         assert self.num_moe_experts is not None
         return 1.0 - self.moe_router_topk / self.num_moe_experts
 

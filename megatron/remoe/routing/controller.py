@@ -24,16 +24,16 @@ from megatron.remoe.routing.router import ReLURouter
 
 
 class SparsityController:
-    """Moves λ, and guards layers that die, once per optimizer step.
+    """Moves λ, and guards layers that are almost off, once per optimizer step.
 
-    One small all-reduce carries the counts of all layers; from its result every rank takes the same decision. Updates
-    do not wait for the device; `summary` and `totals` do.
+    One small all-reduce adds up the counts of all layers, and every rank makes the same decision from the result.
+    `update` does not wait for the device; `summary` and `totals` do.
     """
 
     def __init__(self, model_chunks: Iterable[torch.nn.Module], config: ReMoEConfig) -> None:
         """
         Args:
-            model_chunks: the model on this rank, all its virtual pipeline stages; may hold no router.
+            model_chunks: all virtual pipeline stages of the model on this rank; they might have no router.
             config: the model's configuration.
         """
         modules = [module for chunk in model_chunks for module in chunk.modules()]
@@ -43,29 +43,29 @@ class SparsityController:
         self.device = torch.device(torch.cuda.current_device())
         self._numbers = layer_numbers(self.routers, modules, config.num_layers)
         self._num_layers = count_layers(modules, config)
-        # A router that is off for all tokens has no gradient, but the vectors of every layer, its norms' weights, have.
+        # Also watch vectors (norms and biases) for NaN and Inf: a router that is off for all tokens has no gradient.
         vectors = [weight for module in modules for weight in module.parameters(recurse=False) if weight.dim() == 1]
         self._watched = [*vectors, *(router.weight for router in self.routers)]
         self._last: StepSums | None = None
-        # Computed pairs and tokens of each layer over all steps.
+        # `[2, layers]`: computed pairs and tokens of each layer, over all steps.
         self.running_sums = torch.zeros(2, self._num_layers, dtype=torch.float64, device=self.device)
 
     @torch.no_grad()
     def update(self) -> None:
-        """Add up the counts of all ranks, move λ one step towards the target, guard dying layers, and reset the counts.
+        """Add up the counts of all ranks, move λ by one factor α, choose the layers to guard, and reset the counts.
 
         Call it once per optimizer step on every rank, after the backward passes.
         """
         self._last = sums = self._collect()
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            # Every rank counted other tokens, or other layers, in every layout.
+            # In every layout, each rank has counted different tokens or different layers.
             torch.distributed.all_reduce(sums.buffer)
         topk, active, tokens = self.config.moe_router_topk, sums.counts.active, sums.counts["tokens"]
         computed = active - sums.counts["left_out"] if self.config.moe_relu_max_experts else active
         torch._foreach_add_([*self.running_sums.unbind()], [computed, tokens])
         if not self.routers:
             return
-        # Megatron skips a step that is not finite, or ends the training: such a step moves nothing here either.
+        # Megatron skips a step that is not finite, or stops. Such a step leaves λ and the guarded layers unchanged.
         finite = torch.isfinite(sums.buffer).all()
         # target - S has the sign of active - k · tokens, which is exact in whole numbers.
         direction = torch.where(finite, torch.sign((active - topk * tokens).sum()), 0.0)
@@ -79,7 +79,7 @@ class SparsityController:
         )
 
     def _collect(self) -> StepSums:
-        """Return this rank's counts and state, 0 for layers without a router here, and reset the routers' counts."""
+        """Return this rank's counts and state, with 0 for layers that it does not have, and reset its counts."""
         sums = StepSums.zeros(self._num_layers, self.num_experts, self.device)
         counted = [
             (sums.counts.table[number - 1], router.counts.table)
@@ -98,20 +98,20 @@ class SparsityController:
         gradients = [_reduced_gradient(parameter) for parameter in self._watched]
         flat = [gradient.reshape(-1) for gradient in gradients if gradient is not None]
         if flat:
-            # A sum of finite fp16 gradients, which a loss scale makes large, can exceed fp16.
+            # Sum in fp32: a loss scale makes fp16 gradients large, and their sum could overflow.
             torch.mul(torch.cat(flat).sum(dtype=torch.float32), 0.0, out=sums.not_finite)
         return sums
 
     def totals(self) -> dict[str, int]:
-        """Return computed pairs, and tokens times MoE layers, of all updates; waits for the device.
+        """Return the computed pairs, and the tokens times MoE layers, of all updates. Waits for the device.
 
-        The computed pairs are the active ones within `moe_relu_max_experts`.
+        Computed pairs are the active pairs that `moe_relu_max_experts` does not leave out.
         """
         active, tokens = map(int, self.running_sums.sum(dim=1).tolist())
         return {"total_active_pairs": active, "total_layer_tokens": tokens}
 
     def summary(self) -> RoutingSummary | None:
-        """Return the last step's figures, or None before the first update; waits for the device."""
+        """Return the last step's figures, or None before the first update. Waits for the device."""
         if self._last is None:
             return None
         sums = StepSums.view(self._last.buffer.cpu(), self._num_layers)
@@ -127,7 +127,7 @@ def _reduced_gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
 
 def count_layers(modules: Iterable[torch.nn.Module], config: TransformerConfig) -> int:
     """Return the highest number that `layer_numbers` can return on any rank; `modules` is the model on this one."""
-    # A depth of multi-token prediction is one layer. In a hybrid model it is a pattern, which all ranks know.
+    # Each depth of multi-token prediction is one layer, or in a hybrid model a pattern of layers that all ranks know.
     patterns = [pattern for module in modules if (pattern := getattr(module, "mtp_pattern", None))]
     return config.num_layers + (config.mtp_num_layers or 0) * max(map(len, patterns), default=1)
 

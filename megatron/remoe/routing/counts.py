@@ -1,4 +1,4 @@
-"""Counts of the routers between two updates of λ, the one tensor in which all ranks add them up, and its figures.
+"""Hold the routers' counts between two updates of λ, their sums over all ranks, and the figures of a step.
 
 L layers, E experts. float64 adds whole numbers exactly, in any order, up to 2^53.
 """
@@ -32,7 +32,7 @@ class RoutingCounts:
 
     @classmethod
     def zeros(cls, num_experts: int, device: torch.device) -> "RoutingCounts":
-        """Return an empty row."""
+        """Return a row of zeros."""
         return cls(torch.zeros(num_experts + len(COLUMNS), dtype=torch.float64, device=device))
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -42,11 +42,11 @@ class RoutingCounts:
         return self.table[..., COLUMNS.index(name) - len(COLUMNS)]
 
     def add(self, counts: torch.Tensor, l1_loss: torch.Tensor, micro_batches: float) -> None:
-        """Add to a row.
+        """Add a micro-batch to a row.
 
         Args:
             counts: integers `[E + 1]`, the tokens of each expert, then all tokens.
-            l1_loss: L_reg, one element.
+            l1_loss: this rank's part of L_reg, one element.
             micro_batches: this rank's share of a micro-batch.
         """
         self.table[: len(counts)] += counts
@@ -68,7 +68,7 @@ class StepSums:
         counts: a row for each layer.
         guarded: `[L]`, how many ranks guard the layer.
         l1_exponent: a scalar, the sum of the ranks' exponent n of λ.
-        ranks: a scalar, how many ranks that sum is over: those with a router. The others learn λ from the mean.
+        ranks: a scalar, the number of ranks that have a router and add their n. The others get n as the mean.
         not_finite: a scalar, 0, or NaN if a gradient is not finite.
     """
 
@@ -81,32 +81,32 @@ class StepSums:
 
     @classmethod
     def zeros(cls, num_layers: int, num_experts: int, device: torch.device) -> "StepSums":
-        """Return empty sums."""
+        """Return sums that are 0."""
         width = num_experts + len(COLUMNS)
         return cls.view(torch.zeros(num_layers * (width + 1) + 3, dtype=torch.float64, device=device), num_layers)
 
     @classmethod
     def view(cls, buffer: torch.Tensor, num_layers: int) -> "StepSums":
-        """Return the views of a buffer."""
+        """Return the sums whose fields are views of `buffer`."""
         table, guarded, scalars = buffer.split([len(buffer) - num_layers - 3, num_layers, 3])
         return cls(buffer, RoutingCounts(table.view(num_layers, -1)), guarded, *scalars.unbind())
 
 
 @dataclass(frozen=True)
 class RoutingSummary:
-    """Figures of all routers of the job in one optimizer step, on the host, under their names in SAVE/metrics.jsonl.
+    """Figures of one optimizer step over all routers of the job, named as in SAVE/metrics.jsonl.
 
     Layers are numbered from 1: the decoder's, then those of multi-token prediction.
 
     Attributes:
         sparsity: S, share of inactive (token, expert) pairs over all MoE layers, 0 to 1.
         target_sparsity: 1 - k/E.
-        l1_coefficient: the λ that was in force during the step.
+        l1_coefficient: λ during the step.
         l1_loss: L_reg summed over layers, mean over micro-batches (without λ).
-        lowest_layer_sparsity, highest_layer_sparsity: of the layers; 1 without layers.
-        guarded_layers: layers that were freed from L1 and pushed up, because they were almost off before.
+        lowest_layer_sparsity, highest_layer_sparsity: extremes over the layers; 1 without layers.
+        guarded_layers: layers without L1 whose gates were pushed up, because they were almost off in the step before.
         layer_sparsity: layer → its sparsity, to 6 decimals.
-        layer_l1_loss: layer → its L_reg, to 6 digits.
+        layer_l1_loss: layer → its L_reg, to 6 significant digits.
         tokens_per_expert: layer → share of its tokens that each expert got, `num_experts` values to 5 decimals.
     """
 
@@ -123,7 +123,7 @@ class RoutingSummary:
 
     @classmethod
     def compute(cls, sums: StepSums, config: ReMoEConfig) -> "RoutingSummary":
-        """Return the figures of a step's sums, which are on the host."""
+        """Compute the figures from a step's sums, which must be on the host."""
         numbered = {number: RoutingCounts(row) for number, row in enumerate(sums.counts.table, start=1)}
         layers = {number: row for number, row in numbered.items() if row["tokens"] > 0}
         l1_losses = {number: (row["l1_loss"] / row["micro_batches"]).item() for number, row in layers.items()}

@@ -1,9 +1,9 @@
 """Settings that cannot be used with ReLU routing, a near-dense warm-up or a baseline router.
 
-Most assume exactly k experts per token, drop or add token-expert pairs, or would be ignored silently. What Megatron
-itself refuses is not repeated: `--moe-paged-stash`, for example, needs a capacity factor. Attributes have the names of
-Megatron's parsed arguments, which its `TransformerConfig` shares, so the tables serve the command line and the library.
-Comments name the code of megatron-core 0.19.2 behind a reason.
+Most assume exactly k experts per token, drop or add token-expert pairs, or would be ignored silently. Megatron's own
+refusals are not repeated: `--moe-paged-stash`, for example, needs a capacity factor. Megatron's parsed arguments and
+its `TransformerConfig` share attribute names, so the tables serve the command line and the library. Comments name the
+code of megatron-core 0.19.2 that causes a refusal.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ class Refusal:
     refused: Callable[[Any], bool] = bool
 
     def problem(self, settings: Settings, given: str) -> str | None:
-        """Return the message for `settings` with the flag `given`; None where nothing is refused."""
+        """Return the message if `settings` has a refused value, else None. `given` is the conflicting flag."""
         value = getattr(settings, self.name, None)
         if value is None or not self.refused(value):
             return None
@@ -52,7 +52,7 @@ def shown(value: Any) -> str:
 
 
 def as_list(value: Any) -> list[Any]:
-    """Return a list or tuple as a list, and any other value as a list with this value."""
+    """Return a list or tuple as a list, and any other value in a list of one."""
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
@@ -103,8 +103,8 @@ REFUSALS: tuple[Refusal, ...] = (
 
 OR_NO_CHUNKS = "Leave it out, or add --moe-relu-activation-limit 0"
 ONE_DISPATCH = "a layer that works in chunks has no single dispatch to overlap with"
-# PyTorch's checkpoint runs a chunk again without fp8_autocast. Transformer Engine's would, but keeps the scales of
-# delayed scaling in the order of the forward passes, while chunks go backward from the last.
+# PyTorch's checkpoint recomputes a chunk without fp8_autocast. Transformer Engine's checkpoint recomputes it with
+# fp8_autocast, but keeps the scales of delayed scaling in forward order, while chunks run backward from the last.
 QUANTIZED = "chunks of a layer are computed again outside of the quantized part"
 NOT_IN_CHUNKS = (
     Refusal("moe_shared_expert_overlap", ONE_DISPATCH, OR_NO_CHUNKS),
@@ -136,13 +136,13 @@ NOT_WITH_HASH = (
 
 
 def relu_routing_problems(settings: Settings) -> list[str]:
-    """Return everything in `settings` that cannot be used with ReLU routing, a warm-up or a baseline router.
+    """Return a message for each setting that cannot be used with ReLU routing, a warm-up or a baseline router.
 
     Args:
         settings: Megatron's parsed arguments or a `ReMoEConfig`, read by attribute name.
 
     Returns:
-        One message per problem: the flag, its value, the remedy and the code. Empty if all is well.
+        Messages with the flag, its value, the remedy and the error code. Empty if there is no problem.
     """
     by_code = {
         "REMOE-E205": _values(settings) if settings.moe_relu_routing else (),
@@ -154,9 +154,9 @@ def relu_routing_problems(settings: Settings) -> list[str]:
 
 
 def _refused(settings: Settings, given: str) -> Iterator[str]:
-    """Yield Megatron's settings that cannot be used with the router of the flag `given`."""
+    """Yield a message for each of Megatron's settings that cannot be used with the router of the flag `given`."""
     refusals = [(refusal, given) for refusal in REFUSALS]
-    if given == "--moe-warmup-topk":  # it uses the settings of top-k routing
+    if given == "--moe-warmup-topk":  # the warm-up routes by top-k
         refusals = [(refusal, given) for refusal in REFUSALS if refusal.reason != IGNORED]
     if given == "--moe-baseline-router normalized_top_k":
         refusals = [(refusal, given) for refusal in REFUSALS if refusal.name != "moe_aux_loss_coeff"]
@@ -169,7 +169,7 @@ def _refused(settings: Settings, given: str) -> Iterator[str]:
 
 
 def _combinations(settings: Settings, given: str) -> Iterator[str]:
-    """Yield refused combinations of certain values."""
+    """Yield a message for each combination of values that is refused."""
     backend = getattr(settings, "moe_flex_dispatcher_backend", None)
     if getattr(settings, "moe_token_dispatcher_type", None) == "flex" and backend != "hybridep":
         yield (  # token_dispatcher.py: _DeepepManager and _NCCLEPManager.setup_metadata
@@ -178,11 +178,11 @@ def _combinations(settings: Settings, given: str) -> Iterator[str]:
         )
     is_hybrid = getattr(settings, "hybrid_layer_pattern", None) or getattr(settings, "is_hybrid_model", False)
     graphs = getattr(settings, "cuda_graph_impl", None)
-    modules = as_list(getattr(settings, "cuda_graph_modules", None) or "full")  # without modules Megatron takes layers
+    modules = as_list(getattr(settings, "cuda_graph_modules", None) or "full")  # by default, whole layers are captured
     has_moe = any(str(getattr(module, "name", module)).startswith(("moe", "full")) for module in modules)
     captures = {
         "full_iteration": True,
-        # Of GPTModel's layers, which hold attention and experts, attn takes all: create_mcore_cudagraph_manager.
+        # GPTModel's layers hold attention and experts, and attn captures all of it: create_mcore_cudagraph_manager.
         "local": has_moe or not is_hybrid,
         "transformer_engine": has_moe,
     }
@@ -195,7 +195,7 @@ def _combinations(settings: Settings, given: str) -> Iterator[str]:
 
 
 def _values(settings: Settings) -> Iterator[str]:
-    """Yield settings of ReLU routing that are out of range."""
+    """Yield a message for each setting of ReLU routing that is out of range."""
     experts, topk, most = _experts(settings), settings.moe_router_topk, settings.moe_relu_max_experts
     init, multiplier = settings.moe_relu_l1_reg_coeff_init, settings.moe_relu_l1_reg_coeff_multiplier
     floor, limit = settings.moe_relu_layer_floor, settings.moe_relu_activation_limit
@@ -222,7 +222,7 @@ def _values(settings: Settings) -> Iterator[str]:
 
 
 def _warmup(settings: Settings) -> Iterator[str]:
-    """Yield what cannot be used with a near-dense warm-up, in which k changes."""
+    """Yield a message for each setting that cannot be used with a near-dense warm-up, in which k changes."""
     topk, steps, experts = settings.moe_warmup_topk, settings.moe_warmup_steps, _experts(settings)
     if topk is None and not steps:
         return
@@ -240,7 +240,7 @@ def _warmup(settings: Settings) -> Iterator[str]:
 
 
 def _baseline(settings: Settings) -> Iterator[str]:
-    """Yield what cannot be used with a baseline router."""
+    """Yield a message for each setting that cannot be used with the baseline router."""
     if settings.moe_baseline_router is None:
         return
     given = f"--moe-baseline-router {settings.moe_baseline_router}"
@@ -254,10 +254,10 @@ def _baseline(settings: Settings) -> Iterator[str]:
     if (settings.moe_relu_routing and not changes_relu) or settings.moe_warmup_topk is not None:
         other = "--moe-relu-routing" if settings.moe_relu_routing else "--moe-warmup-topk"
         yield f"{other} cannot be used with {given}: each is a router of its own. Give one of them."
-    if not changes_relu:  # otherwise ReLU routing refuses the same
+    if not changes_relu:  # --moe-relu-routing already refuses the same settings
         yield from _refused(settings, given)
 
 
 def _experts(settings: Settings) -> int:
-    """Return the number of experts; Megatron's arguments and configuration name it differently. 0 for dense models."""
+    """Return the number of experts, 0 for dense models. Megatron's arguments and configuration name it differently."""
     return getattr(settings, "num_experts", None) or getattr(settings, "num_moe_experts", None) or 0

@@ -36,9 +36,8 @@ class ReLURouter(TopKRouter):
         l1_exponent: int64 scalar n of λ = init · multiplier^n, saved with the model. Half-precision wrappers cast
             floating-point buffers and leave integers, so λ stays exact.
         guarded: int64 scalar, 1 if the layer was almost off in the last optimizer step and is pushed up in this one.
-        counts: sums since the last optimizer step, on the device. None before the first counted
-            forward pass.
-        counts_EB: integers `[E, B]`, the pairs in the routing map that was returned last, for its layer; None if
+        counts: sums since the last optimizer step, on the device; None before the first counted forward pass.
+        counts_EB: integers `[E, B]`, the pairs in the last returned routing map, which the layer reads; None if
             `moe_relu_max_experts` changed the map.
 
     Raises:
@@ -93,7 +92,7 @@ class ReLURouter(TopKRouter):
         return torch.where(computed_TE, probs_TE, 0.0), computed_TE
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
-        """Return the tensors for a checkpoint, the weight as `relu_weight` if its metadata has `RELU_KEY`.
+        """Return the tensors for a checkpoint, with the weight stored as `relu_weight` if `metadata` has `RELU_KEY`.
 
         A program that does not know ReLU routing looks for `weight` and stops, instead of loading a top-k router.
         Checkpoints of version 0.1 have `weight`.
@@ -121,14 +120,14 @@ class ReLURouter(TopKRouter):
 
         Args:
             pairs_E: integers `[E]`, the tokens of each expert.
-            tokens: int64 `[1]`, their number without padding.
-            sums_E: fp32 `[E]`, the sum of each expert's gates.
+            tokens: int64 `[1]`, the number of tokens without padding.
+            sums_E: fp32 `[E]`, each expert's sum of gates over this rank's tokens.
 
         Returns:
             on: fp32 `[E]`, the gradient of each active gate.
             off: fp32 `[1]`, the gradient of each inactive logit.
         """
-        # The tokens of one sequence may be split over tensor (sequence) and context parallel ranks.
+        # Tensor (sequence) and context parallel ranks can share the tokens of one sequence.
         own_counts = torch.cat([pairs_E, tokens])
         ranks, sequence_counts = self.tp_cp_group.size(), own_counts
         if ranks > 1:

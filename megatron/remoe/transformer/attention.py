@@ -14,7 +14,7 @@ from megatron.core.transformer.enums import AttnMaskType
 class FusedDotProductAttention(DotProductAttention):
     """`DotProductAttention` without scores `[sequence, sequence]` or repeated keys in memory.
 
-    Megatron's class computes what PyTorch's kernels do not have: sliding windows, softmax offsets, scaling by layer.
+    Megatron's class runs what PyTorch's kernels do not support: sliding windows, softmax offsets, scaling by layer.
     """
 
     def __init__(self, *arguments: Any, k_channels: int | None = None, v_channels: int | None = None, **options: Any):
@@ -35,9 +35,9 @@ class FusedDotProductAttention(DotProductAttention):
         Args:
             query: `[sequence, batch, heads, size]`.
             key, value: `[sequence, batch, query groups, size]`; the values' size may differ.
-            attention_mask: bool, True where not to attend, broadcast to `[batch, heads, sequence, sequence]`; None for
-                a causal one.
-            attn_mask_type, attention_bias, packed_seq_params: Megatron's.
+            attention_mask: bool, True where not to attend, broadcast to `[batch, heads, sequence, sequence]`. If None,
+                a layer built with a causal mask type is causal, and any other layer has no mask.
+            attn_mask_type, attention_bias, packed_seq_params: not used; the last two must be None, as in Megatron.
 
         Returns:
             `[sequence, batch, heads * size]`.

@@ -1,4 +1,4 @@
-"""Cross entropy over a vocabulary that tensor parallel ranks may share, by flash-linear-attention's kernels."""
+"""Compute cross entropy with flash-linear-attention's kernels; tensor parallel ranks can share the vocabulary."""
 
 import torch
 
@@ -6,7 +6,7 @@ import torch
 def vocab_parallel_cross_entropy(
     vocab_parallel_logits: torch.Tensor, target: torch.Tensor, tp_group: torch.distributed.ProcessGroup | None
 ) -> torch.Tensor:
-    """Return each token's loss. Reads the logits once forward; once backward, to write their gradient in their place.
+    """Return each token's loss. Each pass reads the logits once; the backward pass overwrites them with their gradient.
 
     Args:
         vocab_parallel_logits: `[sequence, batch, vocabulary / ranks]`, of any floating-point type; computed in fp32.

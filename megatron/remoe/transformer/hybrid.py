@@ -43,13 +43,13 @@ class LocalHybridStack(HybridStack):
 
 
 def local_hybrid_stack_spec(config: TransformerConfig, pattern: str) -> ModuleSpec:
-    """Build a stack from the parts of Megatron's local GPT layers, one sublayer per layer.
+    """Return the specification of a stack from the parts of Megatron's local GPT layers, one sublayer per layer.
 
     Parameters have the same names in checkpoints as in the local layers of GPTModel.
 
     Args:
-        config: of the model.
-        pattern: --hybrid-layer-pattern.
+        config: the model's configuration.
+        pattern: the value of --hybrid-layer-pattern.
 
     Raises:
         ValueError: the pattern has layers that exist only in Transformer Engine's stack.
@@ -77,7 +77,7 @@ def local_hybrid_stack_spec(config: TransformerConfig, pattern: str) -> ModuleSp
     mlp, experts = (
         layer(pre_mlp_layernorm=kind.pre_mlp_layernorm, mlp=kind.mlp, mlp_bda=kind.mlp_bda) for kind in (dense, moe)
     )
-    # The block lists no layer: each depth is a stack of the layers above, by the pattern.
+    # The specification names no layer (None): each depth builds a stack of the layers above from the pattern.
     prediction = MultiTokenPredictionBlockSubmodules([get_mtp_layer_spec(None, use_transformer_engine=False)])
     return ModuleSpec(
         module=LocalHybridStack,

@@ -11,10 +11,10 @@ class SequenceParallelTorchNorm:
     """Builds `torch.nn.RMSNorm` or `LayerNorm` whose weight gradients are summed over the tensor parallel group.
 
     Each rank normalizes its part of the sequence with the same weights; Megatron sums the gradients of parameters
-    that carry `sequence_parallel`. Takes the place of `WrappedTorchNorm` in a layer specification.
+    that have `sequence_parallel` set. It replaces `WrappedTorchNorm` in a layer specification.
 
     Raises:
-        ValueError: weights are to be centered at 0.
+        ValueError: `config.layernorm_zero_centered_gamma` is set.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> torch.nn.Module:  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Self-attention of public models that Megatron's classes do not express, for plain layers and Transformer Engine's."""
+"""Self-attention of public models that Megatron's classes cannot express, for plain and Transformer Engine layers."""
 
 from typing import Any
 
@@ -21,14 +21,14 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 class LatentAttention(MLASelfAttention):
     """Multi-head latent attention (MLA, arXiv 2405.04434) as DeepSeek's models have it.
 
-    Under tensor parallelism its gradients are complete, and all layers have Transformer Engine's names in checkpoints.
+    Gradients are complete under tensor parallelism. Plain layers have Transformer Engine's names in checkpoints.
     """
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
-        """Return the classes; without --q-lora-rank, --qk-layernorm concerns keys and values only.
+        """Return the classes to build. Without --q-lora-rank, --qk-layernorm applies to keys and values only.
 
-        Megatron would normalize the layer's input once more for the queries, which DeepSeek's models do not, and has
-        no plain PyTorch layer for it.
+        For the queries, Megatron would normalize the layer's input a second time. DeepSeek's models do not, and
+        Megatron has no plain PyTorch layer for it.
         """
         resolver = QKNormConfigResolver(self.config, submodules)
         if resolver.has_q_lora:
@@ -40,7 +40,7 @@ class LatentAttention(MLASelfAttention):
         """Return the queries (or their latents), and the latents of keys and values for this rank's tokens.
 
         Plain PyTorch layers split the latents over the tensor parallel ranks. Megatron gathers the keys' rotated part
-        for all tokens, and its gradient then has this rank's heads only.
+        for all tokens, and then the gradient of that part covers only this rank's heads.
         """
         queries, latents = super()._qkv_down_projection(hidden_states)
         width = self.config.kv_lora_rank + self.config.qk_pos_emb_head_dim
@@ -57,13 +57,13 @@ class LatentAttention(MLASelfAttention):
 
 
 class AllHeadsNorm(torch.nn.Module):
-    """RMSNorm over all heads together, which tensor parallel ranks share: OLMoE's norm of queries and keys."""
+    """RMSNorm over all heads together, which are split over tensor parallel ranks: OLMoE's norm of queries and keys."""
 
     def __init__(self, heads: int, size: int, eps: float, tp_group: torch.distributed.ProcessGroup) -> None:
         """
         Args:
-            heads: their number on all ranks; a multiple of the ranks.
-            size: of a head.
+            heads: number of heads on all ranks; a ValueError is raised unless it is a multiple of the ranks.
+            size: size of a head.
             eps: added to the mean square.
             tp_group: the ranks that share the heads, in order.
         """
@@ -71,7 +71,7 @@ class AllHeadsNorm(torch.nn.Module):
         if heads % tp_group.size():
             raise ValueError(f"--qk-layernorm-all-heads: {heads} heads on {tp_group.size()} tensor parallel ranks.")
         self.eps, self.tp_group = eps, tp_group
-        # Each rank has all of it and uses its heads' part: Megatron sums the gradients of these norms over the ranks.
+        # Each rank has the whole weight and uses its heads' part, as Megatron sums these norms' gradients over ranks.
         self.weight = torch.nn.Parameter(torch.ones(heads * size))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
