@@ -40,7 +40,7 @@ def test_megatron_still_executes_what_a_checkpoint_holds(tmp_path, monkeypatch: 
     loader.load_bytes(item, saved(Calls(os.mkdir, str(tmp_path / "made by stock"))))
     assert (tmp_path / "made by stock").is_dir(), "the released Megatron no longer needs the patch"
 
-    patches.checkpoints.load_objects_unexecuted()
+    patches.checkpoints.refuse_unsafe_objects()
     with pytest.raises(BrokenCheckpointError, match="rng_state in the checkpoint refers to .*mkdir"):
         loader.load_bytes(item, saved(Calls(os.mkdir, str(tmp_path / "made by patched"))))
     assert not (tmp_path / "made by patched").exists()
@@ -78,7 +78,7 @@ def test_the_queue_of_written_shards_does_not_outlive_sigterm_by_itself(patched:
 import os, signal, time
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.remoe import patches
-{"patches.checkpoints.keep_saving_possible()" if patched else ""}
+{"patches.checkpoints.protect_saving_from_sigterm()" if patched else ""}
 shards = filesystem_async.get_write_results_queue()
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 for child in __import__("psutil").Process().children():
@@ -109,7 +109,7 @@ from megatron.training import initialize
 if __name__ == "__main__":  # the worker imports this file
     worker = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(100,), daemon=True)
     initialize.init_persistent_async_worker = worker.start  # Megatron's own needs a GPU
-    {"patches.checkpoints.keep_saving_possible()" if patched else "pass"}
+    {"patches.checkpoints.protect_saving_from_sigterm()" if patched else "pass"}
     initialize.init_persistent_async_worker()
     worker.terminate()
     worker.join({3 if patched else 30})

@@ -1,6 +1,6 @@
 """Turn .jsonl, .jsonl.gz or .jsonl.zst into a Megatron data set (.bin and .idx).
 
-Writes, byte for byte, what Megatron-LM's own tools/preprocess_data.py writes for the same input and flags.
+The files equal those of Megatron-LM's tools/preprocess_data.py, byte for byte, for the same input and flags.
 """
 
 import argparse

@@ -30,8 +30,8 @@ def main(observe: "Callable[[ModelConfig], None] | None" = None) -> None:
     gc.disable()  # collecting garbage during the imports takes an eighth of the time to start
     on_cpu = prepare()
     try:
-        with ExitStack() as at_the_end:
-            train(on_cpu, observe, at_the_end)
+        with ExitStack() as exit_stack:
+            train(on_cpu, observe, exit_stack)
     except SystemExit:
         raise
     except BaseException as error:
@@ -66,13 +66,13 @@ def prepare() -> bool:
     return on_cpu
 
 
-def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_end: ExitStack) -> None:
+def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", exit_stack: ExitStack) -> None:
     """Check the flags, patch Megatron, configure the model, install the routing, and call Megatron's loop.
 
     Args:
         on_cpu: whether this process trains on the CPU.
         observe: as in `main`.
-        at_the_end: holds the lock of --save and the run's log until the caller closes it.
+        exit_stack: holds the lock of --save and the run's log until the caller closes it.
     """
     from megatron.core.enums import ModelType
     from megatron.remoe import patches
@@ -88,7 +88,7 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_
     from megatron.training.utils import print_rank_last
 
     with usage_errors():
-        args = checked_arguments(on_cpu, at_the_end)
+        args = checked_arguments(on_cpu, exit_stack)
         patches.apply_patches(saves=bool(args.save))
         model_cfg = model_config_from_args(args)
         hooks.install_routing(args, model_cfg)
@@ -96,7 +96,7 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_
         datasets_provider = hooks.with_flips(args, model_cfg, train_valid_test_datasets_provider, forward_step)
         add_summary(args, model_cfg)
         model_cfg.pre_wrap_hooks.append(lambda chunks: check_save_is_shared(args, chunks))
-        at_the_end.enter_context(write_run_log(args))
+        exit_stack.enter_context(write_run_log(args))
 
     if observe is not None:
         observe(model_cfg)
@@ -105,12 +105,12 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
     if not args.skip_train and args.iteration >= args.train_iters:
         print_rank_last(
-            f"Nothing to do: the checkpoint in --load {args.load} is of iteration {args.iteration}, and --train-iters "
+            f"Nothing to do: the checkpoint in --load {args.load} is at iteration {args.iteration}, and --train-iters "
             f"is {args.train_iters}. Nothing was trained; a validation loss above is that of the checkpoint."
         )
 
 
-def checked_arguments(on_cpu: bool, at_the_end: ExitStack) -> "argparse.Namespace":
+def checked_arguments(on_cpu: bool, exit_stack: ExitStack) -> "argparse.Namespace":
     """Parse and check the flags, the data and the folders. Return the arguments, which are also Megatron's global ones.
 
     Raises:
@@ -127,7 +127,7 @@ def checked_arguments(on_cpu: bool, at_the_end: ExitStack) -> "argparse.Namespac
     if on_cpu:
         cpu.adapt_arguments(args)
     machine.check_kernels(args.moe_kernels, on_cpu)
-    at_the_end.enter_context(lock_save_folder(args))
+    exit_stack.enter_context(lock_save_folder(args))
     resume = checkpoint_files.choose_checkpoint(args)
     if resume is not None:
         resume.apply(args)

@@ -37,6 +37,9 @@ def test_expert_thresholds_follow_the_batches(process_groups: None) -> None:
     assert torch.equal(router(tokens)[1], logits > kept.double() * 2.0**-32) and torch.equal(router.thresholds, kept)
     padding = torch.ones(SEQUENCE, BATCH, dtype=torch.bool, device=DEVICE)
     assert not router(tokens, padding)[1].any()
+    padding[:4] = False
+    new = make_layer("expert_threshold").router
+    assert new(tokens, padding)[1].sum(dim=0).tolist() == [2 * BATCH] * 4, "half of the tokens without padding"
     router.train()(tokens * torch.nan)
     router.end_step()
     assert torch.equal(router.thresholds, kept) and router.batches == 2

@@ -246,7 +246,7 @@ def train(fork: str, folder: Path) -> None:
     for name, value in (here | dict(TORCHDYNAMO_DISABLE="1", CUDA_DEVICE_MAX_CONNECTIONS="1")).items():
         os.environ.setdefault(name, value)
     torch.set_num_threads(1)
-    load_file("facade", HERE.parents[1] / "megatron/remoe/cpu/facade.py").put_in_place()
+    load_file("facade", HERE.parents[1] / "megatron/remoe/cpu/facade.py").install_facade()
     stock = torch.Tensor.type
     torch.Tensor.cuda = lambda self, *_args, **_kwargs: self
     torch.Tensor.type = lambda self, *args: stock(self, *args) if args else stock(self).replace("torch.", "torch.cuda.")

@@ -28,7 +28,7 @@ def run_program(share: float, program: str) -> None:
     """Install stand-ins for ranks and for values read from the device, then run the program."""
     from megatron.remoe import pretrain
     from tools.plan import fake_ranks
-    from tools.plan.fake_ranks import Pairs
+    from tools.plan.fake_ranks import FakePairCounts
 
     torch.backends.cudnn.enabled = False  # the one library without a stand-in
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -37,7 +37,7 @@ def run_program(share: float, program: str) -> None:
 
     def run_on_made_up_values(observe: Callable[[Any], None] | None = None) -> None:
         def observe_too(model_cfg: Any) -> None:
-            Pairs(share).install()
+            FakePairCounts(share).install()
             if observe is not None:
                 observe(model_cfg)
 

@@ -17,7 +17,7 @@ from tests.golden_run import FLAGS, committed, differences
 from tests.gpu.report import Report
 from tests.gpu.runs import FUSED_FLAGS, Case, Machine, profile, train_golden, train_launched
 from tests.layers import make_config, make_layer
-from tools.plan.fake_ranks import Pairs
+from tools.plan.fake_ranks import FakePairCounts
 from tools.plan.gpus import GPUS
 
 pytestmark = pytest.mark.gpu
@@ -71,7 +71,7 @@ def test_kernels_against_float64(grain: str, machine: Machine, report: Report, m
 
     experts, topk = GRAINS[grain]
     if machine.is_rehearsed:  # a map that was never computed has any number of pairs
-        monkeypatch.setattr(counting, "read_pairs", Pairs(topk / experts).counted(counting.read_pairs))
+        monkeypatch.setattr(counting, "read_pairs", FakePairCounts(topk / experts).counted(counting.read_pairs))
     sizes = {"hidden_size": 768, "moe_ffn_hidden_size": 3072 // topk, "num_moe_experts": experts}
     sizes |= {"moe_router_topk": topk, "moe_router_dtype": None, "init_method_std": 0.02}
     torch.manual_seed(1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from megatron.remoe.start.checkpoint_files import newest_whole
+from megatron.remoe.start.checkpoint_files import newest_complete
 from megatron.remoe.start.run_lock import LOCK
 from tests.entry import shared_entry
 from tests.tiny_model import RELU
@@ -33,7 +33,7 @@ def make_flags(data: Path, folder: Path, steps: int, *more: str) -> list[str]:
 
 def moment(folder: Path, number: int, kills: int, chance: random.Random) -> tuple[str, float]:
     """Return the file that a kill waits for and a delay: at the start, in a save, between saves, or at the end."""
-    newest, steps = newest_whole(folder) or 0, 2 * kills
+    newest, steps = newest_complete(folder) or 0, 2 * kills
     if newest >= steps - 2 or number >= kills - kills // 7:
         # In the last save or the last evaluation, after which no step is left to train.
         return (str(folder / f"iter_{steps:07d}") if newest < steps else ""), chance.uniform(0, 1.5)

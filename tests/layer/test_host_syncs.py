@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron.remoe.layer import counting
 from megatron.remoe.routing.controller import SparsityController
 from tests.layers import HIDDEN, make_config, make_layer
-from tools.plan.fake_ranks import Pairs
+from tools.plan.fake_ranks import FakePairCounts
 
 WAITING = "_local_scalar_dense nonzero masked_select is_nonzero _unique2 equal item where.default".split()
 HALF_PRECISION = {"params_dtype": torch.bfloat16, "moe_router_dtype": "fp32", "moe_ffn_hidden_size": 16}
@@ -87,7 +87,7 @@ def test_waiting_is_noticed() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: PyTorch tells of waits on CUDA alone")
 def test_cuda_tells_of_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.get_device_name().endswith("(rehearsal)"):  # a map that was never computed has any number of pairs
-        monkeypatch.setattr(counting, "read_pairs", Pairs(0.5).counted(counting.read_pairs))
+        monkeypatch.setattr(counting, "read_pairs", FakePairCounts(0.5).counted(counting.read_pairs))
     config = make_config(**HALF_PRECISION)
     layer = make_layer(config, fused=True)
     controller = SparsityController([layer], config)

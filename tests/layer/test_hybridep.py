@@ -9,16 +9,14 @@ import torch
 
 from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
-from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig
+from megatron.remoe.routing.config import MEGATRON_FIELDS, ReMoEConfig
 from tests.layer.hybridep import deep_ep
 from tests.layers import HIDDEN, make_config, make_layer
 from tests.tiny_model import RELU
 from tests.training_runs import TINY, run, series
 
 HYBRIDEP = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}
-PADDED = {
-    name: True for name in MEGATRONS_FIELDS if name.startswith("moe_hybridep_pad_")
-}  # versions differ in its name
+PADDED = {name: True for name in MEGATRON_FIELDS if name.startswith("moe_hybridep_pad_")}  # versions differ in its name
 
 
 @pytest.fixture

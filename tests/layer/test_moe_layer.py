@@ -8,7 +8,7 @@ import torch
 
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.enums import CudaGraphModule
-from megatron.remoe.layer.layer import ReMoELayer, takes_plans
+from megatron.remoe.layer.layer import ReMoELayer, supports_plans
 from tests.layers import HIDDEN, compare_with_oracle, gradients, make_config, make_layer, make_topk_config
 
 pytestmark = pytest.mark.usefixtures("process_groups")
@@ -160,9 +160,9 @@ def test_shared_experts_beside_dispatch() -> None:
 
 
 def test_megatron_dispatches_what_a_plan_cannot() -> None:
-    assert takes_plans(make_topk_config())
+    assert supports_plans(make_topk_config())
     captured = [CudaGraphModule.moe_router, CudaGraphModule.moe_preprocess]
     for name, value in (("moe_permute_fusion", True), ("moe_latent_size", 8), ("cuda_graph_modules", captured)):
         topk = make_topk_config()
         setattr(topk, name, value)  # set later: the constructor would ask for Transformer Engine
-        assert not takes_plans(topk)
+        assert not supports_plans(topk)

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig
+from megatron.remoe.routing.config import MEGATRON_FIELDS, ReMoEConfig
 from megatron.remoe.training.arguments import add_remoe_arguments
 from tests.layers import make_config, make_layer, make_topk_config
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("process_groups")
 
 def test_flags_are_the_fields() -> None:
     args = add_remoe_arguments(argparse.ArgumentParser()).parse_args([])
-    ours = {name for name in ReMoEConfig.__dataclass_fields__ if name not in MEGATRONS_FIELDS}
+    ours = {name for name in ReMoEConfig.__dataclass_fields__ if name not in MEGATRON_FIELDS}
     assert vars(args).keys() == ours | {
         *("local_layer_fusion", "allow_changed_settings", "moe_log_flips_interval"),
         "qk_layernorm_all_heads",

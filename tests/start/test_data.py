@@ -26,7 +26,7 @@ def test_samples_come_from_all_over_the_data(place: int, tmp_path: Path, monkeyp
     monkeypatch.setattr(
         "megatron.remoe.start.data.get_blend_and_blend_per_split", lambda _: ((args.data_path, None), None)
     )
-    with pytest.raises(DataError, match="holds token 70000"):
+    with pytest.raises(DataError, match="has token 70000"):
         check_vocabulary(args)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.remoe.files.files import write_aside
+from megatron.remoe.files.files import write_atomically
 from tests.training_runs import REPOSITORY
 from tools.console.errors import ToolError
 from tools.console.files import fingerprint_of_code, lock, new_folder, write_json
@@ -66,12 +66,12 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
 
     def write_twice(aside: Path) -> None:  # as two writers with the same process number, in two containers
         aside.write_text("first")
-        write_aside(path, lambda aside: aside.write_text("second"))
+        write_atomically(path, lambda aside: aside.write_text("second"))
 
     with pytest.raises(OSError, match="no space left"):
-        write_aside(path, fail)
+        write_atomically(path, fail)
     assert list(tmp_path.iterdir()) == []
-    write_aside(path, write_twice)
+    write_atomically(path, write_twice)
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("results.txt", "first")]
 
 

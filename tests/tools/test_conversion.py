@@ -178,7 +178,7 @@ def test_damaged_checkpoints(dense: tuple[Path, str], tmp_path: Path, capfd: pyt
         os.truncate(file, file.stat().st_size // 2)
     assert main("--load", broken, "--save", tmp_path / "remoe", "--num-experts", "8") == 1
     error = capfd.readouterr().err
-    assert f"it is truncated. --ckpt-step {STEPS_BEFORE // 2} is whole." in error and error.count("\n") == 1
+    assert f"it is truncated. --ckpt-step {STEPS_BEFORE // 2} is complete." in error and error.count("\n") == 1
 
     # The conversion to a different class reads while it writes. The error must name the folder that is read.
     whole = broken / f"iter_{STEPS_BEFORE // 2:07d}"

@@ -129,13 +129,13 @@ def test_small_experts_and_heads_are_slower() -> None:
     """The products of the published layers in step_time.py take 8.7 of 10.2 ms and 9.7 of 11.4 ms."""
     for ffn, pairs, seconds in ((768, 32768 * 8, 8.7e-3), (512, 32768 * 10, 9.7e-3)):
         args = argparse.Namespace(moe_ffn_hidden_size=ffn, expert_tensor_parallel_size=1)
-        roofline = engine.Roofline(args, rates("h100"), engine.Calls())
+        roofline = engine.Roofline(args, rates("h100"), engine.EngineCalls())
         roofline.add(0, 6.0 * pairs * 2048 * ffn, "grouped", grouped_share(args))
         assert roofline.parts["grouped"]["seconds"] == pytest.approx(seconds, rel=0.05)
     for latent, tflop in ((False, 227.5), (True, 455)):
         heads = {"kv_channels": 64, "qk_head_dim": 128, "qk_pos_emb_head_dim": 64}
         args = argparse.Namespace(multi_latent_attention=latent, **heads)
-        roofline = engine.Roofline(args, rates("h100"), engine.Calls())
+        roofline = engine.Roofline(args, rates("h100"), engine.EngineCalls())
         roofline.add(0, tflop * 1e12, "attention")
         assert roofline.parts["attention"]["seconds"] == pytest.approx(1.0, rel=0.01)
 

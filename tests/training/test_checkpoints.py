@@ -11,7 +11,7 @@ import torch
 
 from megatron.core.rerun_state_machine import Call, Caller
 from megatron.remoe.files.gpt2_files import byte_level_vocabulary
-from megatron.remoe.patches.checkpoints import load_objects_unexecuted
+from megatron.remoe.patches.checkpoints import refuse_unsafe_objects
 from megatron.remoe.start.checkpoint_files import TRACKER, choose_checkpoint
 from megatron.remoe.start.checkpoint_index import INDEX, BrokenCheckpointError, check_object
 from tests.checkpoints import Saved, tensors, training, truncate
@@ -54,7 +54,7 @@ def test_goes_back_to_the_newest_whole_checkpoint(
     assert chosen(saved.root) == 4
     printed = capsys.readouterr().err
     assert str(saved[6]) in printed and "iteration 4" in printed
-    with pytest.raises(BrokenCheckpointError, match="--ckpt-step 6: .* 4 is whole") as refused:
+    with pytest.raises(BrokenCheckpointError, match="--ckpt-step 6: .* 4 is complete") as refused:
         chosen(saved.root, step=6)
     assert refused.value.code == "REMOE-E402"
     spoil(saved[4])
@@ -141,7 +141,7 @@ def test_dropout_and_the_schedule_go_on(data: Path, tmp_path: Path) -> None:
 
 def test_a_checkpoint_after_nan_can_be_read() -> None:
     """Megatron's state then names the failed check."""
-    load_objects_unexecuted()
+    refuse_unsafe_objects()
     content = io.BytesIO()
     torch.save({"failed": Call(Caller("message", 1), 2)}, content)
     content.seek(0)

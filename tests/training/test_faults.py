@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron.remoe.start.checkpoint_files import check_is_whole
+from megatron.remoe.start.checkpoint_files import check_complete
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
 from tests.checkpoints import training
 from tests.tiny_model import RELU
@@ -55,7 +55,7 @@ def test_file_that_cannot_grow(data: Path, tmp_path: Path) -> None:
     message = last_error(output)
     assert process.returncode == 1 and "File too large" in message and "Free some space" in message
     with pytest.raises(BrokenCheckpointError):
-        check_is_whole(tmp_path / "iter_0000004")
+        check_complete(tmp_path / "iter_0000004")
     assert list(records(run(words))) == [3, 4, 5, 6]
 
 

@@ -9,7 +9,7 @@ from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 from megatron.remoe.files.errors import UsageError
 from megatron.remoe.start.environment import check_flips
-from megatron.remoe.training.flips import FlipMeter, _aside
+from megatron.remoe.training.flips import FlipMeter, _evaluation_state
 from tests.layers import HIDDEN, make_config, make_layer, make_topk_config
 
 
@@ -34,7 +34,7 @@ def test_random_routing_draws_the_same_and_leaves_no_trace() -> None:
     model, tracker = Model(make_layer(make_config())), get_cuda_rng_tracker()
     before, drawn = {name: state.clone() for name, state in tracker.get_states().items()}, []
     for _ in range(2):
-        with _aside([model], seed=1), tracker.fork(get_expert_parallel_rng_tracker_name()):
+        with _evaluation_state([model], seed=1), tracker.fork(get_expert_parallel_rng_tracker_name()):
             drawn.append(torch.rand(3, device=model.layer.router.weight.device))
     assert torch.equal(*drawn)
     after = tracker.get_states()

@@ -82,7 +82,7 @@ def read_stamp(path: Path, inputs: str) -> dict[str, Any] | None:
     return stamp if isinstance(stamp, dict) and stamp.get("inputs") == inputs else None
 
 
-def make_empty(folder: Path) -> Path:
+def recreate_folder(folder: Path) -> Path:
     """Create a folder, or remove its content, and return it."""
     if folder.exists():
         shutil.rmtree(folder)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron.remoe.files.files import write_aside
+from megatron.remoe.files.files import write_atomically
 
 # Mostly from Okabe and Ito's palette, which is safe for color-blind readers; visible on white and on black.
 ROUTING_COLORS: dict[str, str] = {
@@ -38,7 +38,7 @@ def routing_color(name: str) -> str:
     return ROUTING_COLORS.get("topk" if name == "moe" else name, OTHER)
 
 
-def looks(routings: Iterable[str]) -> Iterator[tuple[str, str]]:
+def line_styles(routings: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Yield a color and a dash for each run; the first run of a routing is solid in the routing's color."""
     before = Counter[str]()
     for routing in routings:
@@ -67,5 +67,5 @@ def picture(path: Path, font_size: float, pad: tuple[float, float], **settings: 
     with pyplot.rc_context({"font.size": font_size} | STYLE | padding):
         figure = pyplot.figure(dpi=100, layout="constrained", **settings)
         yield figure
-        write_aside(path, figure.savefig)
+        write_atomically(path, figure.savefig)
         pyplot.close(figure)

@@ -141,7 +141,7 @@ def make_job(run: Run, grid: Grid, name: str = "") -> Job:
             given = {variable: value for variable, value in given.items() if variable not in LAYOUT}
         try:
             find_data(given, planned=False)
-            flags = plan(run.size, run.routing, arguments, given, ask_for_packages=False).flags
+            flags = plan(run.size, run.routing, arguments, given, look_for_packages=False).flags
         except RecipeError as error:
             raise RecipeError(f"{run.name}: {error}") from error
         words = ["bash", str(ROOT / "scripts" / f"train_llama_{run.size}_{run.routing}.sh"), *arguments]
@@ -170,7 +170,7 @@ def prepare(job: Job, grid: Grid) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     write_json(job.folder / STAMP, job.stamp)
     if job.run.is_wsd and not job.has_checkpoint:
-        _go_on_from_shorter(job, grid)
+        _continue_from_shorter(job, grid)
 
 
 def find_shorter(job: Job, grid: Grid) -> Run | None:
@@ -187,7 +187,7 @@ def _decay_checkpoint(run: Run, grid: Grid) -> Path:
     return grid.output / run.name / SAVES / f"iter_{run.decay_start:07}"
 
 
-def _go_on_from_shorter(job: Job, grid: Grid) -> None:
+def _continue_from_shorter(job: Job, grid: Grid) -> None:
     """Copy the checkpoint from which another run, which differs only in its steps, began its decay.
 
     Both runs are equal until then, if no text is read twice: Megatron shuffles all passes over a text together. The

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..console.picture_style import looks, picture, routing_color
+from ..console.picture_style import line_styles, picture, routing_color
 from .arms import ARMS
 from .significance import half_width
 from .tables import interval
@@ -45,7 +45,9 @@ def draw(path: Path, panels: Sequence[Panel], label: str) -> None:
     from matplotlib.ticker import NullLocator
 
     names = [*dict.fromkeys(name for panel in panels for name in panel.lines)]
-    colors = {name: color for name, (color, _) in zip(names, looks(color_key(arm) for arm, _ in names), strict=True)}
+    colors = {
+        name: color for name, (color, _) in zip(names, line_styles(color_key(arm) for arm, _ in names), strict=True)
+    }
     columns, rows = min(IN_A_ROW, len(panels)), -(-len(panels) // IN_A_ROW)
     with picture(path, font_size=13, pad=(0.12, 0.1), figsize=(5 * max(2, columns), 4.8 * rows)) as figure:
         for place, panel in enumerate(panels, start=1):

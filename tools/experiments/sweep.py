@@ -42,7 +42,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; words after -- become `flags`."""
     parser = grid_parser("sweep", __doc__, [tiny.SEED])
     base = f"{BASE.size}, E = {BASE.experts}, G = {BASE.granularity}"
-    add = parser.add_argument_group("runs", f"Each figure varies one thing; the rest is {base}.").add_argument
+    add = parser.add_argument_group("runs", f"Each figure varies one setting; the others are {base}.").add_argument
     text = f"of {', '.join(FIGURES)} (default: the first three)"
     add("--figures", nargs="+", choices=FIGURES, default=[*VALUES], metavar="FIGURE", help=text)
     add("--sizes", nargs="+", choices=VALUES["size"], dest="size", help="for the figure size")

@@ -102,7 +102,7 @@ def parse_analyze(arguments: Words = None) -> argparse.Namespace:
 
     remoe analyze --load RUN --data-path SET [SET...]        # RUN: a run, or a folder of remoe export
 
-    Each data set is one domain. A .json and a .png of each analysis are written.
+    Each data set is one domain. Writes a .json and a .png of each analysis.
     """
     parser = _parser(parse_analyze)
     add = parser.add_argument
@@ -130,9 +130,9 @@ def parse_convert(arguments: Words = None) -> argparse.Namespace:
     Nothing is written if the loss grows by more than a bound. Then train it like any ReMoE, with
     --pretrained-checkpoint OUT.
 
-    From Hugging Face: OLMoE, Qwen3-MoE, Mixtral or DeepSeek-V2, as a top-k MoE with the same logits. From the fork,
-    or with a different class, the same run, of any routing, continues with --load OUT, optimizer state included; the
-    whole checkpoint must fit into memory. From Megatron-FSDP, only weights are converted, to the format all tools read.
+    From Hugging Face: OLMoE, Qwen3-MoE, Mixtral or DeepSeek-V2, as a top-k MoE with the same logits. --from-fork
+    and --model keep the optimizer state, for any routing: continue the run with --load OUT. The whole checkpoint must
+    fit into memory. From Megatron-FSDP, only weights are converted, to the format that all tools read.
     """
     parser = _parser(parse_convert)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
@@ -147,7 +147,7 @@ def parse_convert(arguments: Words = None) -> argparse.Namespace:
     add("--from-fsdp", action="store_true", help="convert a checkpoint of --use-megatron-fsdp (fsdp_dtensor)")
     text = "only change Megatron's model class; nothing is fitted or measured"
     add("--model", choices=("gpt", "hybrid"), help=text)
-    add = parser.add_argument_group("shape of the ReMoE (default from a top-k checkpoint: its own)").add_argument
+    add = parser.add_argument_group("shape of the ReMoE (default for a top-k checkpoint: the same)").add_argument
     add("--num-experts", type=whole_number(2), metavar="E", help="experts, each as large as the dense layer")
     text = "k of the target sparsity; fewer than the k of a top-k checkpoint make it sparser (default: 1)"
     add("--moe-router-topk", type=int, metavar="K", help=text)
@@ -178,7 +178,7 @@ def parse_export(arguments: Words = None) -> argparse.Namespace:
     remoe export --reverse --load FOLDER --save OUT     # a folder, trained on or not → a checkpoint
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) loads it, with torch and transformers only.
-    Either way compares the logits of the two models. If they differ, nothing is written.
+    Both directions compare the logits of the two models. If they differ, nothing is written.
     """
     parser = _parser(parse_export)
     add = parser.add_argument

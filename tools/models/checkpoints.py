@@ -20,15 +20,15 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values,
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
 from megatron.remoe.files.errors import UsageError
-from megatron.remoe.patches.checkpoints import load_objects_unexecuted
+from megatron.remoe.patches.checkpoints import refuse_unsafe_objects
 from megatron.remoe.routing.router import RELU_KEY
 from megatron.remoe.start.checkpoint_files import (
     RELEASE,
     TRACKER,
-    check_is_whole,
-    is_of_fsdp,
+    check_complete,
+    is_fsdp_index,
+    newest_complete,
     newest_iteration,
-    newest_whole,
 )
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, read_index
 
@@ -78,7 +78,7 @@ def find(root: Path, step: int | None) -> Checkpoint:
         ConversionError: there is no checkpoint, it cannot be read, or it has a different format.
     """
     folder, common, index = open_folder(root, step)
-    if is_of_fsdp(index):
+    if is_fsdp_index(index):
         raise ConversionError(f"{folder}: is Megatron-FSDP's. Use remoe convert --from-fsdp first.")
     args = common.get("args")
     if args is None:
@@ -108,7 +108,7 @@ def load(checkpoint: Checkpoint, model: GPTModel) -> None:
     for tensor in _tensors(wanted):
         if tensor.key not in checkpoint.index.state_dict_metadata:
             tensor.key = rename_expert_norm(tensor.key)
-    load_objects_unexecuted()
+    refuse_unsafe_objects()
     with reading(checkpoint.folder):
         loaded = dist_checkpointing.load({"model": wanted}, str(checkpoint.folder), validate_access_integrity=False)
     model.load_state_dict(loaded["model"], strict=False)
@@ -227,9 +227,9 @@ def open_folder(root: Path, step: int | None) -> tuple[Path, dict[str, Any], Met
     folder = find_folder(root, step)
     try:
         with reading(folder):
-            return folder, check_is_whole(folder), read_index(folder)
+            return folder, check_complete(folder), read_index(folder)
     except BrokenCheckpointError as error:
-        whole = newest_whole(folder.parent)
+        whole = newest_complete(folder.parent)
         remedy = "No iteration there is whole." if whole is None else f"--ckpt-step {whole} is whole."
         raise ConversionError(f"--load {folder.parent}: {error}. {remedy}", error.code) from error
 

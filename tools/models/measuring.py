@@ -16,7 +16,7 @@ from ..console.display import Display
 from ..console.errors import ConversionError
 
 TOKENS_PER_FORWARD = 4096
-BOUND = 1e-4  # largest accepted difference of logits, as a share of the largest logit
+MAX_LOGIT_DIFFERENCE = 1e-4  # largest accepted difference of logits, as a share of the largest logit
 
 
 def check_finite(source: str, tensors: Mapping[str, object]) -> None:
@@ -79,7 +79,7 @@ def compare_models(model: Any, other: Any, ids: torch.Tensor) -> float:
         ids: int64 `[sequences, length]`.
 
     Raises:
-        ConversionError: the difference is above `BOUND`, so it is not just rounding.
+        ConversionError: the difference is above `MAX_LOGIT_DIFFERENCE`, so it is not just rounding.
     """
     difference = largest = torch.zeros(())
     for number, batch in enumerate(split_batches(ids)):
@@ -88,9 +88,10 @@ def compare_models(model: Any, other: Any, ids: torch.Tensor) -> float:
         difference = torch.maximum(difference, (logits - expected).abs().max())  # keeps NaN, as `max` does not
         largest = torch.maximum(largest, expected.abs().max())
     share = float(difference / largest)
-    if not share <= BOUND:
+    if not share <= MAX_LOGIT_DIFFERENCE:
         raise ConversionError(
-            f"{describe_difference(share, ids)}, above {BOUND:.0e}: nothing was written. Please report this error.",
+            f"{describe_difference(share, ids)}, above {MAX_LOGIT_DIFFERENCE:.0e}: nothing was written. Please report "
+            "this error.",
             "REMOE-E514",
         )
     return share

@@ -81,7 +81,7 @@ class _StoreOfOne(torch.distributed.Store):
         pass
 
 
-class Pairs:
+class FakePairCounts:
     """Made-up counts that replace those that the host would read from routing maps.
 
     Attributes:

@@ -24,7 +24,7 @@ from megatron.remoe import pretrain
 
 from ..console.files import write_json
 from . import fake_ranks
-from .roofline import Calls, Roofline
+from .roofline import EngineCalls, Roofline
 from .step_time import experts_by_phase
 
 GIB = 2**30
@@ -138,7 +138,7 @@ class Rehearsal:
 
     def __init__(self, options: dict[str, Any], collectives: Collectives) -> None:
         self.options, self.collectives = options, collectives
-        self.pairs, self.engine = fake_ranks.Pairs(0.0), Calls()
+        self.pairs, self.engine = fake_ranks.FakePairCounts(0.0), EngineCalls()
         self.record: dict[str, Any] = {"stages": {}, "model": {}}
         self.phases: dict[str, float] = {}
         self.plan: list[tuple[str, str]] = []

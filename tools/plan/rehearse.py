@@ -2,8 +2,8 @@
 
 remoe rehearse --gpus 8 -- <Megatron flags>      or      REHEARSE=1 bash scripts/train_llama_978m_remoe.sh 8
 
-PyTorch, Megatron and this project run as on a node, over a no-op CUDA: no GPU is used, and nothing is trained or
-saved. The times come from a model, whose rates --rate changes.
+PyTorch, Megatron and this project run as on a node, with a CUDA that does nothing: no GPU is used, and nothing is
+trained or saved. Times come from a model; --rate sets its rates.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from ..recipes.process import last_error
 from ..runs.running import run_tool
 from . import no_op_cuda, rehearsal_report
 from .gpus import parse_plan, plan_parser, planned_flags
-from .step_time import TITLES
+from .step_time import TITLES, experts_by_phase
 
 PROGRESS = "rehearsal:"
 MOST_STEPS = 6  # the most that `rank_entry.plan_steps` returns
@@ -87,6 +87,8 @@ def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
         )
     if values.use_checkpoint_args:
         raise ToolError("--use-checkpoint-args cannot be rehearsed: nothing is loaded. Give the model's flags instead.")
+    if options.stage and options.stage not in (phases := experts_by_phase(values)):
+        raise ToolError(f"--stage {options.stage}: this run has only {', '.join(phases)}.", "REMOE-E501")
     simulated = rehearsal_flags(flags, values, MOST_STEPS)
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:

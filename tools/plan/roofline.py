@@ -46,7 +46,7 @@ class Roofline(TorchDispatchMode):
         parts: kind → number of "operations", their "bytes", "flops" and "seconds".
     """
 
-    def __init__(self, args: argparse.Namespace, rates: dict[str, float], engine: "Calls") -> None:
+    def __init__(self, args: argparse.Namespace, rates: dict[str, float], engine: "EngineCalls") -> None:
         super().__init__()
         self._args, self._rates, self._engine = args, rates, engine
         self.parts: dict[str, dict[str, float]] = {}
@@ -129,7 +129,7 @@ def _bytes(name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -
     return sum(map(_size, inputs)) + sum(map(_size, outputs))
 
 
-class Calls:
+class EngineCalls:
     """Watches Transformer Engine's C++ functions, which bypass PyTorch's dispatch.
 
     Attributes:

@@ -26,8 +26,8 @@ ENVIRONMENT = """\
 Environment variables; only the data is required:
   DATA_PATH      prefixes of the data (of .bin/.idx), each after its weight; one per line if they contain blanks.
                  Without weights, several are weighted by their size
-  DATA_DIR       instead of it, a folder: the Pile's shards 01 to 29 if it has them, else every *_document.bin, with
-                 equal weights
+  DATA_DIR       a folder, instead of DATA_PATH: the Pile's shards 01 to 29 if it has them, else every *_document.bin,
+                 with equal weights
   VOCAB_FILE, MERGE_FILE   GPT-2's encoder.json and vocab.bpe, or gpt2-vocab.json and gpt2-merges.txt (default: in
                  DATA_DIR, or in the folder above it)
   MODEL          Megatron's class: gpt (GPTModel, the default) or hybrid (HybridModel)
@@ -35,7 +35,7 @@ Environment variables; only the data is required:
   VPP            virtual stages of each pipeline rank (default: 1)
   NNODES or SLURM_NNODES   number of nodes (default: 1); with more: NODE_RANK, RANK or SLURM_NODEID; MASTER_ADDR;
                  MASTER_PORT (default: 29500)
-  KERNELS=triton use more kernels than PyTorch's; not tested on a GPU yet
+  KERNELS=triton use Triton kernels; not tested on a GPU yet
   OUTPUT_DIR     folder for checkpoints, TensorBoard, log and command of the run (default: runs/<name>)
   WANDB_API_KEY  if set, figures also go to Weights & Biases
   CUDA_DEVICE_MAX_CONNECTIONS, PYTORCH_CUDA_ALLOC_CONF   set for GPUs, unless you set them

@@ -65,11 +65,11 @@ def read_arguments(routing: str, given: Sequence[str]) -> tuple[dict[str, int], 
 
 
 def plan(
-    size: str, routing: str, arguments: Sequence[str], environment: Mapping[str, str], ask_for_packages: bool = True
+    size: str, routing: str, arguments: Sequence[str], environment: Mapping[str, str], look_for_packages: bool = True
 ) -> Launch:
     """Return the run that a launch script would start, given its arguments (those after -- too) and environment.
 
-    `ask_for_packages` looks for Transformer Engine and apex, which takes seconds if they are installed.
+    `look_for_packages` looks for Transformer Engine and apex, which takes seconds if they are installed.
 
     Raises:
         RecipeError: an argument or a variable is wrong.
@@ -101,7 +101,7 @@ def plan(
             hardware.check_gpus(layout.gpus_per_node, interpreter)
         values = hardware.deciding_values(layout, extra)
         suited, engine = hardware.gpu_flags(
-            has_experts, kernels, values, interpreter if ask_for_packages else "", 1 if planned else layout.nodes
+            has_experts, kernels, values, interpreter if look_for_packages else "", 1 if planned else layout.nodes
         )
         gpu = environment.get("GPU", "") if planned else None
         settings = hardware.gpu_settings(extra, values, environment, gpu)

@@ -73,7 +73,9 @@ class Layout:
         address = environment.get("MASTER_ADDR") or "MASTER_ADDR" * planned
         if not address:
             name = "NNODES" if environment.get("NNODES") else "SLURM_NNODES"
-            raise RecipeError(f"{name}={self.nodes} needs MASTER_ADDR, the first node's name, or set NNODES=1")
+            raise RecipeError(
+                f"{name}={self.nodes} needs MASTER_ADDR: set it to the first node's name, or set NNODES=1"
+            )
         rank, port = str(self.node_rank(environment, planned)), environment.get("MASTER_PORT") or "29500"
         return [*words, "--node-rank", rank, "--master-addr", address, "--master-port", port]
 

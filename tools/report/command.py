@@ -1,4 +1,4 @@
-"""Write one HTML file about one or more training runs. It opens by a double click and needs no network.
+"""Write one HTML file about one or more training runs. Double-click to open it; it needs no network.
 
 remoe report runs/quickstart/remoe                                         # writes report.html there
 remoe report runs/quickstart/{dense,moe,remoe} --output comparison.html    # compares them

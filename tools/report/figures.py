@@ -23,7 +23,7 @@ from bokeh.palettes import RdBu, interp_palette
 from bokeh.plotting import figure
 from numpy.typing import NDArray
 
-from ..console.picture_style import looks
+from ..console.picture_style import line_styles
 from ..runs.run_figures import EMPTY, TOTALS, Curve, RunFigures, smooth
 
 COLUMNS = 240  # maximum number of columns of a heat map
@@ -45,7 +45,7 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class RunCurves:
     """A run in a figure: its curve, thin curves of its layers, a faint curve, and single values as marks."""
 
     curve: Curve = EMPTY
@@ -60,7 +60,9 @@ def panels(runs: Sequence[RunFigures]) -> dict[str, list[Panel]]:
     draw = partial(overlay, runs, x_range)
 
     def logged(name: str, title: str, note: str = "", **settings: Any) -> Iterator[Panel]:
-        return draw(lambda run: Drawn(run.curve(name), run.layers.get(f"layer_{name}", {})), title, note, **settings)
+        return draw(
+            lambda run: RunCurves(run.curve(name), run.layers.get(f"layer_{name}", {})), title, note, **settings
+        )
 
     sets = (name for run in runs for name, losses in run.evaluations.items() if len(losses) > 1)
     pairs = "share of token–expert pairs that are off; thin: layers, dashed: target, mark: settled within 1 % of it"
@@ -95,9 +97,9 @@ def panels(runs: Sequence[RunFigures]) -> dict[str, list[Panel]]:
     return {title: section for title, section in sections.items() if section}
 
 
-def _training_loss(figures: RunFigures) -> Drawn:
+def _training_loss(figures: RunFigures) -> RunCurves:
     curve = figures.curve("lm_loss")
-    return Drawn(smooth(curve), faint=curve)
+    return RunCurves(smooth(curve), faint=curve)
 
 
 def _range_of_losses(runs: Sequence[RunFigures], first: float) -> dict[str, Range1d]:
@@ -109,28 +111,28 @@ def _range_of_losses(runs: Sequence[RunFigures], first: float) -> dict[str, Rang
     return {"y_range": Range1d(float(values.min()) - margin, float(values.max()) + margin)}
 
 
-def _validation(name: str, figures: RunFigures) -> Drawn:
+def _validation(name: str, figures: RunFigures) -> RunCurves:
     losses = {evaluation.iteration: evaluation.loss for evaluation in figures.evaluations.get(name, ())}
     curve = Curve(np.array([*losses], np.int64), np.array([*losses.values()]))
-    return Drawn(curve, marks=curve)
+    return RunCurves(curve, marks=curve)
 
 
-def _sparsity(figures: RunFigures) -> Drawn:
+def _sparsity(figures: RunFigures) -> RunCurves:
     settled = np.array([figures.settled] if figures.settled else [], np.int64)
     marks = Curve(settled, figures.values("sparsity", settled))
-    return Drawn(figures.curve("sparsity"), figures.layers.get("layer_sparsity", {}), marks=marks)
+    return RunCurves(figures.curve("sparsity"), figures.layers.get("layer_sparsity", {}), marks=marks)
 
 
-def _experts(figures: RunFigures) -> Drawn:
+def _experts(figures: RunFigures) -> RunCurves:
     # A baseline's router logs only running sums; a run with --load from a different folder logs only S.
     experts, iterations = figures.num_experts, figures.curves.get(TOTALS[0], figures.curve("sparsity")).iterations
     if not experts or not len(iterations):
-        return Drawn()
+        return RunCurves()
     layers = figures.layers.get("layer_sparsity", {})
     by_layer = {
         layer: Curve(curve.iterations, figures.computed_experts(curve.values)) for layer, curve in layers.items()
     }
-    return Drawn(Curve(iterations, figures.experts_per_token(iterations)), by_layer)
+    return RunCurves(Curve(iterations, figures.experts_per_token(iterations)), by_layer)
 
 
 def _load(run: RunFigures, x_range: Range1d) -> Iterator[Panel]:
@@ -168,7 +170,7 @@ def _load(run: RunFigures, x_range: Range1d) -> Iterator[Panel]:
 def overlay(
     runs: Sequence[RunFigures],
     x_range: Range1d,
-    draw: Callable[[RunFigures], Drawn],
+    draw: Callable[[RunFigures], RunCurves],
     title: str,
     note: str = "",
     unit: str = "",
@@ -190,7 +192,7 @@ def overlay(
     """
     plot = new_figure(x_range, unit or title, **settings)
     hovered: list[tuple[str, str, Curve]] = []
-    for run, (color, dash) in zip(runs, looks(run.routing for run in runs), strict=True):
+    for run, (color, dash) in zip(runs, line_styles(run.routing for run in runs), strict=True):
         drawn, style = draw(run), {"color": color, "name": run.name}
         if drawn.layers:
             thinned = [thin(curve, FEW) for curve in drawn.layers.values()]

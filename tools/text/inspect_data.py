@@ -1,4 +1,4 @@
-"""Show the documents of a Megatron data set (.bin and .idx), and check that it is whole.
+"""Show the documents of a Megatron data set (.bin and .idx), and check that it is complete.
 
 Exits with 1 and the reason if the pair is truncated or corrupt.
 """

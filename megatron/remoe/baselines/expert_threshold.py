@@ -47,28 +47,28 @@ class ExpertThresholdRouter(TopKRouter):
         if self.training:
             quantiles_E = self._quantiles(seen_TE)
             is_finite = quantiles_E.isfinite().all()
-            here_E = torch.where(is_finite, quantiles_E, 0.0).to(torch.int64)
-            thresholds_E = torch.where(self.batches > 0, thresholds_E, here_E)
+            fixed_point_E = torch.where(is_finite, quantiles_E, 0.0).to(torch.int64)
+            thresholds_E = torch.where(self.batches > 0, thresholds_E, fixed_point_E)
             if torch.is_grad_enabled():
-                self.quantile_sums.add_(here_E)
+                self.quantile_sums.add_(fixed_point_E)
                 self.micro_batches.add_(is_finite)
         map_TE = seen_TE > thresholds_E.double() * UNIT
         return torch.where(map_TE, logits_TE.sigmoid(), 0.0), map_TE
 
     def end_step(self) -> None:
         """Move the thresholds. They stay fixed during a step, so that recomputation routes as the first pass did."""
-        here_E = self.quantile_sums // self.micro_batches.clamp(min=1)
-        before_E = torch.where(self.batches > 0, self.thresholds, here_E)
-        change_E = ((1 - KEPT) * (here_E - before_E).double()).round().to(torch.int64)
+        fixed_point_E = self.quantile_sums // self.micro_batches.clamp(min=1)
+        before_E = torch.where(self.batches > 0, self.thresholds, fixed_point_E)
+        change_E = ((1 - KEPT) * (fixed_point_E - before_E).double()).round().to(torch.int64)
         self.thresholds.copy_(before_E + change_E * (self.micro_batches > 0))
         self.batches.add_(self.micro_batches > 0)
         torch._foreach_zero_([self.quantile_sums, self.micro_batches])
 
     def _quantiles(self, seen_TE: torch.Tensor) -> torch.Tensor:
         """Return each expert's logit that a share k/E of tokens exceeds, averaged over ranks: fp64 `[E]` in `UNIT`s."""
-        num_tokens = len(seen_TE)
-        above = min(num_tokens - 1, max(1, num_tokens * self.topk // self.num_experts))
-        quantiles_E = (seen_TE.kthvalue(num_tokens - above, dim=0).values / UNIT).ceil()
+        num_tokens = (seen_TE[:, :1] != -torch.inf).sum(dim=0)  # padding is -inf
+        above = (num_tokens * self.topk // self.num_experts).clamp(min=1).minimum(num_tokens - 1).clamp(min=0)
+        quantiles_E = (seen_TE.sort(dim=0, descending=True).values.index_select(0, above)[0] / UNIT).ceil()
         if self.tp_dp_cp_group.size() > 1:
             torch.distributed.all_reduce(quantiles_E, group=self.tp_dp_cp_group)
         return quantiles_E / self.tp_dp_cp_group.size()

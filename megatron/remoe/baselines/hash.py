@@ -41,7 +41,7 @@ class HashRouter(TopKRouter):
         if self.config.sequence_parallel:
             ids = scatter_to_sequence_parallel_region(ids.contiguous(), group=self.tp_group)
         experts = torch.arange(self.num_experts, device=ids.device)
-        drawn = _mixed(_mixed(ids.reshape(-1, 1)) + _mixed(experts + self.num_experts * self.layer_number))
+        drawn = _hash32(_hash32(ids.reshape(-1, 1)) + _hash32(experts + self.num_experts * self.layer_number))
         chosen = drawn.topk(self.topk, dim=1).indices
         routing_map = torch.zeros_like(drawn, dtype=torch.bool).scatter_(1, chosen, True)
         return routing_map.to(input.dtype), routing_map
@@ -66,7 +66,7 @@ def pass_token_ids(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]
     return model_chunks
 
 
-def _mixed(numbers: torch.Tensor) -> torch.Tensor:
+def _hash32(numbers: torch.Tensor) -> torch.Tensor:
     """Hash the lower 32 bits of int64 numbers."""
     for _ in range(2):
         numbers = ((numbers >> 16) ^ numbers) * 0x45D9F3B & BITS

@@ -25,7 +25,7 @@ def install() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # Use huge pages for large tensors. Without them, steps took up to four times as long on a virtual machine.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    put = facade.put_in_place()
+    put = facade.install_facade()
     if put is not None:
         put.kernels = use_onednn()  # type: ignore[attr-defined]
         # Adam's averages for inactive experts decay to denormal numbers, which make its step five times as slow.

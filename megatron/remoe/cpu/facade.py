@@ -149,7 +149,7 @@ def replace_torch(module: types.ModuleType, facade: types.ModuleType) -> None:
         module.torch = facade  # type: ignore[attr-defined]
 
 
-def put_in_place() -> types.ModuleType | None:
+def install_facade() -> types.ModuleType | None:
     """Replace `torch` in all modules of Megatron, including those imported later.
 
     The facade equals torch except for `cuda` and the tensor factories.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 
-def write_aside(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary file's path, wait until the file is on the disk, and rename it to `path`.
 
     Raises:
@@ -27,7 +27,7 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def sync(path: Path) -> None:

@@ -66,7 +66,7 @@ def read_gpt2_vocabulary(
     missing = [symbol for symbol in (END_OF_TEXT, *sorted(pre_tokenizers.ByteLevel.alphabet())) if symbol not in tokens]
     if missing:
         raise DataError(
-            f"{given}: the vocabulary misses {len(missing)} of {END_OF_TEXT} and GPT-2's 256 byte symbols (such as "
+            f"{given}: the vocabulary lacks {len(missing)} of {END_OF_TEXT} and GPT-2's 256 byte symbols (such as "
             f"{missing[0]!r}). Add {END_OF_TEXT} with the next free id ({len(tokens)}), or give a different vocabulary "
             f"or the tokenizer's folder with --tokenizer-type {FOLDER_TOKENIZER} --tokenizer-model.",
             "REMOE-E307",

@@ -73,7 +73,7 @@ class RemoeRouter(nn.Module):
             raise ValueError("hash_routing chooses experts by input_ids. Give input_ids, not only inputs_embeds.")
         experts = torch.arange(self.config.num_experts, device=token_ids.device)
         layer = self.config.num_experts * (self.layer_idx + 1)
-        return _mixed(_mixed(token_ids.reshape(-1, 1)) + _mixed(experts + layer))
+        return _hash32(_hash32(token_ids.reshape(-1, 1)) + _hash32(experts + layer))
 
 
 def score_experts(config: RemoeConfig, logits: torch.Tensor) -> torch.Tensor:
@@ -143,7 +143,7 @@ def share_of_items(labels: torch.Tensor, num_items_in_batch: Any = None, **kwarg
     return (shifted != kwargs.get("ignore_index", -100)).sum() / num_items_in_batch
 
 
-def _mixed(numbers: torch.Tensor) -> torch.Tensor:
+def _hash32(numbers: torch.Tensor) -> torch.Tensor:
     """Hash the lower 32 bits of int64 numbers, as in training."""
     for _ in range(2):
         numbers = ((numbers >> 16) ^ numbers) * 0x45D9F3B & 0xFFFFFFFF

@@ -46,7 +46,7 @@ def _tile(activated: torch.Tensor) -> tuple[int, int]:
 def _backward_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, int]:
     """Return the bytes that a launch moves: `activated_PF` is read and written."""
     hidden, gates = args["hidden_PF"], args["gates_P"]
-    return {"bytes": 3 * hidden.numel() * hidden.element_size() + gates.numel() * gates.element_size()}
+    return {"bytes": 3 * hidden.numel() * hidden.element_size() + 2 * gates.numel() * gates.element_size()}
 
 
 # The number of pairs changes with each launch. If specialized for it, both kernels would be recompiled during training.

@@ -24,7 +24,7 @@ from megatron.remoe.kernels.pytorch import SortedPairs
 from megatron.remoe.layer.grouped_swiglu import grouped_swiglu
 
 
-def takes_grouped_experts(config: TransformerConfig) -> bool:
+def supports_grouped_experts(config: TransformerConfig) -> bool:
     """Return whether `GroupedExperts` supports the configuration: bias-free SwiGLU without any further option."""
     return bool(
         config.gated_linear_unit
@@ -56,7 +56,7 @@ class GroupedExperts(MegatronModule):
         """
         Args:
             num_local_experts: L.
-            config: accepted by `takes_grouped_experts`.
+            config: accepted by `supports_grouped_experts`.
             pg_collection: has the groups `ep`, `expt_tp` and `expt_dp`.
         """
         super().__init__(config=config)
@@ -218,6 +218,6 @@ def build_experts(
     kind: type[GroupedExperts] = GroupedExperts,
 ) -> torch.nn.Module:
     """Build experts of class `kind` if they support the configuration, otherwise call `stock`, Megatron's builder."""
-    if not takes_grouped_experts(config):
+    if not supports_grouped_experts(config):
         return stock(num_local_experts, config, pg_collection=pg_collection, name=name)
     return kind(num_local_experts, config, pg_collection)

@@ -22,7 +22,7 @@ def _generation(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
-def takes_grouped_kernel(fc1: torch.Tensor) -> bool:
+def supports_grouped_kernel(fc1: torch.Tensor) -> bool:
     """Return whether `grouped_mm` is one kernel for weights `[E, 2 * F, H]`; otherwise it loops or raises an error."""
     experts, ffn, hidden = fc1.shape[0], fc1.shape[1] // 2, fc1.shape[2]
     takes_sizes = not (hidden % KERNEL_MULTIPLE or ffn % KERNEL_MULTIPLE or experts > KERNEL_EXPERTS)
@@ -50,7 +50,7 @@ def grouped_swiglu(
         backend: computes SwiGLU between the products.
     """
     stacked = fc1[0].expand(len(fc1), -1, -1) if isinstance(fc1, list) else fc1  # only dtype, device and shape are read
-    is_one = len(gates_P) and takes_grouped_kernel(stacked)  # without rows grouped_mm may fail or hang
+    is_one = len(gates_P) and supports_grouped_kernel(stacked)  # without rows grouped_mm may fail or hang
     products = OneKernel(sizes, tokens_TH.device) if is_one else OneByOne(sizes)
     weights = (*fc1, *fc2) if isinstance(fc1, list) else (fc1, fc2)
     return _GroupedSwiGLU.apply(tokens_TH, gates_P, products, order, backend, *weights)

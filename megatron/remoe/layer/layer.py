@@ -40,7 +40,7 @@ class ReMoELayer(MoELayer):
 
     Attributes:
         pairs_limit: this limit in pairs per token; 0 for none.
-        way: runs the experts.
+        execution: runs the experts.
         route_arguments: names that `route` of the installed Megatron accepts.
     """
 
@@ -61,14 +61,14 @@ class ReMoELayer(MoELayer):
             self.moe_layer_recompute = config.recompute_granularity == "selective" and "moe" in config.recompute_modules
         self.backend = choose_backend(config)
         self.pairs_limit = 0.0 if type(self.router) is TopKRouter else _pairs_limit(config)
-        self.way = self._choose_way(config, pg_collection)
+        self.execution = self._choose_execution(config, pg_collection)
         self.route_arguments = frozenset(inspect.signature(self.route).parameters)
         is_fused = config.use_transformer_engine_op_fuser  # it recomputes without freeing
         self._frees_activations = getattr(self.experts, "activation_recompute", False) and not is_fused
         _prepare_experts(self.experts)
 
-    def _choose_way(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> "Way":
-        if not takes_plans(config):
+    def _choose_execution(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> "Execution":
+        if not supports_plans(config):
             return ByMegatron(self)
         self.token_dispatcher = PlannedAlltoAllDispatcher(
             self.num_local_experts, self.local_expert_indices, config, pg_collection
@@ -100,7 +100,7 @@ class ReMoELayer(MoELayer):
             ValueError: the layer trains with tensor parallelism but without sequence parallelism.
         """
         in_graphs = intermediate_tensors is not None or self.config.cuda_graph_impl != "none"
-        if not self.pairs_limit and (in_graphs or type(self.way) is ByMegatron):
+        if not self.pairs_limit and (in_graphs or type(self.execution) is ByMegatron):
             return super().forward(hidden_states, intermediate_tensors, padding_mask, **for_router)
         if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
             raise ValueError("MoE layers with tensor parallelism need sequence parallelism to train.")
@@ -124,7 +124,7 @@ class ReMoELayer(MoELayer):
         counts = count_pairs(map_TE, counts_EB, self.token_dispatcher, self.backend, self.pairs_limit)
         if len(counts) == 1:
             self._free_activations(True)
-            output = self.way.run(hidden_states, probs_TE, map_TE, counts[0])
+            output = self.execution.run(hidden_states, probs_TE, map_TE, counts[0])
         else:
             output = self._run_chunks(hidden_states, probs_TE, map_TE, counts)
         return output if shared_expert_output is None else output + shared_expert_output
@@ -136,7 +136,7 @@ class ReMoELayer(MoELayer):
 
         def run_chunk(tokens: torch.Tensor, *chunk: Any) -> torch.Tensor:
             self._free_activations(False)  # the checkpoint already recomputes them
-            return self.way.run(_OwnGradient.apply(tokens), *chunk)
+            return self.execution.run(_CopyGradient.apply(tokens), *chunk)
 
         run = partial(
             checkpoint,
@@ -159,8 +159,8 @@ class ReMoELayer(MoELayer):
             self.experts.activation_recompute = frees
 
 
-class Way(Protocol):
-    """A way to run the experts."""
+class Execution(Protocol):
+    """Runs the experts."""
 
     def run(
         self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
@@ -232,7 +232,7 @@ def _prepare_experts(experts: torch.nn.Module) -> None:
                 expert.linear_fc2.explicit_expert_comm = True
 
 
-class _OwnGradient(torch.autograd.Function):
+class _CopyGradient(torch.autograd.Function):
     """Identity that copies its gradient: the allgather dispatcher writes all chunks' gradients to one buffer."""
 
     @staticmethod
@@ -261,7 +261,7 @@ class _ZeroGradients(torch.autograd.Function):
         return gradient, *(weight.new_zeros(()).expand_as(weight) for weight in ctx.weights)
 
 
-def takes_plans(config: TransformerConfig) -> bool:
+def supports_plans(config: TransformerConfig) -> bool:
     """Return whether `PlannedAlltoAllDispatcher` supports the configuration; otherwise Megatron's dispatcher runs."""
     changes = config.moe_permute_fusion or config.moe_router_padding_for_quantization or config.moe_latent_size
     is_captured = CudaGraphModule.moe_preprocess in config.cuda_graph_modules  # the host cannot read the counts

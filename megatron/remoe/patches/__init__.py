@@ -24,10 +24,10 @@ PATCHES = (
     fusions.use_fla_cross_entropy,
     validation.fill_validation_batches,
     log_lines.forward_figures,
-    checkpoints.load_objects_unexecuted,
+    checkpoints.refuse_unsafe_objects,
     checkpoints.go_back_from_damage,
     checkpoints.name_relu_routers,
-    checkpoints.keep_saving_possible,
+    checkpoints.protect_saving_from_sigterm,
     checkpoints.report_write_errors,
     fsdp.adapt_fsdp_checkpoints,
     fsdp.find_parameters_in_fp32,
@@ -53,6 +53,6 @@ def apply_patches(saves: bool = True) -> None:
         missing = "".join(f"\n- {patch.provides} ({patch.changes})" for patch in patches)
         warnings.warn(
             f"megatron-core {version} is untested, so no patch is applied (tested: {', '.join(VERSIONS)}). "
-            f"You lose:{missing}",
+            f"Lost features:{missing}",
             stacklevel=2,
         )

@@ -33,7 +33,7 @@ ASYNC_FILE = "core/dist_checkpointing/strategies/filesystem_async.py"
     provides="protection from code in a checkpoint's objects",
     ends="load_bytes unpickles with weights_only=True",
 )
-def load_objects_unexecuted() -> None:
+def refuse_unsafe_objects() -> None:
     """Refuse checkpoint objects that could run code.
 
     PyTorch unpickles them without restriction, although Megatron lists the safe types.
@@ -107,7 +107,7 @@ def name_relu_routers() -> None:
     ends="the processes of the queue and of --async-save ignore SIGTERM, or there are none",
     for_saving=True,
 )
-def keep_saving_possible() -> None:
+def protect_saving_from_sigterm() -> None:
     """Keep two processes alive at SIGTERM: Megatron's queue of written shards, and the worker of --async-save.
 
     Slurm sends SIGTERM to all processes. Without these two, the save of --exit-signal-handler would fail or hang. Both

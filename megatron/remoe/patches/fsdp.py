@@ -108,7 +108,7 @@ def scale_once_per_step() -> None:
 
     @replace(GradReducePipeline, "_bucket_group_gradient_reduce")
     def reduce(stock: Any, self: GradReducePipeline, buckets: list[int], *rest: Any, **options: Any) -> bool:
-        if not all(_is_of_one_rank(self.buffer, self.buffer.parameter_groups[bucket]) for bucket in buckets):
+        if not all(_is_on_one_rank(self.buffer, self.buffer.parameter_groups[bucket]) for bucket in buckets):
             return bool(stock(self, buckets, *rest, **options))
         for bucket in buckets:
             self.bucket_grad_ready_params[bucket] = set()
@@ -117,13 +117,13 @@ def scale_once_per_step() -> None:
     @replace(MegatronFSDP, "attach_grad_to_optimizer_state")
     def attach(stock: Any, self: MegatronFSDP) -> None:
         for group in self.param_and_grad_buffer.parameter_groups:
-            if _is_of_one_rank(self.param_and_grad_buffer, group):
+            if _is_on_one_rank(self.param_and_grad_buffer, group):
                 factor = group.main_grad_buffer.gradient_scaling_factor
                 group.main_grad_buffer.data.mul_(1.0 if factor is None else factor)
         stock(self)
 
 
-def _is_of_one_rank(buffer: ParamAndGradBuffer, group: ParameterGroup) -> bool:
+def _is_on_one_rank(buffer: ParamAndGradBuffer, group: ParameterGroup) -> bool:
     """Return whether one rank has all of a group's gradients, and Megatron reduces them after each micro-batch."""
     reduces_each_time = buffer.ddp_config.data_parallel_sharding_strategy in ("optim_grads", "optim_grads_params")
     gradients = group.main_grad_buffer

@@ -33,24 +33,25 @@ class ReMoEConfig(TransformerConfig):
 
     moe_relu_l1_reg_load_balancing: bool = True
     """Weigh each expert's gates in the L1 term by its share of the tokens, which balances the load (default); otherwise
-    all alike (f_e = 1, the paper's equation 9)."""
+    weigh all equally (f_e = 1, the paper's equation 9)."""
 
     moe_relu_layer_floor: float = 1e-3
     """Keep layers alive: a layer with fewer active experts per token than this share of topk is freed from the L1 term,
     and its gates are pushed up (default %(default)s; 0 turns it off)."""
 
     moe_relu_max_experts: int | None = None
-    """Compute at most this many experts per token, those with the largest gates, in training and evaluation. L1 term
-    and sparsity count all positive gates. Bounds FLOPs, memory and traffic of the dense start (recommended: 4 times
-    topk, from 32 times topk experts on)."""
+    """Compute at most this many experts per token, those with the largest gates, in training and evaluation. The L1
+    term and the sparsity still count all positive gates. Limits FLOPs, memory and traffic of the dense start
+    (recommended with at least 32 times topk experts: 4 times topk)."""
 
     moe_relu_activation_limit: float = 2.0
     """Limit memory while routing is dense: a layer holds the activations of at most this many times topk experts per
-    token; above, it works in chunks that the backward pass computes again (default %(default)s; 0: no limit). Exact."""
+    token. Beyond that, it runs in chunks that the backward pass recomputes; results do not change (default %(default)s;
+    0: no limit)."""
 
     moe_granularity: int = 1
     """Split every expert into this many smaller ones: multiplies experts and topk, divides the experts' hidden size;
-    FLOPs and target sparsity stay (default %(default)s). For ReLU and top-k routing."""
+    FLOPs and target sparsity stay the same (default %(default)s). For ReLU and top-k routing."""
 
     moe_kernels: Literal["torch", "triton"] = "torch"
     """Backend of router, dispatch and activation, for ReLU and top-k routing: PyTorch's operations, or this project's
@@ -64,11 +65,11 @@ class ReMoEConfig(TransformerConfig):
     """Optimizer steps of the near-dense warm-up (e.g. 100)."""
 
     moe_baseline_router: Baseline | None = None
-    """Replace top-k by a different router: by the token's id (hash), experts that choose tokens and see the future of
-    their sequence (expert_choice), top-k of normalized ReLU gates (normalized_top_k, arXiv 2605.06665), or with a
-    number of experts that varies around topk: by a threshold of each expert (expert_threshold, arXiv 2603.11535), or by
-    a probability to reach (top_p, arXiv 2512.13996). Or with --moe-relu-routing, change its gates: normalized
-    (normalized_relu), or with an entropy in place of L1 and a scale for each expert (deco, arXiv 2605.10933)."""
+    """Use a different router instead of top-k: hash (by the token's id), expert_choice (experts choose tokens and see
+    the future of their sequence), normalized_top_k (of normalized ReLU gates, arXiv 2605.06665); with a number of
+    experts that varies around topk: expert_threshold (arXiv 2603.11535), top_p (arXiv 2512.13996). With
+    --moe-relu-routing, change its gates: normalized_relu, or deco (an entropy instead of L1, and a scale for each
+    expert, arXiv 2605.10933)."""
 
     def __post_init__(self) -> None:
         if problems := relu_routing_problems(self):
@@ -99,4 +100,4 @@ class ReMoEMLAConfig(MLATransformerConfig, ReMoEConfig):
         super().__post_init__()
 
 
-MEGATRONS_FIELDS = [field.name for field in fields(TransformerConfig)]
+MEGATRON_FIELDS = [field.name for field in fields(TransformerConfig)]

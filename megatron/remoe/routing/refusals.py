@@ -122,7 +122,7 @@ NOT_IN_CHUNKS = (
 
 RELU_VARIANTS = ("normalized_relu", "deco")  # values of --moe-baseline-router for --moe-relu-routing
 NOT_WITH_HASH = (
-    Refusal("mtp_num_layers", "its layers embed other ids, which all routers would take"),
+    Refusal("mtp_num_layers", "its layers embed different ids, which would overwrite those of all routers"),
     Refusal(
         "pipeline_model_parallel_size",
         "only the first and the last stage have the tokens' ids",
@@ -253,7 +253,7 @@ def _baseline(settings: Settings) -> Iterator[str]:
         yield f"--no-moe-relu-l1-reg-load-balancing cannot be used with {given}: it does not balance. Leave it out."
     if (settings.moe_relu_routing and not changes_relu) or settings.moe_warmup_topk is not None:
         other = "--moe-relu-routing" if settings.moe_relu_routing else "--moe-warmup-topk"
-        yield f"{other} cannot be used with {given}: each is a router of its own. Give one of them."
+        yield f"{other} cannot be used with {given}: each replaces the router. Give only one of them."
     if not changes_relu:  # --moe-relu-routing already refuses the same settings
         yield from _refused(settings, given)
 

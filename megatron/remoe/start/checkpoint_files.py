@@ -73,7 +73,7 @@ def choose_checkpoint(args: argparse.Namespace) -> Resume | None:
             root = Path(name)
             # Without a tracker file, a single damaged iteration is a first save that was cut off.
             is_expected = os.path.lexists(root / TRACKER) or (step and not pretrained)
-            if is_expected or newest_whole(root) is not None:
+            if is_expected or newest_complete(root) is not None:
                 return _choose(flag, root, step)
     return None
 
@@ -85,7 +85,7 @@ def _choose(flag: str, root: Path, step: int | None) -> Resume:
     try:
         if wanted is None and newest != RELEASE:
             raise BrokenCheckpointError(f"{root / TRACKER} names no iteration")
-        return Resume(flag, chosen, check_is_whole(chosen).get("args"))
+        return Resume(flag, chosen, check_complete(chosen).get("args"))
     except BrokenCheckpointError as error:
         return go_back(flag, chosen, str(error), step)
 
@@ -104,17 +104,17 @@ def go_back(flag: str, failed: Path, problem: str, step: int | None = None) -> R
     """
     root, whole = failed.parent, None
     if failed.name != RELEASE:
-        whole = newest_whole(root, below=int(failed.name.removeprefix("iter_")) or None)
+        whole = newest_complete(root, below=int(failed.name.removeprefix("iter_")) or None)
     if whole is None:
-        raise BrokenCheckpointError(f"{flag} {root}: {problem}. No other checkpoint there is whole.")
+        raise BrokenCheckpointError(f"{flag} {root}: {problem}. No other checkpoint there is complete.")
     if step:
-        raise BrokenCheckpointError(f"--ckpt-step {step}: {problem}. Iteration {whole} is whole.", "REMOE-E402")
+        raise BrokenCheckpointError(f"--ckpt-step {step}: {problem}. Iteration {whole} is complete.", "REMOE-E402")
     folder = root / f"iter_{whole:07d}"
     notice = f"{flag} {root}: {problem}. Going back to iteration {whole}."
     return Resume(flag, folder, common_state(folder).get("args"), whole, notice)
 
 
-def check_is_whole(folder: Path) -> dict[str, Any]:
+def check_complete(folder: Path) -> dict[str, Any]:
     """Check that all files of a checkpoint exist and are complete, without reading tensors. Return its settings.
 
     Args:
@@ -132,7 +132,7 @@ def check_is_whole(folder: Path) -> dict[str, Any]:
             raise BrokenCheckpointError(f"{file} cannot be read: it is truncated")
     if not legacy:
         index = read_index(folder)
-        if not is_of_fsdp(index):  # Megatron-FSDP writes the index last
+        if not is_fsdp_index(index):  # Megatron-FSDP writes the index last
             try:
                 json.loads((folder / CONFIG).read_bytes())
             except (OSError, ValueError) as error:
@@ -154,13 +154,13 @@ def _check_sizes(folder: Path, index: Metadata) -> None:
             raise BrokenCheckpointError(f"{folder / name} has {sizes[name]:,} bytes of {end:,}: it is truncated")
 
 
-def newest_whole(root: Path, below: int | None = None, above: int = -1) -> int | None:
+def newest_complete(root: Path, below: int | None = None, above: int = -1) -> int | None:
     """Return the newest complete checkpoint's iteration, strictly between `above` and `below`; None without one."""
     numbers = (int(match[1]) for path in root.glob("iter_*") if (match := _FOLDER.fullmatch(path.name)))
     for iteration in sorted(numbers, reverse=True):
         if above < iteration and (below is None or iteration < below):
             try:
-                check_is_whole(root / f"iter_{iteration:07d}")
+                check_complete(root / f"iter_{iteration:07d}")
                 return iteration
             except BrokenCheckpointError:
                 continue
@@ -188,7 +188,7 @@ def loaded_checkpoint(args: argparse.Namespace) -> tuple[str, Path | None]:
     return flag, Path(name, f"iter_{iteration:07d}") if name and iteration else None
 
 
-def is_of_fsdp(index: Metadata) -> bool:
+def is_fsdp_index(index: Metadata) -> bool:
     """Return whether an index is in Megatron-FSDP's format, fsdp_dtensor, which has an entry for the settings."""
     return "args" in index.state_dict_metadata
 
@@ -228,7 +228,7 @@ def common_state(folder: Path) -> dict[str, Any]:
                 for key, entry in index.storage_data.items()
                 if key.fqn in _FSDP_SETTINGS or key.fqn.startswith("common_state/")
             }
-            state = stored if is_of_fsdp(index) else next(iter(stored.values()), {})
+            state = stored if is_fsdp_index(index) else next(iter(stored.values()), {})
         state = state[0] if isinstance(state, list) else state
         if isinstance(state, io.BytesIO):
             state.seek(0)

@@ -48,7 +48,7 @@ class _IndexUnpickler(pickle._Unpickler):
             is_its_own = isinstance(record, type) and (record.__module__, record.__qualname__) == (module, name)
             if is_its_own and (dataclasses.is_dataclass(record) or issubclass(record, enum.Enum)):
                 return record
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint's index does")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not allowed in a checkpoint's index")
 
 
 def read_index(folder: Path) -> Metadata:

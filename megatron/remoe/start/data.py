@@ -84,7 +84,7 @@ def check_vocabulary(args: argparse.Namespace) -> None:
         smallest, largest = int(ids.min()), int(ids.max())
         if smallest < 0 or largest >= size:
             raise DataError(
-                f"{flag} {prefix}: holds token {smallest if smallest < 0 else largest}, and the vocabulary has {size} "
+                f"{flag} {prefix}: has token {smallest if smallest < 0 else largest}, but the vocabulary has {size} "
                 f"(--tokenizer-type {args.tokenizer_type}, padded). Give the tokenizer that the data was made with.",
                 "REMOE-E305",
             )
@@ -107,7 +107,7 @@ def _check_split(
         empty = data_sets[tokens.index(0)]
         split = f"--split {args.split}" if flag in ("--data-path", "--data-args-path") else flag
         raise DataError(
-            f"{flag} {empty.prefix}: of its {len(empty.lengths):,} document(s) the {SPLITS[number]} split gets nothing "
+            f"{flag} {empty.prefix}: the {SPLITS[number]} split gets none of its {len(empty.lengths):,} document(s) "
             f"({split}). Give more documents, or a different --split; 0 turns a split off (training only: 100,0,0 with "
             "--eval-iters 0).",
             "REMOE-E304",

@@ -42,8 +42,8 @@ def check_settings(args: argparse.Namespace) -> None:
         )
     if pattern and "*" in pattern and args.multi_latent_attention:
         raise UsageError(
-            f"--hybrid-layer-pattern {pattern} with --multi-latent-attention: * is an attention without latents and "
-            "rotary embedding. Write + for a latent one.",
+            f"--hybrid-layer-pattern {pattern} with --multi-latent-attention: * is attention without latents and "
+            "rotary embedding. Use + for multi-latent attention.",
             "REMOE-E202",
         )
     sets, layout = args.multiple_validation_sets, args.pipeline_model_parallel_layout or ""
@@ -53,7 +53,7 @@ def check_settings(args: argparse.Namespace) -> None:
         "--full-validation and --multiple-validation-sets: one does not work without the other. Give both.": (
             args.full_validation != sets
         ),
-        "--full-validation: Megatron mixes the sets up with virtual pipeline stages. Leave one of them out.": (
+        "--full-validation: Megatron confuses the sets with virtual pipeline stages. Leave one of them out.": (
             args.full_validation and args.virtual_pipeline_model_parallel_size
         ),
         # training/global_vars.py: set_global_variables passes on only --step-batch-size-schedule.

@@ -45,7 +45,7 @@ REMEDIES = {
 }
 LENGTH = 400
 # Errors that a single rank can have, because machines may see different files.
-OF_ONE_RANK = (DataError, BrokenCheckpointError, OSError)
+SINGLE_RANK_ERRORS = (DataError, BrokenCheckpointError, OSError)
 SECONDS_FOR_LOCAL_RANK_0, SECONDS_FOR_OTHERS = 2, 5
 
 
@@ -72,7 +72,7 @@ def usage_errors() -> Iterator[None]:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit())
             time.sleep(SECONDS_FOR_LOCAL_RANK_0 if os.environ.get("LOCAL_RANK") == "0" else SECONDS_FOR_OTHERS)
             words = f"rank {number} on {socket.gethostname()}: {words}"
-        _say(words, "0" in (number, os.environ.get("LOCAL_RANK")) or isinstance(error, OF_ONE_RANK))
+        _report(words, "0" in (number, os.environ.get("LOCAL_RANK")) or isinstance(error, SINGLE_RANK_ERRORS))
         raise SystemExit(2) from error
 
 
@@ -93,7 +93,7 @@ def explain_flag_errors(parser: argparse.ArgumentParser) -> None:
             action.help = (action.help or "").replace("%", "%%")
 
 
-def _say(words: str, prints: bool = True) -> None:
+def _report(words: str, prints: bool = True) -> None:
     """Hand an error to torchrun's report, and print it on standard error under the name of the started program."""
     sys.stdout.flush()
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
@@ -113,7 +113,7 @@ def exit_with_message(error: BaseException) -> NoReturn:
     traceback.clear_frames(error.__traceback__)
     gc.collect()
     rank = f"rank {os.environ.get('RANK')}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    _say(rank + describe_error(cause))
+    _report(rank + describe_error(cause))
     raise SystemExit(1)
 
 

@@ -23,7 +23,7 @@ from megatron.remoe.files.errors import UsageError
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.refusals import flag as flag_of
 from megatron.remoe.routing.refusals import shown
-from megatron.remoe.start.checkpoint_files import RELEASE, TRACKER, Resume, choose_checkpoint, newest_whole
+from megatron.remoe.start.checkpoint_files import RELEASE, TRACKER, Resume, choose_checkpoint, newest_complete
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
 from megatron.training.arguments import add_megatron_arguments
 from megatron.training.config import PretrainConfigContainer
@@ -69,9 +69,9 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None = None) -> 
     trains = not (args.finetune or args.skip_train)
     goes_on = resume is not None and trains and resume.folder.name != RELEASE and resume.flag == "--load"
     if args.save and not args.skip_train and "://" not in f"{args.save} {args.load}":
-        _check_keeps_saved(args, int(resume.folder.name.removeprefix("iter_")) if resume and goes_on else -1)
+        _refuse_overwriting(args, int(resume.folder.name.removeprefix("iter_")) if resume and goes_on else -1)
     if resume is None:
-        _check_is_there(args)
+        _check_checkpoint_exists(args)
     if resume is None or resume.saved is None or not goes_on:
         return False
     given = f"{resume.flag} {resume.folder}"
@@ -83,9 +83,9 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None = None) -> 
     names = RATES if args.allow_changed_settings else result_settings()
     if different := differences(args, resume.saved, names - RATES if args.no_load_optim else names):
         raise UsageError(
-            f"{given}: resuming with other settings than it was saved with: {different}. Give its values, or a "
-            "different --save and --load, or --allow-changed-settings if you mean it (for rates with --no-load-optim), "
-            "or --finetune with a different --save to start a new run from its weights.",
+            f"{given}: settings differ from the checkpoint's: {different}. Give the checkpoint's values, or a "
+            "different --save and --load, or --allow-changed-settings to resume anyway (for rates with "
+            "--no-load-optim), or --finetune with a different --save to start a new run from its weights.",
             "REMOE-E413",
         )
     if args.no_load_optim or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
@@ -182,9 +182,9 @@ def _short(value: Any) -> str:
     return textwrap.shorten(shown(value), SHOWN, placeholder=" ...")
 
 
-def _check_keeps_saved(args: argparse.Namespace, start: int) -> None:
+def _refuse_overwriting(args: argparse.Namespace, start: int) -> None:
     """Refuse to overwrite newer complete checkpoints in --save. If --load is the same folder, only print a warning."""
-    newest = newest_whole(Path(args.save), above=start)
+    newest = newest_complete(Path(args.save), above=start)
     if newest is None:
         return
     given = f"--save {args.save}: holds iteration {newest}, which this run would overwrite."
@@ -199,7 +199,7 @@ def _check_keeps_saved(args: argparse.Namespace, start: int) -> None:
     )
 
 
-def _check_is_there(args: argparse.Namespace) -> None:
+def _check_checkpoint_exists(args: argparse.Namespace) -> None:
     """Refuse to start from random weights if a checkpoint is missing, except at a first start with --load as --save."""
     places = {"--pretrained-checkpoint": args.pretrained_checkpoint, "--load": args.load}
     given = {flag: folder for flag, folder in places.items() if folder}

@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.files.errors import UsageError
 from megatron.remoe.files.gpt2_files import GPT2_TOKENIZER
 from megatron.remoe.kernels import wants_kernels
-from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig, ReMoEMLAConfig
+from megatron.remoe.routing.config import MEGATRON_FIELDS, ReMoEConfig, ReMoEMLAConfig
 from megatron.remoe.routing.refusals import as_list, relu_routing_problems, shown
 from megatron.remoe.start.checkpoint_files import choose_checkpoint
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
@@ -29,7 +29,7 @@ ArgumentsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
 def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add ReMoE's flags to Megatron's parser: the fields that `ReMoEConfig` adds, and options for training."""
-    group = ArgumentGroupFactory(ReMoEConfig, exclude=MEGATRONS_FIELDS).build_group(parser, title="ReMoE")
+    group = ArgumentGroupFactory(ReMoEConfig, exclude=MEGATRON_FIELDS).build_group(parser, title="ReMoE")
     group.description = "Mixture-of-Experts with ReLU routing (arXiv 2412.14711)"
     group.add_argument(
         "--no-local-layer-fusion",

@@ -92,7 +92,7 @@ class FlipMeter:
             for router, number in zip(routers, numbers, strict=True)
             if number <= config.num_layers  # leave out multi-token prediction
         ]
-        with _aside(self.chunks, args.seed):
+        with _evaluation_state(self.chunks, args.seed):
             get_forward_backward_func()(
                 forward_step_func=lambda data, model: (self._forward_step(data, model)[0], None),
                 data_iterator=[repeat(batch) for batch in self._batches],
@@ -130,7 +130,7 @@ class FlipMeter:
 
 
 @contextmanager
-def _aside(chunks: list[torch.nn.Module], seed: int) -> Iterator[None]:
+def _evaluation_state(chunks: list[torch.nn.Module], seed: int) -> Iterator[None]:
     """Set evaluation mode and a random seed, and turn off timers; restore everything at the end."""
     config = get_model_config(chunks[0])
     timers, on_host, on_device = config.timers, torch.get_rng_state(), torch.cuda.get_rng_state()

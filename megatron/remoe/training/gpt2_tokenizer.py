@@ -12,7 +12,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from megatron.remoe.files.files import write_aside
+from megatron.remoe.files.files import write_atomically
 from megatron.remoe.files.gpt2_files import END_OF_TEXT, FOLDER_TOKENIZER, GPT2_TOKENIZER, read_gpt2_vocabulary
 
 TOKENIZER_CONFIG = {
@@ -80,5 +80,5 @@ def _write_missing(contents: dict[str, bytes], folder: Path) -> Path:
     for name, content in contents.items():
         path = folder / name
         if not path.is_file() or path.read_bytes() != content:
-            write_aside(path, partial(Path.write_bytes, data=content))
+            write_atomically(path, partial(Path.write_bytes, data=content))
     return folder

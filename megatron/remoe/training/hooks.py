@@ -22,7 +22,7 @@ from megatron.core.utils import get_model_config
 from megatron.remoe.baselines import ROUTERS
 from megatron.remoe.baselines.hash import pass_token_ids
 from megatron.remoe.kernels import wants_kernels
-from megatron.remoe.layer.experts import GroupedExperts, SplitExperts, takes_grouped_experts
+from megatron.remoe.layer.experts import GroupedExperts, SplitExperts, supports_grouped_experts
 from megatron.remoe.layer.specs import (
     LATENT_ATTENTION,
     NORMS_OF_ALL_HEADS,
@@ -163,7 +163,7 @@ def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> No
         if wants_kernels(args):
             _change_layers(model_cfg, lambda spec, _vp_stage: replace_classes(spec, PLANNED_DISPATCH))
         return
-    stacks_experts = args.num_experts and args.local_layer_fusion and takes_grouped_experts(model_cfg.transformer)
+    stacks_experts = args.num_experts and args.local_layer_fusion and supports_grouped_experts(model_cfg.transformer)
     check_local_layers(args, stacks_experts)
     is_hybrid = isinstance(model_cfg, HybridModelConfig)
     if args.local_layer_fusion and not args.reset_attention_mask:

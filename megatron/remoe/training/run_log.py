@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron.remoe
-from megatron.remoe.files.files import write_aside
+from megatron.remoe.files.files import write_atomically
 
 FILE = "metrics.jsonl"
 TOTALS = ("total_active_pairs", "total_layer_tokens")
@@ -112,7 +112,7 @@ class RunLog(logging.Handler):
                     if record["iteration"] == iteration and all(isinstance(record.get(name), int) for name in TOTALS):
                         self._totals_before = {name: record[name] for name in TOTALS}
 
-        write_aside(self.path, write)
+        write_atomically(self.path, write)
 
     def _append(self, record: Record) -> None:
         """Write one line. Leave out values that are not finite or that JSON cannot hold."""

@@ -19,7 +19,7 @@ class SequenceParallelTorchNorm:
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> torch.nn.Module:  # type: ignore[misc]
         if config.layernorm_zero_centered_gamma:
-            raise ValueError("--apply-layernorm-1p: PyTorch's norms do not have it. Leave it out.")
+            raise ValueError("--apply-layernorm-1p: PyTorch's norms do not support it. Leave it out.")
         norm = NORMS[config.normalization](hidden_size, eps=eps)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel

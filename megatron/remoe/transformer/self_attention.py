@@ -69,7 +69,9 @@ class AllHeadsNorm(torch.nn.Module):
         """
         super().__init__()
         if heads % tp_group.size():
-            raise ValueError(f"--qk-layernorm-all-heads: {heads} heads on {tp_group.size()} tensor parallel ranks.")
+            raise ValueError(
+                f"--qk-layernorm-all-heads: {tp_group.size()} tensor parallel ranks do not divide {heads} heads."
+            )
         self.eps, self.tp_group = eps, tp_group
         # Each rank has the whole weight and uses its heads' part, as Megatron sums these norms' gradients over ranks.
         self.weight = torch.nn.Parameter(torch.ones(heads * size))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from megatron.remoe.start.checkpoint_files import is_of_fsdp
+from megatron.remoe.start.checkpoint_files import is_fsdp_index
 
 from ...console.errors import ConversionError
 from ..checkpoints import NORMS, open_folder, read_tensors, reading, save
@@ -23,7 +23,7 @@ def convert_fsdp(options: argparse.Namespace) -> None:
         ConversionError: the checkpoint has a different format or cannot be read, or the output cannot be written.
     """
     folder, common, index = open_folder(options.load, options.ckpt_step)
-    if not is_of_fsdp(index):
+    if not is_fsdp_index(index):
         raise ConversionError(f"{folder}: is not in Megatron-FSDP's format (fsdp_dtensor): leave out --from-fsdp.")
     with reading(folder):
         args = complete(common["args"])

@@ -12,12 +12,12 @@ from megatron.remoe.hf import RemoeConfig
 
 from ...console.errors import ConversionError
 
-SAME = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
+SHARED_FIELDS = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
 max_position_embeddings rms_norm_eps rope_parameters initializer_range tie_word_embeddings num_experts
 num_experts_per_tok""".split()
 LATENT = "kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim routed_scaling_factor".split()
 # Field → the only value that Megatron can express.
-ONLY: dict[str, Any] = {
+REQUIRED_VALUES: dict[str, Any] = {
     **{"hidden_act": "silu", "clip_qkv": None, "topk_method": "greedy"},
     **{"attention_bias": False, "mlp_bias": False, "use_sliding_window": False},
 }
@@ -29,7 +29,7 @@ def describe_public(config: Any) -> RemoeConfig:
     Raises:
         ConversionError: Megatron cannot express the model.
     """
-    for name, value in ONLY.items():
+    for name, value in REQUIRED_VALUES.items():
         if getattr(config, name, value) != value:
             raise _inexpressible(config, name)
     rope, is_latent = config.rope_parameters, config.model_type == "deepseek_v2"
@@ -43,7 +43,7 @@ def describe_public(config: Any) -> RemoeConfig:
     if is_latent and config.rms_norm_eps != 1e-6:
         raise _inexpressible(config, "rms_norm_eps")  # its latent norms always use 1e-6; Megatron has one for all
     named = {"num_experts": "n_routed_experts"} if is_latent else {}  # transformers before 5.16 does not map it
-    fields = {name: getattr(config, named.get(name, name)) for name in SAME}
+    fields = {name: getattr(config, named.get(name, name)) for name in SHARED_FIELDS}
     fields["moe_intermediate_size"] = getattr(config, "moe_intermediate_size", config.intermediate_size)
     fields["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     coefficient = getattr(config, "router_aux_loss_coef", 0.001)

@@ -47,12 +47,15 @@ TOPK = {
     "routed_scaling_factor": "moe_router_topk_scaling_factor",
     "router_expert_bias": "moe_router_enable_expert_bias",
 }
-NOTHING = {"shared_expert_intermediate_size": 0, "routed_scaling_factor": 1.0}  # Megatron has None for these values
+NONE_IN_MEGATRON = {
+    "shared_expert_intermediate_size": 0,
+    "routed_scaling_factor": 1.0,
+}  # Megatron has None for these values
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 ROUTER_DTYPES = {None: None, "fp32": "float32", "fp64": "float64"}
 YARN = {"beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096}  # Megatron has no flags for them
 
-# Arguments that must be None, False or as in `ONLY`, because the model for transformers supports nothing else.
+# Arguments that must be None, False or as in `REQUIRED_VALUES`: the model for transformers supports nothing else.
 UNSET = """rotary_seq_len_interpolation_factor no_rope_freq window_size activation_func_clamp_value
 heterogeneous_layers_config_path moe_latent_size moe_router_num_groups moe_expert_capacity_factor
 moe_mlp_glu_interleave_size moe_shared_expert_glu_interleave_size""".split()
@@ -60,7 +63,7 @@ moe_mlp_glu_interleave_size moe_shared_expert_glu_interleave_size""".split()
 OFF = """layernorm_zero_centered_gamma rotary_interleaved use_rope_scaling qk_l2_norm add_qkv_bias attention_output_gate
 add_bias_linear apply_residual_connection_post_layernorm use_mup moe_apply_probs_on_input moe_relu_router_bias
 moe_relu_sparse_start""".split()
-ONLY: dict[str, Any] = {
+REQUIRED_VALUES: dict[str, Any] = {
     **{"normalization": "RMSNorm", "position_embedding_type": "rope", "softmax_type": "vanilla", "swiglu": True},
     **{"rotary_percent": 1.0, "glu_linear_offset": 0.0, **dict.fromkeys(UNSET), **dict.fromkeys(OFF, False)},
 }
@@ -83,7 +86,7 @@ def make_config(args: argparse.Namespace) -> RemoeConfig:
     Raises:
         ConversionError: the model for transformers does not support some arguments; the message names each flag.
     """
-    only = ONLY | (ONLY_LATENT if args.multi_latent_attention else {})
+    only = REQUIRED_VALUES | (ONLY_LATENT if args.multi_latent_attention else {})
     wrong = [name for name, value in only.items() if getattr(args, name, value) != value]
     wrong += [name for name, values in CHOICES.items() if getattr(args, name, values[0]) not in values]
     if any(name in str(args.moe_router_load_balancing_type) for name in ("sinkhorn", "quantile_balancing")):
@@ -159,7 +162,7 @@ def make_flags(config: RemoeConfig, seq_length: int) -> list[str]:
     if config.num_experts:
         table |= EXPERTS | (RELU if config.moe_relu_routing else {} if config.hash_routing else TOPK)
     same = {field: getattr(config, field) for field in table}
-    values = {table[field]: None if NOTHING.get(field) == value else value for field, value in same.items()}
+    values = {table[field]: None if NONE_IN_MEGATRON.get(field) == value else value for field, value in same.items()}
     values["moe_router_topk"] = config.mean_experts_per_token if config.num_experts else None
     values |= {"seq_length": seq_length, "hidden_dropout": 0.0, "normalization": "RMSNorm", "swiglu": True}
     values |= {"add_bias_linear": False, "position_embedding_type": "rope", **_make_rope(config)}
@@ -205,7 +208,7 @@ def _expert_arguments(config: RemoeConfig) -> dict[str, Any]:
         return values | {"moe_router_pre_softmax": None if config.norm_topk_prob else True}
     if config.norm_topk_prob != (config.num_experts_per_tok > 1):
         raise ConversionError(
-            "--load: with scoring_func sigmoid norm_topk_prob must be true where k > 1, else false.", "REMOE-E512"
+            "--load: scoring_func sigmoid needs norm_topk_prob true if k > 1, else false.", "REMOE-E512"
         )
     return values
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ...console.errors import ToolError
-from ...console.files import fingerprint, fingerprint_of_code, make_empty, new_folder, read_stamp, write_json
+from ...console.files import fingerprint, fingerprint_of_code, new_folder, read_stamp, recreate_folder, write_json
 
 CODE_BYTES = 5_000_000
 SKIPPED_CODE = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages", "__pycache__"}
@@ -241,7 +241,7 @@ def build(folder: Path, say: Callable[[str], None], name: str, sources: Sources)
         if len(manifest["domains"]) < 2:
             raise ToolError("Fewer than two domains of text are available; see above. Run this again with a network.")
         write_json(aside / "manifest.json", manifest)
-        make_empty(folder)
+        recreate_folder(folder)
     return manifest
 
 

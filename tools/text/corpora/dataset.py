@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...console.errors import ToolError
-from ...console.files import fingerprint, fingerprint_of_code, make_empty, read_stamp, write_json
+from ...console.files import fingerprint, fingerprint_of_code, read_stamp, recreate_folder, write_json
 from ...console.places import PACKAGE
 from . import corpus, python_packages, technical
 
@@ -58,7 +58,7 @@ def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int,
     from ..preprocessing.encoding import gpt2_encoder
     from ..preprocessing.pipeline import Job, preprocess
 
-    make_empty(folder)
+    recreate_folder(folder)
     files = byte_level_vocabulary(folder) if tokens == BYTES else train_subwords(folder, corpus_folder / "train")
     encoder = gpt2_encoder(*files)
     manifest: dict[str, Any] = {"inputs": inputs(text), "tokens": {"train": {}, "heldout": {}}, "reused": False}

