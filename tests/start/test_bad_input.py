@@ -96,5 +96,5 @@ def test_what_changes_on_the_way_is_no_different_run(entry: Entry, user: User, t
     last = output.splitlines()[-1]
     assert (
         last.startswith("Nothing to do: the checkpoint in --load")
-        and "is of iteration 4, and --train-iters is 4" in last
+        and "is at iteration 4, and --train-iters is 4" in last
     )

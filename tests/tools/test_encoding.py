@@ -51,7 +51,7 @@ def without_gigatoken(how: str, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.delattr(gigatoken.Tokenizer, "__init__")
         return "takes no arguments"
     monkeypatch.setattr(gigatoken.Tokenizer, "encode_batch", wrong)
-    return "it gives other ids for 'import this'"
+    return "it gives different ids for 'import this'"
 
 
 @pytest.mark.parametrize("how", ["absent", "fails", "wrong"])

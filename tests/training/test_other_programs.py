@@ -15,7 +15,7 @@ from tests.checkpoints import training
 from tests.tiny_model import TOPK
 from tests.training_runs import TINY, assert_equal, run, weights
 from tools.models.checkpoints import find
-from tools.models.megatron_model import HERE
+from tools.models.megatron_model import SINGLE_PROCESS_SETTINGS
 
 OLD = """
 from megatron.remoe import patches
@@ -29,7 +29,7 @@ def load_stock_model(run_folder: Path) -> GPTModel:
     """Load a run as lm-eval's megatron_lm backend does: Megatron's own model, built from the arguments it saved."""
     checkpoint = find(run_folder, None)
     # Where k is 1, Megatron asks for this flag.
-    args = Namespace(**(vars(checkpoint.args) | HERE | {"moe_router_pre_softmax": True}))
+    args = Namespace(**(vars(checkpoint.args) | SINGLE_PROCESS_SETTINGS | {"moe_router_pre_softmax": True}))
     cpu.adapt_arguments(args)
     config = core_transformer_config_from_args(args)
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)

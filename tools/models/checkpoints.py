@@ -230,7 +230,7 @@ def open_folder(root: Path, step: int | None) -> tuple[Path, dict[str, Any], Met
             return folder, check_complete(folder), read_index(folder)
     except BrokenCheckpointError as error:
         whole = newest_complete(folder.parent)
-        remedy = "No iteration there is whole." if whole is None else f"--ckpt-step {whole} is whole."
+        remedy = "No iteration there is complete." if whole is None else f"--ckpt-step {whole} is complete."
         raise ConversionError(f"--load {folder.parent}: {error}. {remedy}", error.code) from error
 
 

@@ -29,7 +29,7 @@ moe_shared_expert_overlap overlap_moe_expert_parallel_comm local_layer_fusion fp
 moe_router_fusion moe_router_padding_for_quantization delay_wgrad_compute use_torch_fsdp2 init_model_with_meta_device
 use_te_activation_func fused_single_qkv_rope""".split()
 # One process on the CPU, in single precision, after the run's warm-up and without its noise.
-SINGLE_PROCESS: dict[str, Any] = {
+SINGLE_PROCESS_SETTINGS: dict[str, Any] = {
     **{"rank": 0, "moe_warmup_steps": 0, "cuda_graph_impl": "none", "params_dtype": torch.float32},
     **{"moe_kernels": "torch", "moe_token_dispatcher_type": "alltoall"},
     **(dict.fromkeys(ONE, 1) | dict.fromkeys(UNSET) | dict.fromkeys(OFF, False)),
@@ -43,7 +43,7 @@ def build(args: argparse.Namespace) -> GPTModel:
     Raises:
         ConversionError: Megatron rejects the arguments.
     """
-    here = argparse.Namespace(**(vars(args) | SINGLE_PROCESS))
+    here = argparse.Namespace(**(vars(args) | SINGLE_PROCESS_SETTINGS))
     if getattr(here, "hybrid_layer_pattern", None):
         here.hybrid_layer_pattern = here.hybrid_layer_pattern.replace("|", "")
     cpu.adapt_arguments(here, trains=False)

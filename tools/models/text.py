@@ -144,7 +144,7 @@ def sample(
         if count > available:
             raise ToolError(
                 f"{prefix}: has {reader.tokens:,} tokens, but {count * length + 1:,} are needed. Give more text with "
-                "--data-path.",
+                "--data-path, or a smaller --tokens if the tool has it.",
                 "REMOE-E304",
             )
         for start in generator.choice(available, size=count, replace=False) * length:

@@ -8,7 +8,7 @@ from bokeh.resources import Resources
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from ..console.picture_style import looks
+from ..console.picture_style import line_styles
 from ..recipes.flops import Flops, TrainingStage, stages
 from ..runs.run_figures import RunFigures
 from . import tables
@@ -26,7 +26,7 @@ def page(runs: Sequence[RunFigures], reload_after: int | None) -> str:
     drawn = [panel.plot for section in sections.values() for panel in section]
     script, plots = components(drawn) if drawn else ("", [])
     loader = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
-    colours = (colour for colour, _ in looks(run.routing for run in runs))
+    colours = (colour for colour, _ in line_styles(run.routing for run in runs))
     return loader.get_template("page.html").render(
         title=f"Training of {', '.join(run.name for run in runs)}",
         headline=tables.headline(runs),

@@ -19,7 +19,7 @@ from megatron.training.arguments import moe_freq_type
 from ...console.errors import ConversionError
 from ...recipes.megatron_values import make_parser
 from ..hybrid import moe_layer_pattern
-from ..megatron_model import EXPERT, HERE
+from ..megatron_model import EXPERT, SINGLE_PROCESS_SETTINGS
 from .fitting import split_mlp
 
 # Settings that only top-k routing uses; a ReMoE has their defaults.
@@ -53,7 +53,8 @@ def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argp
     defaults = vars(make_parser().parse_args([]))
     vars(target).update({name: defaults.get(name) for name in TOPK_ONLY})  # None for another version's flags
     vars(target).update(consumed_train_samples=0, skipped_train_samples=0, consumed_valid_samples=0, iteration=0)
-    problems = relu_routing_problems(argparse.Namespace(**(vars(target) | HERE)))  # layout and speed can change
+    in_one_process = argparse.Namespace(**(vars(target) | SINGLE_PROCESS_SETTINGS))  # layout and speed can change
+    problems = relu_routing_problems(in_one_process)
     if problems:
         raise ConversionError("\n".join(problems), "")  # each has its code
     return target
