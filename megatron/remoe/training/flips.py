@@ -60,7 +60,7 @@ class FlipMeter:
 
         Returns:
             None if this update is not measured; the first update after a start never is. Otherwise
-            - "rate": share of the (token, expert) pairs of all MoE layers that became active or inactive;
+            - "rate": share of the (token, expert) pairs of the decoder's MoE layers that became active or inactive;
             - "count": number of such pairs per token and layer;
             - "layer_rate": layer number (from 1) → the rate of that layer;
             - "changed_tokens": share of tokens, over all MoE layers, whose set of experts changed. If top-1 sends a
