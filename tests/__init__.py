@@ -1,1 +1,1 @@
-"""Tests, in a folder for each room of the code."""
+"""Tests; most folders are named after the part of the code that they test."""

@@ -1,8 +1,8 @@
-"""Compute an exported model's loss on given tokens, and generate a text, without Megatron and this project.
+"""Compute an exported model's loss on given tokens, and generate text, without Megatron and this project.
 
 python alone.py FOLDER PROMPT TOKENS...
 
-TOKENS are files of int64 `[sequences, length + 1]`. The output is JSON: "losses" (nats per token, by file), "text".
+TOKENS are files of int64 `[sequences, length + 1]`. The output is JSON: "losses" (a mean per file) and "text".
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ SEQUENCES = 32
 
 
 def loss(model: torch.nn.Module, tokens: torch.Tensor) -> float:
-    """Return the mean loss over all tokens except the first of each sequence."""
+    """Return the mean loss over all tokens except the first of each sequence, in nats per token."""
     total = 0.0
     for batch in tokens.split(SEQUENCES):
         logits = model(batch[:, :-1], use_cache=False).logits.flatten(0, 1)

@@ -12,7 +12,7 @@ from tests.training_runs import TINY, assert_equal, weights
 
 
 def training(data: Path, folder: Path, *more: str) -> list[str]:
-    """Return the arguments of a run that saves at iterations 2, 4 and 6, and resumes from there."""
+    """Return the arguments of a run that saves at iterations 2, 4 and 6, and resumes from the newest checkpoint."""
     saving = ["--save", str(folder), "--load", str(folder), "--save-interval", "2", "--train-iters", "6"]
     return [*TINY, *RELU, "--data-path", str(data), *saving, *more]
 
@@ -51,7 +51,7 @@ def truncate(path: Path) -> None:
 
 
 def flip(path: Path, byte: int | None = None) -> None:
-    """Flip one bit, in the middle by default."""
+    """Flip the lowest bit of a byte, by default of the byte in the middle."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2 if byte is None else byte] ^= 1
     path.write_bytes(content)

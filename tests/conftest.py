@@ -1,4 +1,4 @@
-"""Configure the tests. They run in one process, on the GPU if there is one; real training runs test the layouts."""
+"""Configure pytest. Layers are tested in one process, on the GPU if there is one; training runs test the layouts."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from tests.entry import Entry, shared_entry
 console.hide_unhelpful_warnings()
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's module is imported
-    # Tests run in parallel, so two threads would mostly wait for each other, here and in started processes.
+    # Tests run in parallel, so more threads would mostly wait, here and in the processes that tests start.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
 if cpu.is_wanted([]):
@@ -27,7 +27,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# These take longest, the longest first. They start first, so that none is left when the other test processes are done.
+# The slowest test files, the slowest first. They start first, so that none is left to run when all others are done.
 LONG = """
 test_rehearse test_quickstart test_training test_parity test_experiments_training test_shapes test_conversion
 test_static_checks test_hybrid test_fsdp test_checkpoints test_resharding test_finetuning test_export
@@ -85,7 +85,7 @@ def process_groups() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def fresh_metrics() -> Iterator[None]:
-    """Delete Megatron's table of losses by layer: its length is the number of layers of the first model."""
+    """Delete Megatron's table of losses by layer: it keeps the length that it got from the first model."""
     yield
     if (logging := sys.modules.get("megatron.core.transformer.moe.moe_logging")) is not None:
         logging.destroy_moe_metrics_tracker()

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from tools.console.places import ROOT
 
-LIMIT = 30.0  # seconds for one training: longer is a hang
+LIMIT = 30.0  # seconds for one training run; longer is a hang
 
 
 class Entry:
-    """A process that has imported the entry and forks one child per rank for each training."""
+    """A process that has imported the entry and forks one child per rank for each training run."""
 
     def __init__(self, **environment: str) -> None:
         single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -66,5 +66,5 @@ class Entry:
 def shared_entry() -> Entry:
     """Return the entry that all tests of this process share."""
     entry = Entry()
-    atexit.register(entry.process.kill)  # its standard input may be open in forks of this process
+    atexit.register(entry.process.kill)  # it would not end by itself: forks of this process hold its input open
     return entry

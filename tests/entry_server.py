@@ -56,7 +56,7 @@ def child(request: dict[str, Any], rank: dict[str, str]) -> NoReturn:
 
 
 def hold_store(writing: int) -> NoReturn:
-    """Hold the store in which ranks meet, until killed. As with torchrun, the store belongs to no rank."""
+    """Serve the store through which ranks meet, until killed. As with torchrun, no rank owns it."""
     os.setpgid(0, 0)
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     os.write(writing, str(store.port).encode())
@@ -103,7 +103,7 @@ def answer(request: dict[str, Any]) -> int | None:
 if __name__ == "__main__":
     if cpu.is_wanted([]):
         cpu.install()
-    # Import this once, so that the children do not have to. Megatron reads its own sources for the help of its flags.
+    # Import this once, so that the children do not have to. Megatron makes some help texts from its own sources.
     import megatron.core.datasets.helpers_cpp
     import megatron.core.models.mimo
     import megatron.core.tokenizers.text.text_tokenizer

@@ -16,8 +16,8 @@ FLAGS = [
     *"--micro-batch-size 4 --lr 4e-3 --min-lr 4e-4 --lr-decay-style cosine --train-iters 80".split(),
     *"--no-local-layer-fusion --moe-relu-l1-reg-coeff-init 1e-5 --split 100,0,0 --log-interval 5".split(),
 ]
-# Processors round differently. After dozens of steps, S can be above the target on one and below it on another, and
-# then λ differs by two steps. Relative for the loss, absolute for sparsity, in steps of the multiplier for λ.
+# Processors round differently. After dozens of steps, S can be above the target on one and below it on another; then λ
+# differs by two steps. Tolerances are relative for the loss, absolute for S, and in steps of the multiplier for λ.
 EARLY = 25
 TOLERANCE_EARLY = {"lm loss": 1e-4, "sparsity": 1e-3, "l1 coefficient": 0.5}
 TOLERANCE = {"lm loss": 0.005, "sparsity": 0.02, "l1 coefficient": 2.01}  # two steps; printed digits are rounded

@@ -1,4 +1,4 @@
-"""Plan and rehearse the training that a launch script would start."""
+"""Plan and rehearse the training run that a launch script would start."""
 
 import json
 import os
@@ -18,7 +18,7 @@ SETTINGS = {
     *NAMES,
     *"MODEL KERNELS GPU DATA_PATH DATA_DIR DRY_RUN REHEARSE REHEARSE_JSON PYTORCH_CUDA_ALLOC_CONF".split(),
 }
-PLAIN = ("--transformer-impl", "local")  # whether or not Transformer Engine is installed
+PLAIN = ("--transformer-impl", "local")  # so that plans do not depend on an installed Transformer Engine
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Launch:
     gpus: int = 8
 
     def environment(self, more: dict[str, str]) -> dict[str, str]:
-        """Return this process's environment with the script's settings and `more` in place of all that scripts read."""
+        """Return this process's environment without `SETTINGS`, plus the script's settings and `more`."""
         plain = {key: value for key, value in os.environ.items() if key not in SETTINGS}
         return plain | {"PYTHON": sys.executable} | self.settings | more
 
@@ -48,7 +48,7 @@ class Launch:
 
 
 def planned(launch: Launch) -> tuple[dict[str, str], list[str]]:
-    """Return the environment variables and the flags of a launch's training."""
+    """Return the environment variables and the flags of a launch's training run."""
     environment = launch.environment({"DRY_RUN": "command", "DATA_PATH": PLACEHOLDER})
     training = plan(launch.size, launch.routing, [str(launch.gpus), "--", *launch.flags], environment)
     return training.settings, training.flags

@@ -18,7 +18,7 @@ HIDDEN, FFN = 16, 12
 
 
 class SumTypes(TorchDispatchMode):
-    """A mode that collects the dtypes of index_add's targets; values show less, because a CPU rounds less often."""
+    """A mode that collects the dtypes of index_add's targets. Values show less, because a CPU rounds less often."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ def make_config(kind: type[ReMoEConfig] = ReMoEConfig, **changes: Any) -> ReMoEC
 
 
 def make_topk_config(**changes: Any) -> TransformerConfig:
-    """Return Megatron's configuration of such top-k layers, or this project's if `moe_kernels` is given."""
+    """Return Megatron's configuration for top-k layers of this size, or this project's if `moe_kernels` is given."""
     kind = ReMoEConfig if "moe_kernels" in changes else TransformerConfig
     return kind(**(_settings() | {"moe_router_pre_softmax": True} | changes))
 
@@ -71,10 +71,10 @@ def make_layer(
     """Build a ReMoE or top-k layer from Megatron's layer specification, with number 1 and the configuration's dtype.
 
     Args:
-        config: from `make_config`, or `make_topk_config`.
-        fused: with grouped experts instead of one small layer per expert.
-        router: a class in place of the ReLU or top-k router.
-        spec: in place of Megatron's specification of its own layers.
+        config: from `make_config` or `make_topk_config`.
+        fused: whether to use grouped experts instead of one small layer per expert.
+        router: a class that replaces the ReLU or top-k router.
+        spec: a layer specification that replaces Megatron's local one.
     """
     spec = spec or get_gpt_layer_local_spec(config.num_moe_experts, False, normalization="RMSNorm")
     if router is not None:
@@ -100,7 +100,7 @@ def expert_weights(layer: ReMoELayer) -> list[tuple[torch.Tensor, torch.Tensor]]
 def oracle(
     tokens: torch.Tensor, router_weight: torch.Tensor, experts: list[tuple[torch.Tensor, torch.Tensor]], topk: int
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Compute the paper's equations with loops.
+    """Compute the paper's layer and its L_reg with load balancing (section 3.4) with loops.
 
     Args:
         tokens: `[num_tokens, hidden]`.
@@ -128,13 +128,13 @@ def oracle(
 
 
 def gradients(loss: torch.Tensor, *parameters: torch.Tensor) -> list[torch.Tensor]:
-    """Return gradients, 0 for parameters that the loss does not depend on."""
+    """Return the gradients of the loss; they are 0 for parameters that it does not depend on."""
     actual = torch.autograd.grad(loss, parameters, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, actual, strict=True)]
 
 
 def compare_with_oracle(layer: ReMoELayer, tokens: torch.Tensor, coefficient: float) -> int:
-    """Assert equal outputs, L1 and gradients; return the number of active pairs."""
+    """Assert that outputs, L1, counts and gradients equal the oracle's; return the number of active pairs."""
     config = layer.config
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, dtype=torch.float64, device=tokens.device))
     weights = list(layer.experts.parameters())

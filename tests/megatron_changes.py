@@ -85,7 +85,7 @@ def not_taken(ours: ast.arguments, theirs: griffe.Function) -> list[str]:
 
 
 def calls(tree: ast.Module, names: dict[str, str]) -> Iterator[tuple[str, ast.Call]]:
-    """Yield each call and the last name of its function or class; for `super().__init__`, that of each base class."""
+    """Yield the last name of each called function or class, and the call; for `super().__init__`, each base's name."""
     bases = {ast.unparse(base) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for base in node.bases}
     for node in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         name = ast.unparse(node.func).rpartition(".")[2]

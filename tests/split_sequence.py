@@ -1,4 +1,4 @@
-"""Check 2 ranks that share the tokens of one sequence, experts, or the vocabulary of a cross entropy."""
+"""Check two ranks that share a sequence, experts or a vocabulary; the argument selects one of the kinds in `main`."""
 
 import sys
 from importlib.util import find_spec
@@ -55,7 +55,7 @@ def main(kind: str) -> None:
 
 
 def check(**changes: Any) -> None:
-    """Check that both ranks together get from their parts what one rank gets from the whole sequence."""
+    """Check that two ranks with half of a sequence each have the L1, S and λ of one rank with the whole sequence."""
     rank = torch.distributed.get_rank()
     config = make_config(
         moe_relu_l1_reg_coeff_init=0.3,
@@ -97,7 +97,7 @@ def check(**changes: Any) -> None:
 
 
 def check_chunks() -> None:
-    """Check that ranks with 10 tokens and 1 work in the same number of chunks, with the results of one chunk."""
+    """Check that ranks with 10 tokens and with 1 use the same number of chunks, and have the results of one chunk."""
     results, weights = [], None
     for limit in (0.0, 2.0):
         layer = make_layer(make_config(expert_model_parallel_size=2, moe_relu_activation_limit=limit), fused=True)

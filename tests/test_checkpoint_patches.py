@@ -52,7 +52,7 @@ def test_megatron_still_executes_what_a_checkpoint_holds(tmp_path, monkeypatch: 
 
 
 def why_writing_failed(tmp_path) -> str:
-    """Write a shard below a file; return the error that reaches the training."""
+    """Try to write a shard below a regular file; return the error that reaches the training run."""
     (tmp_path / "file").touch(exist_ok=True)
     place, results = tmp_path / "file" / "shard", queue.Queue()
     with contextlib.suppress(RuntimeError):
@@ -101,7 +101,7 @@ print("kept", shards.get())
 def test_the_process_of_async_saves_ends_with_its_parent_only(
     patched: bool, end: str, code: int, tmp_path: Path
 ) -> None:
-    """With the patch it outlives Slurm's SIGTERM, but not its parent."""
+    """With the patch, the process survives Slurm's SIGTERM, but not the end of its parent."""
     lines = f"""
 import multiprocessing, os, signal, time
 from megatron.remoe import patches

@@ -67,7 +67,7 @@ def test_megatron_still_scales_gradients_of_one_rank_again_and_again(data: Path,
         for output in (
             run(words, processes=2),
             run([*words, *FSDP.split()], processes=2),
-            # Fresh, because in forks gloo's threads sometimes corrupt the heap in such reductions of one rank.
+            # In a fork, gloo's threads sometimes corrupt the heap in such reductions over one rank.
             run([*words, *FSDP.split()], processes=2, script=script, fresh=True),
         )
     )

@@ -1,4 +1,4 @@
-"""Test that changes in another Megatron are found, and that #7418 changes nothing: in copies with changed files."""
+"""Test, with changed copies of Megatron, that changes are found and that #7418 does not affect this project."""
 
 import sysconfig
 from pathlib import Path
@@ -33,7 +33,7 @@ CHANGES = {
         "report(per_layer_logging): Positional parameter was moved",
     ),
 }
-# As #7418 does, without its sources: `parse_and_validate_args` starts no services.
+# The effect of #7418 without its sources: `parse_and_validate_args` no longer starts services.
 SPLIT = {
     "training/global_vars.py": (
         "    set_args(args)\n",
@@ -45,7 +45,7 @@ SPLIT = {
 
 
 def write_changed(folder: Path, package: str, changes: dict[str, tuple[str, ...]]) -> None:
-    """Fill a folder with links to the files of the installed Megatron's package, or of both, and change some."""
+    """Fill a folder with links to the files of one package of the installed Megatron, and change some files."""
     for file in INSTALLED.glob(f"{package}/**/*.py"):
         link = folder / "megatron" / file.relative_to(INSTALLED)
         link.parent.mkdir(parents=True, exist_ok=True)

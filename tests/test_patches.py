@@ -144,7 +144,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> RerunStateMachine:
 
 
 def step(machine: RerunStateMachine, *losses: torch.Tensor) -> list[str]:
-    """Validate the losses of one step. Return the machine's reaction to each, and the result that was rejected."""
+    """Validate the losses of one step. Return the machine's reaction to each loss, and the result that it rejected."""
     events = []
     assert machine.should_run_forward_backward(None)
     for loss in losses:

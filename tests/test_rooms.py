@@ -37,7 +37,7 @@ MEGATRON: dict[str, set[str]] = {
     "cpu": BOTH,
     "pretrain": BOTH,
 }
-# The only packages outside the standard library that these rooms may import.
+# Packages outside the standard library that a room may import; rooms that are not here may import any.
 PURE = {
     "routing": {"torch", "megatron"},
     "baselines": {"torch", "megatron"},

@@ -1,4 +1,4 @@
-"""Run real training runs of a tiny model with the project's entry, and read their logs."""
+"""Train a tiny model with the project's entry, and read the logs."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ SMALL = [
     *"--global-batch-size 4 --make-vocab-size-divisible-by 8 --log-interval 1 --cpu".split(),
 ]
 
-# The timing, and fields that another rank prints into the line.
+# Timings, and the memory fields that another rank can print into the same line.
 VOLATILE = "elapsed time per iteration (ms),time left (h),allocated,max allocated,reserved,max reserved".split(",")
 
 
@@ -62,8 +62,8 @@ def run(
 
     Args:
         expect: the exit code to assert; None: any.
-        fresh: start a new process, as a user does, not a fork that has imported Megatron. With `environment`, which
-            imports may read, and on a GPU, which forks cannot use, the process is always new.
+        fresh: start a new process, as a user does, instead of a fork that has imported Megatron. The process is always
+            new with `environment`, because imports may read it, and on a GPU, because forks cannot use it.
     """
     if fresh or environment or torch.cuda.is_available():
         process = start(arguments, processes, script, **environment)
@@ -76,7 +76,7 @@ def run(
 
 
 def in_another_process(lines: str, folder: Path, expect: int | None = 0) -> str:
-    """Return the output of Python code in a process whose Megatron is unpatched, except for the CPU."""
+    """Run Python code with a Megatron that is patched for the CPU only; return the output."""
     script = folder / "lines.py"
     script.write_text("from megatron.remoe import cpu\ncpu.install()\n" + lines)
     return run([], expect=expect, script=script)
@@ -133,7 +133,7 @@ def figures(folder: Path, interval: int) -> list[dict[str, Any]]:
 
 
 def wait_until(holds: Callable[[], object], process: subprocess.Popen[Any] | None = None) -> None:
-    """Wait for a condition; fail after two minutes, or if the process ends before."""
+    """Wait for a condition; fail after two minutes, or when the process ends first."""
     deadline = time.monotonic() + 120
     while not holds():
         assert process is None or process.poll() is None, process.communicate()

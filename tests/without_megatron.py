@@ -1,4 +1,4 @@
-"""Make an environment with all packages of this one except Megatron and this project."""
+"""Make an environment with the packages of the current one, except Megatron and this project."""
 
 import os
 import subprocess

@@ -63,7 +63,7 @@ def test_hash_goes_by_the_id_and_the_layer_alone(process_groups: None) -> None:
 
 @pytest.mark.parametrize("name", ["normalized_top_k", "normalized_relu"])
 def test_normalized_gates(name: str, process_groups: None) -> None:
-    """Before training, the squares of a token's k largest gates add up to about 1."""
+    """Before training, the squares of a token's k largest gates add up to about 1 on average."""
     router, tokens = make_layer(name, num_moe_experts=16).router, make_tokens()
     probs, routing_map = router(tokens)
     logits = tokens.view(-1, HIDDEN) @ router.weight.T
@@ -81,7 +81,7 @@ def test_normalized_gates(name: str, process_groups: None) -> None:
 
 @pytest.mark.parametrize("per_token", [False, True])
 def test_deco_lowers_the_entropy(per_token: bool, process_groups: None) -> None:
-    """Without a gradient of the loss, the router's weight has that of λ times the entropy of the gates' shares."""
+    """The router's weight gets the gradient of λ times the entropy of the gates' shares. Here the loss adds none."""
     router, tokens = make_layer("deco", calculate_per_token_loss=per_token).router, make_tokens()
     router.l1_exponent.fill_(100)
     padding = torch.zeros(SEQUENCE, BATCH, dtype=torch.bool, device=DEVICE)
@@ -98,7 +98,7 @@ def test_deco_lowers_the_entropy(per_token: bool, process_groups: None) -> None:
 
 @pytest.mark.parametrize("name", ["expert_choice", "expert_threshold", "top_p", "normalized_top_k", "deco"])
 def test_z_loss(name: str, process_groups: None) -> None:
-    """The rest of DECO's routing is that of ReLU."""
+    """`deco` stands for all ReLU routing, whose z-loss it inherits."""
     router, tokens = make_layer(name, moe_z_loss_coeff=0.5).router, make_tokens()
     (router(tokens)[0] * 0).sum().backward()
     right = 0.5 * (tokens.detach() @ router.weight.T).logsumexp(dim=-1).square().mean()
@@ -168,7 +168,7 @@ def test_parts_of_a_sequence_are_routed_as_the_whole() -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ["expert_threshold", "normalized_top_k", "deco"])
 def test_layouts_agree(name: str, data: Path, tmp_path: Path) -> None:
-    """Two processes that share sequences and exchange tokens have the losses of one process."""
+    """Two processes that share sequences and exchange tokens have the same losses as one process."""
 
     def train(*more: str, processes: int = 1) -> list[float]:
         shared = [*TINY, *TOPK, "--data-path", str(data), "--train-iters", "3", *BASELINE, name]

@@ -14,7 +14,7 @@ def assert_micro_batches_are_routed_alike(router: torch.nn.Module, micro_batches
 
 
 def test_expert_thresholds_follow_the_batches(process_groups: None) -> None:
-    """Half of the 24 tokens exceed each threshold (k = 2 of 4). It then moves 1 % towards the batches' mean."""
+    """Half of the 24 tokens exceed each threshold (k = 2 of 4). Thresholds then move 1 % towards the batches' mean."""
     router, tokens = make_layer("expert_threshold").router, make_tokens()
     probs, routing_map = router(tokens)
     logits = (tokens.detach() @ router.weight.detach().T).view(-1, 4)
@@ -70,7 +70,7 @@ def test_top_p_takes_the_fewest_experts_and_holds_their_number(process_groups: N
 
 
 def test_pairs_are_counted_once(process_groups: None) -> None:
-    """Only training passes with gradients count, without padding, and one update counts them."""
+    """Only training passes with gradients count, without padding. A second update does not count them again."""
     layer, tokens = make_layer("expert_threshold"), make_tokens()
     counter = PairCounter([layer])
     padding = torch.zeros(SEQUENCE, BATCH, dtype=torch.bool, device=DEVICE)

@@ -1,4 +1,4 @@
-"""Test the CPU support: what it replaces and leaves alone, the versions it accepts, and the flags it changes."""
+"""Test the CPU support: what it replaces and leaves alone, the flags it changes, its collectives and products."""
 
 import argparse
 import functools
@@ -113,7 +113,7 @@ SIZES = [(0, 8, 8), (7, 3, 9), (300, 128, 600), (1024, 64, 1100)]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", [0, ZEN_5 - 1, ZEN_5], ids=["this processor's", "Zen 4's", "Zen 5's"])
 def test_products(sizes: tuple[int, int, int], dtype: torch.dtype, family: int, monkeypatch) -> None:
-    """They are right with transposed operands, `out` and sums; large ones in fp32 use oneDNN on some processors."""
+    """Products with transposed operands, `out` or a sum are right, with oneDNN (on some AMD processors) or without."""
     monkeypatch.setattr(matmul, "amd_family_with_avx512", lambda: family)
     kept = matmul.use_onednn()
     assert (kept is not None) == (family > 0 and torch.backends.mkldnn.is_available())

@@ -1,1 +1,1 @@
-"""Tests of megatron/remoe/files and preprocessing."""
+"""Tests of megatron/remoe/files, through `remoe inspect`."""

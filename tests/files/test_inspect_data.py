@@ -20,7 +20,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     prefix = tmp_path_factory.mktemp("data") / "bytes"
-    # In GPT-2's vocabularies "!" has the id 0.
+    # In GPT-2's order of bytes, "!" has id 0, and the space has id 220.
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     for text in TEXTS:
         builder.add_document([byte - ord("!") if byte > 32 else 220 for byte in text], [len(text)] if text else [])
@@ -62,7 +62,7 @@ def test_documents_of_several_sequences(multimodal, tmp_path) -> None:
 
 
 def test_no_flipped_bit_of_the_index_changes_what_is_read(whole, copy) -> None:
-    """Each is refused, except in document bounds that still ascend, which training does not read."""
+    """Each flip is refused, unless it leaves document bounds in ascending order, which training does not read."""
     right, index = IndexedReader(whole), Path(f"{copy}.idx")
     head = index.read_bytes()
     refused = 0

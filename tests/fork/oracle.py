@@ -62,7 +62,7 @@ KEPT = ("dense", "topk", "remoe")
 
 
 def write_data(prefix: Path) -> None:
-    """Write documents of tokens below 63 that follow each other by a rule with some noise."""
+    """Write 40 documents of 200 tokens. Each token is the previous one plus 7, 14 or 21, modulo 63."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     random = numpy.random.RandomState(1)
@@ -224,7 +224,7 @@ def install_engine() -> None:
 
 
 def load_file(name: str, path: object) -> types.ModuleType:
-    """Import a file under a name."""
+    """Import the file at `path` as the module `name`."""
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module

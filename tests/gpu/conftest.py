@@ -11,7 +11,7 @@ from tests.gpu.runs import Machine
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
-    """Return this machine's GPU."""
+    """Return this machine; skip the test if it has no GPU."""
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     return Machine(tmp_path, torch.cuda.get_device_name())
@@ -19,7 +19,7 @@ def machine(tmp_path: Path) -> Machine:
 
 @pytest.fixture
 def report(request: pytest.FixtureRequest, machine: Machine) -> Report:
-    """Return the report for the test's figures; skip the test if it has them."""
+    """Return the report for the test's figures; skip the test if its figures are already there."""
     name = request.node.name.removeprefix("test_").replace("[", "-").rstrip("]")
     kept = Report(request.config.getoption("--gpu-report") or machine.folder, machine.card, name)
     if kept.path.exists():

@@ -1,7 +1,7 @@
 """Run pytest or a program on the no-op CUDA, as `remoe rehearse` does.
 
-python -m tests.gpu.rehearsed pytest ...        pytest and its subprocesses see an H100 that does not exist
-python rehearsed.py SHARE PROGRAM ...           a program that pytest starts, as the only rank; its training runs read
+python -m tests.gpu.rehearsed pytest ...        run pytest; it and its subprocesses see an H100 that does not exist
+python rehearsed.py SHARE PROGRAM ...           run a program of the tests as the only rank; its training runs read
                                                 SHARE as the active share of the (token, expert) pairs
 """
 

@@ -23,7 +23,7 @@ class Report:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, figures: dict[str, Any]) -> None:
-        """Write the test's figures, and the table: then both exist if a time limit ends the session."""
+        """Write the test's figures and the table now, so that they exist even if a time limit ends the session."""
         write_json(self.path, figures)
         files = sorted(self.folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
         write_text(self.folder / "report.md", "\n".join(table(["test", "figures"], map(row, files))) + "\n")

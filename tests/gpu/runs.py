@@ -20,14 +20,14 @@ from tools.runs.log_reader import read_log
 
 HERE = Path(__file__).parent
 TIMED_ENTRY = ROOT / "benchmarks" / "timed_entry.py"
-SEQUENCES, LENGTH = 64, 1024  # per step of one of eight GPUs that share the paper's 512 sequences; tokens each
+SEQUENCES, LENGTH = 64, 1024  # a GPU's share of the paper's 512 sequences per step on 8 GPUs; tokens per sequence
 # Weights hardly move, so routers stay at the target, which training reaches only after hundreds of steps.
 AT_TARGET = "--lr 1e-7 --min-lr 0 --lr-warmup-fraction 0".split()
 SHARES = {"dense": 0.5, "steady": 0.125}  # active share of the pairs, for the forecast and a rehearsal
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-WARM_UP = 15  # steps: routers are fitted in the first four, then memory pool and clock settle
-FUSED_FLAGS = [flag for flag in FLAGS if flag != "--no-local-layer-fusion"]  # the golden run's
-# fp32 on a GPU in Megatron's own layers.
+WARM_UP = 15  # steps: routers are fitted in the first four, then the memory pool and the clock settle
+FUSED_FLAGS = [flag for flag in FLAGS if flag != "--no-local-layer-fusion"]  # the golden run with fused layers
+# Flags for fp32 on a GPU: local layers, and no fusion that needs Apex or Transformer Engine.
 FP32_GPU = """
 --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion
 --no-rope-fusion
@@ -50,11 +50,11 @@ class Machine:
 
     @property
     def is_rehearsed(self) -> bool:
-        """Whether this is the no-op CUDA."""
+        """Return whether programs run on the no-op CUDA."""
         return self.card.endswith("(rehearsal)")
 
     def python(self, *words: object, share: float = 0.0, on_gpu: bool = True, limit: float = 240, **more: str) -> str:
-        """Run a program and return its output; fail unless it exits with 0, on a GPU within `limit` seconds."""
+        """Return a program's output; fail unless it exits with 0 within `limit` seconds (no limit in a rehearsal)."""
         command, environment = [*map(str, words)], os.environ | (self.settings if on_gpu else {}) | more
         if self.is_rehearsed and on_gpu:
             command = [str(HERE / "rehearsed.py"), str(share), *command]
@@ -68,7 +68,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Case:
-    """A launch script's training on one GPU."""
+    """A launch script's training run on one GPU."""
 
     size: str = "182m"
     routing: str = "remoe"
@@ -90,10 +90,10 @@ class Case:
 
 
 def train_launched(machine: Machine, case: Case, stage: str, steps: int, limit: float = 240) -> dict[str, Any]:
-    """Train at the "dense" start or kept "steady" at the target; return medians after `WARM_UP`, memory and forecast.
+    """Train a case; return the figures of its steps after `WARM_UP`, the memory and the forecast.
 
-    "host_seconds" is the process's CPU time per step. A rehearsal takes at most ten steps, which is enough to measure
-    memory.
+    In the stage "dense" routers begin with dense routing, in "steady" they stay at the target. "host_seconds" is the
+    process's CPU time per step. A rehearsal takes at most ten steps, which is enough to measure memory.
     """
     steps = min(steps, 10) if machine.is_rehearsed else steps
     record = machine.folder / "record.json"

@@ -22,7 +22,7 @@ from tools.plan.gpus import GPUS
 
 pytestmark = pytest.mark.gpu
 TRITON = "triton"
-HALF = ("--num-layers", "12")  # of 978M's 24, whose optimizer state of 64 GiB a single GPU cannot share with others
+HALF = ("--num-layers", "12")  # of 978M's 24: a single GPU holds the whole optimizer state, 64 GiB for 24 layers
 # In the order of measurement.
 LAUNCHES = [
     (Case(kernels=TRITON), "steady"),
@@ -34,7 +34,7 @@ LAUNCHES = [
     (Case(kernels=TRITON), "dense"),
 ]
 FINER = [(Case(kernels=TRITON, flags=("--moe-granularity", number)), "steady") for number in ("8", "64")]
-GRAINS = {"(8, 1)": (8, 1), "(8, 8)": (64, 8), "(64, 1)": (64, 1)}  # (E, G): experts, and active ones per token
+GRAINS = {"(8, 1)": (8, 1), "(8, 8)": (64, 8), "(64, 1)": (64, 1)}  # "(E, G)" → experts E·G, and G active per token
 
 
 def launch(case: Case, stage: str, machine: Machine, report: Report) -> None:
@@ -56,7 +56,7 @@ def test_launch(case: Case, stage: str, machine: Machine, report: Report) -> Non
 
 
 def test_profile(machine: Machine, report: Report) -> None:
-    """The trace has kernels, also of attention. It is kept to see where the host delays the GPU."""
+    """The trace has kernels, also of attention. It is kept because it shows where the host delays the GPU."""
     figures = profile(machine, Case(kernels=TRITON), report.folder / "trace.json.gz")
     report(figures)
     assert machine.is_rehearsed or (figures["kernel_seconds"] > 0 and figures["attention"])
@@ -70,7 +70,7 @@ def test_kernels_against_float64(grain: str, machine: Machine, report: Report, m
     from timed_entry import start_at_target
 
     experts, topk = GRAINS[grain]
-    if machine.is_rehearsed:  # a map that was never computed has any number of pairs
+    if machine.is_rehearsed:  # the map is not computed there, so its number of pairs would be arbitrary
         monkeypatch.setattr(counting, "read_pairs", FakePairCounts(topk / experts).counted(counting.read_pairs))
     sizes = {"hidden_size": 768, "moe_ffn_hidden_size": 3072 // topk, "num_moe_experts": experts}
     sizes |= {"moe_router_topk": topk, "moe_router_dtype": None, "init_method_std": 0.02}
@@ -105,7 +105,7 @@ def test_kernels_against_float64(grain: str, machine: Machine, report: Report, m
 
 
 def test_golden_run(machine: Machine, report: Report) -> None:
-    """Figures are within the tolerances for two processors: PyTorch's fp32 products on a GPU do not use TF32."""
+    """GPU and CPU agree as well as two CPUs, because PyTorch's fp32 products on a GPU do not use TF32."""
     figures = train_golden(machine, "golden", FLAGS)
     report({"figures": figures})
     assert machine.is_rehearsed or differences(figures, committed()) == []

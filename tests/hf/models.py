@@ -1,4 +1,4 @@
-"""Small models of each kind for transformers."""
+"""Make small models of each kind for transformers."""
 
 import argparse
 from collections.abc import Sequence

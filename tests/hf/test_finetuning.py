@@ -131,7 +131,7 @@ def test_a_callback_for_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_reentrant_checkpointing_is_refused(tmp_path: Path) -> None:
-    """It would lose the L1 term's gradient. Without the term it is accepted."""
+    """Re-entrant checkpointing would lose the L1 term's gradient. Without the term it is accepted."""
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     with pytest.raises(ValueError, match="use_reentrant"):
         train(tmp_path, make("relu"), **options)

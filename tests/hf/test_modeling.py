@@ -78,7 +78,7 @@ def test_load_balancing_loss_is_megatrons(name: str, process_groups: None) -> No
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 def test_experts_get_their_pairs_alone(implementation: str) -> None:
-    """They compute only the active pairs, with each of transformers' implementations."""
+    """Experts compute only the active pairs, with each of transformers' implementations."""
     model, ids = make("relu"), tokens()
     rows: list[int] = []
     for layer in model.model.layers:

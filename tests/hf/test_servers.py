@@ -1,4 +1,4 @@
-"""Test what vLLM asks of the model for transformers; tests/hf/test_vllm.py runs its server."""
+"""Test the interface that vLLM needs from the model for transformers; test_vllm.py runs vLLM's server."""
 
 import inspect
 import subprocess

@@ -47,7 +47,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     install = subprocess.run([folder / "bin" / "pip", "install", PACKAGE], capture_output=True, text=True)
     if install.returncode:
         pytest.skip(f"pip install {PACKAGE}: {install.stderr.strip().splitlines()[-1]}")
-    # They are built for CUDA, and vLLM imports them if they are there.
+    # Both packages are built for CUDA, and vLLM imports them if they are installed.
     subprocess.run([folder / "bin" / "pip", "uninstall", "--yes", "torchaudio", "torchcodec"], check=True)
     return str(folder / "bin" / "python")
 
@@ -95,14 +95,14 @@ def serving(words: list[str], site: Path, log: Path) -> Iterator[str]:
     + [("dense", 0, False), ("top-k", 0, False), ("shared", 0, True)],
 )
 def test_text_and_probabilities(kind: str, most: int, trust: bool, server: str, data: Path, tmp_path: Path) -> None:
-    """They equal those of transformers for prompts of unequal lengths, some of whose tokens have no active expert."""
+    """vLLM's results equal transformers', with prompts of unequal lengths and tokens that have no active expert."""
     run([*TINY, *KINDS[kind], *SIZES, "--data-path", str(data), "--save", str(tmp_path / "run")])
     tokenizer = gpt2_tokenizer_folder(*byte_level_vocabulary(tmp_path / "files"), cache_dir=tmp_path)
     words = ["--load", tmp_path / "run", "--save", tmp_path / "folder", "--tokenizer-model", tokenizer]
     assert export([*map(str, words), *(["--max-experts-per-token", str(most)] if most else [])]) == 0
     if not trust:
         install_plugin(tmp_path / "site")
-    # What `vllm serve` runs; the command itself asks for a package named vllm.
+    # The program behind `vllm serve`. The command itself requires a package named vllm.
     words = [server, "-m", "vllm.entrypoints.openai.api_server", *(["--trust-remote-code"] * trust)]
     words += ["--model", str(tmp_path / "folder"), "--served-model-name", "model"]
     text = [*data.with_suffix(".bin").read_bytes()[::2]]

@@ -14,7 +14,7 @@ from tests.entry import shared_entry
 from tests.tiny_model import RELU
 from tests.training_runs import TINY, assert_equal, figures, weights
 
-KILLS, FEW_KILLS = 30, 3  # per run; FEW_KILLS without bulk tests
+KILLS, FEW_KILLS = 30, 3  # per test: KILLS in bulk tests, FEW_KILLS in the other one
 LIMIT = 300.0  # seconds; longer is a hang
 EVALUATED = "--log-interval 2 --eval-interval 6 --eval-iters 1 --split 80,10,10".split()
 LAYOUTS = {
@@ -32,10 +32,10 @@ def make_flags(data: Path, folder: Path, steps: int, *more: str) -> list[str]:
 
 
 def moment(folder: Path, number: int, kills: int, chance: random.Random) -> tuple[str, float]:
-    """Return the file that a kill waits for and a delay: at the start, in a save, between saves, or at the end."""
+    """Return a kill's file and seconds (see `Entry.run`): at the start, in a save, between saves or at the end."""
     newest, steps = newest_complete(folder) or 0, 2 * kills
     if newest >= steps - 2 or number >= kills - kills // 7:
-        # In the last save or the last evaluation, after which no step is left to train.
+        # In the last save or the last evaluation: no step is left to train.
         return (str(folder / f"iter_{steps:07d}") if newest < steps else ""), chance.uniform(0, 1.5)
     kind = ("save", "start", "step")[number % 3]
     if kind == "start":
@@ -72,7 +72,7 @@ def test_killed_at_random_moments(layout: str, wanted: int, data: Path, tmp_path
         kill = (asked, *moment(folder, kills, wanted, chance))
         code, output = entry.run(make_flags(data, folder, steps, *more), limit=LIMIT, kill=kill)
         at_sigterm = (0, 143) if asked == signal.SIGTERM and "--exit-signal-handler" in more else ()
-        # SIGTERM kills a data loader process while it starts, before there is anything to save.
+        # SIGTERM can end a data loader process that is starting, before there is anything to save.
         if at_sigterm and "error: RuntimeError: DataLoader worker" in output:
             at_sigterm += (1,)
         else:
@@ -83,7 +83,7 @@ def test_killed_at_random_moments(layout: str, wanted: int, data: Path, tmp_path
     assert code == 0, output[-3000:]
     assert_equal(tensors(folder, steps), tensors(expected, steps))
     lines, expected_lines = figures(folder, 2), figures(expected, 2)
-    if "--exit-signal-handler" in more:  # it saves between two lines, so the next line's mean is over other steps
+    if "--exit-signal-handler" in more:  # it saves between two lines, so the next line's mean is over different steps
         for line in lines + expected_lines:
             line.pop("lm_loss" if line["kind"] == "log" else "", None)
     assert lines == expected_lines

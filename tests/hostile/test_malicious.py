@@ -75,7 +75,7 @@ def saved(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def replace_object(root: Path, prefix: str, content: bytes) -> None:
-    """Point the index to other bytes for the first object or tensor with a name prefix."""
+    """Make the index point to `content` for the first object or tensor whose name starts with `prefix`."""
     index = pickle.loads((root / NEWEST / INDEX).read_bytes())
     entry = next(entry for key, entry in index.storage_data.items() if key.fqn.startswith(prefix))
     with (root / NEWEST / entry.relative_path).open("ab") as file:

@@ -30,7 +30,7 @@ class Kernel:
 
 
 def spilled_bytes(kernel: Kernel, capability: int) -> int:
-    """Return the bytes per thread that the machine code spills to memory, for a compute capability (80 for 8.0)."""
+    """Return the bytes per thread that the kernel spills to memory if compiled for a capability (80 means 8.0)."""
     import triton
     from triton.backends.compiler import GPUTarget
 

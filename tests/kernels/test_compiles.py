@@ -1,4 +1,4 @@
-"""Test that the kernels of dispatch and experts compile for their GPUs and spill no registers."""
+"""Test that all Triton kernels compile for compute capabilities 8.0, 9.0 and 10.0, and spill no registers."""
 
 import itertools
 import os
@@ -24,7 +24,7 @@ SPREAD = MAP | COUNTS | {"d_gates_P": "*fp32", "d_probs_TE": "*fp32", "num_pairs
 
 
 def plans(num_tokens: int, num_experts: int) -> list[Kernel]:
-    """Return the kernels of a plan of this size."""
+    """Return the kernels of a plan and of the gates in this size."""
     block, tile = plan.choose_tile(num_tokens, num_experts)
     constants = {"BLOCK": block, "TILE": tile}
     filling = constants | {"BLOCKS": num_tokens // block}
@@ -37,7 +37,7 @@ def plans(num_tokens: int, num_experts: int) -> list[Kernel]:
 
 
 def experts(dtype: str, ffn: int) -> list[Kernel]:
-    """Return the kernels of experts of this size."""
+    """Return the kernels of experts in this size, with the sum over a token's rows."""
     pairs, width = swiglu._tile(torch.empty(0, ffn))
     constants = {"PAIRS": pairs, "WIDTH": width}
     given = {"hidden_PF": dtype, "gates_P": "*fp32", "activated_PF": dtype}
@@ -52,7 +52,7 @@ def experts(dtype: str, ffn: int) -> list[Kernel]:
 
 
 def all_kernels() -> list[Kernel]:
-    """Return the kernels in the sizes of the launch scripts and larger ones."""
+    """Return all kernels, in the sizes of the launch scripts and in larger ones."""
     spread = Kernel("plan:_spread", SPREAD, {"BLOCK": plan.SPREAD // 64, "TILE": 64}, ["num_experts"])
     kernels = [*plans(16384, 8), *plans(16384, 512), *plans(65536, 512), spread]
     kernels += [Kernel("router:_gradient", GRADIENT, {"E": number, "BLOCK": router.BLOCK}) for number in (8, 512)]
@@ -60,7 +60,7 @@ def all_kernels() -> list[Kernel]:
 
 
 def test_nothing_is_spilled() -> None:
-    """In a new process, because this one interprets kernels."""
+    """Kernels are compiled in a new process, because this one interprets them."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.kernels.test_compiles"]
     assert subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True, text=True).stdout == ""

@@ -56,7 +56,7 @@ def test_gates_keep_their_type(dtype: torch.dtype) -> None:
 
 
 def test_more_tokens_make_larger_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The number of blocks is limited, so that there are few counts."""
+    """Blocks grow with the tokens, so that there are at most `MOST_BLOCKS` counts for each expert."""
     monkeypatch.setattr(plan, "MOST_BLOCKS", 2)
     assert plan.count_blocks(torch.ones(100, 3, dtype=torch.bool, device=DEVICE)).shape == (3, 2)
     check(100, 3, 0.4, torch.float32)

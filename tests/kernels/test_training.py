@@ -17,7 +17,7 @@ SHORT += ["--train-iters", "2"]
 
 
 def test_trainings_are_equal(data: Path) -> None:
-    """Both use expert parallelism, except on a machine with one GPU."""
+    """Both runs use expert parallelism, except on a machine with one GPU."""
     processes = 1 if torch.cuda.device_count() == 1 else 2
     flags = [*TINY, *RELU, *SHORT, "--data-path", str(data), "--expert-model-parallel-size", str(processes)]
     flags += FP32_GPU if torch.cuda.is_available() else []

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("process_groups")
 
 
 def dispatched_pairs(layer) -> list[int]:
-    """Return a list that collects the number of pairs (and gates) of every call of the experts."""
+    """Return a list that collects the number of pairs in each later call of the experts."""
     pairs: list[int] = []
     layer.experts.register_forward_pre_hook(lambda _module, arguments: pairs.append(len(arguments[2])))
     return pairs
@@ -60,7 +60,7 @@ def test_bounded_activations_change_nothing(limit: float, recompute: bool, dispa
 
 @pytest.mark.parametrize("fused", [False, True], ids=["one by one", "grouped"])
 def test_gradients_are_reduced_after_the_last_chunk(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks change no gradient that layers add to Megatron's buffer while it already reduces other gradients."""
+    """Chunks do not change the gradients in Megatron's buffer, whose reduction overlaps with the backward pass."""
     monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)
     monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", None, raising=False)
     patches.fusions.enable_torch_weight_gradient_fusion()

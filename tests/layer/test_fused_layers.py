@@ -1,4 +1,4 @@
-"""Test attention and experts of PyTorch's fused kernels against Megatron's: values, gradients and training runs."""
+"""Test fused attention and grouped experts against Megatron's: values, gradients and training runs."""
 
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def test_attention_dropout_follows_megatrons_generator() -> None:
     tensors = [torch.ones(16, 2, heads, 8, dtype=torch.float64, device=DEVICE) for heads in (4, 2, 2)]
     torch.manual_seed(1)
     first = attend(*tensors, None)
-    torch.manual_seed(1)  # has no effect: dropout uses another generator
+    torch.manual_seed(1)  # has no effect: dropout uses a different generator
     second = attend(*tensors, None)
     assert not torch.equal(first, second) and first.std() > 0
     assert attend.eval()(*tensors, None).std() < 1e-12
@@ -98,7 +98,7 @@ def test_experts_are_megatrons(sizes: list[int]) -> None:
 
 @needs_groups
 def test_megatrons_hook_runs_once_for_all_chunks() -> None:
-    """The gradient goes to Megatron's buffer. Autograd gets an empty one, so that the hook's stream waits for it."""
+    """The gradient goes to Megatron's buffer. Autograd gets an empty one, so that the hook's stream still waits."""
     layer = make_layer(make_config(moe_relu_activation_limit=1.0), fused=True)
     weights = list(layer.experts.parameters())
     for weight in weights:
@@ -137,7 +137,7 @@ def test_norms_refuse_weights_centered_at_zero() -> None:
 
 
 def test_same_training(data: Path) -> None:
-    """With top-k, whole steps from the same weights have the losses of Megatron's layers; test_resharding has ReMoE."""
+    """Top-k training has the same losses with fused layers as with Megatron's. test_resharding tests this for ReMoE."""
     words = [*TINY, *TOPK, "--moe-router-topk", "3", "--data-path", str(data), "--train-iters", "4"]
     losses = [series(run([*words, *flags]), "lm loss") for flags in ([], ["--no-local-layer-fusion"])]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 4

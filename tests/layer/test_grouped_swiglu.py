@@ -1,6 +1,6 @@
 """Test the experts' products against plain autograd in float64, for any number of experts and rows.
 
-Fake tensors show what a GPU of each kind would run. They have the checks of its kernels but no values, so a test fails
+Fake tensors show what each kind of GPU would run. They have the checks of its kernels but no values, so a test fails
 if the code waits for a value.
 """
 
@@ -57,7 +57,7 @@ def make_order(rows: torch.Tensor | None) -> Order:
 
 
 def some_rows(sizes: list[int], gathers: bool) -> tuple[int, torch.Tensor | None]:
-    """Return the number of tokens, and the tokens of all experts in order; None if tokens are pairs."""
+    """Return the number of tokens, and the token of each pair, sorted by expert; None for these if tokens are pairs."""
     num_tokens = max(sizes) + 3
     rows = [torch.randperm(num_tokens, device=DEVICE)[:size].sort().values for size in sizes]
     return (num_tokens, torch.cat(rows)) if gathers else (sum(sizes), None)
@@ -86,7 +86,7 @@ def test_matrices_of_their_own_keep_no_copy_for_the_backward_pass() -> None:
 def test_values_and_gradients(sizes: list[int], accumulates: bool, gathers: bool) -> None:
     torch.manual_seed(len(sizes))
     num_tokens, rows = some_rows(sizes, gathers)
-    inputs = [torch.randn(num_tokens, HIDDEN, device=DEVICE), torch.rand(sum(sizes), device=DEVICE)]  # gates: fp32
+    inputs = [torch.randn(num_tokens, HIDDEN, device=DEVICE), torch.rand(sum(sizes), device=DEVICE)]
     inputs += [torch.randn(len(sizes), *shape, device=DEVICE) for shape in ((2 * FFN, HIDDEN), (HIDDEN, FFN))]
     ours, right = ([value.double().requires_grad_() for value in inputs] for _ in range(2))
     for weight in ours[2:] if accumulates else ():
@@ -106,7 +106,7 @@ def test_values_and_gradients(sizes: list[int], accumulates: bool, gathers: bool
 @pytest.mark.parametrize("kernel", [True, False], ids=["one kernel", "one by one"])
 @pytest.mark.parametrize("sizes", [SIZES["few rows"], SIZES["many rows"]], ids=["few rows", "many"])
 def test_half_precision(sizes: list[int], kernel: bool, accumulates: bool, gathers: bool) -> None:
-    """Results are within 1 % of float64 with `grouped_mm`, a kernel on some GPUs, and without it."""
+    """Results are within 1 % of float64, both with `grouped_mm`, which is one kernel on some GPUs, and without it."""
     products = OneKernel(sizes, torch.device(DEVICE)) if kernel else OneByOne(sizes)
     torch.manual_seed(len(sizes))
     hidden, ffn = 32, 24  # the kernel needs rows of a multiple of 16 bytes
@@ -119,7 +119,7 @@ def test_half_precision(sizes: list[int], kernel: bool, accumulates: bool, gathe
     right = [value.double().requires_grad_() for value in inputs]
     if accumulates:
         for weight in ours[2:]:
-            # Megatron's buffers are fp32. Only a GPU adds products in bf16 to them.
+            # Megatron's buffers are fp32. Only a GPU can add bf16 products to them.
             buffer = torch.ones_like(weight, dtype=torch.float32 if DEVICE == "cuda" else None)
             weight.main_grad, weight.grad_added_to_main_grad = buffer, False
     with SumTypes() as sums:
@@ -187,7 +187,7 @@ def run_on_fake_gpu(sizes: list[int], hidden: int = 16, ffn: int = 8) -> type:
 def test_kernels_of_gpus(
     pretend, capability: tuple[int, int], dtype: torch.dtype, sizes: tuple[int, int, int], is_one_kernel: bool
 ) -> None:
-    """`grouped_mm` is one kernel on two generations in bf16, for up to 1023 experts and multiples of 8."""
+    """`grouped_mm` is one kernel on capabilities 9 and 10 in bf16, up to 1023 experts and for multiples of 8."""
     pretend(capability)
     experts, hidden, ffn = sizes
     with FakeTensorMode():
@@ -199,14 +199,14 @@ def test_kernels_of_gpus(
 
 @pytest.mark.parametrize("sizes", [[3, 0, 2], [0, 0, 0]], ids=str)
 def test_on_a_gpu_with_a_kernel(pretend, sizes: list[int]) -> None:
-    """Without rows no kernel runs: `grouped_mm` can fail or hang."""
+    """Without rows `grouped_mm` is not called, because it can fail or hang."""
     pretend((9, 0))
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert run_on_fake_gpu(sizes) is (OneKernel if sum(sizes) else OneByOne)
 
 
 def test_experts_without_pairs_have_no_gradient_on_sm100(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel of sm100 does not write their gradients; here the memory holds NaN."""
+    """The kernel of sm100 does not write the gradients of these experts; here their memory holds NaN."""
     monkeypatch.setattr(module, "_generation", lambda _device: module.SM100)
     stock, sizes = torch.nn.functional.grouped_mm, torch.tensor([3, 0, 4, 0])
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("process_groups")
 
 
 class Waits(TorchDispatchMode):
-    """Collects the operations that make the host wait for a shape or a value."""
+    """A mode that collects the operations that make the host wait for a shape or a value."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ def test_waiting_is_noticed() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: PyTorch tells of waits on CUDA alone")
 def test_cuda_tells_of_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    if torch.cuda.get_device_name().endswith("(rehearsal)"):  # a map that was never computed has any number of pairs
+    if torch.cuda.get_device_name().endswith("(rehearsal)"):  # the map is not computed: it can have any number of pairs
         monkeypatch.setattr(counting, "read_pairs", FakePairCounts(0.5).counted(counting.read_pairs))
     config = make_config(**HALF_PRECISION)
     layer = make_layer(config, fused=True)

@@ -1,4 +1,4 @@
-"""Test HybridEP with any number of experts per token: Megatron's code for it, and a stand-in for the kernels."""
+"""Test HybridEP with any number of experts per token, in Megatron's code and with a stand-in for the kernels."""
 
 import sys
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from tests.tiny_model import RELU
 from tests.training_runs import TINY, run, series
 
 HYBRIDEP = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}
-PADDED = {name: True for name in MEGATRON_FIELDS if name.startswith("moe_hybridep_pad_")}  # versions differ in its name
+PADDED = {name: True for name in MEGATRON_FIELDS if name.startswith("moe_hybridep_pad_")}  # its name varies by version
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_layer_gives_what_it_gives_by_alltoall(share: str, limit: float, fused
 
 
 def test_training_is_that_of_alltoall(data: Path) -> None:
-    """Two ranks with half of the experts each, which start in chunks, train as with alltoall."""
+    """Two ranks with half of the experts each train as with alltoall. Their layers run in chunks at first."""
     words = [*TINY, *RELU, "--data-path", str(data), "--expert-model-parallel-size", "2", "--train-iters", "3"]
     words += ["--moe-relu-activation-limit", "2"]
     hybridep = "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep --moe-router-dtype fp32".split()

@@ -44,7 +44,7 @@ def test_megatrons_default_experts_train(routing: str) -> None:
     make = make_config if routing == "ReLU" else make_topk_config
     gelu = torch.nn.functional.gelu
     layer = make_layer(make(add_bias_linear=True, gated_linear_unit=False, activation_func=gelu), fused=True)
-    layer.router.bias = None  # `add_bias_linear` also gives top-k one
+    layer.router.bias = None  # `add_bias_linear` also gives a top-k router a bias
     for name, weight in layer.experts.named_parameters():
         if name.endswith("bias"):
             weight.data.normal_()
@@ -71,7 +71,7 @@ def test_megatrons_default_experts_train(routing: str) -> None:
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize("share", ["all", "none", "one expert", "one expert empty"])
 def test_any_number_of_pairs_is_dispatched(share: str, dispatcher: str, fused: bool) -> None:
-    """Megatron's alltoall sends tokens · topk pairs: it drops the others, or adds unrouted ones."""
+    """Megatron's alltoall always sends tokens · topk pairs: it drops pairs beyond that, or adds unrouted ones."""
     torch.manual_seed(1)
     config = make_config(moe_token_dispatcher_type=dispatcher, moe_relu_l1_reg_coeff_init=0.1)
     layer = make_layer(config, fused)
@@ -113,7 +113,7 @@ def results(layer: ReMoELayer, tokens: torch.Tensor, output: torch.Tensor) -> li
     ids=["ReMoE", "in chunks", "top-k"],
 )
 def test_tritons_kernels_give_the_same(make: Callable[..., Any], changes: dict[str, Any], fused: bool) -> None:
-    """Their error against float64 is at most about twice that of PyTorch's operations in float32."""
+    """The kernels' error against float64 is at most about twice that of PyTorch's operations in float32."""
     pytest.importorskip("triton")
     actual, weights = [], None
     for kernels, router_dtype, dtype in [
@@ -122,7 +122,7 @@ def test_tritons_kernels_give_the_same(make: Callable[..., Any], changes: dict[s
         ("triton", "fp32", torch.float32),
     ]:
         torch.manual_seed(5)
-        model_parallel_cuda_manual_seed(5)  # for one seed in a hundred one rounding is larger than this
+        model_parallel_cuda_manual_seed(5)  # one seed in a hundred has an error above the bound
         types = {"params_dtype": dtype, "pipeline_dtype": dtype, "moe_router_dtype": router_dtype}
         layer = make_layer(make(**types, **changes, moe_kernels=kernels, num_moe_experts=8, moe_router_topk=2), fused)
         weights = weights or layer.state_dict()
@@ -137,7 +137,7 @@ def test_tritons_kernels_give_the_same(make: Callable[..., Any], changes: dict[s
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_steps_called_one_by_one_give_the_same(fused: bool) -> None:
-    """Megatron's schedules that overlap a layer with others call its steps in this way."""
+    """Megatron's schedules that overlap layers call a layer's steps in this way."""
     torch.manual_seed(3)
     layer = make_layer(make_config(), fused=fused)
     tokens = torch.randn(7, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("process_groups")
 
 
 class GroupedLinear(torch.nn.Module):
-    """The interface of Transformer Engine's grouped layers: rows sorted by expert, and a list of rows per expert."""
+    """A layer with the interface of Transformer Engine's grouped ones: rows sorted by expert, and rows per expert."""
 
     def __init__(self, experts: int, inputs: int, outputs: int, *, config, init_method, **_unused) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def test_only_router_and_layer_are_replaced(engine_spec: ModuleSpec) -> None:
 
 
 def test_kernels_are_for_any_routing(engine_spec: ModuleSpec) -> None:
-    """Top-k layers use a plan too, with sizes on the host, and equal Megatron's layer."""
+    """Top-k layers use a plan too, with sizes on the host. Their results equal those of Megatron's layer."""
     stock, planned = (
         spec.submodules.mlp(config=make_topk_config(moe_router_topk=2, moe_grouped_gemm=True), layer_number=1)
         for spec in (engine_spec, replace_classes(engine_spec, PLANNED_DISPATCH))
@@ -128,7 +128,7 @@ def test_activations_are_recomputed_in_chunks_and_without(
 
 
 def test_a_layer_in_fp8_is_recomputed_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It uses the engine's checkpoint, called as in Megatron's layer; without FP8 it does not."""
+    """With FP8, a layer uses the engine's checkpoint function, called as in Megatron's layer; otherwise it does not."""
     groups = []
 
     def checkpoint(forward, distributes: bool, _tracker, group, *inputs: torch.Tensor | None) -> torch.Tensor:

@@ -54,7 +54,7 @@ def gpt_layers(layout: Layout, variant: str) -> list[str]:
 
 
 def hybrid_layers(layout: Layout, variant: str) -> list[str]:
-    """Return the flags of HybridModel's layers: each layer of GPTModel becomes two, attention and MLP."""
+    """Return the flags of HybridModel's layers; each layer of GPTModel becomes two, attention and MLP."""
     mlps = "-E-E" if variant == DENSE_AND_MOE else "EEEE"
     size = LAYERS // layout.stages
     parts = ("".join(f"*{mlp}" for mlp in mlps[start : start + size]) for start in range(0, LAYERS, size))

@@ -1,4 +1,4 @@
-"""Train the parity model in one layout, and measure the differences of two training runs."""
+"""Train the parity model in one layout, and measure the differences between two training runs."""
 
 import json
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from tests.training_runs import run
 from tools.runs.log_reader import read_log
 
 RECORD = Path(__file__).with_name("record.py")
-# For loss and gradient. Layouts add up in another order in fp32, and round at other places to 8 bits in bf16.
+# For loss and gradient. Layouts add in different orders; with bf16 they also round to 8 bits at different places.
 TOLERANCE, TOLERANCE_BF16 = (1e-4, 1e-4), (2e-2, 1e-1)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One training: model class ("gpt" or "hybrid"), routing, variant and layout, all by name."""
+    """One training run: model class ("gpt" or "hybrid"), routing, variant and layout, all by name."""
 
     model: str
     routing: str
@@ -30,14 +30,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Training:
-    """The figures of one training.
+    """The figures of one training run.
 
     Attributes:
         losses: language loss of every step, in nats per token.
         sparsities: S of every step; empty with top-k.
         coefficients: λ of every step as printed; empty with top-k.
         exponents: λ's exponent after every step, of every router, by rank.
-        counts: layer → tokens per expert and tokens at step 0, summed over ranks.
+        counts: layer → each expert's tokens, then all tokens, at step 0, summed over ranks.
         gradients: layer → the router weight's gradient at step 0, one for each rank that holds the layer.
     """
 
@@ -51,13 +51,13 @@ class Training:
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest differences of two training runs.
+    """The largest differences between two training runs.
 
     Attributes:
-        loss, gradient: relative; the gradient's at step 0 and to its largest element.
+        loss, gradient: relative; the gradient's is at step 0, relative to the gradient's largest element.
         sparsity: absolute; 0 with top-k.
-        same_counts: whether tokens per expert are equal at step 0.
-        same_exponents: whether λ's exponent is equal at every step, on all ranks and the reference.
+        same_counts: whether `Training.counts` are equal.
+        same_exponents: whether λ and its exponents equal the reference's at every step, on all ranks.
     """
 
     loss: float
@@ -74,7 +74,7 @@ class Difference:
 
 
 def train(folder: Path, data: Path, case: Case, *flags: str) -> Training:
-    """Train with a process per rank and keep the figures in `folder`; only read them if the training is finished."""
+    """Train with a process per rank and keep the figures in `folder`; if that is done already, only read them."""
     layout, log = LAYOUTS[case.layout], folder / "log"
     if not (folder / "done").exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Train, and also write counts, router gradients and exponents of λ to a file per rank.
 
-python record.py FOLDER ...    the other words go to the training entry
+python record.py FOLDER ...    the other arguments go to the training entry
 """
 
 import json
@@ -38,7 +38,7 @@ def full_gradient(chunk: "DistributedDataParallel", parameter: torch.nn.Paramete
 
 
 def observe(model_cfg: Any) -> None:
-    """Append to the rank's record in every training step."""
+    """Install a hook that updates this rank's record after the backward passes of each training step."""
     # Import only after the entry has adapted Megatron to the machine.
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
     from megatron.core.transformer.moe.router import TopKRouter

@@ -1,6 +1,6 @@
 """Test that layouts of up to four processes train like one process: loss, router gradients, counts and λ.
 
-The default run has a few layouts. All layouts in all variants, and the table of docs/parallelism.md:
+By default, a few layouts run. To run all layouts in all variants, and write the table of docs/parallelism.md:
 
     pytest tests/parity --parity-tables runs/parity      finished training runs in that folder are not repeated
 """
@@ -38,10 +38,10 @@ CHECKED = {
     ("hybrid", "ReMoE"): "HybridModel, largest",
 }
 ALL = [Case(*kind, variant, layout) for kind in CHECKED for variant in VARIANTS for layout in LAYOUTS]
-# The columns of the table, each with the variants whose largest differences it shows.
+# Column of the table → the variants whose largest differences it shows.
 COLUMNS = {"plain, full or MoE recompute": ["plain", "full recompute", "MoE recompute"]}
 COLUMNS |= {variant: [variant] for variant in VARIANTS if "recompute" not in variant and variant != "plain"}
-# remoe convert cannot make a HybridModel's start in Megatron-FSDP's format.
+# remoe convert cannot make a HybridModel's initial checkpoint in Megatron-FSDP's format.
 ALL = [case for case in ALL if (case.layout != SINGLE if case.model == "gpt" else "FSDP" not in case.layout)]
 
 
@@ -51,7 +51,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 class Runs:
-    """The training runs of this test session; those of a routing and a variant start from one checkpoint."""
+    """The training runs of this test session; runs with the same routing and variant start from one checkpoint."""
 
     def __init__(self, data: Path, folder: Path, steps: int) -> None:
         self.data, self.folder, self.steps = data, folder, steps
@@ -71,7 +71,7 @@ class Runs:
         return converted
 
     def train(self, case: Case, *flags: str) -> Training:
-        """Train a case for some steps, or read it if it is finished."""
+        """Train a case for `steps` steps, or read its figures if that is done already."""
         place = self.folder / case.routing / case.variant / " ".join([case.model, case.layout, *flags])
         load = ["--train-iters", str(self.steps), "--load", str(self.start(case)), "--finetune"]
         return train(place, self.data, case, *load, *flags)
@@ -110,7 +110,7 @@ def test_a_difference_is_seen(runs: Runs) -> None:
 
 
 def row(title: str, differences: dict[Case, Difference]) -> list[str]:
-    """Return the largest loss and gradient of each column, with a mark if a case is out of tolerance."""
+    """Return the largest differences of loss and gradient per column, with a mark if a case is out of tolerance."""
     cells = [title]
     for variants in COLUMNS.values():
         column = {case: one for case, one in differences.items() if case.variant in variants}

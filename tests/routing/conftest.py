@@ -9,5 +9,5 @@ TRITON = pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is 
 
 @pytest.fixture(params=["torch", TRITON])
 def kernels(request: pytest.FixtureRequest) -> str:
-    """Return the flag's value."""
+    """Return a value of `--moe-kernels`."""
     return request.param

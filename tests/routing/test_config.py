@@ -47,6 +47,6 @@ def test_a_router_nobody_asked_for_is_refused(own_class: bool) -> None:
 
 
 def test_the_router_has_no_bias() -> None:
-    """Megatron gives its router one if other linear layers have one."""
+    """Megatron's router has a bias if other linear layers have one."""
     router = make_layer(make_config(add_bias_linear=True)).router
     assert set(router.state_dict()) == {"weight", "l1_exponent", "guarded"}

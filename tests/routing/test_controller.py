@@ -137,7 +137,7 @@ def test_a_step_that_is_not_finite_moves_nothing(make_controller) -> None:
 
 @pytest.mark.parametrize("name", ["main_grad", "decoupled_grad"])
 def test_large_gradients_of_half_precision_are_finite(name: str, make_controller) -> None:
-    """With --fp16 the loss scale multiplies gradients, so that their sum can exceed fp16. `grad` is None then."""
+    """With --fp16, gradients include the loss scale, so their sum can exceed fp16's range. `weight.grad` is None."""
     controller = make_controller()
     router = controller.routers[0]
     gradient = torch.full_like(router.weight, 30000.0, dtype=torch.float16)

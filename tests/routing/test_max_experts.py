@@ -1,4 +1,4 @@
-"""Test a limit of experts per token."""
+"""Test `moe_relu_max_experts`: the largest gates are computed, but L1 and S count all positive gates."""
 
 from functools import partial
 

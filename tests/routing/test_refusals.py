@@ -1,4 +1,4 @@
-"""Test which settings are refused, and that the page has them."""
+"""Test which settings are refused, and that docs/refusals.md lists them."""
 
 import argparse
 from types import SimpleNamespace
@@ -73,7 +73,7 @@ def test_refused_together(name: str) -> None:
 
 @pytest.mark.usefixtures("process_groups")
 def test_attention_of_a_hybrid_model_can_be_captured() -> None:
-    """The MoE layer is still recomputed: Megatron leaves that to graphs that capture it."""
+    """The MoE layer is still recomputed, although Megatron would recompute it only in graphs of MoE modules."""
     settings = {"recompute_granularity": "selective", "recompute_modules": ["moe"], "is_hybrid_model": True}
     config = make_config(cuda_graph_impl="local", cuda_graph_modules=["attn"], **settings)
     assert config.cuda_graph_impl == "local" and make_layer(config).moe_layer_recompute

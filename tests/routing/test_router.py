@@ -92,7 +92,7 @@ def test_l1_gradient_follows_the_loss_scale_and_the_coefficient(make_router) -> 
     [
         # Of 4 tokens, 3 and 1 go to two of 4 experts, k = 1: f_e = E / (k T) · tokens is 3 and 1.
         (True, (3 * (1 + 2 + 3) + 1 * 4) / 4, [3 / 4, 1 / 4]),
-        # Paper equation 9: f_e is 1. L = Σ f_e · gates / T in both.
+        # The paper's equation 9: f_e is 1. In both, L_reg = 1/T · Σ f_e · gates.
         (False, (1 + 2 + 3 + 4) / 4, [1 / 4, 1 / 4]),
     ],
 )
@@ -111,7 +111,7 @@ def test_l1_by_hand(make_router, balances: bool, loss: float, weights: list[floa
 
 
 def test_per_token_loss_scales_the_l1_gradient_by_the_tokens(make_router) -> None:
-    """Megatron then divides all gradients by the number of tokens; the scale cancels that."""
+    """With a loss per token, Megatron later divides all gradients by the number of tokens."""
     torch.manual_seed(6)
     router = make_router(moe_relu_l1_reg_coeff_init=0.5)
     tokens = random_tokens(router)
@@ -131,7 +131,7 @@ def dead_router(make_router):
 
 
 def test_the_guard_revives_a_dead_router(dead_router) -> None:
-    """It replaces L1 by the gradient of -0.1 · mean(logits) where gates are off. Its descent routes tokens again."""
+    """Instead of L1, the guard has the gradient of -0.1 · mean(logits) where gates are off. It turns gates on again."""
     router, hidden = dead_router
     router.guarded.fill_(1)
     probs, _ = router(hidden)

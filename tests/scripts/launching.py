@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 
-import megatron.training.arguments  # noqa: F401  # plans then read flags in this process
+import megatron.training.arguments  # noqa: F401  # so that plans read flags in this process
 from tests.entry import shared_entry
 from tests.training_runs import REPOSITORY
 from tools.recipes.command import main

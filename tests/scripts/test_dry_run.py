@@ -11,7 +11,7 @@ PAPER = {"182m": (777, 995), "978m": (5730, 5991)}  # 10^6 parameters, GFLOPs pe
 
 @pytest.mark.parametrize(("size", "routing"), [("978m", "remoe"), ("182m", "dense"), ("182m", "moe")])
 def test_cost_is_the_papers(size: str, routing: str) -> None:
-    """The program accepts each script's flags, without data too; model and cost are the paper's."""
+    """The program accepts each script's flags, even without data. Parameters and FLOPs are the paper's."""
     estimate, _, command_line = dry_run(f"{size}_{routing}").partition("\nCommand:\n")
     assert "torch.distributed.run" in command_line and " --data-path PREFIX " in command_line
     parameters, gflops = PAPER[size]
@@ -36,7 +36,7 @@ def test_both_models_cost_the_same() -> None:
 
 @pytest.mark.parametrize(("gpus_per_node", "leaves_node"), [("8", True), ("16", False)])
 def test_expert_parallelism_over_nodes(gpus_per_node: str, leaves_node: bool) -> None:
-    """With TP 2, experts on EP 8 need 16 GPUs."""
+    """With TP 2 and EP 8, expert-parallel groups have 16 GPUs."""
     layout = {"NNODES": "4", "TP": "2", "PP": "2", "EP": "8"}
     output = dry_run("978m_remoe", gpus_per_node, "60000", "16", **layout)
     assert ("WARNING: expert-parallel groups of 16 GPUs do not fit in nodes of 8" in output) == leaves_node

@@ -1,4 +1,4 @@
-"""Test the paper's launch scripts: what test_launch_commands.py does not record, and errors."""
+"""Test the paper's launch scripts: errors, and behaviour that test_launch_commands.py does not record."""
 
 import os
 import shlex
@@ -84,7 +84,7 @@ def test_kernels(modules: dict[str, str], flags: list[str], layers: str, expecte
 
 @pytest.mark.parametrize(("name", "expected"), [("NVIDIA H100 80GB HBM3", "1"), ("NVIDIA GB200", "")])
 def test_starts_on_gpus_as_it_says(name: str, expected: str, tmp_path: Path) -> None:
-    """The training gets the environment variables that command.sh sets; nvidia-smi and Python are stubs."""
+    """The training process gets the environment variables that command.sh sets; nvidia-smi and Python are stubs."""
     answers = {
         "nvidia-smi": f'printf "%s\\n" "{name}" "{name}"',
         "python": f'[[ ${{2-}} == *device_count* ]] && echo 2 && exit\n[[ $1 == -m ]] || exec {sys.executable} "$@"\n'
@@ -109,7 +109,7 @@ def test_starts_on_gpus_as_it_says(name: str, expected: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("rank", "written"), [("0", ["command.sh", "train.log"]), ("1", ["train.node1.log"])])
 def test_the_first_node_writes_the_command(rank: str, written: list[str], tmp_path: Path) -> None:
-    """Only the first node writes command.sh, and each has its log, because all nodes can share the folder."""
+    """Only the first node writes command.sh, and each node has its own log: all nodes can share the folder."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\n[ "$1" = -m ] || exec {sys.executable} "$@"\n')
     python.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Test a launch script on the CPU: it trains, resumes, saves on a signal and returns the training's exit code."""
+"""Test a launch script on the CPU: it trains, resumes, saves on a signal and returns the run's exit code."""
 
 import os
 import shutil
@@ -57,13 +57,13 @@ def test_ends_with_the_trainings_exit_code_its_whole_log_and_its_last_error(
 def test_a_signal_before_torchrun_has_children_is_not_lost(
     training: str, code: int, stopped: bool, tmp_path: Path
 ) -> None:
-    """The signal is sent once it trains, without ps or pgrep. A training run that cannot save has failed."""
+    """`run_training` waits until a child handles the signal, without ps or pgrep. A run that cannot save has failed."""
     (tmp_path / "tee").symlink_to(shutil.which("tee") or "")
     words = [sys.executable, "-c", RUN, str(tmp_path / "log"), sys.executable, "-c", LATE, training]
     process = subprocess.Popen(
         words, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=os.environ | {"PATH": str(tmp_path)}
     )
-    wait_until((tmp_path / "log").exists)  # tee has started, and so has the training
+    wait_until((tmp_path / "log").exists)  # tee creates the log, after the launcher has started
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == code and output.splitlines()[0].startswith("Saving")

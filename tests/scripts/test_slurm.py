@@ -60,7 +60,7 @@ match [Path(sys.argv[0]).name, *sys.argv[1:]]:
 
 
 class Job:
-    """A Slurm job: Slurm's copy of the job file, which runs in the folder where sbatch was called."""
+    """A Slurm job: it runs Slurm's copy of the job file in the folder where sbatch was called."""
 
     def __init__(self, folder: Path, **environment: str) -> None:
         self.commands, self.submit = folder / "commands", folder / "submit"
@@ -102,7 +102,7 @@ class Job:
 
 
 def test_time_limit_saves_and_queues_again(data: Path, tmp_path: Path) -> None:
-    """SIGTERM saves and requeues a job. A job that has finished is not requeued. test_launch_training.py resumes."""
+    """SIGTERM saves and requeues a job. A finished job is not requeued. test_launch_training.py tests resuming."""
     small = [*SMALL, *"--moe-ffn-hidden-size 128 --split 90,10,0 --eval-iters 0".split()]
     environment = {"DATA_PATH": str(data), "OUTPUT_DIR": str(tmp_path / "run"), "PYTHON": sys.executable}
     environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
@@ -137,7 +137,7 @@ def test_script_gets_its_arguments_and_the_first_nodes_address(image: str, tmp_p
     container = [option for option in options if option.startswith("--container")]
     assert container == ([f"--container-image={image}", *folder] if image else [])
     assert environment.get("PYTHON") == ("python" if image else None)
-    job.environment["SLURM_GPUS_ON_NODE"] = "4"  # for a script that is not told the number of GPUs
+    job.environment["SLURM_GPUS_ON_NODE"] = "4"  # passed on if the script is called without a number of GPUs
     for given, expected in (([], "<4>"), (["--", "--lr"], "<4><--><--lr>"), (["8"], "<8>")):
         assert job.run(job.script('printf "<%s>" "$@"'), *given) == (0, expected)
 

@@ -42,17 +42,17 @@ def plain(flags: str = "", prefix: str = "text") -> Arguments:
 
 
 def on(prefix: str, flags: str = "") -> Arguments:
-    """Return the arguments of a ReMoE on a data set."""
+    """Return the arguments of a ReMoE run on a data set."""
     return plain(f"{' '.join(RELU)} {flags}", prefix)
 
 
 def lacking(names: str, flags: str = "") -> Arguments:
-    """Return the arguments of a ReMoE without these flags and their values."""
+    """Return the arguments of a ReMoE run without these flags and their values."""
     return lambda user: without(on("text", flags)(user), *names.split())
 
 
 def resumed(flags: str = "", routing: list[str] = RELU, run: str = "remoe") -> Arguments:
-    """Return the arguments that resume the training of a checkpoint with other flags."""
+    """Return the arguments that resume a run of this user, with more flags."""
     saving = f"--save-interval 2 --train-iters 2 --load {{{run}}} --save {{{run}}}"
     return plain(f"{' '.join(routing)} {saving} {flags}")
 

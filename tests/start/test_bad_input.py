@@ -81,7 +81,7 @@ def test_entry(name: str, entry: Entry, user: User, used_port: str) -> None:
 
 
 def test_what_changes_on_the_way_is_no_different_run(entry: Entry, user: User, tmp_path: Path) -> None:
-    """Length, micro-batch size, intervals and folders may change on resuming. A second start has nothing to do."""
+    """Length, micro-batch size, intervals and folders can change on resuming. A second start has nothing to do."""
     shutil.copytree(user["remoe"], tmp_path / "moved")
     for path in (bin_path, idx_path):
         shutil.copy(path(user.folder / "text"), path(tmp_path / "text"))

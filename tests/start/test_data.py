@@ -1,4 +1,4 @@
-"""Test checks of data: token ids and the vocabulary, output folders, and what each rank reads."""
+"""Test checks of data: which token ids are compared with the vocabulary, and which rank reads whole indices."""
 
 import argparse
 import contextlib

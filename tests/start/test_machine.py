@@ -1,4 +1,4 @@
-"""Test machines without a C compiler, Triton, a GPU or a working Transformer Engine, and flags that are refused."""
+"""Test machines without a C compiler, Python's headers or a GPU, and settings that Megatron ignores or gets wrong."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ from tools.recipes.megatron_values import make_parser
 
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """Simulate a machine without any program and without settings of torch.compile."""
+    """Simulate a machine without programs in PATH and without environment variables for torch.compile."""
     for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE", "CC", "RANK"):
         monkeypatch.setenv(name, "")  # so that it is restored after the test
         monkeypatch.delenv(name)

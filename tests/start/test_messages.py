@@ -1,4 +1,4 @@
-"""Test who prints an error: the first rank, or any rank whose reason is its own, under the program's name."""
+"""Test error messages: which ranks print them, the program's name in front, and the remedy."""
 
 import socket
 import sys
@@ -13,7 +13,7 @@ from megatron.remoe.start import messages
 
 @pytest.fixture
 def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Return the list of seconds that a rank would have waited before it printed."""
+    """Return a list that collects the seconds that a rank would wait before it prints."""
     seconds: list[float] = []
     monkeypatch.setattr(messages.time, "sleep", seconds.append)
     monkeypatch.setattr(messages.signal, "signal", lambda *_: None)

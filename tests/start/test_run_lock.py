@@ -28,7 +28,7 @@ with lock_save_folder(argparse.Namespace(rank=0, skip_train=False, save=sys.argv
 
 
 def hold(folder: Path, host: str = "") -> subprocess.Popen[str]:
-    """Start a process that holds the folder, as if on another machine if a host is given."""
+    """Start a process that holds the folder, as if on a different machine if a host is given."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder), str(LEASE), host],
         stdout=subprocess.PIPE,
@@ -90,7 +90,7 @@ def test_one_that_was_taken_for_dead_ends(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_two_trainings_in_one_folder(data: Path, tmp_path: Path) -> None:
-    """A second training is refused until the first is killed; then it resumes. Two ranks count as one training."""
+    """A second run is refused until the first is killed; then it resumes. Two ranks count as one run."""
     saving = ["--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "2", "--data-path", str(data)]
     first = start([*TINY, *saving, "--train-iters", "100000", "--lr-decay-iters", "8"], PYTHONUNBUFFERED="1")
     assert first.stdout is not None

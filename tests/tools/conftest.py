@@ -1,4 +1,4 @@
-"""A vocabulary of bytes, which loads fast."""
+"""Provide a byte-level GPT-2 vocabulary, which loads fast."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 
 @pytest.fixture(scope="session")
 def byte_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Return the vocabulary's two files."""
+    """Return the vocabulary file and the merge file."""
     return byte_level_vocabulary(tmp_path_factory.mktemp("vocabulary"))
 
 
 @pytest.fixture(scope="session")
 def tokenizer(byte_files: tuple[Path, Path]) -> Path:
-    """Return its folder for transformers."""
+    """Return a folder with the tokenizer of `byte_files` for transformers."""
     return gpt2_tokenizer_folder(*byte_files, cache_dir=byte_files[0].parent)

@@ -1,4 +1,4 @@
-"""Start the sweep as a user does, and write runs that were never trained."""
+"""Start the sweep as a user does, and write the files of runs that were never trained."""
 
 import argparse
 import json
@@ -46,7 +46,7 @@ def final(iteration: int, loss: float, **more: object) -> dict[str, object]:
 
 
 def write_metrics(folder: Path, args: dict[str, object], *records: dict[str, object] | str) -> Path:
-    """Write metrics.jsonl with a start record of these arguments and these records or lines; return the folder."""
+    """Write metrics.jsonl: a start record with `args`, then `records` (dicts or raw lines); return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     start = {"kind": "start", "time": 0.0, "iteration": 0, "args": args}
     lines = (record if isinstance(record, str) else json.dumps(record) for record in (start, *records))
@@ -55,18 +55,18 @@ def write_metrics(folder: Path, args: dict[str, object], *records: dict[str, obj
 
 
 def write_run(folder: Path, train_iters: int, *records: dict[str, object], **args: object) -> None:
-    """Write a run's metrics."""
+    """Write the metrics of a run into `folder`/checkpoints."""
     args = {"train_iters": train_iters, "seq_length": 64, "global_batch_size": 4} | args
     write_metrics(folder / "checkpoints", args, *records)
 
 
 def model_arguments(size: Size, routing: Routing, vocabulary: int) -> argparse.Namespace:
-    """Return the arguments of a recipe that FLOPs depend on, under Megatron's names.
+    """Return a recipe's arguments that FLOPs depend on, under Megatron's names.
 
     Args:
-        size: of the model.
-        routing: its granularity G multiplies experts and k, and divides their width.
-        vocabulary: words, before Megatron pads them.
+        size: the model's dimensions.
+        routing: dense or routed layers; granularity G multiplies experts and k, and divides the experts' width.
+        vocabulary: number of tokens before Megatron pads it.
     """
     has_experts, multiple = routing.kind != "dense", size.vocabulary_multiple
     return argparse.Namespace(
@@ -79,7 +79,7 @@ def model_arguments(size: Size, routing: Routing, vocabulary: int) -> argparse.N
 
 
 def finish_run(grid: jobs.Grid, run: Run, loss: float = 2.0, **args: object) -> jobs.Job:
-    """Write a finished run as its job would."""
+    """Write a finished run's metrics and stamp as its job would; return the job."""
     job = jobs.make_job(run, grid)
     losses = [final(run.steps, loss, set=name, tokens=100) for name in TEXT.train_tokens]
     steps = [

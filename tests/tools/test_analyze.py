@@ -149,7 +149,7 @@ def test_frequent_tokens_and_those_of_an_expert(domains: list[Path], tokenizer: 
 
 
 def test_reads_checkpoints(domains: list[Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A run's checkpoint has the results of the exported folder, also without a tokenizer. Wrong flags are refused."""
+    """A run's checkpoint gives the exported folder's results, even without a tokenizer. Wrong flags are refused."""
     model, folder = exported(tmp_path / "model", "relu")
     args = args_of(model.config)
     args.tokenizer_type, args.params_dtype = "SentencePieceTokenizer", torch.float32

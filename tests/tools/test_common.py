@@ -64,7 +64,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
         aside.write_text("hal")
         raise OSError("no space left")
 
-    def write_twice(aside: Path) -> None:  # as two writers with the same process number, in two containers
+    def write_twice(aside: Path) -> None:  # like two writers with the same process id, in two containers
         aside.write_text("first")
         write_atomically(path, lambda aside: aside.write_text("second"))
 
@@ -76,7 +76,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
-    """A folder that is cut off leaves nothing, and a second one does not replace the first."""
+    """An interrupted write leaves nothing, and a second writer does not replace a complete folder."""
     path = tmp_path / "checkpoint"
     for text, left in (("cut off", []), ("whole", ["whole"]), ("other", ["whole"])):
         with contextlib.suppress(OSError), new_folder(path) as aside:
@@ -121,7 +121,7 @@ raise SystemExit(run_tool("test", lambda: os.kill(os.getpid(), signal.SIGHUP)))
 
 
 def read_terminal(terminal: int) -> str:
-    """Return more of what was shown, or "" at the end, which is an error on Linux."""
+    """Return the terminal's next output, or "" at its end, where Linux raises an error."""
     try:
         return os.read(terminal, 10_000).decode()
     except OSError:

@@ -1,4 +1,4 @@
-"""Test the conversion of dense and top-k checkpoints to ReMoE: the loss at once and after 50 steps, and refusals."""
+"""Test the conversion of dense and top-k checkpoints to ReMoE: the loss at once, further training, and refusals."""
 
 import argparse
 import itertools
@@ -70,7 +70,7 @@ def train_converted(data: Path, converted: Path, *arguments: str, steps: int = S
 
 
 def check_start(output: str, before: str, sparsity: float) -> None:
-    """Assert that training starts at `sparsity` near the source's loss."""
+    """Assert that training starts at `sparsity` and near the source's last training loss."""
     assert series(output, "sparsity")[0] == pytest.approx(sparsity, abs=0.05)
     assert 0.75 < series(output, "lm loss")[0] / series(before, "lm loss")[-1] < 1.15, "of a different batch"
 
@@ -108,7 +108,7 @@ def opened(folder: Path) -> GPTModel:
 
 
 def test_parts_of_some_layers(dense: tuple[Path, str], tmp_path: Path, monkeypatch, capfd) -> None:
-    """Each of G parts of a dense layer has E copies; the other layer stays dense."""
+    """The second layer is split into G = 2 parts, and each part is copied to 4 experts. The first stays dense."""
     monkeypatch.setattr(fitting, "STEPS", 150)
     words = "--num-experts 4 --moe-granularity 2 --moe-layer-freq [0,1]"
     assert main("--load", dense[0], "--save", tmp_path / "remoe", *words.split(), "--loss-bound", "0.1") == 0
@@ -124,7 +124,7 @@ def test_parts_of_some_layers(dense: tuple[Path, str], tmp_path: Path, monkeypat
 
 
 def test_fewer_experts_per_token(dense: tuple[Path, str], tmp_path: Path, monkeypatch, capfd) -> None:
-    """The routers of a ReMoE with a smaller k are fitted to the largest gates, so they are sparser."""
+    """For a smaller k, routers are fitted to the k largest gates only, so the ReMoE is sparser."""
     monkeypatch.setattr(fitting, "STEPS", 150)
     args = complete(checkpoints.find(dense[0], None).args)
     vars(args).update(num_experts=8, moe_router_topk=3, moe_ffn_hidden_size=64, moe_router_pre_softmax=True)
@@ -139,7 +139,7 @@ def test_fewer_experts_per_token(dense: tuple[Path, str], tmp_path: Path, monkey
 
 
 def test_layout_and_speed_of_the_source_are_free(dense: tuple[Path, str]) -> None:
-    """ReLU routing refuses some settings that do not concern a checkpoint's weights."""
+    """Settings that ReLU routing refuses in a run do not stop a conversion if they do not change the weights."""
     saved = checkpoints.find(dense[0], None).args
     free = {"tensor_model_parallel_size": 2, "fp8": "e4m3", "cuda_graph_impl": "full_iteration"}
     given = argparse.Namespace(num_experts=4, moe_router_topk=None, moe_granularity=None, moe_layer_freq=None)
@@ -180,7 +180,7 @@ def test_damaged_checkpoints(dense: tuple[Path, str], tmp_path: Path, capfd: pyt
     error = capfd.readouterr().err
     assert f"it is truncated. --ckpt-step {STEPS_BEFORE // 2} is complete." in error and error.count("\n") == 1
 
-    # The conversion to a different class reads while it writes. The error must name the folder that is read.
+    # A conversion to a different model class reads while it writes. The error must name the folder that is read.
     whole = broken / f"iter_{STEPS_BEFORE // 2:07d}"
     place = next(place for piece, place in read_index(whole).storage_data.items() if piece.fqn == checkpoints.EMBEDDING)
     with (whole / place.relative_path).open("r+b") as file:

@@ -165,7 +165,7 @@ def test_experts_by_phase(changes: dict[str, object], phases: dict[str, float]) 
 
 @pytest.mark.parametrize(("experts", "times", "full"), [(16, 6, 0), (2, 4, 0), (2, 5, 1)])
 def test_exchanged_bytes(experts: int, times: int, full: int) -> None:
-    """By hand: vectors of 64 numbers, sent to 7 of 8 GPUs; recomputation sends them again, in `full` layers a stage."""
+    """Vectors of 64 numbers go to 7 of 8 GPUs. Layers above the activation limit or recomputed in full resend them."""
     settings = {"num_experts": 32, "moe_relu_activation_limit": 2.0, "expert_model_parallel_size": 8}
     stages = [Stage(shared=0, experts=0, layers=("*-", "*E")), Stage(shared=0, experts=0, layers=("E",))]
     args = arguments(**settings, global_batch_size=64, world_size=8)
@@ -182,7 +182,7 @@ def test_exchanged_bytes(experts: int, times: int, full: int) -> None:
 def test_micro_batches_in_flight(
     chunks: int | None, micro_batches: int, expected: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By hand, from Megatron's schedule: the warm-up's chunks and one more, at most all."""
+    """In Megatron's schedule, a stage holds the warm-up's chunks and one more, at most all chunks of a step."""
     monkeypatch.setattr(memory, "get_num_microbatches", lambda: micro_batches)
     args = arguments(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=chunks)
     args.microbatch_group_size_per_vp_stage, args.overlap_moe_expert_parallel_comm = None, False

@@ -34,7 +34,7 @@ def figures(output: str, label: str) -> list[float]:
 
 
 def step_milliseconds(output: str) -> list[float]:
-    """Return the time of a step, from and to."""
+    """Return the lowest and the highest estimate of a step's time, in ms."""
     (times,) = re.findall(r"([\d,]+) to ([\d,]+) ms a step", output)
     return [float(number.replace(",", "")) for number in times]
 
@@ -66,7 +66,7 @@ def test_a_slower_gpu_takes_longer_and_may_not_fit() -> None:
 
 
 def test_recomputation_takes_time() -> None:
-    """Full recomputation of one of two equal layers takes half the time of both; of experts, less than of both."""
+    """Recomputing one of two equal layers adds half the time that both add; recomputing experts adds less than both."""
     full = "--recompute-granularity full --recompute-method block --recompute-num-layers"
     flags = ["", f"{full} 1", f"{full} 2", "--recompute-granularity selective --recompute-modules moe"]
     common = ["--gpus", "1", "--", *MODEL, *EXPERTS, "--moe-relu-routing", "--num-layers", "2"]
@@ -83,7 +83,7 @@ def test_fully_sharded_weights() -> None:
 
 
 def test_layers_of_multi_token_prediction_count() -> None:
-    """Such a layer keeps as much as any other, plus hidden states and the softmax. GPTModel and HybridModel agree."""
+    """MTP layers keep as much as others, plus hidden states and the softmax. GPTModel and HybridModel agree."""
     common = [*MODEL, *EXPERTS, "--moe-relu-routing"]
     predicting, hybrid, longer = (
         cost("--gpus", "8", "--", *common, *flags.split())

@@ -36,7 +36,7 @@ def test_memory_is_given_back(monkeypatch) -> None:
 
 
 def without_gigatoken(how: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Break gigatoken in this way, and return the reason that the warning must give."""
+    """Break gigatoken as `how` says, and return the reason that the warning must give."""
     import gigatoken
 
     encode_batch = gigatoken.Tokenizer.encode_batch

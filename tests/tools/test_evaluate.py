@@ -78,7 +78,7 @@ def test_loss_is_megatrons(trained: Trained, tmp_path: Path, capfd: pytest.Captu
 def test_to_transformers_and_back(
     trained: Trained, tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The exported model has the loss without Megatron. Both checkpoints have the same next steps."""
+    """The exported model has the run's loss without Megatron. Converted back, it trains like the run's checkpoint."""
     there, back, text = (tmp_path / name for name in ("there", "back", "text.pt"))
     assert export(["--load", str(trained.folder), "--save", str(there), "--tokenizer-model", str(tokenizer)]) == 0
     torch.save(torch.cat(list(read_batches(read_sequences(str(trained.held_out), 64, 77, 257), None, 257))), text)
@@ -100,7 +100,7 @@ def test_to_transformers_and_back(
 
 
 def test_a_bound_ends_with_its_data_set(data: Path, tmp_path: Path) -> None:
-    """The next data set runs with the model's own bound again."""
+    """A bound on experts must not stay set for the next data set, which starts with the model's own bound."""
     make("relu", vocab_size=300).save_pretrained(tmp_path / "model")
     (second := tmp_path / "again.bin").write_bytes(data.with_suffix(".bin").read_bytes())
     second.with_suffix(".idx").write_bytes(data.with_suffix(".idx").read_bytes())
@@ -149,7 +149,7 @@ def test_models_read_the_same_sequences() -> None:
 
 
 def test_scores_of_lm_eval() -> None:
-    """lm-eval is 400 MB. This is the form of its results; the test below runs it where it is installed."""
+    """The results here have lm-eval's format. The test below runs lm-eval itself (400 MB) if it is installed."""
     task = {"alias": "own", "sample_len": 3, "acc,first": 0.5, "acc_stderr,first": 0.1, "f1,none": 1.0}
     group = {"alias": "group", "sample_len": 3, "acc,first": 0.5, "acc_stderr,first": "N/A"}
     rows = [tuple(row.values()) for row in read_scores({"own": task, "group": group})]
@@ -182,7 +182,7 @@ def test_tasks_through_lm_eval(tokenizer: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     assert {*TASKS} <= set(TaskManager().all_tasks)
     scores = evaluate(tmp_path, "--load", tmp_path / "model", "--task-data", folder, "--tasks", "texts")
-    of_words = []  # the summed log-probabilities of each last word's tokens, bytes here, and of the space before it
+    of_words = []  # log-probability of each text's last word with the space before it: a sum over its tokens (bytes)
     for text in TEXTS:
         ids = loaded(text, return_tensors="pt").input_ids
         with torch.no_grad():

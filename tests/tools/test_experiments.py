@@ -1,4 +1,4 @@
-"""Test the experiments' plans: runs, their names and flags, what is refused, jobs for Slurm, and tables by hand."""
+"""Test the plans of experiments: runs, names, flags, refusals, tuning, runs of equal FLOPs, and jobs for Slurm."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from tools.text.corpora import dataset
 
 
 def paper_runs(*words: str, **environment: str) -> dict[str, list[str]]:
-    """Return name → command of a dry run with the launch scripts."""
+    """Return run name → launch command, read from the output of a dry run."""
     output, _ = sweep("--dry-run", "--output-dir", "/nowhere/runs", *words, **environment)
     *lines, last = output.splitlines()
     assert last == f"# to train: {len(lines) // 2} runs"
@@ -174,7 +174,7 @@ def test_a_longer_run_goes_on_from_the_decay_of_a_shorter_one(tmp_path: Path) ->
     finish_run(grid, replace(run, steps=80, seed=1))
     longer = jobs.make_job(replace(run, steps=45), grid)
     saves = longer.folder / "checkpoints"
-    (saves / "iter_0000030").mkdir(parents=True)  # of a copy that was cut off
+    (saves / "iter_0000030").mkdir(parents=True)  # left by an interrupted copy
     jobs.prepare(longer, grid)
     assert (saves / "latest_checkpointed_iteration.txt").read_text() == "30" and (saves / "iter_0000030").exists()
     lines = [json.loads(line) for line in (saves / "metrics.jsonl").read_text().splitlines()]
@@ -252,7 +252,7 @@ def test_each_arm_has_its_own_rate_and_warmup(capsys: pytest.CaptureFixture[str]
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Path:
-    """Return a folder with stubs of Slurm: sbatch records what it is called with, squeue prints the file `queue`."""
+    """Return a folder with stubs: sbatch records its arguments, squeue prints the file `queue` or fails without it."""
     folder = tmp_path / "cluster"
     folder.mkdir()
     commands = {
@@ -289,7 +289,7 @@ def test_slurm_jobs_are_submitted_once(cluster: Path, tmp_path: Path) -> None:
     (cluster / "queue").write_text(f"    7 of another\n102 {remoe}\n")
     output, _ = submit()
     assert "queued or running as Slurm job 102" in output and f"{moe.name}: Slurm job 103\n" in output
-    # One has its result and is still listed.
+    # One has finished and is still listed.
     write_run(remoe, 50, line(50), final(50, 4.0))
     (cluster / "queue").write_text(f"102 {remoe}\n103 {moe}\n")
     output, _ = submit()

@@ -1,4 +1,4 @@
-"""Train small grids: each run once, each arm and setting, and the end at a second interrupt."""
+"""Train small grids: no run trains twice, each arm and setting trains, and a second interrupt ends all runs."""
 
 import io
 import os
@@ -44,7 +44,7 @@ sys.exit(run_training(["bash", "-c", slow], Path(sys.argv[1])))
 
 
 def test_a_second_interrupt_ends_all_at_once(tmp_path: Path) -> None:
-    """Two of three training runs run at once, and each takes 90 seconds to save. The third does not start."""
+    """Two of three runs are training, and each would take 90 seconds to save. The third must not start."""
     shown = [ShownTraining(name, iterations=10, tokens_per_iteration=1, cost=1.0) for name in "abc"]
     output, interrupts = io.StringIO(), []
 
@@ -78,9 +78,9 @@ def test_a_second_interrupt_ends_all_at_once(tmp_path: Path) -> None:
 
 
 def test_launch_scripts_train_once(data: Path, tmp_path: Path) -> None:
-    """A finished run is not trained again, and refused with other settings.
+    """A finished run is not trained again, and other settings for its folder are refused.
 
-    3 does not divide the FFN size: that run fails, the other does not.
+    Granularity 3 does not divide the FFN size: that run fails, the other does not.
     """
     options = f"--output-dir {tmp_path} --gpus-per-node 1 --micro-batch-size 2 --train-iters {ITERATIONS}".split()
     options += "--figures granularity --routings remoe --granularities".split()
@@ -100,7 +100,7 @@ def test_launch_scripts_train_once(data: Path, tmp_path: Path) -> None:
 
 @contextmanager
 def fork(_: object, words: list[str], environment: dict[str, str], *_rest: object) -> Iterator[SimpleNamespace]:
-    """Replace `TrainingDisplay._start`: train in a fork of a process with Megatron imported."""
+    """Replace `TrainingDisplay._start`: train in a fork of a process that has imported Megatron."""
     code, printed = shared_entry().run(words[2:], limit=240)
     yield SimpleNamespace(returncode=code, stdout=printed.splitlines(keepends=True))
 

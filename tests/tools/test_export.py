@@ -1,4 +1,4 @@
-"""Test the export of a checkpoint to transformers, the way back to a checkpoint that can be trained, and refusals."""
+"""Test the export of a checkpoint to transformers, the conversion back to a trainable checkpoint, and refusals."""
 
 import argparse
 import math
@@ -41,7 +41,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build_megatron(model: RemoeForCausalLM, **settings: object) -> tuple[GPTModel, argparse.Namespace]:
-    """Return a model for transformers as Megatron's, and its arguments with some settings changed."""
+    """Convert a model for transformers to Megatron's; return it and its arguments, changed by `settings`."""
     args = argparse.Namespace(**(vars(args_of(model.config)) | settings))
     megatron = build(args)
     fill_megatron(megatron, model, model.config)
@@ -53,7 +53,7 @@ def main(*words: str | Path) -> int:
 
 
 def test_exported_folder(trained: Path, tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A checkpoint of two ranks has the same logits in transformers, with its tokenizer, λ and a card."""
+    """A checkpoint of two ranks has the same logits in transformers. The folder has tokenizer, λ and model card."""
     there = tmp_path / "folder"
     assert main("--load", trained, "--save", there, "--tokenizer-model", tokenizer) == 0
     output = capfd.readouterr().out
@@ -72,7 +72,7 @@ def test_exported_folder(trained: Path, tokenizer: Path, tmp_path: Path, capfd: 
 
 
 def test_bound_for_servers(trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Servers find K in two fields; the loss at each K is printed; a checkpoint of the folder has k and the bound."""
+    """Two config fields hold K for servers. The loss at each K is printed. Converted back, the model keeps k and K."""
     folder, most = tmp_path / "folder", "--max-experts-per-token"
     assert main("--load", trained, "--save", folder, most, 9) == 1 and "[REMOE-E501]" in capfd.readouterr().err
     assert main("--load", trained, "--save", folder, most, 2) == 0
@@ -91,7 +91,7 @@ def test_loss_with_fewer_experts() -> None:
 
 @pytest.mark.parametrize("name", ["dense", "relu, latent queries", "sigmoid, bias", "hash"])
 def test_other_models(name: str, tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Models in bf16 keep their logits. The checkpoint has the names of either implementation of layers."""
+    """Models in bf16 keep their logits. Checkpoints name the experts' norm as both layer implementations do."""
     model = make(name, vocab_size=264)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16).float()
@@ -110,7 +110,7 @@ def test_other_models(name: str, tokenizer: Path, tmp_path: Path, capfd: pytest.
 
 
 def test_settings_of_a_gpu_and_noise() -> None:
-    """The model of a training run on GPUs, with noise on the router's input, is built for the CPU and without noise."""
+    """A model trained on GPUs with noise on the router's input is built for the CPU without noise."""
     model = make("relu")
     on_gpus = {"moe_kernels": "triton", "moe_permute_fusion": True, "fp8": "e4m3"}
     on_gpus |= {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}
@@ -158,7 +158,7 @@ def test_refusals(
 
 @pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")])
 def test_gpt2_files_on_another_machine(names: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint names its files and the cached folder. Old ones name only the folder and need --tokenizer-model."""
+    """Checkpoints record the paths of GPT-2's files. Old ones only name the cache folder and need --tokenizer-model."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     files = zip(byte_level_vocabulary(tmp_path / "files"), names, strict=True)
     paths = [file.rename(file.with_name(name)) for file, name in files]

@@ -33,7 +33,7 @@ def test_parts_of_a_layer_add_up_to_it(gated: bool) -> None:
 
 
 def normed_inputs(common: float) -> torch.Tensor:
-    """Return inputs as a norm leaves them: of equal length, with a shared part `common` times as large as the rest."""
+    """Return `[6000, 32]` vectors of equal length, as after a norm; their shared part is `common` times the rest."""
     generator, tokens, hidden = torch.Generator().manual_seed(3), 6000, 32
     inputs = torch.randn(tokens, hidden, generator=generator) + common * torch.randn(hidden, generator=generator)
     return torch.nn.functional.normalize(inputs, dim=1) * hidden**0.5

@@ -53,7 +53,7 @@ def logits(run: Path, ids: torch.Tensor) -> torch.Tensor:
 
 
 def continued(kind: str, text: Path, load: Path, save: Path, *more: str, expect: int = 0) -> str:
-    """Continue with the fork's command line, but without Transformer Engine and in the torch_dist format."""
+    """Continue training with the fork's flags, but without Transformer Engine and in the torch_dist format."""
     flags = [*oracle.MODEL, *oracle.TRAINING, *oracle.KINDS[kind]]
     flags = ["local" if word == "transformer_engine" else word for word in flags]
     flags = ["torch_dist" if word == "torch" else word for word in flags]
@@ -127,7 +127,7 @@ def test_state_of_several_optimizers_is_put_together(saved: Path, tmp_path: Path
 
 
 def test_another_padding_of_the_vocabulary_is_noted(saved: Path, text: Path, tmp_path: Path) -> None:
-    """A different divisor is refused as well; a different tensor parallel size is not."""
+    """The run is refused, because a different divisor changes the padded size of the vocabulary."""
     here, run, flags = tmp_path / "here", tmp_path / "run", ("--make-vocab-size-divisible-by", "48")
     assert convert("--load", saved / "dense", "--save", here) == 0
     output = continued("dense", text, here, run, *flags, expect=2)

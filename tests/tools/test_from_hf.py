@@ -46,7 +46,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 def saved_model(name: str, folder: Path) -> PreTrainedModel:
-    """Save and return a random model whose norms and routers matter."""
+    """Save and return a random model with norms and routers that affect its logits."""
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(MODELS[name]()).eval()
     for weight in model.parameters():
@@ -73,7 +73,7 @@ def test_logits_of_the_checkpoint_and_of_its_export(
     checkpoints.load(checkpoint, megatron)
     logits = megatron(tokens, torch.arange(100).expand(2, -1), None)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
-    if "YaRN" not in name:  # our model for transformers has none
+    if "YaRN" not in name:  # our model for transformers does not support it
         opened = open_model(tmp_path / "topk", needs_tokenizer=False)
         torch.testing.assert_close(opened.model(tokens).logits, expected, rtol=0, atol=1e-4)
 

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarni
 
 @pytest.fixture(scope="module")
 def places(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Write a model as a run's checkpoint and as a folder, and a dense model."""
+    """Save a ReMoE as a run's checkpoint and as an exported folder, and a dense model as a folder."""
     root = tmp_path_factory.mktemp("models")
     model = make("relu", vocab_size=264, max_position_embeddings=24)
     args = args_of(model.config)

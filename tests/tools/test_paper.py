@@ -83,7 +83,7 @@ def test_a_table_is_made_of_its_data(path: Path) -> None:
     ],
 )
 def test_gaps_of_byte_models(corpus: str, experts: int, factors: dict[str, float], shown: str) -> None:
-    """Top-k minus ReMoE with the bound, at the FLOPs of ReMoE after 3,600 steps, each with its tuned rate."""
+    """Gaps are top-k's loss minus bounded ReMoE's, at the FLOPs of ReMoE's 3,600 steps, with tuned learning rates."""
     entries = json.loads((DATA / f"gap-{corpus}.json").read_text()).values()
     topk, bounded = (
         {
@@ -113,7 +113,7 @@ def test_the_pilots_table() -> None:
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in DATA.glob("*/results.json")))
 def test_a_table_of_the_protocol(name: str, tmp_path: Path) -> None:
-    """Its page is made by its command, and its row in the summary of the experiments, too."""
+    """The table's command reproduces its page, and its rows in the summary in docs/experiments.md."""
     page, published = (REPOSITORY / "docs" / "experiments.md").read_text(), DATA / name
     command = re.search(rf"Table {name}: `remoe compare ([^`]+)`", page)
     assert command is not None

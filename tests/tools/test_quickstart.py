@@ -29,7 +29,7 @@ ITERATIONS = 20
 
 
 def test_sparsity_and_load_of_the_last_quarter() -> None:
-    """Steps 76 to 100 have a quarter of the pairs of the steps before."""
+    """Tokens have 4 active experts up to step 75 and 1 after it. Only loads after step 75 count."""
     figures = RunFigures(loads={at: {2: np.array([at, 0.0])} for at in (75, 80, 100)})
     for name, values in zip(TOTALS, ([75 * 4.0, 75 * 4.0 + 25], [75.0, 100.0]), strict=True):
         figures.curves[name] = Curve(np.array([75, 100]), np.array(values))
@@ -91,7 +91,7 @@ def test_end_to_end(tmp_path: Path) -> None:
     assert json.loads((runs / "summary.json").read_text()) == summary
     assert not (output_dir / "summary.json").exists(), "its place after the default number of iterations"
 
-    # What it says to try next can be parsed, and the files are there.
+    # The commands that it suggests to try next parse, and their files exist.
     commands = [shlex.split(line) for line in output.partition("To try next")[2].splitlines()[1:]]
     parsers = {"generate": generate, "evaluate": evaluate, "export": export}
     assert [words[1] for words in commands] == [*parsers]
@@ -102,7 +102,7 @@ def test_end_to_end(tmp_path: Path) -> None:
 
 
 def assert_is_complete(summary: dict, folder: Path) -> dict[str, float]:
-    """Return domain → held-out tokens of a byte."""
+    """Check the figures of a summary, and return domain → held-out tokens per byte."""
     manifest, experts, length = json.loads((folder / "data-subwords" / "manifest.json").read_text()), 32, 128
     data, sizes = (manifest[kind]["heldout"] for kind in ("tokens", "bytes"))
     assert sum(data.values()) < sum(sizes.values()) / 2, "subwords"

@@ -20,7 +20,7 @@ from tools.plan.step_time import StepTime
 from tools.recipes.megatron_values import read_values
 
 needs_cuda_build = pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built for CPUs only")
-ONE_MICRO_BATCH = ("--global-batch-size", "128")  # of the 182M scripts on 8 GPUs; more micro-batches repeat the first
+ONE_MICRO_BATCH = ("--global-batch-size", "128")  # for the 182M scripts on 8 GPUs; more micro-batches repeat the first
 REMOE_182M = planned(Launch(flags=(*ONE_MICRO_BATCH, *PLAIN)))[1]
 GOLDEN = REPOSITORY / "tests" / "golden" / "rehearsal.json"
 CASES = {

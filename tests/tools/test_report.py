@@ -36,7 +36,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def other(trained: Path) -> Path:
-    """Return the same run with a different learning rate and without loads of the experts."""
+    """Return a copy of the run with a different learning rate and without the experts' loads."""
     folder = trained.parent / "older"
     folder.mkdir()
     lines = (trained / "checkpoints" / "metrics.jsonl").read_text().replace('"lr": 0.004', '"lr": 0.125')

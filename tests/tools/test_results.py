@@ -1,4 +1,4 @@
-"""Test what experiments read from runs, the stages of a run, and tables by hand."""
+"""Test the figures that experiments read from runs, a run's stages, and tables against hand calculations."""
 
 import re
 from dataclasses import replace
@@ -27,7 +27,7 @@ def read(folder: Path) -> Result:
     ("records", "loss"),
     [
         ([line(20), final(20, 5.0, final=False)], None),  # an evaluation during training
-        ([line(10), final(10, 5.0)], None),  # of an earlier, shorter training
+        ([line(10), final(10, 5.0)], None),  # left by an earlier, shorter run
         ([line(20), final(20, 5.0, set="test")], None),
         ([line(20), final(20, 5.0, final=False), final(20, 4.5)], 4.5),
     ],
@@ -40,7 +40,7 @@ def test_only_the_final_validation_loss_finishes_a_run(
 
 
 def test_losses_of_several_sets_are_weighted_and_per_byte(tmp_path: Path) -> None:
-    """A set of 100 tokens of 4 bytes and one of 300 tokens of 2 bytes; all sets have to be there."""
+    """The sets have 100 tokens of 4 bytes and 300 tokens of 2 bytes. There is no loss until all sets have one."""
     sets, per_byte = [final(20, 2.0, set="code", tokens=100), final(20, 1.0, set="docs", tokens=300)], {"code": 0.25}
     write_run(tmp_path, 20, line(20), *sets[:1], validation_set_names=["code", "docs"])
     assert read(tmp_path).loss is None
@@ -133,7 +133,7 @@ def test_tables_and_panels_of_a_folder(tmp_path: Path) -> None:
     for seed in (1, 2):
         for run, loss in ((base, 1.5), (replace(base, arm="moe"), 1.6), (base.vary("l1-init", 1.0), 1.7)):
             finish_run(grid, replace(run, seed=seed), loss + seed / 100)
-    finish_run(grid, replace(base, arm="moe", seed=3), 9.99)  # without a pair
+    finish_run(grid, replace(base, arm="moe", seed=3), 9.99)  # ReMoE has no run with this seed
     job = jobs.make_job(replace(base, arm="moe-hash"), grid)
     write_run(job.folder, 20, line(8))
     jobs.write_json(job.folder / results.STAMP, job.stamp)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def test_stages_of_a_run_that_continues_another(tmp_path: Path) -> None:
-    """The log of iterations 20 to 40 has neither the steps before nor, with a limit, all active experts."""
+    """The stage starts at the log's first step. Only experts up to the limit count. The total FLOPs are unknown."""
     args = {"num_experts": 32, "moe_router_topk": 1, "moe_relu_routing": True, "moe_relu_max_experts": 4}
     args |= {"global_batch_size": 2, "train_iters": 40, "log_interval": 10}
     rows: list[dict[str, object]] = [
@@ -131,7 +131,7 @@ def test_an_odd_line_is_left_out(name: str, tmp_path: Path) -> None:
 
 
 def test_a_long_log_is_bounded(tmp_path: Path) -> None:
-    """Bounded in time (2 s on an idle machine; quadratic code took minutes) and points, but spikes are kept."""
+    """The report takes 2 s on an idle machine (quadratic code took minutes). Curves lose points but no spikes."""
     lines = 200_000
     start = {"kind": "start", "iteration": 0, "args": {"num_experts": 4, "moe_router_topk": 1, "train_iters": lines}}
     line = '{"kind": "log", "iteration": %d, "lm_loss": %s, "sparsity": 0.75, "tokens_per_expert": {"1": [0.1, 0.2]}}\n'

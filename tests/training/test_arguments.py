@@ -31,7 +31,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
 
 @pytest.fixture
 def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Return a function that returns the message with which flags are refused."""
+    """Return a function that parses flags which must be refused, and returns the message."""
 
     def refused(*flags: str | list[str]) -> str:
         monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *TINY, *select_words(*flags)])
@@ -62,7 +62,7 @@ def test_granularity(kind: list[str] | str, ffn: int, parse: Parse) -> None:
     assert (args.num_experts, args.moe_router_topk, args.moe_ffn_hidden_size) == (32, 8, ffn)
 
 
-# Flags, and parts of their message: flag and value, and the remedy.
+# Flags in two parts, then two parts of the message: flag and value, and the remedy.
 WARMUP = "--moe-warmup-topk 6 --moe-warmup-steps 9"
 BAD_VALUES = [
     ("", "--moe-relu-routing", "--moe-relu-routing needs experts", "--num-experts"),

@@ -12,9 +12,9 @@ VERIFIED = "--verify-integrity"
 
 
 def test_changed_bytes_lead_back_and_to_the_same_end(data: Path, tmp_path: Path) -> None:
-    """Iteration 6 has a changed bit, and 4 is truncated. Older checkpoints without hashes are loaded unverified.
+    """Iteration 6 has a changed bit, and 4 is truncated. A damaged iteration that --ckpt-step asks for is refused.
 
-    An iteration that --ckpt-step asks for is refused.
+    A checkpoint without hashes is loaded unverified.
     """
     saved = Saved(tmp_path / "run")
     words = training(data, saved.root, VERIFIED)

@@ -1,4 +1,4 @@
-"""Test the choice of a checkpoint, and that a checkpoint is on the disk when it is reported as saved."""
+"""Test which checkpoint a run starts from, and what it takes from the checkpoint."""
 
 import io
 import os
@@ -88,7 +88,7 @@ def test_a_first_save_that_was_cut_off_is_no_lost_tracker(saved: Saved) -> None:
 
 
 def test_pretrained_checkpoint_is_looked_at_too(saved: Saved, tmp_path: Path) -> None:
-    """It is checked until --load has a checkpoint. Damaged weights without an iteration have no replacement."""
+    """It is checked as long as --load has no checkpoint. A damaged release, which has no iteration, is refused."""
     release = tmp_path / "release"
     shutil.copytree(saved[6], release / "release")
     (release / TRACKER).write_text("release")
@@ -110,7 +110,7 @@ def test_an_evaluation_needs_no_settings_of_the_training(saved: Saved, data: Pat
 
 
 def test_experts_and_gpt2_files_come_from_the_checkpoint(data: Path, tmp_path: Path, entry: Entry) -> None:
-    """Another machine's cache does not have the tokenizer's folder. Resuming makes it again from the two files."""
+    """Each run has an empty cache, as on a new machine. It makes the tokenizer's folder again from the two files."""
     vocabulary, merges = byte_level_vocabulary(tmp_path)
     words = training(data, tmp_path / "run", "--save-interval", "1", "--lr-decay-iters", "6")
     words = without(words, "--tokenizer-type", "--num-experts")
@@ -124,7 +124,7 @@ def test_experts_and_gpt2_files_come_from_the_checkpoint(data: Path, tmp_path: P
 
 
 def test_dropout_and_the_schedule_go_on(data: Path, tmp_path: Path) -> None:
-    """With dropout and other intervals the losses are those without a stop; with new optimizer state the rates are."""
+    """With dropout, a stop and other intervals do not change losses. --no-load-optim keeps the learning rates."""
     words = [*TINY, *RELU, "--data-path", str(data), "--attention-dropout", "0.1", "--eval-iters", "1"]
     whole, root = records(run(words)), str(tmp_path / "run")
     words += ["--save", root, "--load", root, "--save-interval", "4"]
@@ -140,7 +140,7 @@ def test_dropout_and_the_schedule_go_on(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_after_nan_can_be_read() -> None:
-    """Megatron's state then names the failed check."""
+    """After a NaN, Megatron's rerun state has an object that names the failed check."""
     refuse_unsafe_objects()
     content = io.BytesIO()
     torch.save({"failed": Call(Caller("message", 1), 2)}, content)

@@ -14,13 +14,13 @@ from tests.checkpoints import training
 from tests.tiny_model import RELU
 from tests.training_runs import TINY, last_error, records, run, series, start
 
-ENDS_WITHIN = 60.0  # seconds, as in docs/checkpoints.md: torchrun waits 30 for the other ranks, then kills them
-LOADERS = ["--num-workers", "2"]  # the default; these processes must end with their rank
+ENDS_WITHIN = 60.0  # seconds, as in docs/checkpoints.md: torchrun waits 30 s for the other ranks, then kills them
+LOADERS = ["--num-workers", "2"]  # the default; data loader processes must end with their rank
 
 
 @pytest.mark.timeout(150)
 def test_a_rank_that_dies_ends_the_others(data: Path, tmp_path: Path) -> None:
-    """The first stage gets SIGKILL, as from the kernel if memory is short. Ranks save at SIGTERM, as under scripts/."""
+    """The first stage gets SIGKILL, as if memory ran out. Ranks save at SIGTERM, as with the launch scripts."""
     saving = ["--save", str(tmp_path / "checkpoints"), "--save-interval", "100000", "--exit-signal-handler"]
     arguments = [*TINY, *RELU, *LOADERS, *saving, "--data-path", str(data), "--train-iters", "100000"]
     arguments += ["--pipeline-model-parallel-size", "2"]
@@ -45,7 +45,7 @@ def test_a_rank_that_dies_ends_the_others(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(200)
 def test_file_that_cannot_grow(data: Path, tmp_path: Path) -> None:
-    """A limit on file sizes makes the save of iteration 4 fail in the same place as a full disk; resuming goes on."""
+    """A limit on file sizes makes the save of iteration 4 fail where a full disk would. The run can then resume."""
     words = training(data, tmp_path, *LOADERS)
     run([*words, "--exit-interval", "2"])
     process = start(words)

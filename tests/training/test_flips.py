@@ -1,4 +1,4 @@
-"""Test how flips are counted. tests/training/test_training.py tests layouts, and that measuring changes nothing."""
+"""Test how flips are counted. test_training.py tests flips in layouts, and that measuring them changes nothing."""
 
 import argparse
 

@@ -31,13 +31,13 @@ def words(data: Path, folder: Path, *more: str, split: str = EP2) -> list[str]:
 
 
 def goes_on_from_4(saved: Saved) -> Saved:
-    """Remove the checkpoint of iteration 6, so that a training run resumes from 4."""
+    """Remove the checkpoint of iteration 6, so that the next run resumes from 4."""
     shutil.rmtree(saved[6])
     return saved
 
 
 def assert_same_training(actual: Saved, expected: Saved) -> None:
-    """Assert that λ's exponent, weights, optimizer state and the last step's figures are equal bit for bit."""
+    """Assert that λ's exponents, weights, optimizer states and the last step's figures are equal bit for bit."""
     expected.assert_same_weights(actual, 6)
     assert last_step(actual) == last_step(expected)
 

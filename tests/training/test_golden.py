@@ -1,4 +1,4 @@
-"""The golden run gives the committed figures; `pytest tests/training/test_golden.py --update-golden` renews them."""
+"""Test the golden run's figures; `pytest tests/training/test_golden.py --update-golden` renews the committed ones."""
 
 from pathlib import Path
 

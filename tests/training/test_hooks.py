@@ -1,4 +1,4 @@
-"""Test that hooks in Megatron's loop keep the functions that were there."""
+"""Test the hooks in Megatron's loop: they keep the functions and layers that were there, and count steps once."""
 
 import argparse
 import operator

@@ -1,4 +1,4 @@
-"""Test that HybridModel (attention and MLP are separate layers) trains like GPTModel, and converts to it and back."""
+"""Test that HybridModel (attention and MLP are separate layers) trains like GPTModel, and converts to and from it."""
 
 import argparse
 from dataclasses import fields
@@ -44,7 +44,7 @@ def exported(folder: Path) -> dict[str, torch.Tensor]:
 
 SPLITS = ("", "--tensor-model-parallel-size 2 --sequence-parallel", "--pipeline-model-parallel-size 2")
 CASES = [("*E*E", "", RUN), ("*-*E", "--moe-layer-freq ([0,1])", RUN)]
-for split in SPLITS:  # 50 steps after the conversion
+for split in SPLITS:  # 52 steps after the conversion
     flags, cut = ["--train-iters", "54", *split.split()], "|" if "pipeline" in split else ""
     long = ((f"*{mlp}{cut}*{mlp}", "", [*routing, *flags]) for mlp, routing in (("-", []), ("E", TOPK), ("E", RUN)))
     CASES += [pytest.param(*case, marks=pytest.mark.bulk) for case in long]
@@ -113,7 +113,7 @@ def test_hash_stays_in_its_class() -> None:
 
 
 def test_transformer_engines_stack_takes_the_router() -> None:
-    """Of all kinds of layers in Megatron's own specification, only the MoE layer is replaced."""
+    """Of all layers in Megatron's own specification, only the MoE layer is replaced."""
     stack = with_relu_routing(hybrid_stack_spec)
     layer = stack.submodules.moe_layer.submodules.mlp
     assert layer.func is ReMoELayer and layer.keywords["submodules"].router is ReLURouter

@@ -1,4 +1,4 @@
-"""Test multi-token prediction: its layers' routers work like all others, in both model classes."""
+"""Test multi-token prediction: the routers of its layers work like all others, in both model classes."""
 
 import argparse
 from pathlib import Path
@@ -111,7 +111,7 @@ def test_each_router_has_a_row_of_its_own(pattern: str | None) -> None:
 def test_training_goes_on_in_another_layout(data: Path, tmp_path: Path) -> None:
     """With PP2, the last stage needs tokens too, and the first knows the MTP layers only from the reduced counts.
 
-    The last stage has the MTP layers, with a layout too.
+    The last stage has the MTP layers, also with --pipeline-model-parallel-layout.
     """
 
     def train(*arguments: str, processes: int = 1) -> dict[int, dict[str, str]]:
@@ -132,6 +132,6 @@ def test_training_goes_on_in_another_layout(data: Path, tmp_path: Path) -> None:
 
 
 def test_prediction_before_the_last_stage_is_refused(data: Path) -> None:
-    """The stages between do not read tokens. This holds for all routings."""
+    """Stages between the first and the last do not read tokens. This is refused for every routing."""
     stages = "--mtp-num-layers 1 --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ettm|L".split()
     assert "REMOE-E203" in last_error(run([*TINY, "--data-path", str(data), *stages], 2, expect=2))

@@ -1,4 +1,4 @@
-"""Test checkpoints of ReLU routing in programs that do not know it, and those of version 0.1 here."""
+"""Test checkpoints of ReLU routing in programs that do not know it, and checkpoints of version 0.1 in this one."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -28,7 +28,7 @@ main()
 def load_stock_model(run_folder: Path) -> GPTModel:
     """Load a run as lm-eval's megatron_lm backend does: Megatron's own model, built from the arguments it saved."""
     checkpoint = find(run_folder, None)
-    # Where k is 1, Megatron asks for this flag.
+    # Megatron requires this flag if k is 1.
     args = Namespace(**(vars(checkpoint.args) | SINGLE_PROCESS_SETTINGS | {"moe_router_pre_softmax": True}))
     cpu.adapt_arguments(args)
     config = core_transformer_config_from_args(args)
@@ -41,7 +41,7 @@ def load_stock_model(run_folder: Path) -> GPTModel:
 
 
 def test_only_old_checkpoints_load_as_top_k(data: Path, tmp_path: Path, process_groups: None) -> None:
-    """Old ones also resume, with the same numbers, and their next checkpoint is safe."""
+    """Old checkpoints also resume, with the same numbers. The next checkpoint then does not load as top-k."""
     (script := tmp_path / "old.py").write_text(OLD)
     more = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
     run(training(data, tmp_path / "old", *more, "--exit-interval", "4"), script=script)

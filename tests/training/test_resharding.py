@@ -1,4 +1,4 @@
-"""Test that a checkpoint with optimizer state resumes in another layout, with the steps of one whole training."""
+"""Test that a checkpoint with optimizer state resumes in another layout, with the steps of an unbroken run."""
 
 from pathlib import Path
 

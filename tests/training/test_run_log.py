@@ -157,7 +157,7 @@ def test_a_training_run_writes_numbers(whole: tuple[Path, str]) -> None:
 
 
 def test_parts_and_a_missing_last_evaluation(data: Path, whole: tuple[Path, str], tmp_path: Path) -> None:
-    """A run that stops between two lines has the sums of a whole one; a start at its end adds the evaluation once."""
+    """A run that stops between two lines has the sums of a whole one. Starts after its end add one evaluation."""
     train(data, tmp_path, "--log-interval", "2", "--exit-interval", "3")
     train(data, tmp_path, "--log-interval", "2")
     assert iterations(tmp_path, "checkpoint") == [3, 8] and not iterations(tmp_path, "validation")

@@ -20,7 +20,7 @@ TEXT = "Hello world, it's 3.14!\n\n  naïve 漢字 👩‍👩‍👧 <|endoftex
 def test_megatron_builds_it_without_network(tmp_path, monkeypatch) -> None:
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
-    attempts: list[object] = []  # including those whose error is caught
+    attempts: list[object] = []  # also those whose error Megatron or transformers catches
 
     def refuse(*arguments: object, **options: object) -> None:
         attempts.append(arguments)

@@ -43,7 +43,7 @@ def without_flips(actual: dict[int, dict[str, str]]) -> dict[int, dict[str, str]
 
 
 def summary(output: str) -> str:
-    """Return the line before the first step; check its steps and tokens."""
+    """Return the line that describes the run before its first step; check its steps and tokens."""
     (line,) = (line for line in output.splitlines() if line.startswith("Training: "))
     assert "8 steps of 512 tokens, 4,096 tokens in all" in line
     return line
@@ -71,7 +71,7 @@ def test_console_is_free_of_unhelpful_warnings(one_process: str) -> None:
     assert lines == []
 
 
-WAYS = {  # tests/parity tests those with several processes
+WAYS = {  # in one process; tests/parity has several
     "full recompute": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split(),
     "MoE recompute": "--recompute-granularity selective --recompute-modules moe".split(),
     "one micro-batch": ["--micro-batch-size", "8"],
@@ -90,7 +90,7 @@ def test_same_training_in_every_way(way: str, data: Path, initial: Path, one_pro
 
 
 def test_same_flips_in_a_layout(data: Path, initial: Path, one_process: str) -> None:
-    """The flips agree because the calibration set has four sequences in each layout."""
+    """The flips agree because the calibration set has the same four sequences in each layout."""
     layout = "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2".split()
     output = train(data, *RELU, *FLIPS, *layout, "--load", str(initial), "--finetune", processes=4)
     actual, expected = records(output), records(one_process)
@@ -177,6 +177,6 @@ def test_tensorboard_and_wandb_get_the_same_figures(data: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", ["context", "sequence"])
 def test_tokens_of_one_sequence_on_two_ranks(kind: str) -> None:
-    """L1, its gradient, S and λ over a context or tensor parallel group equal those of the whole sequence."""
+    """L1, its gradient, S and λ on two context or tensor parallel ranks equal those of one with the whole sequence."""
     output = run([kind], 2, script=REPOSITORY / "tests" / "split_sequence.py")
     assert "rank 0 ok" in output and "rank 1 ok" in output

@@ -1,4 +1,4 @@
-"""Test the near-dense warm-up of a top-k MoE, which uses one k and then another."""
+"""Test the near-dense warm-up of a top-k MoE: a larger k in the first steps."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Test --full-validation: it reads each sequence of each set once, for any layout and micro-batch size."""
+"""Test --full-validation: it reads each sequence of each set once, in any layout and with any micro-batch size."""
 
 import inspect
 import re

@@ -1,6 +1,6 @@
-"""Stand in for HybridEP's kernels with PyTorch's collectives: the part of the package `deep_ep` that Megatron calls.
+"""Replace HybridEP's kernels by PyTorch's collectives, in the part of the package `deep_ep` that Megatron calls.
 
-As a program, this is the training entry with these kernels.
+As a program, this file is the training entry with these stand-ins.
 
 As in DeepEP's branch `hybrid-ep` (`deep_ep/hybrid_ep_buffer.py`, `csrc/hybrid_ep`), the map can send a token to any
 number of experts. Rows are sorted by expert, then by token. `combine_with_unpermute` sums over all ranks; the sum of a
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-Handle = tuple[torch.Tensor, torch.Tensor, int]  # expert, token of all ranks, tokens of this rank
+Handle = tuple[torch.Tensor, torch.Tensor, int]  # each row's local expert and token (of all ranks), own tokens
 
 
 def megatrons_functions() -> dict[str, Callable[..., Any]]:
@@ -46,7 +46,7 @@ class HybridEPBuffer:
         handle: Handle | None = None,
         **_tuning: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, None, torch.Tensor, Handle]:
-        """Return the rows for this rank's experts, their gates, and the number of rows of each expert."""
+        """Return the rows for this rank's experts, their gates, None, each expert's number of rows, and the handle."""
         if handle is None:
             assert routing_map is not None and routing_map.dtype == torch.bool
             mine = self._gathered(routing_map)[:, self.first : self.first + self.experts]
@@ -60,7 +60,7 @@ class HybridEPBuffer:
     def combine_with_unpermute(
         self, *, hidden: torch.Tensor, handle: Handle, probs: torch.Tensor | None = None, **_tuning: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the sum of each token of this rank over all ranks, and the gates in the map's shape."""
+        """Return each of this rank's tokens, summed over all ranks' rows, and the gates in the map's shape."""
         expert, token, num_tokens = handle
         ranks = self.group.size()
         sums = hidden.new_zeros(ranks * num_tokens, hidden.shape[1]).index_add_(0, token, hidden)
