@@ -74,7 +74,7 @@ def overrides(tree: ast.Module, names: dict[str, str]) -> Iterator[tuple[str, as
                 yield from ((f"{names[base.id]}.{method.name}", method) for method in methods)
 
 
-def not_taken(ours: ast.arguments, theirs: griffe.Function) -> list[str]:
+def refused_parameters(ours: ast.arguments, theirs: griffe.Function) -> list[str]:
     """Return the parameters of Megatron's method that ours does not accept, by position or by name."""
     positional = [*ours.posonlyargs, *ours.args]
     own = {one.arg for one in (*positional, *ours.kwonlyargs)}
@@ -106,7 +106,7 @@ def breaks_a_call(change: griffe.Breakage, was: griffe.Object | None, ours: list
     return change.kind is kinds.PARAMETER_REMOVED and is_named
 
 
-def look_at(
+def find_changes(
     old: griffe.ModulesCollection, new: griffe.ModulesCollection, before: griffe.ModulesCollection | None = None
 ) -> Iterator[tuple[str, str]]:
     """Yield the label and the description of each change from `old` to `new`; `before` is an earlier release."""
@@ -133,8 +133,8 @@ def look_at(
             if isinstance(then, griffe.Function) and not isinstance(now, griffe.Function):
                 yield gone(path), f"{path} is gone; {where}:{method.lineno} overrides it"
             elif isinstance(then, griffe.Function) and isinstance(now, griffe.Function):
-                if lacking := set(not_taken(method.args, now)) - set(not_taken(method.args, then)):
-                    yield BREAKS, f"{where}:{method.lineno} does not take {', '.join(sorted(lacking))} of {path}"
+                if lacking := set(refused_parameters(method.args, now)) - set(refused_parameters(method.args, then)):
+                    yield BREAKS, f"{where}:{method.lineno} does not accept {', '.join(sorted(lacking))} of {path}"
                 if then.source != now.source:
                     yield NOTE, f"another body: {path}, which {where}:{method.lineno} overrides"
     canonical: dict[str, str] = {}
@@ -173,7 +173,7 @@ def main() -> int:
         parser.error(f"{options.folder}: there is no megatron/core. Install a Megatron there: pip install --target.")
     before = load(options.before.resolve()) if options.before else None
     installed, numbers = load(Path(sysconfig.get_paths()["purelib"])), Counter[str]()
-    for label, text in look_at(installed, load(options.folder.resolve()), before):
+    for label, text in find_changes(installed, load(options.folder.resolve()), before):
         print(f"{label:8}{text}")
         numbers[label] += 1
     print(f"{numbers[BREAKS]} changes break this project, {numbers[BEHIND]} are backports, {numbers[NOTE]} are notes")

@@ -65,12 +65,12 @@ def test_changes_are_found(tmp_path: Path) -> None:
     for package in ("core", "training"):
         write_changed(tmp_path, package, CHANGES if package == "core" else {})
     installed, changed = megatron_changes.load(INSTALLED.parent), megatron_changes.load(tmp_path)
-    assert list(megatron_changes.look_at(installed, installed)) == []
-    found = list(megatron_changes.look_at(installed, changed))
+    assert list(megatron_changes.find_changes(installed, installed)) == []
+    found = list(megatron_changes.find_changes(installed, changed))
     for _, _, label, said in CHANGES.values():
         assert any(label == one and said in text for one, text in found), found
     assert any(not label and "another body" in text and "DotProductAttention.forward" in text for label, text in found)
-    behind = [text for label, text in megatron_changes.look_at(installed, changed, changed) if label == "BEHIND"]
+    behind = [text for label, text in megatron_changes.find_changes(installed, changed, changed) if label == "BEHIND"]
     assert any("utils.get_model_config is gone" in text for text in behind)
 
 

@@ -226,7 +226,7 @@ def test_megatron_still_keeps_the_softmax_in_fp32(process_groups: None) -> None:
     assert softmax.dtype == torch.float32 and softmax.shape == logits.shape
 
 
-def test_megatron_still_tells_the_console_alone(
+def test_megatron_still_logs_only_to_the_console(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("training_log", "evaluate_and_print_results", "save_checkpoint"):

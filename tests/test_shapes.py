@@ -79,14 +79,14 @@ def test_exports_and_comes_back(trained: Run, tmp_path: Path, capfd: pytest.Capt
     assert export_hf.main(["--reverse", "--load", str(there), "--save", str(back)]) == 0, capfd.readouterr().err
 
 
-def test_costs_are_the_models(trained: Run) -> None:
+def test_cost_counts_the_parameters(trained: Run) -> None:
     stored = weights(trained.folder, END)
     sizes = [one.numel() for name, one in stored.items() if name.startswith(PARAMETERS) and one.is_floating_point()]
     assert figures(cost("--gpus", "1", "--", *trained.flags), "total parameters") == [sum(sizes)]
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built for CPUs alone, and CUDA is what is played")
-def test_starts_on_played_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_starts_in_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One shape starts in a rehearsal; the others were rehearsed by hand.
 
     Nothing is saved. A layer waits once for each number of chunks that it tries; its chunks do not wait.

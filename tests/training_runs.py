@@ -67,7 +67,7 @@ def run(
     """
     if fresh or environment or torch.cuda.is_available():
         process = start(arguments, processes, script, **environment)
-        output, _ = process.communicate(timeout=240)
+        output, _ = communicate(process, 240)
         code: int | None = process.returncode
     else:
         code, output = shared_entry().run(arguments, processes=processes, script=script, limit=240)
@@ -141,9 +141,18 @@ def wait_until(holds: Callable[[], object], process: subprocess.Popen[Any] | Non
         time.sleep(0.02)
 
 
+def communicate(process: subprocess.Popen[str], seconds: float) -> tuple[str, str]:
+    """Wait for a process, and return its output and errors; terminate it if it takes longer."""
+    try:
+        return process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun then ends its ranks
+        raise
+
+
 def finish(process: subprocess.Popen[str], code: int) -> tuple[str, str]:
     """Return a tool's output and errors; assert its exit code and that there is no traceback or terminal code."""
-    output, errors = process.communicate(timeout=500)
+    output, errors = communicate(process, 500)
     assert process.returncode == code, output + errors
     assert "Traceback" not in output + errors and "\x1b" not in output + errors
     return output, errors

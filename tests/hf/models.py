@@ -70,7 +70,7 @@ def tokens(batch: int = 3, length: int = 16) -> torch.Tensor:
     return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(7))
 
 
-def args_of(config: RemoeConfig, more: Sequence[str] = ()) -> argparse.Namespace:
+def megatron_args(config: RemoeConfig, more: Sequence[str] = ()) -> argparse.Namespace:
     """Return Megatron's arguments for a configuration and more flags."""
     flags = make_flags(config, config.max_position_embeddings)
     return parse_flags([*flags, "--transformer-impl", "local", *more], config)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.remoe.hf import RemoeForCausalLM
-from tests.hf.models import MODELS, SIZES, args_of, make, tokens
+from tests.hf.models import MODELS, SIZES, make, megatron_args, tokens
 from tools.models.hf.settings import complete, make_config
 from tools.models.hf.weights import fill_megatron
 from tools.models.megatron_model import build
@@ -18,8 +18,8 @@ from tools.models.megatron_model import build
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_megatrons(name: str, process_groups: None) -> None:
     model, ids = make(name), tokens()
-    args = args_of(model.config)
-    assert args.kv_channels, "a training sets it, and compares it with the checkpoint"
+    args = megatron_args(model.config)
+    assert args.kv_channels, "a training run sets it, and compares it with the checkpoint"
     megatron = build(args)
     fill_megatron(megatron, model, model.config)
     positions = torch.arange(ids.shape[1]).expand_as(ids)
@@ -34,7 +34,7 @@ def test_logits_are_megatrons(name: str, process_groups: None) -> None:
 def test_training_is_megatrons(name: str, process_groups: None) -> None:
     """Loss, L1 term, sparsity and gradients agree, with and without activation checkpointing."""
     model, ids = make(name), tokens()
-    megatron = build(args_of(model.config))
+    megatron = build(megatron_args(model.config))
     fill_megatron(megatron, model, model.config)
     megatron.train()
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
@@ -65,7 +65,7 @@ def test_training_is_megatrons(name: str, process_groups: None) -> None:
 @pytest.mark.parametrize("name", ["top-k", "sigmoid", "sigmoid, bias"])
 def test_load_balancing_loss_is_megatrons(name: str, process_groups: None) -> None:
     model, ids = make(name, router_aux_loss_coef=0.05), tokens()
-    megatron = build(args_of(model.config))
+    megatron = build(megatron_args(model.config))
     fill_megatron(megatron, model, model.config)
     megatron.train()
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
@@ -77,7 +77,7 @@ def test_load_balancing_loss_is_megatrons(name: str, process_groups: None) -> No
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
-def test_experts_get_their_pairs_alone(implementation: str) -> None:
+def test_experts_compute_only_active_pairs(implementation: str) -> None:
     """Experts compute only the active pairs, with each of transformers' implementations."""
     model, ids = make("relu"), tokens()
     rows: list[int] = []
@@ -209,7 +209,7 @@ def test_padding_is_not_routed() -> None:
     assert rows[0] == rows[1] > 0
 
 
-def test_losses_of_routing_beside_a_cache_and_of_nothing_but_padding() -> None:
+def test_routing_statistics_with_a_cache_and_with_only_padding() -> None:
     model, ids = make("relu"), tokens(batch=2, length=6)
     mask = torch.ones_like(ids)
     mask[1, :2] = 0

@@ -50,4 +50,6 @@ def spilled_bytes(kernel: Kernel, capability: int) -> int:
         cubin.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
         listed = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True)
-    return sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", listed.stdout)))
+    sizes = re.findall(r"(?:STACK|LOCAL):(\d+)", listed.stdout)
+    assert sizes, listed.stdout
+    return sum(map(int, sizes))

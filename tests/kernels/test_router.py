@@ -38,7 +38,7 @@ def test_padding_all_off_and_all_on(shift: float, padded: float) -> None:
     check(torch.randn(50, 6, device=DEVICE) + shift, padded)
 
 
-def test_what_is_not_finite_is_not_routed_but_seen() -> None:
+def test_nonfinite_logits() -> None:
     logits = torch.tensor([[float("nan"), 1.0], [float("inf"), -1.0]], device=DEVICE)
     probs, routing_map, _, sums = router.gate(logits, None)
     assert routing_map.tolist() == [[False, True], [True, False]]

@@ -63,7 +63,7 @@ def some_rows(sizes: list[int], gathers: bool) -> tuple[int, torch.Tensor | None
     return (num_tokens, torch.cat(rows)) if gathers else (sum(sizes), None)
 
 
-def test_matrices_of_their_own_keep_no_copy_for_the_backward_pass() -> None:
+def test_unstacked_weights_are_not_copied() -> None:
     torch.manual_seed(5)
     sizes = SIZES["few rows"]
     inputs = [torch.randn(sum(sizes), HIDDEN, device=DEVICE), torch.rand(sum(sizes), device=DEVICE)]

@@ -85,7 +85,7 @@ def test_waiting_is_noticed() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: PyTorch tells of waits on CUDA alone")
-def test_cuda_tells_of_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_reports_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.get_device_name().endswith("(rehearsal)"):  # the map is not computed: it can have any number of pairs
         monkeypatch.setattr(counting, "read_pairs", FakePairCounts(0.5).counted(counting.read_pairs))
     config = make_config(**HALF_PRECISION)

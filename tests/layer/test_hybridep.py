@@ -48,7 +48,7 @@ def test_newer_versions_take_the_map(routing: dict[str, object], mode: str) -> N
 @pytest.mark.parametrize("fused", [False, True], ids=["sequential", "grouped"])
 @pytest.mark.parametrize("limit", [0.0, 1.2], ids=["whole", "in chunks"])
 @pytest.mark.parametrize("share", ["all", "some", "one expert", "none"])
-def test_a_layer_gives_what_it_gives_by_alltoall(share: str, limit: float, fused: bool) -> None:
+def test_layer_equals_alltoall(share: str, limit: float, fused: bool) -> None:
     results, weights = [], None
     for changes in ({}, HYBRIDEP, HYBRIDEP | PADDED):
         torch.manual_seed(2)
@@ -71,7 +71,7 @@ def test_a_layer_gives_what_it_gives_by_alltoall(share: str, limit: float, fused
                 torch.testing.assert_close(other, right, rtol=1e-5, atol=1e-6)
 
 
-def test_training_is_that_of_alltoall(data: Path) -> None:
+def test_training_equals_alltoall(data: Path) -> None:
     """Two ranks with half of the experts each train as with alltoall. Their layers run in chunks at first."""
     words = [*TINY, *RELU, "--data-path", str(data), "--expert-model-parallel-size", "2", "--train-iters", "3"]
     words += ["--moe-relu-activation-limit", "2"]

@@ -22,7 +22,7 @@ def start(tree: Path, script: str, *words: str) -> "subprocess.CompletedProcess[
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
-def test_an_environment_of_other_make_and_a_link_are_left_alone(tree: Path) -> None:
+def test_setup_keeps_a_foreign_venv_and_a_linked_one(tree: Path) -> None:
     venv = tree / ".venv"
     (venv / "theirs").mkdir(parents=True)
     assert start(tree, "setup").returncode == 1 and (venv / "theirs").exists()

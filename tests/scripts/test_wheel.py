@@ -52,7 +52,7 @@ def test_the_wheel_holds_the_package_and_leaves_the_namespace_open(wheel: Path) 
     assert all(name.startswith("megatron/remoe/") for name in names)
 
 
-def test_the_installed_command_does_all_without_a_clone(wheel: Path, tmp_path: Path) -> None:
+def test_the_installed_command_preprocesses_and_trains(wheel: Path, tmp_path: Path) -> None:
     site, text = tmp_path / "site", tmp_path / "text.jsonl"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
     subprocess.run(install, check=True)

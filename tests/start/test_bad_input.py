@@ -80,7 +80,7 @@ def test_entry(name: str, entry: Entry, user: User, used_port: str) -> None:
     assert {path: after.get(path) for path in before} == before, "a file of the user's has changed"
 
 
-def test_what_changes_on_the_way_is_no_different_run(entry: Entry, user: User, tmp_path: Path) -> None:
+def test_resuming_allows_changed_length_and_folders(entry: Entry, user: User, tmp_path: Path) -> None:
     """Length, micro-batch size, intervals and folders can change on resuming. A second start has nothing to do."""
     shutil.copytree(user["remoe"], tmp_path / "moved")
     for path in (bin_path, idx_path):

@@ -42,7 +42,7 @@ def test_torchrun_repeats_it(waited, monkeypatch, capsys, tmp_path) -> None:
     assert "--lr is wrong" in str(ChildFailedError("pretrain_gpt.py", {0: failure}))
 
 
-def test_another_rank_says_what_is_its_own_reason(waited, monkeypatch, capsys, tmp_path) -> None:
+def test_other_ranks_print_rank_specific_errors(waited, monkeypatch, capsys, tmp_path) -> None:
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     assert said(ValueError("--lr is wrong"), capsys) == "", "flags are wrong on all ranks, and told once"

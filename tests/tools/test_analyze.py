@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from megatron.remoe.hf import RemoeForCausalLM
 from tests.data_sets import write_documents
-from tests.hf.models import args_of, make
+from tests.hf.models import make, megatron_args
 from tools.models.analyze import findings
 from tools.models.analyze.command import main
 from tools.models.checkpoints import save
@@ -151,7 +151,7 @@ def test_frequent_tokens_and_those_of_an_expert(domains: list[Path], tokenizer: 
 def test_reads_checkpoints(domains: list[Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A run's checkpoint gives the exported folder's results, even without a tokenizer. Wrong flags are refused."""
     model, folder = exported(tmp_path / "model", "relu")
-    args = args_of(model.config)
+    args = megatron_args(model.config)
     args.tokenizer_type, args.params_dtype = "SentencePieceTokenizer", torch.float32
     megatron = build(args)
     fill_megatron(megatron, model, model.config)

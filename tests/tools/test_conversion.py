@@ -72,7 +72,7 @@ def train_converted(data: Path, converted: Path, *arguments: str, steps: int = S
 def check_start(output: str, before: str, sparsity: float) -> None:
     """Assert that training starts at `sparsity` and near the source's last training loss."""
     assert series(output, "sparsity")[0] == pytest.approx(sparsity, abs=0.05)
-    assert 0.75 < series(output, "lm loss")[0] / series(before, "lm loss")[-1] < 1.15, "of a different batch"
+    assert 0.75 < series(output, "lm loss")[0] / series(before, "lm loss")[-1] < 1.15, "far from the source's last loss"
 
 
 def test_from_dense(data: Path, dense: tuple[Path, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

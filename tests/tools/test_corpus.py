@@ -127,7 +127,7 @@ def test_services_of_the_packages() -> None:
         assert len(each.text) > 10_000 and not re.search(r"</?(p|b|i|a|code|li|ul)\b|&\w+;", each.text)
 
 
-def test_another_file_is_refused_before_anything_of_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_hash_is_refused_before_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index, downloads = tmp_path / "index", tmp_path / "downloads"
     index.mkdir()
     downloads.mkdir()

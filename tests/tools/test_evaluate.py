@@ -91,7 +91,7 @@ def test_to_transformers_and_back(
     assert export(["--reverse", "--load", str(there), "--save", str(back)]) == 0
     printed = capfd.readouterr().out
     shape = shlex.split(printed[printed.index("--pretrained-checkpoint") :])
-    assert "--moe-layer-freq" not in shape, "experts in every layer need no list of layers"
+    assert "--moe-layer-freq" not in shape, "printed although all layers have experts"
     before, after = (
         series(run([*trained.flags, *words, "--train-iters", "3"]), "lm loss")
         for words in (["--pretrained-checkpoint", str(trained.folder)], [*shape, "--seq-length", "64"])
@@ -138,9 +138,11 @@ def test_results_before_an_error_are_kept(
 @pytest.mark.parametrize(
     "words", ["--data-path a --limit 2", "--tasks --sequences 3", "--tasks --seed 1", "--data-path a --task-data b"]
 )
-def test_flags_without_effect_are_refused(words: str) -> None:
+def test_flags_without_effect_are_refused(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_evaluate(["--load", "model", *words.split()])
+    error = capsys.readouterr().err
+    assert words.split()[-2] in error and "unrecognized" not in error
 
 
 def test_models_read_the_same_sequences() -> None:

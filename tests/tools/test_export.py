@@ -15,7 +15,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 from megatron.remoe.hf import RemoeForCausalLM
 from megatron.remoe.training.gpt2_tokenizer import use_local_gpt2_files
-from tests.hf.models import args_of, make, tokens
+from tests.hf.models import make, megatron_args, tokens
 from tests.tiny_model import RELU
 from tests.training_runs import TINY, run
 from tools.console.errors import ConversionError
@@ -25,6 +25,7 @@ from tools.models.convert.command import main as convert
 from tools.models.hf.opening import read_folder
 from tools.models.hf.tokenizer import find_training_tokenizer
 from tools.models.hf.weights import fill_megatron
+from tools.models.measuring import measure_loss, split_batches
 from tools.models.megatron_model import build
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
@@ -42,7 +43,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build_megatron(model: RemoeForCausalLM, **settings: object) -> tuple[GPTModel, argparse.Namespace]:
     """Convert a model for transformers to Megatron's; return it and its arguments, changed by `settings`."""
-    args = argparse.Namespace(**(vars(args_of(model.config)) | settings))
+    args = argparse.Namespace(**(vars(megatron_args(model.config)) | settings))
     megatron = build(args)
     fill_megatron(megatron, model, model.config)
     return megatron, args
@@ -86,7 +87,10 @@ def test_bound_for_servers(trained: Path, tmp_path: Path, capfd: pytest.CaptureF
 
 
 def test_loss_with_fewer_experts() -> None:
-    assert len(set(command.measure_bounds(make("relu"), tokens(), {1, 2, 4, 8}).values())) == 4
+    model, text = make("relu"), tokens()
+    losses = command.measure_bounds(model, text, {1, 2, 4, 8})
+    assert len(set(losses.values())) == 4
+    assert losses["loss with K = 8"] == f"{measure_loss(model, split_batches(text))[0]:.4f}"
 
 
 @pytest.mark.parametrize("name", ["dense", "relu, latent queries", "sigmoid, bias", "hash"])
@@ -163,7 +167,7 @@ def test_gpt2_files_on_another_machine(names: tuple[str, str], tmp_path: Path, m
     files = zip(byte_level_vocabulary(tmp_path / "files"), names, strict=True)
     paths = [file.rename(file.with_name(name)) for file, name in files]
     config = make("relu", vocab_size=264).config
-    args = args_of(config, ["--tokenizer-type", "GPT2BPETokenizer"])
+    args = megatron_args(config, ["--tokenizer-type", "GPT2BPETokenizer"])
     args.vocab_file, args.merge_file = map(str, paths)
     use_local_gpt2_files(args)
     shutil.rmtree(tmp_path / "cache")
@@ -188,7 +192,7 @@ def test_models_that_differ_are_not_written(
     assert "[REMOE-E514]" in capfd.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_places_that_do_not_do(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_unusable_folders_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     make("dense").save_pretrained(tmp_path / "folder")
     for words, code in (
         (["--load", tmp_path, "--save", tmp_path / "out"], "E404"),
@@ -201,7 +205,9 @@ def test_places_that_do_not_do(tmp_path: Path, capfd: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("limit", [4_000, 60_000])
-def test_no_room(limit: int, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_leaves_nothing(
+    limit: int, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """If files cannot grow beyond a limit, as on a full disk, tools print one line and leave nothing behind."""
     make("relu").save_pretrained(tmp_path / "folder")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

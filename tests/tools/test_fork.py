@@ -61,7 +61,7 @@ def continued(kind: str, text: Path, load: Path, save: Path, *more: str, expect:
 
 
 @pytest.mark.parametrize("kind", oracle.KEPT)
-def test_a_training_of_the_fork_continues(
+def test_a_fork_run_continues(
     kind: str, saved: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert convert("--load", saved / kind, "--save", tmp_path / "here") == 0
@@ -126,7 +126,7 @@ def test_state_of_several_optimizers_is_put_together(saved: Path, tmp_path: Path
     assert [len(part["optimizer"]["param_groups"]) for part in settings[0].values()] == [2, 1]
 
 
-def test_another_padding_of_the_vocabulary_is_noted(saved: Path, text: Path, tmp_path: Path) -> None:
+def test_a_different_vocabulary_padding_is_noted(saved: Path, text: Path, tmp_path: Path) -> None:
     """The run is refused, because a different divisor changes the padded size of the vocabulary."""
     here, run, flags = tmp_path / "here", tmp_path / "run", ("--make-vocab-size-divisible-by", "48")
     assert convert("--load", saved / "dense", "--save", here) == 0

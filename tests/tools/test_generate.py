@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from tests.hf.models import args_of, make
+from tests.hf.models import make, megatron_args
 from tools.models import checkpoints
 from tools.models.generate import main
 from tools.models.hf.weights import fill_megatron
@@ -21,7 +21,7 @@ def places(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """Save a ReMoE as a run's checkpoint and as an exported folder, and a dense model as a folder."""
     root = tmp_path_factory.mktemp("models")
     model = make("relu", vocab_size=264, max_position_embeddings=24)
-    args = args_of(model.config)
+    args = megatron_args(model.config)
     args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(tokenizer)
     megatron = build(args)
     fill_megatron(megatron, model, model.config)

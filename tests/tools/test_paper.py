@@ -50,7 +50,7 @@ def test_every_figure_and_table_has_a_row() -> None:
 
 
 @pytest.mark.parametrize("words", [*commands()], ids=lambda words: " ".join(words)[:60])
-def test_a_command_is_taken(words: list[str]) -> None:
+def test_documented_commands_parse(words: list[str]) -> None:
     program = words[0].rpartition("/")[2]
     assert (REPOSITORY / words[0]).exists()
     if program in PARSERS:

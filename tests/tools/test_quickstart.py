@@ -89,7 +89,7 @@ def test_end_to_end(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in runs.glob("*/**/*") if path.is_file()} == before
     assert output.count(": reused, ") == 3 and re.search(r"against dense +[+-]0\.\d{3} +[+-]0\.\d{3}\n", output)
     assert json.loads((runs / "summary.json").read_text()) == summary
-    assert not (output_dir / "summary.json").exists(), "its place after the default number of iterations"
+    assert not (output_dir / "summary.json").exists(), "only for the default number of iterations"
 
     # The commands that it suggests to try next parse, and their files exist.
     commands = [shlex.split(line) for line in output.partition("To try next")[2].splitlines()[1:]]

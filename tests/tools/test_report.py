@@ -51,7 +51,7 @@ def page(trained: Path, other: Path) -> Path:
     return trained / "report.html"
 
 
-def test_the_page_tells_what_the_files_do(page: Path, trained: Path) -> None:
+def test_the_page_shows_the_logged_figures(page: Path, trained: Path) -> None:
     text = re.sub(r"<script.*?</script>", "", page.read_text(), flags=re.DOTALL)
     cells = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>.*?</tr>", text, re.DOTALL)]
     rows = {row[0]: row[1:] for row in cells if row}
@@ -156,3 +156,4 @@ def test_wrong_files_are_named(tmp_path: Path, trained: Path, capsys: pytest.Cap
     assert main([str(trained), "--output", str(tmp_path / "new" / "page.html")]) == 0
     with pytest.raises(SystemExit, match="2"):
         main([str(tmp_path), "--watch", "0"])
+    assert "--watch" in (error := capsys.readouterr().err) and "unrecognized" not in error

@@ -113,7 +113,7 @@ IGNORED = ["--moe-router-load-balancing-type aux_loss", "--moe-aux-loss-coeff 0.
         ([*RELU, "--moe-router-load-balancing-type", "sinkhorn"], ["type sinkhorn"]),
     ],
 )
-def test_flags_of_the_fork_are_taken_and_what_it_ignores_is_told_once(
+def test_ignored_fork_flags_are_reported_once(
     flags: list[str],
     expected: list[str],
     parse: Parse,

@@ -11,7 +11,7 @@ from tests.tiny_model import TOPK
 from tests.training_runs import TINY, run, step_losses
 
 
-def test_layer_is_that_of_each_k(process_groups: None) -> None:
+def test_layer_equals_topk_layer_at_each_step(process_groups: None) -> None:
     warmup = {"moe_relu_routing": False, "moe_warmup_topk": 3, "moe_warmup_steps": 2, "moe_router_pre_softmax": True}
     layer = make_layer(make_config(**warmup), fused=True, router=WarmupTopKRouter)
     tokens = torch.randn(6, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device)

@@ -89,7 +89,7 @@ def parse_evaluate(arguments: Words = None) -> argparse.Namespace:
     if not args.data_path and (args.tasks is None or args.speed or args.max_experts_per_token):
         parser.error("give --data-path, which --speed and --max-experts-per-token need, or --tasks.")
     if not args.data_path and (args.sequences or args.seq_length or args.seed is not None):
-        parser.error("--sequences, --seq-length and --seed are for --data-path. Give it, or leave them out.")
+        parser.error("--sequences, --seq-length and --seed need --data-path. Give it, or leave them out.")
     if args.tasks is None and (args.task_data or args.limit):
         parser.error("--task-data and --limit are for --tasks. Give it, or leave them out.")
     if args.sequences and len(args.load) > 1 and args.seed is None:
