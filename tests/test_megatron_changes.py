@@ -17,7 +17,7 @@ CHANGES = {
         "packed_seq_params: Optional[PackedSeqParams] = None,\n    )",
         "packed_seq_params: Optional[PackedSeqParams] = None,\n        sink=None,\n    )",
         "BREAKS",
-        "does not take sink of megatron.core.transformer.dot_product_attention.DotProductAttention.forward",
+        "does not accept sink of megatron.core.transformer.dot_product_attention.DotProductAttention.forward",
     ),
     "core/tensor_parallel/random.py": (
         "def model_parallel_cuda_manual_seed(\n    seed: int,",

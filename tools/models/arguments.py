@@ -91,7 +91,7 @@ def parse_evaluate(arguments: Words = None) -> argparse.Namespace:
     if not args.data_path and (args.sequences or args.seq_length or args.seed is not None):
         parser.error("--sequences, --seq-length and --seed need --data-path. Give it, or leave them out.")
     if args.tasks is None and (args.task_data or args.limit):
-        parser.error("--task-data and --limit are for --tasks. Give it, or leave them out.")
+        parser.error("--task-data and --limit need --tasks. Give it, or leave them out.")
     if args.sequences and len(args.load) > 1 and args.seed is None:
         args.seed = SEED  # the models must read the same text
     return args
