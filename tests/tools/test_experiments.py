@@ -224,16 +224,16 @@ def test_each_arm_has_its_own_rate_and_warmup(capsys: pytest.CaptureFixture[str]
         if run.arm != "remoe":
             result = results.Result(60, loss=loss - 0.05, flops=1.5e9, step_flops=2.5e7)
             rows.append((replace(run, steps=60), result))
-    results.write_results(tmp_path / "points.json", rows)
-    kept = results.read_results(tmp_path / "points.json")
+    files = [tmp_path / "tuning.json", tmp_path / "points.json"]
+    for file, part in zip(files, (rows[:20], rows[20:]), strict=True):
+        results.write_results(file, part)
+    kept = [row for file in files for row in results.read_results(file)]
     assert [(run, result and result.loss) for run, result in kept] == [
         (run, result.loss) for run, result in rows if result
     ]
     folder = tmp_path / "mixed"
     folder.mkdir()
-    assert (
-        compare.main([*words.split(), "--output-dir", str(tmp_path), "--results", str(tmp_path / "points.json")]) == 0
-    )
+    assert compare.main([*words.split(), "--output-dir", str(tmp_path), "--results", *map(str, files)]) == 0
     printed = capsys.readouterr().out
     assert "- moe tuned, loss by factor on the learning rate and warm-up: 1 and 4: 3.0040," in printed
     assert re.search(

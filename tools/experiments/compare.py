@@ -193,7 +193,8 @@ def show(args: argparse.Namespace, rows: Sequence[Row]) -> None:
                 losses = {seed: figures["loss"] for seed, figures in line.seeds.items()}
                 panels.setdefault(f"E = {experts}, {steps} steps", {})[arm] = losses
     if args.results and not panels:
-        raise ToolError(f"--results {args.results}: no run in it has these flags. Give those that the runs had.")
+        files = " ".join(map(str, args.results))
+        raise ToolError(f"--results {files}: no run has these flags. Give those that the runs had.")
     picture = partial(draw_final_losses, panels=panels, base=args.reference)
     write_page(args, rows, text, picture if panels else None)
 

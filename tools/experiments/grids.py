@@ -45,8 +45,8 @@ def grid_parser(name: str, description: str | None, seeds: Sequence[int]) -> arg
     add("--output-dir", type=Path, default=output, metavar="FOLDER", help=text)
     add = parser.add_argument_group("instead of training").add_mutually_exclusive_group().add_argument
     add("--collect", action="store_true", help="only write the table of the output folder, and the picture")
-    text = "make the page of this results.json, with the flags of its runs"
-    add("--results", type=Path, metavar="FILE.json", help=text)
+    text = "make the page of one or more results.json, with the flags of their runs"
+    add("--results", type=Path, nargs="+", metavar="FILE.json", help=text)
     text = "list commands and state (also with DRY_RUN=1)"
     add("--dry-run", action="store_true", default=is_set(os.environ, "DRY_RUN"), help=text)
     return parser
@@ -100,7 +100,8 @@ def run_grid(
 
     def work() -> int:
         if args.collect or args.results:
-            show(read_results(args.results) if args.results else read_folder(folder))
+            files = args.results or []
+            show([row for file in files for row in read_results(file)] if files else read_folder(folder))
             return 0
         text = prepare_text(args, console) if args.tiny else None
         grid = Grid(folder, args.flags, text, args.gpus_per_node, args.micro_batch_size, args.slurm)
