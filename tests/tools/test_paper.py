@@ -134,8 +134,20 @@ def test_a_table_of_the_protocol(name: str, tmp_path: Path) -> None:
         cells.append(f"{fmean(each['experts_per_token'] for each in seeds):.2f}" if arm != "dense" else "")
         cells.append(", ".join(f"{fmean(counts):.0f}" for counts in layers))
         assert f"| {' | '.join(cells)} |" in page
-        if name == "a1" and arm in ("dense", "moe", "moe-hash"):
+        if name in ("a1", "a2") and arm in ("dense", "moe", "moe-hash"):
             assert interval(difference, digits=3).removeprefix("-") in (REPOSITORY / "README.md").read_text()
+
+
+def test_when_the_runs_of_table_a2_part() -> None:
+    runs = [
+        means for seeds in json.loads((DATA / "a2" / "training.json").read_text()).values() for means in seeds.values()
+    ]
+    page = " ".join((REPOSITORY / "docs" / "experiments.md").read_text().split())
+    before, last = (max(values) - min(values) for values in [*zip(*runs, strict=True)][8::7])
+    assert (
+        len(runs) == 12
+        and f"within {before:.3f} nats per token of each other; in the last 750 steps, within {last:.3f}" in page
+    )
 
 
 def test_the_quickstarts_seeds() -> None:
