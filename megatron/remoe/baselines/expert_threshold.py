@@ -68,7 +68,8 @@ class ExpertThresholdRouter(TopKRouter):
         """Return each expert's logit that a share k/E of tokens exceeds, averaged over ranks: fp64 `[E]` in `UNIT`s."""
         num_tokens = (seen_TE[:, :1] != -torch.inf).sum(dim=0)  # padding is -inf
         above = (num_tokens * self.topk // self.num_experts).clamp(min=1).minimum(num_tokens - 1).clamp(min=0)
-        quantiles_E = (seen_TE.sort(dim=0, descending=True).values.index_select(0, above)[0] / UNIT).ceil()
+        largest_TE = seen_TE.topk(min(len(seen_TE), len(seen_TE) * self.topk // self.num_experts + 2), dim=0).values
+        quantiles_E = (largest_TE.index_select(0, above)[0] / UNIT).ceil()
         if self.tp_dp_cp_group.size() > 1:
             torch.distributed.all_reduce(quantiles_E, group=self.tp_dp_cp_group)
         return quantiles_E / self.tp_dp_cp_group.size()

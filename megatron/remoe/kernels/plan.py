@@ -34,7 +34,7 @@ def count_blocks(routing_map: torch.Tensor) -> torch.Tensor:
     return counts
 
 
-class _SortedPairs(torch.autograd.Function):
+class _Fill(torch.autograd.Function):
     """Sort the pairs by expert, then by token.
 
     Moves the map once, and the gate, token index and row index of each pair; the backward pass also writes `[T, E]`.
@@ -87,7 +87,7 @@ class _SortedPairs(torch.autograd.Function):
         return d_probs, None, None, None
 
 
-fill = _SortedPairs.apply
+fill = _Fill.apply
 
 
 def choose_tile(num_tokens: int, num_experts: int) -> tuple[int, int]:

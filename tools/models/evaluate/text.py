@@ -34,7 +34,7 @@ def check_bound(name: str, config: RemoeConfig, bound: int) -> None:
         ToolError: it has no ReLU router, or `bound` is not between 1 and its number of experts.
     """
     if not (config.moe_relu_routing and 1 <= bound <= config.num_experts):
-        problem = f"{name} needs ReLU routing, and at least so many experts (it has {config.num_experts})"
+        problem = f"{name} needs ReLU routing, and K from 1 to {config.num_experts}"
         raise ToolError(f"--max-experts-per-token {bound}: {problem}.", "REMOE-E501")
 
 

@@ -22,7 +22,7 @@ OUTER = {
 }
 LAYER = re.compile(r"decoder\.layers\.(?P<number>\d+)\.(?P<rest>.+)")
 # In a layer: Megatron's name → name in transformers. Experts are stacked: [experts, out, in], gate above up.
-SHARED_FIELDS = {
+RENAMED_WEIGHTS = {
     "input_layernorm.weight": "input_layernorm.weight",
     "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
     "self_attention.linear_q_proj.weight": "self_attn.q_proj.weight",
@@ -96,7 +96,7 @@ def match_parts(
             norm = "q_norm" if config.kv_lora_rank is None else "q_a_layernorm"
             yield tensor, other[f"{prefix}self_attn.{norm}.weight"]
         else:
-            yield tensor, other[prefix + SHARED_FIELDS[rest]]
+            yield tensor, other[prefix + RENAMED_WEIGHTS[rest]]
 
 
 def _attention_parts(
