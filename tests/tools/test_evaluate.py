@@ -20,7 +20,7 @@ from tools.models.arguments import TASKS, parse_evaluate
 from tools.models.evaluate.command import main
 from tools.models.evaluate.tasks import read_scores
 from tools.models.export import main as export
-from tools.models.measuring import measure_loss
+from tools.models.measuring import find_repeats, measure_loss
 from tools.models.text import read_batches, read_sequences
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
@@ -117,7 +117,21 @@ def test_models_without_relu_keep_their_experts(kind: str, data: Path, tmp_path:
     words = ["--load", tmp_path / "model", "--data-path", data, "--seq-length", "32", "--sequences", "8"]
     measured = evaluate(tmp_path, *words)["text"][str(tmp_path / "model")][str(data)]["none"]
     batches = read_batches(read_sequences(str(data), 32, 1234, 300), 8, 300)
-    assert measured["loss"] == pytest.approx(measure_loss(model, batches)[0], rel=1e-6)
+    assert measured["loss"] == pytest.approx(measure_loss(model, batches).loss, rel=1e-6)
+
+
+def test_repeats_are_pairs_seen_before() -> None:
+    """Their loss and number are those of a search through all earlier pairs of each sequence."""
+    model = make("relu", vocab_size=300).eval()
+    ids = torch.randint(0, 5, (3, 33), generator=torch.Generator().manual_seed(1))
+    pairs = [[*zip(row, row[1:], strict=False)] for row in ids.tolist()]
+    expected = torch.tensor([[pair in row[:place] for place, pair in enumerate(row)] for row in pairs])
+    assert torch.equal(find_repeats(ids), expected)
+    losses = -model(ids[:, :-1]).logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    measured = measure_loss(model, [ids[:2], ids[2:]])
+    assert measured.repeats == expected.sum() and measured.tokens == expected.numel()
+    assert measured.repeats_loss == pytest.approx(losses[expected].mean().item(), rel=1e-5)
+    assert measure_loss(model, [ids[:, :2]]).repeats_loss is None
 
 
 def test_results_before_an_error_are_kept(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
 
+import numpy
 import pytest
 
 from tests.training_runs import REPOSITORY
@@ -148,6 +149,26 @@ def test_when_the_runs_of_table_a2_part() -> None:
         len(runs) == 12
         and f"within {before:.3f} nats per token of each other; in the last 750 steps, within {last:.3f}" in page
     )
+
+
+def test_what_the_runs_of_table_a2_copy() -> None:
+    data = json.loads((DATA / "a2" / "repeats.json").read_text())
+    page = " ".join((REPOSITORY / "docs" / "experiments.md").read_text().split())
+    arms, share = ["moe", "remoe", "remoe-capped", "moe-hash"], data["repeats"] / data["tokens"]
+    cells: list[numpy.ndarray] = []
+    for step in ("2880", "9600"):
+        loss, repeats = numpy.moveaxis([[*data[step][arm].values()] for arm in arms], -1, 0)  # [arm, seed]
+        others = (loss - share * repeats) / (1 - share)
+        cells += [repeats.mean(axis=1), others.mean(axis=1)]
+    for arm, values in zip(arms, numpy.array(cells)[[0, 2, 1, 3]].T, strict=True):
+        assert f"| {ARMS[arm].title} | {' | '.join(f'{value:.3f}' for value in values)} |" in page
+    correlation = numpy.corrcoef(loss.flatten(), repeats.flatten())[0, 1]
+    assert f"{100 * share:.0f} % of the held-out" in page and f"(r = {correlation:.2f})" in page
+    assert (others.argmin(axis=0) == arms.index("moe-hash")).all()
+    for arm in ("moe", "moe-hash"):
+        whole, *parts = ((each[arms.index(arm)] - each[2]) for each in (loss, share * repeats, (1 - share) * others))
+        texts = [f"{whole.mean():+.3f}", *(interval([*part], "+", digits=3) for part in parts)]
+        assert all(text.replace("-", "−") in page for text in texts), texts
 
 
 def test_the_quickstarts_seeds() -> None:

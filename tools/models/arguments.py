@@ -65,7 +65,7 @@ def parse_generate(arguments: Words = None) -> argparse.Namespace:
 def parse_evaluate(arguments: Words = None) -> argparse.Namespace:
     """Evaluate trained models: runs' checkpoints, or folders that remoe export wrote.
 
-    remoe evaluate --load RUN --data-path SET                                # loss, perplexity, experts per token
+    remoe evaluate --load RUN --data-path SET                                # loss, loss of repeats, experts per token
     remoe evaluate --load RUN --data-path SET --max-experts-per-token 1 2 3  # loss with only the K largest gates
     remoe evaluate --load DENSE MOE REMOE --data-path SET --speed            # tokens per second, side by side
     remoe evaluate --load RUN --tasks                                        # the paper's zero-shot tasks (lm-eval)

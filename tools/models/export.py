@@ -134,8 +134,8 @@ def export(options: argparse.Namespace) -> None:
         if name == RANDOM:
             print("no text: the card has no losses. Give some with --data-path.", flush=True)
         else:
-            loss, tokens = measure_loss(written, split_batches(text))
-            results[f"loss on {tokens:,} {name}"] = f"{loss:.4f} nats per token"
+            measured = measure_loss(written, split_batches(text))
+            results[f"loss on {measured.tokens:,} {name}"] = f"{measured.loss:.4f} nats per token"
             if bound is not None:
                 results |= measure_bounds(written, text, {1, 2, 4, 8, bound, trained_bound})
             if histograms and config.moe_relu_routing:
@@ -151,7 +151,7 @@ def measure_bounds(model: RemoeForCausalLM, text: torch.Tensor, bounds: set[int]
     rows = {}
     for bound in sorted(bound for bound in bounds if bound <= model.config.num_experts):
         with bound_experts(model, bound):
-            loss, _ = measure_loss(model, split_batches(text))
+            loss = measure_loss(model, split_batches(text)).loss
         rows[f"loss with K = {bound}"] = f"{loss:.4f}"
     print(", ".join(f"{row}: {loss}" for row, loss in rows.items()))
     return rows

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -49,24 +49,55 @@ def split_batches(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return ids.split(max(1, TOKENS_PER_FORWARD // ids.shape[1]))
 
 
+class TextLoss(NamedTuple):
+    """The loss of a text.
+
+    Attributes:
+        loss: mean cross entropy in nats per token.
+        tokens: number of predicted tokens.
+        repeats_loss: mean cross entropy of those that `find_repeats` finds; None if there are none.
+        repeats: their number.
+    """
+
+    loss: float
+    tokens: int
+    repeats_loss: float | None
+    repeats: int
+
+
+def find_repeats(ids: torch.Tensor) -> torch.Tensor:
+    """Find the tokens that complete a pair of neighbors seen before in the sequence, so that a model can copy them.
+
+    Args:
+        ids: int64 `[sequences, length + 1]`.
+
+    Returns:
+        bool `[sequences, length]`, for the tokens after the first.
+    """
+    pairs, places = ((ids[:, :-1] << 32) + ids[:, 1:]).sort(dim=1, stable=True)
+    return torch.zeros_like(pairs, dtype=torch.bool).scatter_(1, places[:, 1:], pairs.diff(dim=1) == 0)
+
+
 @torch.no_grad()
-def measure_loss(model: Any, batches: Iterable[torch.Tensor], display: Display | None = None) -> tuple[float, int]:
-    """Return the mean cross entropy of a text in nats per token, and the number of predicted tokens.
+def measure_loss(model: Any, batches: Iterable[torch.Tensor], display: Display | None = None) -> TextLoss:
+    """Return the loss of a text.
 
     Args:
         model: of Megatron or of transformers, in evaluation mode.
         batches: int64 `[batch, length + 1]` each.
         display: to advance by one for each sequence.
     """
-    total, tokens, device = 0.0, 0, next(model.parameters()).device
+    sums, device = torch.zeros(4, dtype=torch.float64), next(model.parameters()).device
     for batch in batches:
         ids = batch.to(device)
         logits, labels = compute_logits(model, ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()
-        total += float(cross_entropy(logits, labels, reduction="none").double().sum())
-        tokens += labels.numel()
+        losses, repeats = cross_entropy(logits, labels, reduction="none").double(), find_repeats(ids).flatten()
+        copied = losses[repeats]
+        sums += torch.tensor([losses.sum(), len(losses), copied.sum(), len(copied)], dtype=torch.float64)
         if display is not None:
             display.advance(len(batch))
-    return total / tokens, tokens
+    loss, tokens, repeats_loss, number = sums.tolist()
+    return TextLoss(loss / tokens, int(tokens), repeats_loss / number if number else None, int(number))
 
 
 @torch.no_grad()

@@ -7,8 +7,11 @@ from typing import Any
 
 from ..console.places import run_folder
 
-BY_LAYER = "mean/99%/largest by layer"
-EXPLAINED = "Experts per token: the mean; the most that 99 % of the tokens have; the largest."
+REPEATS, BY_LAYER = "repeats", "mean/99%/largest by layer"
+EXPLAINED = {
+    REPEATS: "Repeats: loss of the tokens that complete a pair of neighbors seen before in the sequence.",
+    BY_LAYER: "Experts per token: the mean; the most that 99 % of the tokens have; the largest.",
+}
 Results = tuple[tuple[str, ...], list[list[str]]]  # one kind of result: titles of the columns, and rows
 
 
@@ -25,11 +28,12 @@ def _tabulate_text(models: dict[str, Any]) -> Results:
     for model, sets in models.items():
         for data_set, bounds in zip(name_data_sets([*sets]), sets.values(), strict=True):
             for bound, measured in bounds.items():
-                loss, layers = measured["loss"], measured["experts"].values()
+                loss, repeats, layers = measured["loss"], measured["repeats_loss"], measured["experts"].values()
                 mean = f"{sum(layer['mean'] for layer in layers) / len(layers):.3f}" if layers else ""
                 by_layer = (f"{layer['mean']:.2f}/{layer['percentile_99']}/{layer['largest']}" for layer in layers)
-                rows.append([model, data_set, bound, f"{loss:.5f}", f"{math.exp(loss):.4f}", mean, " ".join(by_layer)])
-    titles = ("model", "data set", "K", "nats/token", "perplexity", "experts", BY_LAYER)
+                losses = [f"{loss:.5f}", "" if repeats is None else f"{repeats:.5f}", f"{math.exp(loss):.4f}"]
+                rows.append([model, data_set, bound, *losses, mean, " ".join(by_layer)])
+    titles = ("model", "data set", "K", "nats/token", REPEATS, "perplexity", "experts", BY_LAYER)
     return titles, rows
 
 

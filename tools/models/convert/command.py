@@ -49,7 +49,7 @@ def convert(options: argparse.Namespace) -> None:
     with one_process(options.seed):
         target, loss_before = _fit_routers(options, display, checkpoint, args, new_args, to_fit, to_measure)
         with display.step("running the ReMoE", len(to_measure)), count_experts(target) as histograms:
-            loss_after, _ = measure_loss(target, split_batches(to_measure), display)
+            loss_after = measure_loss(target, split_batches(to_measure), display).loss
         sparsity = 1 - mean_experts(histograms.values()) / new_args.num_experts
         bound = BOUNDS[kind] if options.loss_bound is None else options.loss_bound
         growth = loss_after / loss_before - 1
@@ -80,7 +80,7 @@ def _fit_routers(
     with display.step("running the source", len(to_fit) + len(to_measure)):
         with record_routers(source, layers) as (inputs, gates):
             measure_loss(source, split_batches(to_fit), display)
-        loss_before, _ = measure_loss(source, split_batches(to_measure), display)
+        loss_before = measure_loss(source, split_batches(to_measure), display).loss
     routers = {}
     with display.step("fitting the routers", len(layers)):
         for number, layer in enumerate(layers):

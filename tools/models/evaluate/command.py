@@ -17,8 +17,9 @@ def show(results: dict[str, Any]) -> None:
     """Print the results as tables."""
     for titles, rows in evaluations.make_tables(results):
         print_table(titles, rows, text=len(titles))
-        if evaluations.BY_LAYER in titles and any(row[-1] for row in rows):
-            print(evaluations.EXPLAINED)
+        for title, text in evaluations.EXPLAINED.items():
+            if title in titles and any(row[titles.index(title)] for row in rows):
+                print(text)
 
 
 def evaluate(args: argparse.Namespace) -> None:

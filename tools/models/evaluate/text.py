@@ -62,8 +62,8 @@ def measure_text(
 ) -> None:
     """Fill `results["text"]`: model → data set → bound on the experts per token, or "none" → measurements.
 
-    Measurements are "loss", in nats per token; "tokens", the number of predicted tokens; and "experts": number of a
-    layer with experts, from 1 → the result of `summarize_experts`. They are added as soon as they are complete.
+    Measurements are the fields of `TextLoss`, and "experts": number of a layer with experts, from 1 → the result of
+    `summarize_experts`. They are added as soon as they are complete.
 
     Raises:
         UsageError: a model does not support a bound (checked first), or a data set is broken or does not fit a model.
@@ -84,11 +84,11 @@ def measure_text(
                     count_experts(model) as counts,
                 ):
                     batches = read_batches(data, args.sequences, model.config.vocab_size)
-                    loss, tokens = measure_loss(model, batches, display)
+                    measured = measure_loss(model, batches, display)
                 experts = {layer: summarize_experts(histogram) for layer, histogram in counts.items()}
-                result = {"loss": loss, "tokens": tokens, "experts": experts}
-                measured = results.setdefault("text", {}).setdefault(name, {}).setdefault(prefix, {})
-                measured["none" if bound is None else str(bound)] = result
+                result = measured._asdict() | {"experts": experts}
+                bounds = results.setdefault("text", {}).setdefault(name, {}).setdefault(prefix, {})
+                bounds["none" if bound is None else str(bound)] = result
 
 
 @torch.inference_mode()
