@@ -1,5 +1,7 @@
 """Check two ranks that share a sequence, experts or a vocabulary; the argument selects one of the kinds in `main`."""
 
+import copy
+import itertools
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,17 +47,20 @@ def main(kind: str) -> None:
     elif kind == "experts":
         check_chunks()
     elif kind == "baselines":
-        for router in ("hash", "expert_choice"):
+        for router in ("hash", "expert_choice", "top_p"):
             check_baseline(router)
     else:
         for kernels in ["torch", "triton"] if find_spec("triton") else ["torch"]:
-            for per_token in (False, True):
-                check(moe_kernels=kernels, calculate_per_token_loss=per_token)
+            for per_token, guarded in itertools.product((False, True), (0, 1)):
+                check(guarded, moe_kernels=kernels, calculate_per_token_loss=per_token)
     print(f"rank {torch.distributed.get_rank()} ok", flush=True)
 
 
-def check(**changes: Any) -> None:
-    """Check that two ranks with half of a sequence each have the L1, S and λ of one rank with the whole sequence."""
+def check(guarded: int, **changes: Any) -> None:
+    """Check that two ranks with half of a sequence each have the L1, S and λ of one rank with the whole sequence.
+
+    With `guarded`, check the guard's gradient instead of that of L1.
+    """
     rank = torch.distributed.get_rank()
     config = make_config(
         moe_relu_l1_reg_coeff_init=0.3,
@@ -73,6 +78,7 @@ def check(**changes: Any) -> None:
     padding[7:, 0] = True
 
     part = slice(rank * 5, rank * 5 + 5)
+    router.guarded.fill_(guarded)
     gradient = l1_gradient(router, tokens[part], padding[part])
     torch.distributed.all_reduce(gradient)
     controller = SparsityController([layer], config)
@@ -81,6 +87,7 @@ def check(**changes: Any) -> None:
 
     # All tokens at once, in a group of only this rank.
     router.l1_exponent.zero_()
+    router.guarded.fill_(guarded)
     router.tp_cp_group = torch.distributed.new_subgroups(1)[0]
     whole_gradient = l1_gradient(router, tokens, padding)
     counts = router.counts
@@ -128,14 +135,19 @@ def check_baseline(name: str) -> None:
         router.token_ids = ids
     else:
         router.weight.data = torch.randn_like(router.weight)
-    counter = PairCounter([router])
+    counter, before = PairCounter([router]), copy.deepcopy(router.state_dict())
     parts = router(tokens[rank * 5 : rank * 5 + 5])
     counter.update()
-    router.tp_group = router.tp_cp_group = torch.distributed.new_subgroups(1)[0]
+    after = copy.deepcopy(router.state_dict())
+    router.load_state_dict(before)
+    router.tp_group = router.tp_cp_group = router.tp_dp_cp_group = torch.distributed.new_subgroups(1)[0]
     wholes = router(tokens)
     for part, whole in zip(parts, wholes, strict=True):
         torch.testing.assert_close(part, whole[rank * 10 : rank * 10 + 10])
     assert counter.totals() == {"total_active_pairs": int(wholes[1].sum()), "total_layer_tokens": 20}
+    if name == "top_p":
+        router.end_step()
+        assert after["threshold"] == router.threshold != before["threshold"]
     assert counter.loads() == {1: [round(share, 5) for share in wholes[1].double().mean(dim=0).tolist()]}
 
 

@@ -16,6 +16,8 @@ from tests.layers import HIDDEN, expert_weights, make_config
 from tests.tiny_model import TOPK
 from tests.training_runs import REPOSITORY, TINY, logged, run, step_losses
 
+# So that top-p's number of experts varies, and DECO's entropy changes the losses.
+MORE = {"top_p": "--moe-router-topk 2", "deco": "--moe-relu-l1-reg-coeff-init 1e-2"}
 BASELINE = "--moe-router-load-balancing-type none --moe-aux-loss-coeff 0 --moe-baseline-router".split()
 
 
@@ -96,6 +98,29 @@ def test_deco_lowers_the_entropy(per_token: bool, process_groups: None) -> None:
     torch.testing.assert_close(router.weight.grad, weight.grad)
 
 
+def test_decos_guard_replaces_the_entropy(process_groups: None) -> None:
+    router, tokens = make_layer("deco").router, make_tokens()
+    router.l1_exponent.fill_(100)
+    router.guarded.fill_(1)
+    (router(tokens)[0] * 0).sum().backward()
+    logits = tokens.detach() @ router.weight.T
+    expected = torch.autograd.grad(-0.1 * (logits * (logits <= 0)).mean(), router.weight)[0]
+    torch.testing.assert_close(router.weight.grad, expected)
+
+
+def test_normalized_top_k_balances(process_groups: None) -> None:
+    """The auxiliary loss is that of Switch, coefficient · E · Σ_e f_e · P_e, with the normalized gates' means P_e."""
+    settings = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.5}
+    router, tokens = make_layer("normalized_top_k", **settings).router, make_tokens()
+    probs, routing_map = router(tokens)
+    (probs * 0).sum().backward()
+    logits = tokens.detach().view(-1, HIDDEN) @ router.weight.T
+    gates = router.start * logits.relu() / logits.norm(dim=1, keepdim=True)
+    shares = routing_map.sum(dim=0) / routing_map.sum()
+    expected = torch.autograd.grad(0.5 * 4 * (shares * gates.mean(dim=0)).sum(), router.weight)[0]
+    torch.testing.assert_close(router.weight.grad, expected)
+
+
 @pytest.mark.parametrize("name", ["expert_choice", "expert_threshold", "top_p", "normalized_top_k", "deco"])
 def test_z_loss(name: str, process_groups: None) -> None:
     """`deco` stands for all ReLU routing, whose z-loss it inherits."""
@@ -166,13 +191,14 @@ def test_parts_of_a_sequence_are_routed_as_the_whole() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["expert_threshold", "normalized_top_k", "deco"])
+@pytest.mark.parametrize("name", ["expert_threshold", "top_p", "normalized_top_k", "deco"])
 def test_layouts_agree(name: str, data: Path, tmp_path: Path) -> None:
     """Two processes that share sequences and exchange tokens have the same losses as one process."""
 
     def train(*more: str, processes: int = 1) -> list[float]:
         shared = [*TINY, *TOPK, "--data-path", str(data), "--train-iters", "3", *BASELINE, name]
         shared += ["--moe-relu-routing"] * (name in RELU_VARIANTS)
+        shared += MORE.get(name, "").split()
         return step_losses(run([*shared, *more], processes))
 
     whole = train("--save", str(tmp_path), "--save-interval", "1")

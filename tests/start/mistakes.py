@@ -83,8 +83,8 @@ ENTRY = {
     "negative id": Case(on("negative", "--split 100,0,0"), "E305|token -7|384"),
     # flags
     "several missing": Case(
-        lacking("--lr --train-iters --seq-length --eval-interval"),
-        "E201|--seq-length, --lr, --train-iters, --eval-interval",
+        lacking("--lr --train-iters --seq-length --eval-interval --micro-batch-size --vocab-size", "--save {new}"),
+        "E201|--seq-length, --micro-batch-size, --lr, --train-iters, --eval-interval, --save-interval|, --vocab-size",
     ),
     "like no other flag": Case(on("text", "--learning-rate 1"), "--learning-rate 1. --help lists all flags"),
     "heads": Case(on("text", "--num-attention-heads 5"), "num_attention_heads|Megatron refuses these settings"),

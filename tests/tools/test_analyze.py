@@ -88,6 +88,9 @@ def test_recounted(name: str, domains: list[Path], tmp_path: Path) -> None:
     numbers = [*find_blocks(model)]
     assert ("slopes" in results["experts_per_token"]["by_frequency"]) == model.config.moe_relu_routing
     assert numbers == ([2] if "shared" in name else [1, 2])
+    words = ["--load", folder, "--data", domains[0], "--sequences", "1", "--seed"]
+    first, second = (analyze(tmp_path / str(seed), *words, seed)["load"]["domains"]["words"] for seed in (1, 2))
+    assert first["tokens"] == second["tokens"] == LENGTH and first["load"] != second["load"]
     for place, layer in enumerate(map(str, numbers)):
         sequences = [tokens for domain in recounted for tokens in domain[place]]
         tokens = [token for sequence in sequences for token in sequence]
@@ -166,6 +169,7 @@ def test_reads_checkpoints(domains: list[Path], tmp_path: Path, capfd: pytest.Ca
     for wrong, code in (
         (["--tokenizer-model", "/nowhere"], "E513"),
         (["--seq-length", "99999"], "E501"),
+        (["--ckpt-step", "7"], "E402"),
         (["--load", str(exported(tmp_path / "dense", "dense")[1])], "E501"),
         (["--load", str(tmp_path / "small"), "--output-dir", str(tmp_path / "new")], "E305"),
     ):

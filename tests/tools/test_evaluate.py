@@ -68,6 +68,7 @@ def test_loss_is_megatrons(trained: Trained, tmp_path: Path, capfd: pytest.Captu
         (["--data-path", "/nowhere"], "E301"),
         (["--data-path", trained.held_out, "--seq-length", "99999"], "E501"),
         (["--data-path", trained.held_out, "--max-experts-per-token", "9"], "E501"),
+        (["--data-path", trained.held_out, "--ckpt-step", "3"], "E402"),
         (["--tasks"], "E513"),
     ):
         capfd.readouterr()

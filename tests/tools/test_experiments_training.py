@@ -124,6 +124,7 @@ def test_a_small_comparison(
     assert compare.main(words) == 0
     printed = capsys.readouterr().out
     rows = {run: result for run, result in read_folder(tmp_path / "mixed") if result is not None}
+    assert all(len(result.inactive) == 2 for result in rows.values()), "of top-k's layers too"
     tuning = [run for run in rows if run.is_tuning]
     assert len(tuning) == 4 and {run.seed for run in tuning} == {compare.TUNING_SEED}
     best = {arm: min((rows[run].loss, run.rate) for run in tuning if run.arm == arm)[1] for arm in ("moe", "remoe")}

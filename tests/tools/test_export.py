@@ -36,7 +36,7 @@ MIXED = [*TINY, *RELU, *"--moe-layer-freq [0,1] --moe-shared-expert-intermediate
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train a ReMoE with a dense layer and shared experts, with expert parallelism over two processes."""
     folder = tmp_path_factory.mktemp("trained")
-    words = f"--expert-model-parallel-size 2 --train-iters 4 --save {folder} --save-interval 4 --no-save-optim".split()
+    words = f"--expert-model-parallel-size 2 --train-iters 4 --save {folder} --save-interval 2 --no-save-optim".split()
     run([*MIXED, "--data-path", str(data), *words], processes=2)
     return folder
 
@@ -73,14 +73,20 @@ def test_exported_folder(trained: Path, tokenizer: Path, tmp_path: Path, capfd: 
 
 
 def test_bound_for_servers(trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Two config fields hold K for servers. The loss at each K is printed. Converted back, the model keeps k and K."""
+    """Two config fields hold K for servers. The loss at each K is printed. Converted back, the model keeps k and K.
+
+    The checkpoint is not the newest one.
+    """
     folder, most = tmp_path / "folder", "--max-experts-per-token"
     assert main("--load", trained, "--save", folder, most, 9) == 1 and "[REMOE-E501]" in capfd.readouterr().err
-    assert main("--load", trained, "--save", folder, most, 2) == 0
+    assert main("--load", trained, "--save", folder, "--data-path", "/nowhere") == 1
+    assert "[REMOE-E301]" in capfd.readouterr().err
+    assert main("--load", trained, "--ckpt-step", 2, "--save", folder, most, 2) == 0
     losses = [float(loss) for loss in re.findall(r"loss with K = [1248]: (\S+\d)", capfd.readouterr().out)]
     assert len(losses) == 4 and f"tokens | {losses[1]:.4f} nats" in (folder / "README.md").read_text()
     config = AutoConfig.from_pretrained(folder)
     assert config.max_experts_per_token == config.num_experts_per_tok == 2 and config.mean_experts_per_token == 1
+    assert config.router_aux_loss_coef == pytest.approx(1e-8 * 1.2**2, rel=1e-9)
     assert main("--reverse", "--load", folder, "--save", tmp_path / "back") == 0
     assert " --moe-relu-max-experts 2" in capfd.readouterr().out
     assert checkpoints.find(tmp_path / "back", None).args.moe_router_topk == 1

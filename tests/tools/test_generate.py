@@ -51,6 +51,9 @@ def test_run_and_folder_say_the_same(
             assert match and 1 <= int(match[1]) <= 7 and 0 < float(match[2]) < 8
             texts.add(text)
         assert len(texts) == 1
+    greedy = (["--temperature", "0"], ["--temperature", "1e-6"], ["--top-k", "1"], ["--top-p", "1e-9"])
+    words = "--load", places["folder"], "--prompt=def f", "--max-new-tokens", "7"
+    assert len({generate(capfd, *words, *how)[0] for how in greedy}) == 1
     # Text stops at the end of the context. For a dense model, no number of experts is printed.
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     text, costs = generate(capfd, "--load", places["dense"], "--temperature", "0")
@@ -65,6 +68,8 @@ def test_run_and_folder_say_the_same(
         ("folder", ["--prompt", ""], "E501"),
         ("folder", ["--prompt", "a" * 24], "E501"),
         ("folder", ["--prompt-file", "/nowhere"], "E300"),
+        ("folder", ["--prompt", "a", "--ckpt-step", "1"], "E511"),
+        ("run", ["--prompt", "a", "--ckpt-step", "7"], "E402"),
     ],
 )
 def test_refusals(
