@@ -31,7 +31,7 @@ fetch_vocabulary() {
 }
 
 process() { # SHARD, further arguments to preprocess_data.py; sets RESULT
-  local shard=$1 prefix=$OUTPUT_DIR/pile_$1 input="" suffix report state="was there"
+  local shard=$1 prefix=$OUTPUT_DIR/pile_$1 input="" suffix report status state="was there"
   local vocabulary=(--vocab-file "$VOCAB_FILE" --merge-file "$MERGE_FILE")
   local check=("${prefix}_text_document" --documents 0) # never empty: bash 4.3 and macOS's refuse to expand that
   shift
@@ -46,8 +46,9 @@ process() { # SHARD, further arguments to preprocess_data.py; sets RESULT
     state=made check+=("${vocabulary[@]}")
   fi
   report=$("$PYTHON" "$ROOT/tools" inspect "${check[@]}") || {
-    RESULT="damaged: remove ${prefix}_text_document.bin and .idx, and start again"
-    return 1
+    status=$?
+    RESULT="the check failed, see above; if it is damaged, remove ${prefix}_text_document.bin and .idx"
+    return "$status"
   }
   RESULT="$state: $(sed -n 2p <<<"$report")"
 }
@@ -61,7 +62,7 @@ done
 [[ -n ${OUTPUT_DIR:-} ]] || die "OUTPUT_DIR is not set: give the folder for the data sets"
 "$PYTHON" -c 'import megatron.remoe' 2>/dev/null || die "$PYTHON has no megatron.remoe: run bash scripts/setup.sh first"
 mkdir -p "$OUTPUT_DIR"
-read -ra shards <<<"${SHARDS:-$(seq -f %02g -s ' ' 0 29)}"
+read -rd "" -a shards <<<"${SHARDS:-$(seq -f %02g 0 29)}" || true # ends at the end of its input
 if [[ -z ${VOCAB_FILE:-} && -z ${MERGE_FILE:-} ]]; then fetch_vocabulary; fi
 [[ -f ${VOCAB_FILE-} && -f ${MERGE_FILE-} ]] ||
   die "VOCAB_FILE '${VOCAB_FILE-}' and MERGE_FILE '${MERGE_FILE-}': give both of GPT-2's files, or neither"

@@ -26,7 +26,7 @@ _ROOMS = {
     "write_run_log": "training.run_log",
     "add_summary": "training.summary",
     "lock_save_folder": "start.run_lock",
-    "check_save_is_shared": "start.run_lock",
+    "check_folders_are_shared": "start.run_lock",
     "check_settings": "start.environment",
     "check_data": "start.data",
     "check_loaded_run": "start.saved_settings",

@@ -77,7 +77,7 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", exit_st
     from megatron.core.enums import ModelType
     from megatron.remoe import patches
     from megatron.remoe.start.messages import usage_errors
-    from megatron.remoe.start.run_lock import check_save_is_shared
+    from megatron.remoe.start.run_lock import check_folders_are_shared
     from megatron.remoe.training import hooks
     from megatron.remoe.training.arguments import model_config_from_args
     from megatron.remoe.training.gpt import forward_step, train_valid_test_datasets_provider
@@ -95,7 +95,7 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", exit_st
         hooks.install_local_layers(args, model_cfg)
         datasets_provider = hooks.with_flips(args, model_cfg, train_valid_test_datasets_provider, forward_step)
         add_summary(args, model_cfg)
-        model_cfg.pre_wrap_hooks.append(lambda chunks: check_save_is_shared(args, chunks))
+        model_cfg.pre_wrap_hooks.append(lambda chunks: check_folders_are_shared(args, chunks))
         exit_stack.enter_context(write_run_log(args))
 
     if observe is not None:

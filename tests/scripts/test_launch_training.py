@@ -100,4 +100,4 @@ def test_trains_saves_at_sigterm_and_resumes(data: Path, tmp_path: Path) -> None
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
     assert list(records(result.stdout)) == [saved + 1]
     files = {path.name for path in (folder / "run").iterdir()}
-    assert files == {"checkpoints", "command.sh", "tensorboard", "train.log"}
+    assert files == {"cache", "checkpoints", "tensorboard", "train.log"}

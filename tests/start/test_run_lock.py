@@ -108,7 +108,8 @@ def test_two_trainings_in_one_folder(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / LOCK).exists()
 
 
-def test_nodes_that_do_not_share_the_folder(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flag", ["--save", "--load"])
+def test_nodes_that_do_not_share_the_folder(flag: str, data: Path, tmp_path: Path) -> None:
     script = tmp_path / "other_node.py"
     script.write_text(
         "import os, sys\n"
@@ -117,10 +118,13 @@ def test_nodes_that_do_not_share_the_folder(data: Path, tmp_path: Path) -> None:
         "run_lock.SECONDS_TO_APPEAR = 0.5\n"
         "if os.environ['RANK'] == '1':\n"
         "    os.environ['LOCAL_RANK'] = '0'\n"
-        "    sys.argv[sys.argv.index('--save') + 1] += '_of_the_other_node'\n"
+        f"    sys.argv[sys.argv.index('{flag}') + 1] += '_of_the_other_node'\n"
         "sys.argv[0] = 'pretrain_gpt.py'\n"
         "pretrain.main()\n"
     )
-    arguments = [*TINY, "--data-path", str(data), "--save", str(tmp_path / "run"), "--save-interval", "8"]
+    arguments = [*TINY, "--data-path", str(data), "--save", str(tmp_path / "run"), "--save-interval", "1"]
+    if flag == "--load":
+        arguments += [flag, str(tmp_path / "run")]
+        run([*arguments, "--exit-interval", "1"])
     output = run(arguments, processes=2, expect=1, script=script)
-    assert "REMOE-E105" in last_error(output) and "iteration        1/" not in output
+    assert "REMOE-E105" in last_error(output) and "] iteration " not in output

@@ -65,15 +65,16 @@ def test_goes_back_to_the_newest_whole_checkpoint(
     assert refused.value.code == "REMOE-E401"
 
 
+@pytest.mark.parametrize("step", [None, 6])
 @pytest.mark.parametrize("content", ["", "12a", "loop", None])
-def test_tracker_that_is_damaged_or_missing_is_mended(content: str | None, saved: Saved) -> None:
+def test_tracker_that_is_damaged_or_missing_is_mended(content: str | None, step: int | None, saved: Saved) -> None:
     tracker = saved.root / TRACKER
     tracker.unlink()
     if content == "loop":
         tracker.symlink_to(tracker.name)
     elif content is not None:
         tracker.write_text(content)
-    assert chosen(saved.root, rank=1) == 6
+    assert chosen(saved.root, step, rank=1) == 6
     assert tracker.read_text() == "6", "on any rank: Megatron reads it there"
     assert chosen(saved.root) is None, "now Megatron's own choice stands"
 

@@ -29,7 +29,7 @@ NOT_COMPARED = {
     *group_by_flag([*GPU_FLAGS, *PLAIN_PYTORCH, *TRITON]),
     *"""
     --save --load --save-interval --save-retain-interval --tensorboard-dir --wandb-project --wandb-exp-name
-    --wandb-save-dir --log-interval --exit-interval --exit-duration-in-mins
+    --wandb-save-dir --data-cache-path --log-interval --exit-interval --exit-duration-in-mins
     --tensor-model-parallel-size --pipeline-model-parallel-size --context-parallel-size --expert-model-parallel-size
     --num-virtual-stages-per-pipeline-rank --sequence-parallel
     --moe-grouped-gemm --no-gradient-accumulation-fusion --no-rope-fusion

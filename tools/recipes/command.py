@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.remoe.files.errors import with_code
-from megatron.remoe.files.files import write_text
 
 from ..console.errors import ToolError
 from ..console.flags import split
@@ -36,7 +35,7 @@ Environment variables; only the data is required:
   NNODES or SLURM_NNODES   number of nodes (default: 1); with more: NODE_RANK, RANK or SLURM_NODEID; MASTER_ADDR;
                  MASTER_PORT (default: 29500)
   KERNELS=triton use Triton kernels; not tested on a GPU yet
-  OUTPUT_DIR     folder for checkpoints, TensorBoard, log and command of the run (default: runs/<name>)
+  OUTPUT_DIR     folder for the checkpoints, scalars and log of the run (default: runs/<name>)
   WANDB_API_KEY  if set, figures also go to Weights & Biases
   CUDA_DEVICE_MAX_CONNECTIONS, PYTORCH_CUDA_ALLOC_CONF   set for GPUs, unless you set them
   PYTHON         the interpreter (default: .venv's, else python3)
@@ -109,15 +108,14 @@ def rehearse(launch: Launch) -> int:
 
 
 def train(launch: Launch) -> int:
-    """Train and return the exit code. Each node writes its log, and the first node its command, to the run's folder."""
+    """Train and return the exit code. Each node writes its command and its output to a log in the run's folder."""
     output, node = Path(launch.output), launch.layout.node_rank(os.environ)
     log = output / (f"train.node{node}.log" if node else LOG)  # a shared disk can lose lines that two nodes append
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if node == 0:
-            write_text(output / "command.sh", launch.text())
-        log.open("a").close()
+        with log.open("a") as file:
+            file.write(launch.text())
     except OSError as error:
         raise RecipeError(f"OUTPUT_DIR={output} cannot be written: {error.strerror}") from error
-    print(f"Run: {output} (log, command, checkpoints, tensorboard)", flush=True)
+    print(f"Run: {output} (log, checkpoints, tensorboard)", flush=True)
     return run_training(launch.command, log)

@@ -121,7 +121,7 @@ def find_vocabulary(environment: Mapping[str, str], flags: Sequence[str], planne
     words = ["--tokenizer-type", "GPT2BPETokenizer"]
     kinds = (("VOCAB_FILE", "--vocab-file"), ("MERGE_FILE", "--merge-file"))
     for (variable, flag), names in zip(kinds, zip(*GPT2_FILES[:2], strict=True), strict=True):
-        places = [f"{folder}/{name}" for name in (*names, f"../{names[1]}")]
+        places = [f"{folder}{above}/{name}" for above in ("", "/..") for name in names]
         path = environment.get(variable) or next((place for place in places if os.path.isfile(place)), places[0])
         if not planned and not os.path.isfile(path):
             raise RecipeError(f"{variable}: there is no {path} (GPT-2's {' or '.join(names)})")

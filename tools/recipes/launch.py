@@ -110,6 +110,8 @@ def plan(
         *tokenizer, "--data-path", *data_path, "--split", parts, *"--eval-interval 1000 --eval-iters 100".split(),
         "--save", f"{output}/checkpoints", "--load", f"{output}/checkpoints",
         "--save-interval", str(SAVE_INTERVALS[size]), "--exit-signal-handler",
+        # Runs side by side on one data set must not read the other's half-written index.
+        "--data-cache-path", f"{output}/cache",
         "--tensorboard-dir", f"{output}/tensorboard", *"--log-interval 10 --log-throughput".split(),
         *kind.flags(model.ffn), *layout.flags(has_experts), *suited, *fast,
     ]  # fmt: skip

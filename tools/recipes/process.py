@@ -1,4 +1,4 @@
-"""Run a training command and keep its log. At Ctrl-C and SIGTERM, let it save a checkpoint first."""
+"""Run a training command and keep its log. At Ctrl-C, SIGTERM or a closed terminal, let it save a checkpoint first."""
 
 import contextlib
 import os
@@ -48,6 +48,11 @@ def _ignore_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the training processes inherit this
 
 
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal might be closed
+        print(text, flush=True)
+
+
 def last_error(text: str) -> str:
     """Return the program's last error in its output, or "". torchrun prints about a hundred lines below the error."""
     errors = re.findall(r"^\S+\.py: error: .*?(?=^[EW]\d{4} |^Traceback |\Z)", text, re.MULTILINE | re.DOTALL)
@@ -62,12 +67,13 @@ def run_training(command: Sequence[str], log: Path) -> int:
         log: the run's output is appended to this file and printed; its last error is printed again at the end.
 
     Returns:
-        The exit code, 128 + n after signal n; `STOPPED` if the run ended without an error after Ctrl-C or SIGTERM.
+        The exit code, 128 + n after signal n; `STOPPED` if a signal to this process ended the run without an error.
     """
     start, stopping = log.stat().st_size if log.exists() else 0, False
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until there is a run to stop
     # The run and tee get a process group each: a terminal's Ctrl-C reaches only this process. They ignore signals:
     # tee has to write the last line, and torchrun would limit the time for saving.
+    signals = SIGNALS if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (*SIGNALS, signal.SIGHUP)  # nohup
     job = subprocess.Popen(
         command, env=os.environ | {"PET_SIGNALS_TO_HANDLE": "SIGHUP"}, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0, preexec_fn=_ignore_signals,
@@ -77,18 +83,18 @@ def run_training(command: Sequence[str], log: Path) -> int:
     job.stdout.close()
 
     def stop(number: int, _: FrameType | None) -> None:
-        """Let the run save; a second Ctrl-C kills it. A second SIGTERM does not, as schedulers send several."""
+        """Let the run save; a second Ctrl-C kills it. Other signals do not, as schedulers send several."""
         nonlocal stopping
         if stopping and number != signal.SIGINT:
             return
         wanted = signal.SIGKILL if stopping else signal.SIGTERM
         if not stopping:
-            print("Saving a checkpoint; a second Ctrl-C ends at once, without one.", flush=True)
+            _say("Saving a checkpoint; a second Ctrl-C ends at once, without one.")
         stopping = True
         with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
             _signal_training(job.pid, wanted)
 
-    for number in SIGNALS:
+    for number in signals:
         signal.signal(number, stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     code = job.wait()
@@ -101,6 +107,7 @@ def run_training(command: Sequence[str], log: Path) -> int:
     if error:
         print(f"\n{error}", file=sys.stderr, flush=True)
     elif stopping:
-        print(f"Stopped. The same command continues from the last checkpoint; the log is {log}", flush=True)
+        same = "The same command" + " without --ckpt-step" * ("--ckpt-step" in command)
+        _say(f"Stopped. {same} continues from the last checkpoint; the log is {log}")
         return STOPPED
     return code if code >= 0 else 128 - code

@@ -85,7 +85,8 @@ def _choose(flag: str, root: Path, step: int | None) -> Resume:
     try:
         if wanted is None and newest != RELEASE:
             raise BrokenCheckpointError(f"{root / TRACKER} names no iteration")
-        return Resume(flag, chosen, check_complete(chosen).get("args"))
+        repaired = None if newest == RELEASE or _NUMBER.fullmatch(newest) else wanted
+        return Resume(flag, chosen, check_complete(chosen).get("args"), repaired)
     except BrokenCheckpointError as error:
         return go_back(flag, chosen, str(error), step)
 

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from megatron.remoe.files.errors import DataError, UsageError, with_code
@@ -36,7 +36,7 @@ REMEDIES = {
     "checkpoint is still there, and the same command resumes from it.",
     "path_to_cache": "Give a writable folder with --data-cache-path.",
     r"found (NaN|Inf) in|\bnan\b.*(loss|grad)|(loss|grad).*\bnan\b": "Lower --lr, or look at the data. To resume, go "
-    "back to an earlier iteration with --ckpt-step and --no-load-optim.",
+    "back to an earlier iteration with --ckpt-step and --no-load-optim, only in the first start.",
     r"OptimizerParamScheduler: class input value": "Give the checkpoint's values, or --override-opt_param-scheduler to "
     "follow the flags, or --use-checkpoint-opt_param-scheduler to follow the checkpoint.",
     r"Global shape mismatch|size mismatch|Missing key|not found in (the )?(checkpoint|sharded)|unexpected key|"
@@ -94,13 +94,13 @@ def explain_flag_errors(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(words: str, prints: bool = True) -> None:
-    """Hand an error to torchrun's report, and print it on standard error under the name of the started program."""
+    """Print an error on standard error under the name of the started program, and hand it to torchrun's report."""
     sys.stdout.flush()
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        with open(path, "w") as file:
-            json.dump({"message": {"message": words, "extraInfo": {"timestamp": int(time.time())}}}, file)
     if prints:
         print(f"{os.path.basename(sys.argv[0])}: error: {words}", file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError), open(path, "w") as file:
+            json.dump({"message": {"message": words, "extraInfo": {"timestamp": int(time.time())}}}, file)
 
 
 def exit_with_message(error: BaseException) -> NoReturn:

@@ -16,6 +16,7 @@ from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Time
 
 from megatron.remoe.files.errors import UsageError
 from megatron.remoe.files.files import sync
+from megatron.remoe.start.checkpoint_files import loaded_checkpoint
 from megatron.remoe.start.environment import make_writable_folder
 
 LOCK = "training.lock"
@@ -57,26 +58,32 @@ def lock_save_folder(args: argparse.Namespace, lease_seconds: float = LEASE_SECO
         lease.release()
 
 
-def check_save_is_shared(args: argparse.Namespace, model_chunks: list[Any]) -> list[Any]:
-    """Check that every node sees the first rank's lock in --save. Call it on all ranks, after torch.distributed starts.
+def check_folders_are_shared(args: argparse.Namespace, model_chunks: list[Any]) -> list[Any]:
+    """Check that every node sees the first rank's lock in --save, and that all ranks load the same checkpoint.
+
+    Call it on all ranks, after torch.distributed starts.
 
     Args:
         args: Megatron's parsed arguments.
         model_chunks: the model; returned unchanged, as Megatron expects of a hook.
 
     Raises:
-        UsageError: a node does not see it. All ranks raise it, and the message names the node.
+        UsageError: a node does not see the lock, or ranks chose different checkpoints. All ranks raise it.
     """
-    if not args.save or args.skip_train or "://" in args.save:
-        return model_chunks
-    lock, end, is_unseen = Path(args.save, LOCK), time.monotonic() + SECONDS_TO_APPEAR, args.local_rank == 0
-    while is_unseen and (is_unseen := not lock.exists()) and time.monotonic() < end:
+    is_unseen = bool(args.save and not args.skip_train and "://" not in args.save and args.local_rank == 0)
+    end = time.monotonic() + SECONDS_TO_APPEAR
+    while is_unseen and (is_unseen := not Path(args.save, LOCK).exists()) and time.monotonic() < end:
         time.sleep(0.5)
-    hosts = [""] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(hosts, socket.gethostname() if is_unseen else "")
-    if host := next(filter(None, hosts), None):
+    flag, folder = loaded_checkpoint(args)
+    answers = [("", "")] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(answers, (socket.gethostname() if is_unseen else "", str(folder)))
+    hosts, folders = ({*each} for each in zip(*answers, strict=True))
+    if host := max(hosts):
         problem = f"{host} does not see the first node's {LOCK} there. Give a folder that all nodes share"
         raise UsageError(f"--save {args.save}: {problem}.", "REMOE-E105")
+    if len(folders) > 1:
+        problem = f"ranks read different checkpoints there ({', '.join(sorted(folders))})"
+        raise UsageError(f"{flag}: {problem}. Give a folder that all nodes share, or start again.", "REMOE-E105")
     return model_chunks
 
 

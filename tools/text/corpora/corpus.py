@@ -168,7 +168,8 @@ def download(folder: Path, requirement: str) -> Path:
     command += ["--no-deps", "--no-build-isolation", "--dest", str(folder), "--require-hashes", "-r", "/dev/stdin"]
     result = subprocess.run(command, capture_output=True, text=True, input=f"{requirement}\n")
     if result.returncode:
-        errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
+        lines = result.stderr.splitlines()
+        errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:]
         raise ToolError(f"pip cannot download {requirement.partition(' ')[0]}: " + "\n".join(errors[:3]))
     return next(folder.iterdir())
 
