@@ -122,9 +122,8 @@ def test_nodes_that_do_not_share_the_folder(flag: str, data: Path, tmp_path: Pat
         "sys.argv[0] = 'pretrain_gpt.py'\n"
         "pretrain.main()\n"
     )
-    arguments = [*TINY, "--data-path", str(data), "--save", str(tmp_path / "run"), "--save-interval", "1"]
+    arguments, folder = [*TINY, "--data-path", str(data), "--save-interval", "1"], str(tmp_path / "run")
     if flag == "--load":
-        arguments += [flag, str(tmp_path / "run")]
-        run([*arguments, "--exit-interval", "1"])
-    output = run(arguments, processes=2, expect=1, script=script)
+        run([*arguments, "--save", folder, "--exit-interval", "1"])
+    output = run([*arguments, flag, folder], processes=2, expect=1, script=script)
     assert "REMOE-E105" in last_error(output) and "] iteration " not in output
