@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +125,8 @@ def test_nodes_that_do_not_share_the_folder(flag: str, data: Path, tmp_path: Pat
     )
     arguments, folder = [*TINY, "--data-path", str(data), "--save-interval", "1"], str(tmp_path / "run")
     if flag == "--load":
-        run([*arguments, "--save", folder, "--exit-interval", "1"])
+        run([*arguments, "--save", folder, "--exit-interval", "2"])
+        shutil.copytree(folder, other := Path(f"{folder}_of_the_other_node"))
+        shutil.rmtree(other / "iter_0000002")
     output = run([*arguments, flag, folder], processes=2, expect=1, script=script)
     assert "REMOE-E105" in last_error(output) and "] iteration " not in output
