@@ -53,18 +53,22 @@ def test_ends_with_the_trainings_exit_code_its_whole_log_and_its_last_error(
     assert log.read_text() == f"x.py: error: of an earlier start\n{result.stdout}"
 
 
-@pytest.mark.parametrize(("training", "code", "stopped"), [(ENDS, 143, True), (FAILS, 1, False)])
+@pytest.mark.parametrize(
+    ("training", "number", "code", "stopped"),
+    [(ENDS, signal.SIGTERM, 143, True), (ENDS, signal.SIGHUP, 143, True), (FAILS, signal.SIGTERM, 1, False)],
+)
 def test_a_signal_before_torchrun_has_children_is_not_lost(
-    training: str, code: int, stopped: bool, tmp_path: Path
+    training: str, number: int, code: int, stopped: bool, tmp_path: Path
 ) -> None:
     """`run_training` waits until a child handles the signal, without ps or pgrep. A run that cannot save has failed."""
     (tmp_path / "tee").symlink_to(shutil.which("tee") or "")
     words = [sys.executable, "-c", RUN, str(tmp_path / "log"), sys.executable, "-c", LATE, training]
     process = subprocess.Popen(
-        words, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=os.environ | {"PATH": str(tmp_path)}
-    )
+        words, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=os.environ | {"PATH": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )  # fmt: skip
     wait_until((tmp_path / "log").exists)  # tee creates the log, after the launcher has started
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == code and output.splitlines()[0].startswith("Saving")
     assert ("Stopped" in output) == stopped

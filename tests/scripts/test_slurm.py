@@ -172,6 +172,8 @@ def test_sigterm(script: str, state: str, status: int, requeued: int, tmp_path: 
         ([], {}, "no training script: sbatch ... train.sbatch scripts/train_llama_....sh"),
         (["train_nothing.sh"], {}, "there is no train_nothing.sh in"),
         (["train.sh"], {"SLURM_JOB_ID": ""}, "not in a Slurm job: sbatch --nodes 2"),
+        (["train.sh", "8", "--", "--ckpt-step", "4"], {"SLURM_RESTART_COUNT": "1"}, "without --ckpt-step"),
+        (["train.sh", "8", "--", "--ckpt-step=4"], {"SLURM_RESTART_COUNT": "1"}, "without --ckpt-step"),
     ],
 )
 def test_errors(arguments: list[str], environment: dict[str, str], message: str, tmp_path: Path) -> None:
