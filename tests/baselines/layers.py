@@ -8,10 +8,10 @@ from megatron.remoe.baselines import ROUTERS
 from megatron.remoe.layer.layer import ReMoELayer
 from megatron.remoe.routing.refusals import RELU_VARIANTS
 from tests import layers
+from tests.kernels import DEVICE
 from tests.layers import HIDDEN, make_config
 
 SEQUENCE, BATCH = 8, 3
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make_layer(name: str, fused: bool = False, **changes: Any) -> ReMoELayer:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.golden_run import FLAGS, Figures, read_figures, write_data
-from tests.launches import Launch, planned
+from tests.scripts.launching import Launch
 from tools.console.places import ROOT
 from tools.plan.rehearse import rehearsal_flags
 from tools.recipes.megatron_values import read_values
@@ -85,7 +85,7 @@ class Case:
         """Return the script's environment and flags, for `steps` steps on made-up tokens with nothing saved."""
         batch = ["--global-batch-size", str(SEQUENCES), "--micro-batch-size", str(self.micro_batch)]
         settings = {"KERNELS": self.kernels, **self.settings}
-        environment, flags = planned(Launch(self.routing, (*batch, *self.flags), settings, self.size, gpus=1))
+        environment, flags = Launch(self.routing, (*batch, *self.flags), settings, self.size, gpus=1).plan()
         return environment, rehearsal_flags(flags, read_values(flags), steps)
 
 

@@ -13,11 +13,11 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.remoe.layer.experts import GroupedExperts
 from megatron.remoe.transformer.attention import FusedDotProductAttention
 from megatron.remoe.transformer.norm import SequenceParallelTorchNorm
+from tests.kernels import DEVICE
 from tests.layers import HIDDEN, make_config, make_layer
 from tests.tiny_model import TOPK
 from tests.training_runs import TINY, run, series
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_groups = pytest.mark.usefixtures("process_groups")
 
 

@@ -20,6 +20,7 @@ from megatron.remoe.layer.grouped_swiglu import (
     grouped_swiglu,
     supports_grouped_kernel,
 )
+from tests.kernels import DEVICE
 from tests.layers import SumTypes
 
 HIDDEN, FFN = 6, 5
@@ -29,7 +30,6 @@ SIZES = {
     "one expert": [7],
     "many rows": [10, 100, 100, 0, 255, 1, 1, 65, 400, 0],
 }
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 both_gradients = pytest.mark.parametrize("accumulates", [False, True], ids=["new gradients", "main_grad"])

@@ -9,10 +9,10 @@ from megatron.core.models.common.language_module import language_module
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.remoe import patches
 from megatron.remoe.transformer.cross_entropy import vocab_parallel_cross_entropy
+from tests.kernels import DEVICE
 from tests.training_runs import REPOSITORY, run
 
 pytest.importorskip("triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 

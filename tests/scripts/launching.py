@@ -1,14 +1,18 @@
-"""Run the paper's launch scripts in a minimal environment."""
+"""Run, plan and rehearse the paper's launch scripts."""
 
 import contextlib
 import io
+import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -17,10 +21,18 @@ import megatron.training.arguments  # noqa: F401  # so that plans read flags in 
 from tests.entry import shared_entry
 from tests.training_runs import REPOSITORY
 from tools.recipes.command import main
+from tools.recipes.data import PLACEHOLDER
+from tools.recipes.launch import plan
+from tools.recipes.layout import NAMES
 
 SCRIPTS = REPOSITORY / "scripts"
 SIZES = {"182m": ("12", "768", "12"), "469m": ("24", "1024", "16"), "978m": ("24", "1536", "16")}
 ROUTINGS = ("dense", "moe", "remoe")
+SETTINGS = {
+    *NAMES,
+    *"MODEL KERNELS GPU DATA_PATH DATA_DIR DRY_RUN REHEARSE REHEARSE_JSON PYTORCH_CUDA_ALLOC_CONF".split(),
+}
+PLAIN = ("--transformer-impl", "local")  # so that plans do not depend on an installed Transformer Engine
 
 
 def alone(environment: dict[str, str]) -> dict[str, str]:
@@ -83,3 +95,35 @@ def dry_run(script: str, *arguments: str, code: int = 0, **environment: str) -> 
 def value(words: list[str], flag: str) -> str:
     """Return the last value of a flag, which overrides earlier ones."""
     return words[len(words) - 1 - words[::-1].index(flag) + 1]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch script: dense, moe or remoe; Megatron's flags after "--"; the script's environment; a size; GPUs."""
+
+    routing: str = "remoe"
+    flags: tuple[str, ...] = ()
+    settings: dict[str, str] = field(default_factory=dict)
+    size: str = "182m"
+    gpus: int = 8
+
+    def environment(self, more: dict[str, str]) -> dict[str, str]:
+        """Return this process's environment without `SETTINGS`, plus the script's settings and `more`."""
+        plain = {key: value for key, value in os.environ.items() if key not in SETTINGS}
+        return plain | {"PYTHON": sys.executable} | self.settings | more
+
+    def rehearse(self) -> dict[str, Any]:
+        """Return the figures of the script's rehearsal, as REHEARSE_JSON holds them."""
+        script = ["bash", str(SCRIPTS / f"train_llama_{self.size}_{self.routing}.sh"), str(self.gpus)]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "figures.json"
+            environment = self.environment({"REHEARSE": "1", "REHEARSE_JSON": str(path)})
+            result = subprocess.run([*script, "--", *self.flags], env=environment, capture_output=True, text=True)
+            assert path.exists(), f"{self}: {result.stdout}{result.stderr}"
+            return json.loads(path.read_text())
+
+    def plan(self) -> tuple[dict[str, str], list[str]]:
+        """Return the environment variables and the flags of the training run."""
+        environment = self.environment({"DRY_RUN": "command", "DATA_PATH": PLACEHOLDER})
+        training = plan(self.size, self.routing, [str(self.gpus), "--", *self.flags], environment)
+        return training.settings, training.flags

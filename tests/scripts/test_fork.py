@@ -4,11 +4,10 @@ import json
 import re
 from pathlib import Path
 
-from tests.scripts.launching import command
+from tests.scripts.launching import ROUTINGS, SIZES, command
 from tests.training_runs import REPOSITORY
 from tools.console.flags import group_by_flag
 
-SIZES, ROUTINGS = ("182m", "469m", "978m"), ("dense", "moe", "remoe")
 Flags = dict[str, dict[str, str]]  # script → flag → the words after it
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from tests.entry import shared_entry
-from tests.launches import PLAIN
+from tests.scripts.launching import PLAIN
 from tests.training_runs import REPOSITORY
 
 MODEL = """

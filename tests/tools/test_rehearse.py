@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.launches import PLAIN, Launch, planned
+from tests.scripts.launching import PLAIN, Launch
 from tests.tools.test_cost_command import cost, step_milliseconds
 from tests.training_runs import REPOSITORY
 from tools.console.files import write_json
@@ -21,7 +21,7 @@ from tools.recipes.megatron_values import read_values
 
 needs_cuda_build = pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built for CPUs only")
 ONE_MICRO_BATCH = ("--global-batch-size", "128")  # for the 182M scripts on 8 GPUs; more micro-batches repeat the first
-REMOE_182M = planned(Launch(flags=(*ONE_MICRO_BATCH, *PLAIN)))[1]
+REMOE_182M = Launch(flags=(*ONE_MICRO_BATCH, *PLAIN)).plan()[1]
 GOLDEN = REPOSITORY / "tests" / "golden" / "rehearsal.json"
 CASES = {
     "ReMoE": Launch(),
@@ -76,7 +76,7 @@ def test_launch_commands(name: str, request: pytest.FixtureRequest) -> None:
     assert "reduce_scatter_tensor" in kinds and ("all_to_all_single" in kinds) is ("EP8" in name)
     timed = ("ReMoE", "EP8", "PP2 with virtual stages", "MoE recomputed", "Triton", "top-k")
     if name.removeprefix("ReMoE, ") in timed:
-        estimated = step_milliseconds(cost("--gpus", "8", "--", *planned(CASES[name])[1]))
+        estimated = step_milliseconds(cost("--gpus", "8", "--", *CASES[name].plan()[1]))
         time = StepTime(**record["time"])
         assert estimated == pytest.approx([1e3 * time.least, 1e3 * time.most], rel=0.15)
 

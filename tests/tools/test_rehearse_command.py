@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 
-from tests.launches import PLAIN
+from tests.scripts.launching import PLAIN
 from tools.plan import rehearsal_report, rehearse
 from tools.plan import roofline as engine
 from tools.plan.gpus import rates
