@@ -13,7 +13,7 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dty
 tokenizer = AutoTokenizer.from_pretrained(folder, config=model.config)
 
 ids = tokenizer(Path(text).read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]
-length = model.config.max_position_embeddings
+length = min(4096, model.config.max_position_embeddings)
 rows = ids[: len(ids) // length * length].view(-1, length)
 
 trainer = Trainer(
@@ -28,8 +28,9 @@ trainer = Trainer(
         logging_steps=10,
     ),
     train_dataset=[{"input_ids": row, "labels": row} for row in rows],
-    callbacks=[model.sparsity_callback()],
 )
+# First: TensorBoard and W&B read the logs to which this callback adds sparsity and l1_coefficient.
+trainer.callback_handler.callbacks.insert(0, model.sparsity_callback())
 trainer.train()
 trainer.save_model()
 trainer.save_state()

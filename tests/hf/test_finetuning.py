@@ -3,13 +3,15 @@
 import json
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from megatron.core.safe_globals import register_safe_globals
 from megatron.remoe.hf import RemoeForCausalLM
@@ -26,7 +28,7 @@ def program() -> str:
     steps = f"max_steps={STEPS}, train_sampling_strategy='sequential', use_cpu=True"
     for old, new in (
         ("max_steps=400", steps),
-        ("logging_steps=10", "logging_steps=1"),
+        ("logging_steps=10", "logging_steps=1, report_to='tensorboard'"),
         ("torch.cuda.is_available()", "False"),
     ):
         assert old in code
@@ -58,7 +60,9 @@ def test_the_documented_program(folder: Path, tmp_path: Path) -> None:
         assert {path.name for path in folder.iterdir()} - {"README.md"} <= {path.name for path in new.iterdir()}
         state = json.loads((new / "trainer_state.json").read_text())
         log = [record for record in state["log_history"] if "loss" in record]
-        assert len(log) == STEPS
+        scalars = EventAccumulator(str(next(new.glob("runs/*")))).Reload()
+        shown = (scalars.Scalars(f"train/{name}") for name in ("sparsity", "l1_coefficient"))
+        assert [len(log), *map(len, shown)] == [STEPS] * 3
         for before, after in pairwise(log):
             sign = 1 if before["sparsity"] < 0.75 else -1
             assert after["l1_coefficient"] == pytest.approx(before["l1_coefficient"] * 1.2**sign)
@@ -123,9 +127,13 @@ def test_adapters_train_at_the_target_sparsity(tmp_path: Path) -> None:
     assert model.config.router_aux_loss_coef != before and model.routing_counts is None
 
 
-def test_a_callback_for_another_model_is_refused(tmp_path: Path) -> None:
+def test_callbacks_that_cannot_work_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="ReLU routing"):
         train(tmp_path, make("top-k"))
+    with pytest.raises(ValueError, match="label_smoothing_factor"):
+        train(tmp_path, make("relu"), label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="torchrun"):
+        make("relu").sparsity_callback().on_train_begin(SimpleNamespace(n_gpu=2), TrainerState(), TrainerControl())
     with pytest.raises(ValueError, match="multiplier=1"):
         make("relu").sparsity_callback(1.0)
 

@@ -37,6 +37,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train a ReMoE with a dense layer and shared experts, with expert parallelism over two processes."""
     folder = tmp_path_factory.mktemp("trained")
     words = f"--expert-model-parallel-size 2 --train-iters 4 --save {folder} --save-interval 2 --no-save-optim".split()
+    words.append("--use-distributed-optimizer")
     run([*MIXED, "--data-path", str(data), *words], processes=2)
     return folder
 

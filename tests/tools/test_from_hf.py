@@ -80,12 +80,16 @@ def test_logits_of_the_checkpoint_and_of_its_export(
 
 @pytest.mark.parametrize("name", ["Mixtral", "DeepSeek-V2-Lite"])
 def test_printed_command_trains_on(name: str, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    saved_model(name, tmp_path / "hf")
+    """The printed flags have the folder's precision: bfloat16 for Mixtral, float32 for DeepSeek."""
+    model, is_half = saved_model(name, tmp_path / "hf"), name == "Mixtral"
+    model.to(torch.bfloat16 if is_half else torch.float32).save_pretrained(tmp_path / "hf")
     capfd.readouterr()
     assert main(["--from-hf", str(tmp_path / "hf"), "--save", str(tmp_path / "topk")]) == 0
+    assert checkpoints.find(tmp_path / "topk", None).args.params_dtype == model.dtype
     command = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("python pretrain_gpt.py"))
     places = {"DATA": str(data), "RUN": str(tmp_path / "run")}
     flags = [places.get(word, word) for word in shlex.split(command)[2:]]
+    assert ("--bf16" in flags) == is_half
     more = "--train-iters 1 --global-batch-size 2 --eval-iters 0 --split 90,10,0 --log-interval 1 --cpu".split()
     (loss,) = series(run([*flags, *more]), "lm loss")
     assert loss > math.log(257) + 0.5, "the loss of new weights would be log(257)"

@@ -2,14 +2,17 @@
 
 import io
 import re
+import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.hf.models import make, megatron_args
 from tools.models import checkpoints
 from tools.models.generate import main
+from tools.models.hf.opening import open_model
 from tools.models.hf.weights import fill_megatron
 from tools.models.megatron_model import build
 
@@ -60,6 +63,19 @@ def test_run_and_folder_say_the_same(
     assert text.startswith("one") and "\ntwo" in text
     assert [int(number) for number in re.findall(r"^(\d+) tokens", costs, re.MULTILINE)] == [29, 29]
     assert "experts" not in costs and costs.count("context of 32 tokens") == 2
+
+
+def test_a_separator_ends_documents(places: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """If documents end with the tokenizer's separator, a prompt gets none, and generation stops at it."""
+    end = "<|endoftext|>"
+    backend = AutoTokenizer.from_pretrained(places["folder"]).backend_tokenizer
+    backend.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, 256)])
+    shutil.copytree(places["folder"], tmp_path / "separated")
+    PreTrainedTokenizerFast(tokenizer_object=backend, sep_token=end).save_pretrained(tmp_path / "separated")
+    words = "--prompt=def f", "--max-new-tokens", "7", "--temperature", "0"
+    texts = [generate(capfd, "--load", place, *words)[0] for place in (tmp_path / "separated", places["folder"])]
+    assert texts[0] == texts[1]
+    assert open_model(tmp_path / "separated").model.generation_config.eos_token_id == 256
 
 
 @pytest.mark.parametrize(

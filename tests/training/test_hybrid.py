@@ -105,11 +105,13 @@ def test_multi_token_prediction(data: Path, tmp_path: Path) -> None:
     assert [*map(str, looked_at)] == [*flips["layer_rate"]], "remoe analyze has the log's numbers"
 
 
-def test_hash_stays_in_its_class() -> None:
-    """Hash routing depends on the layers' numbers."""
-    args = argparse.Namespace(moe_baseline_router="hash", num_layers=2, num_experts=8, moe_layer_freq=1)
-    with pytest.raises(ConversionError, match="--moe-baseline-router hash"):
+@pytest.mark.parametrize(("name", "value"), [("moe_baseline_router", "hash"), ("multi_latent_attention", True)])
+def test_models_without_a_hybrid(name: str, value: object) -> None:
+    """Hash routing depends on the layers' numbers; no program starts `*` with latent attention."""
+    args = argparse.Namespace(**{name: value, "num_layers": 2, "num_experts": 8, "moe_layer_freq": 1})
+    with pytest.raises(ConversionError, match=name.replace("_", "-")) as error:
         as_hybrid(args)
+    assert error.value.code == "REMOE-E512"
 
 
 def test_transformer_engines_stack_takes_the_router() -> None:

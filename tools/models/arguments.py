@@ -34,7 +34,7 @@ def _add_models(add: Callable[..., Any], **number: Any) -> None:
 
 def _add_sequences(add: Callable[..., Any]) -> None:
     """Add the flags that choose the sequences of data sets."""
-    add("--seq-length", **NUMBER, help="tokens per sequence (default: the model's context)")
+    add("--seq-length", **NUMBER, help="tokens per sequence (default: the run's; for a folder, its context)")
     add("--sequences", **NUMBER, help="read at most N sequences per data set (default: all)")
 
 
@@ -175,7 +175,7 @@ def parse_export(arguments: Words = None) -> argparse.Namespace:
 
     remoe export --load RUN --save FOLDER               # a dense, top-k or ReMoE checkpoint → a folder
     remoe export --load RUN --save FOLDER --max-experts-per-token 4     # a ReMoE for vLLM, and the loss at each K
-    remoe export --reverse --load FOLDER --save OUT     # a folder, trained on or not → a checkpoint
+    remoe export --reverse --load FOLDER --save OUT     # a folder, fine-tuned or not → a checkpoint
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) loads it, with torch and transformers only.
     Both directions compare the logits of the two models. If they differ, nothing is written.

@@ -33,7 +33,7 @@ from .megatron_model import build, one_process
 from .text import choose_blend, sample
 
 TOKENS = 2048
-SEQUENCE = 4096  # sequence length for training, if a public model has more positions
+SEQUENCE = 4096  # sequence length for training, if the model has more positions
 RANDOM_TOKENS = 512
 RANDOM = "random tokens"
 # Batch size, steps and learning rate are for the user to choose.
@@ -191,8 +191,7 @@ def write_checkpoint(
     is_ours = source.config.model_type == RemoeConfig.model_type
     config = source.config if is_ours else describe_public(source.config)
     tokenizer = find_folder_tokenizer(folder, tokenizer_model, config)
-    length = config.max_position_embeddings if is_ours else min(SEQUENCE, config.max_position_embeddings)
-    flags = [*make_flags(config, length), *vocabulary_flags(config, tokenizer)]
+    flags = [*make_flags(config, min(SEQUENCE, config.max_position_embeddings)), *vocabulary_flags(config, tokenizer)]
     args = parse_flags(flags, config)
     model = build(args)
     fill_megatron(model, source, config)
@@ -201,7 +200,7 @@ def write_checkpoint(
     del source
     save(model, args, output)
     words = ["--data-path", "DATA", "--pretrained-checkpoint", str(output), *flags]
-    print(f"wrote {output}. Train on from it:\n{PROGRAM} {shlex.join(words)}")
+    print(f"wrote {output}. Continue training with:\n{PROGRAM} {shlex.join(words)}")
 
 
 def run(options: argparse.Namespace) -> None:

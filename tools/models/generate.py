@@ -38,7 +38,10 @@ def continue_text(
     Raises:
         ToolError: the prompt is empty or too long.
     """
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False, return_special_tokens_mask=True)
+    places = (encoded.pop("special_tokens_mask")[0] == 0).nonzero()
+    end = int(places[-1]) + 1 if len(places) else None  # tokens that the tokenizer adds after it end a document
+    inputs = {name: part[:, :end].to(model.device) for name, part in encoded.items()}
     length, context = inputs["input_ids"].shape[1], model.config.max_position_embeddings
     if not 0 < length < context:
         raise ToolError(

@@ -54,9 +54,14 @@ def as_hybrid(args: argparse.Namespace) -> argparse.Namespace:
     """Return the arguments of the HybridModel that computes the same as a GPTModel with `args`.
 
     Raises:
-        ConversionError: the routing is by hash.
+        ConversionError: the routing is by hash, or attention is latent.
     """
     _refuse_hash(args)
+    if getattr(args, "multi_latent_attention", False):
+        raise ConversionError(
+            "--multi-latent-attention: such a model cannot become a HybridModel. Continue training the GPTModel.",
+            "REMOE-E512",
+        )
     args = argparse.Namespace(**vars(args))
     mlps = ["E" if args.num_experts and has_experts else "-" for has_experts in moe_layer_pattern(args)]
     args.hybrid_layer_pattern = "".join(f"*{mlp}" for mlp in mlps)

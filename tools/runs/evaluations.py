@@ -1,16 +1,15 @@
 """Tabulate the results of remoe evaluate, with short names of models and data sets."""
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..console.places import run_folder
 
-REPEATS, BY_LAYER = "repeats", "mean/99%/largest by layer"
+REPEATS, BY_LAYER = "repeats", "by layer"
 EXPLAINED = {
-    REPEATS: "Repeats: loss of the tokens that complete a pair of neighbors seen before in the sequence.",
-    BY_LAYER: "Experts per token: the mean; the most that 99 % of the tokens have; the largest.",
+    REPEATS: "Repeats: loss of tokens that complete a pair seen before in the sequence.",
+    BY_LAYER: "By layer: experts per token; mean / most of 99 % of the tokens / largest.",
 }
 Results = tuple[tuple[str, ...], list[list[str]]]  # one kind of result: titles of the columns, and rows
 
@@ -31,9 +30,10 @@ def _tabulate_text(models: dict[str, Any]) -> Results:
                 loss, repeats, layers = measured["loss"], measured["repeats_loss"], measured["experts"].values()
                 mean = f"{sum(layer['mean'] for layer in layers) / len(layers):.3f}" if layers else ""
                 by_layer = (f"{layer['mean']:.2f}/{layer['percentile_99']}/{layer['largest']}" for layer in layers)
-                losses = [f"{loss:.5f}", "" if repeats is None else f"{repeats:.5f}", f"{math.exp(loss):.4f}"]
-                rows.append([model, data_set, bound, *losses, mean, " ".join(by_layer)])
-    titles = ("model", "data set", "K", "nats/token", REPEATS, "perplexity", "experts", BY_LAYER)
+                losses = [f"{loss:.4f}", "" if repeats is None else f"{repeats:.4f}"]
+                k = "own" if bound == "none" else bound
+                rows.append([model, data_set, k, *losses, mean, " ".join(by_layer)])
+    titles = ("model", "data set", "K", "nats/token", REPEATS, "experts", BY_LAYER)
     return titles, rows
 
 

@@ -126,7 +126,6 @@ class RemoePreTrainedModel(LlamaPreTrainedModel):
     """Settings that transformers reads, for all ReMoE models."""
 
     config: RemoeConfig
-    config_class = RemoeConfig
     _no_split_modules = ["RemoeDecoderLayer"]
     _can_compile_fullgraph = False
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
@@ -159,9 +158,7 @@ class RemoeModel(RemoePreTrainedModel, LlamaModel):
 
     def __init__(self, config: RemoeConfig) -> None:
         LlamaPreTrainedModel.__init__(self, config)
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(RemoeDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
@@ -205,7 +202,6 @@ class RemoeForCausalLM(RemoePreTrainedModel, LlamaForCausalLM):
     def __init__(self, config: RemoeConfig) -> None:
         LlamaPreTrainedModel.__init__(self, config)
         self.model = RemoeModel(config)
-        self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
         if config.num_experts and (config.hidden_size % 8 or config.moe_intermediate_size % 8):
@@ -236,9 +232,11 @@ class RemoeForCausalLM(RemoePreTrainedModel, LlamaForCausalLM):
             output_router_logits: overrides the configuration's value. If True, a loss includes λ times `aux_loss`.
 
         Raises:
-            ValueError: re-entrant checkpointing would drop the gradient of `aux_loss`.
+            ValueError: re-entrant checkpointing, or counting without labels, would lose the gradient of `aux_loss`.
         """
         counts = self.routing_counts if self.training else None
+        if counts is not None and labels is None:
+            raise ValueError("SparsityCallback needs labels. Leave out label_smoothing_factor and compute_loss_func.")
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits or counts is not None
         outputs = self.model(

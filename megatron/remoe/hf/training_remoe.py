@@ -41,8 +41,10 @@ class SparsityCallback(TrainerCallback, ExportableState):
         """Start counting, and restore λ if the trainer resumes from a checkpoint.
 
         Raises:
-            ValueError: the model has no experts with ReLU routing.
+            ValueError: a process has several GPUs, or the model has no experts with ReLU routing.
         """
+        if args.n_gpu > 1:  # the trainer would use nn.DataParallel, whose copies of the model lose counts and logits
+            raise ValueError("SparsityCallback needs one process per GPU. Start with torchrun --nproc-per-node N.")
         # Look at classes: PEFT's wrapper also has the attributes of its model, but setting them there has no effect.
         routers = (part for part in model.modules() if hasattr(type(part), "routing_counts"))
         self.model = next(routers, None)
@@ -68,7 +70,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
             config.router_aux_loss_coef = self.coefficient = max(self.coefficient * factor, SMALLEST)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Add S and λ of the last step to the trainer's logs."""
+        """Add S and λ of the last step to trainer_state.json and, for later callbacks, to the logs."""
         if logs is not None and "loss" in logs:
             logs.update(self.figures)
             state.log_history[-1].update(self.figures)

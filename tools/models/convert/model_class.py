@@ -65,7 +65,8 @@ def _check_convertible(checkpoint: Checkpoint, model: str) -> None:
     if getattr(args, "mtp_num_layers", None):
         raise ConversionError(f"{folder}: layers of multi-token prediction are not converted.")
     kind = checkpoint.layout.get("distrib_optim_sharding_type")
-    if getattr(args, "use_distributed_optimizer", False) and kind not in RESHARDABLE:
+    has_optimizer = any("optimizer." in key for key in checkpoint.index.state_dict_metadata)
+    if has_optimizer and getattr(args, "use_distributed_optimizer", False) and kind not in RESHARDABLE:
         raise ConversionError(
             f"{folder}: the distributed optimizer's state is stored by ranks ({kind}), not by weights. Save once more "
             "with --dist-ckpt-optim-fully-reshardable."

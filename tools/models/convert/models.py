@@ -38,7 +38,7 @@ def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argp
             with its other settings.
     """
     if source.moe_relu_routing:
-        raise ConversionError("--load: this is a checkpoint of a ReMoE already. Train on from it with --load.")
+        raise ConversionError("--load: this is a checkpoint of a ReMoE already. Continue training with --load.")
     if source.mtp_num_layers:
         raise ConversionError(
             f"--load: layers of multi-token prediction are not converted, and it has {source.mtp_num_layers} of them."

@@ -47,7 +47,7 @@ class OpenedModel(NamedTuple):
     args: argparse.Namespace | None
 
     def sequence_length(self, length: int | None) -> int:
-        """Return --seq-length or, without it, the model's context.
+        """Return --seq-length or, without it, the run's; for a folder, the model's context.
 
         Raises:
             ToolError: it is longer than the context.
@@ -55,7 +55,7 @@ class OpenedModel(NamedTuple):
         context: int = self.model.config.max_position_embeddings
         if (length or 0) > context:
             raise ToolError(f"--seq-length {length}: give at most the model's context, {context}.", "REMOE-E501")
-        return length or context
+        return length or min(getattr(self.args, "seq_length", None) or context, context)
 
 
 def read_folder(folder: Path, families: Collection[str], dtype: torch.dtype | None = None) -> Any:
@@ -100,6 +100,7 @@ def read_folder(folder: Path, families: Collection[str], dtype: torch.dtype | No
                 "Export or copy the model again."
             )
     check_finite(str(folder), model.state_dict())
+    model.config.dtype = config.dtype or model.config.dtype  # as stored, whatever `dtype` is
     return model.eval()
 
 

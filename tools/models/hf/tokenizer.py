@@ -44,6 +44,8 @@ def read_tokenizer(folder: Path, name: str, config: RemoeConfig, **options: Any)
             f"{name}: its tokenizer has {size} tokens, and the model {config.vocab_size}. Give the run's tokenizer.",
             CODE,
         )
+    if tokenizer.eos_token is None:  # in training, the separator then ends documents
+        tokenizer.eos_token = tokenizer.sep_token
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
