@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import math
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,16 @@ def test_a_run_from_its_start_keeps_the_former_one_beside_it(tmp_path: Path) -> 
     assert iterations(tmp_path) == [3]
     for name, expected in (("old", [0, 1]), ("old.1", [0, 2])):
         assert [record["iteration"] for record in read_run_log(tmp_path / f"metrics.{name}.jsonl")] == expected
+    log, limits = make_log(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.warns(UserWarning, match="File too large"):
+            tell(log, line(4), line(5))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    tell(log, line(6))
+    assert iterations(tmp_path, "start") == [0] and iterations(tmp_path) == [6]
+    assert len([*tmp_path.iterdir()]) == 4, "renamed once, although two lines could not be written"
 
 
 def test_running_sums_go_on(tmp_path: Path) -> None:
