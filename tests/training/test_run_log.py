@@ -175,7 +175,9 @@ def test_parts_and_a_missing_last_evaluation(data: Path, whole: tuple[Path, str]
     expected, lines = logged(whole[0], "log")[-1], logged(tmp_path, "log")[-1]
     assert expected["total_layer_tokens"] == 8 * 8 * 64 * 2, "steps, sequences, tokens, MoE layers"
     assert all(lines[name] == expected[name] for name in ("total_active_pairs", "total_layer_tokens"))
+    saved = {file: file.stat().st_mtime_ns for file in tmp_path.glob("iter_0000008/*")}
     for _ in range(2):
         train(data, tmp_path, "--log-interval", "2", *EVALUATED)
         assert iterations(tmp_path, "validation") == [8, 8], "each set once"
+    assert saved == {file: file.stat().st_mtime_ns for file in tmp_path.glob("iter_0000008/*")}, "no save in place"
     assert iterations(tmp_path)[-1] == 8 and iterations(tmp_path, "start") == [0, 3]
