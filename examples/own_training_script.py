@@ -5,13 +5,13 @@ torchrun --nproc-per-node 8 examples/own_training_script.py --moe-relu-routing -
 # ruff: noqa: E402
 
 import argparse
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 
 from megatron import remoe
-from megatron.remoe import cpu
 from megatron.remoe.pretrain import prepare
 
 ON_CPU = prepare()  # before other imports of Megatron
@@ -29,7 +29,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 def my_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--my-own-flag", type=int)
-    return cpu.add_cpu_argument(parser)
+    return parser
 
 
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> Any:
@@ -55,14 +55,15 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
     return model(tokens, positions, attention_mask, labels=labels), partial(loss_func, loss_mask)
 
 
-args = remoe.parse_and_validate_args(my_arguments, adapt=cpu.adapt_arguments if ON_CPU else None)
-with usage_errors():  # one message instead of a traceback
-    remoe.check_data(args)
-remoe.apply_patches(saves=bool(args.save))
-model_cfg = remoe.model_config_from_args(args)  # a GPTModel or, with --hybrid-layer-pattern, a HybridModel
-remoe.install_routing(args, model_cfg)  # the router, its update after each step, and its figures in the log
-remoe.install_local_layers(args, model_cfg)  # with --transformer-impl local: fused layers, for any routing
-remoe.add_summary(args, model_cfg)
-with remoe.lock_save_folder(args), remoe.write_run_log(args):
+with remoe.exit_on_error(), ExitStack() as exit_stack:
+    with usage_errors():  # one message instead of a traceback
+        args = remoe.checked_arguments(ON_CPU, exit_stack, my_arguments)
+        remoe.apply_patches(saves=bool(args.save))
+        model_cfg = remoe.model_config_from_args(args)  # a GPTModel or, with --hybrid-layer-pattern, a HybridModel
+        remoe.install_routing(args, model_cfg)  # the router, its update after each step, and its figures in the log
+        remoe.install_local_layers(args, model_cfg)  # with --transformer-impl local: fused layers, for any routing
+        remoe.add_summary(args, model_cfg)
+        model_cfg.pre_wrap_hooks.append(partial(remoe.check_folders_are_shared, args))
+        exit_stack.enter_context(remoe.write_run_log(args))
     config = pretrain_cfg_container_from_args(args, model_cfg)
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)

@@ -91,23 +91,26 @@ print("kept", shards.get())
 
 
 @pytest.mark.parametrize(
-    ("patched", "end", "code"),
+    ("patched", "start", "end", "code"),
     [
-        (False, "os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM),
-        (True, "os.kill(os.getpid(), signal.SIGTERM)", 1),
-        (True, "pass", 0),
+        (False, "pass", "os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM),
+        (True, "pass", "os.kill(os.getpid(), signal.SIGTERM)", 1),
+        (True, "handler.__enter__()", "os.kill(os.getpid(), signal.SIGTERM); assert handler._signal_received", 0),
+        (True, "pass", "pass", 0),
     ],
 )
 def test_the_process_of_async_saves_ends_with_its_parent_only(
-    patched: bool, end: str, code: int, tmp_path: Path
+    patched: bool, start: str, end: str, code: int, tmp_path: Path
 ) -> None:
-    """With the patch, the process survives Slurm's SIGTERM, but not the end of its parent."""
+    """With the patch, the process survives Slurm's SIGTERM, but not the end of its parent, whose handler stays."""
     lines = f"""
 import multiprocessing, os, signal, time
 from megatron.remoe import patches
-from megatron.training import initialize
+from megatron.training import dist_signal_handler, initialize
+handler = dist_signal_handler.DistributedSignalHandler()
 if __name__ == "__main__":  # the worker imports this file
     worker = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(100,), daemon=True)
+    {start}
     initialize.init_persistent_async_worker = worker.start  # Megatron's own needs a GPU
     {"patches.checkpoints.protect_saving_from_sigterm()" if patched else "pass"}
     initialize.init_persistent_async_worker()

@@ -18,20 +18,16 @@ _ROOMS = {
     "with_sequence_parallel_norms": "layer.specs",
     "add_remoe_arguments": "training.arguments",
     "model_config_from_args": "training.arguments",
-    "parse_and_validate_args": "training.arguments",
     "transformer_config_from_args": "training.arguments",
     "install_local_layers": "training.hooks",
     "install_routing": "training.hooks",
     "with_flips": "training.hooks",
     "write_run_log": "training.run_log",
     "add_summary": "training.summary",
-    "lock_save_folder": "start.run_lock",
     "check_folders_are_shared": "start.run_lock",
-    "check_settings": "start.environment",
-    "check_data": "start.data",
-    "check_loaded_run": "start.saved_settings",
-    "make_output_folders": "start.environment",
     "apply_patches": "patches",
+    "checked_arguments": "pretrain",
+    "exit_on_error": "pretrain",
 }
 __all__ = sorted(_ROOMS)
 

@@ -8,13 +8,14 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import argparse
 
+    from megatron.remoe.training.arguments import ArgumentsProvider
     from megatron.training.models.base import ModelConfig
 
 # Environment of a start without torchrun: this is the only process.
@@ -29,9 +30,15 @@ def main(observe: "Callable[[ModelConfig], None] | None" = None) -> None:
     """
     gc.disable()  # collecting garbage during the imports takes an eighth of the time to start
     on_cpu = prepare()
+    with exit_on_error(), ExitStack() as exit_stack:
+        train(on_cpu, observe, exit_stack)
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """On an error, kill the data loader workers, print a message, and exit with code 1."""
     try:
-        with ExitStack() as exit_stack:
-            train(on_cpu, observe, exit_stack)
+        yield
     except SystemExit:
         raise
     except BaseException as error:
@@ -110,8 +117,14 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", exit_st
         )
 
 
-def checked_arguments(on_cpu: bool, exit_stack: ExitStack) -> "argparse.Namespace":
+def checked_arguments(
+    on_cpu: bool, exit_stack: ExitStack, add_flags: "ArgumentsProvider" = lambda parser: parser
+) -> "argparse.Namespace":
     """Parse and check the flags, the data and the folders. Return the arguments, which are also Megatron's global ones.
+
+    Args:
+        on_cpu, exit_stack: as in `train`.
+        add_flags: adds the caller's own flags to the parser, and returns it.
 
     Raises:
         ValueError, AssertionError, OSError: a flag or a file is wrong; the message names it.
@@ -123,13 +136,12 @@ def checked_arguments(on_cpu: bool, exit_stack: ExitStack) -> "argparse.Namespac
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
-    args = parse_args(cpu.add_cpu_argument, {"tokenizer_type": "GPT2BPETokenizer"})
+    args = parse_args(lambda parser: cpu.add_cpu_argument(add_flags(parser)), {"tokenizer_type": "GPT2BPETokenizer"})
     if on_cpu:
         cpu.adapt_arguments(args)
     machine.check_kernels(args.moe_kernels, on_cpu)
     exit_stack.enter_context(lock_save_folder(args))
-    resume = checkpoint_files.choose_checkpoint(args)
-    if resume is not None:
+    if (resume := checkpoint_files.choose_checkpoint(args)) is not None:
         resume.apply(args)
     load_saved_args(args)
     environment.check_required_flags(args)

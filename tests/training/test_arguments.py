@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from megatron.remoe.start.messages import usage_errors
 from megatron.remoe.training import arguments
 from tests.tiny_model import EXPERTS, RELU, TOPK
 from tests.training_runs import REPOSITORY, TINY
@@ -35,8 +36,8 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
     def refused(*flags: str | list[str]) -> str:
         monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *TINY, *select_words(*flags)])
-        with pytest.raises(SystemExit) as stop:
-            arguments.parse_and_validate_args()
+        with pytest.raises(SystemExit) as stop, usage_errors():
+            arguments.parse_args()
         assert stop.value.code == 2
         message = capsys.readouterr().err
         assert message.count("\n") <= 4, "a message of a few lines"
@@ -48,7 +49,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 def test_help_explains_all_flags(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--help"])
     with pytest.raises(SystemExit) as stop:
-        arguments.parse_and_validate_args()
+        arguments.parse_args()
     output = capsys.readouterr().out
     assert stop.value.code == 0
     assert "--moe-relu-routing " in output and "--num-layers " in output and "%%" not in output

@@ -124,9 +124,11 @@ def test_experts_and_gpt2_files_come_from_the_checkpoint(data: Path, tmp_path: P
         shutil.rmtree(cache)
 
 
-def test_dropout_and_the_schedule_go_on(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loader", ["single", "cyclic"])
+def test_dropout_and_the_schedule_go_on(loader: str, data: Path, tmp_path: Path) -> None:
     """With dropout, a stop and other intervals do not change losses. --no-load-optim accepts other rates."""
-    words = [*TINY, *RELU, "--data-path", str(data), "--attention-dropout", "0.1", "--eval-iters", "1"]
+    words = [*TINY, *RELU, "--data-path", str(data), "--eval-iters", "1", "--dataloader-type", loader]
+    words += "--attention-dropout 0.1 --hidden-dropout 0.1".split()
     whole, root = records(run(words)), str(tmp_path / "run")
     words += ["--save", root, "--load", root, "--save-interval", "4"]
     run([*words, "--exit-interval", "4", "--eval-interval", "1"])

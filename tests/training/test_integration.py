@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_model import RELU
-from tests.training_runs import ENTRY, REPOSITORY, TINY, run, series
+from tests.training_runs import ENTRY, REPOSITORY, TINY, run, series, without
 
 SCRIPT = REPOSITORY / "examples" / "own_training_script.py"
 DEFAULT_OF_PYTHON_3_14 = """
@@ -29,6 +29,14 @@ def test_documented_script_without_data(tmp_path: Path) -> None:
     assert len(series(run([*TINY, *RELU, "--mock-data", "--train-iters", "2"], script=SCRIPT), "lm loss")) == 2
     output = run([*TINY, *RELU, "--data-path", str(tmp_path / "nowhere")], expect=2, script=SCRIPT)
     assert "REMOE-E301" in output and "Traceback" not in output
+    output = run([*without(TINY, "--eval-interval"), "--mock-data"], expect=2, script=SCRIPT)
+    assert "REMOE-E201" in output and "Traceback" not in output
+
+
+def test_documented_script_ends_after_an_error(tmp_path: Path) -> None:
+    """With --exit-signal-handler, data loader workers ignore the signal that should end them."""
+    words = [*TINY, *RELU, *"--mock-data --num-workers 1 --exit-signal-handler --lr 1e30 --min-lr 1e30".split()]
+    assert "error: RuntimeError" in run(words, expect=1, script=SCRIPT)
 
 
 def test_data_loaders_start_in_newer_pythons(data: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import math
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,16 @@ def test_a_run_from_its_start_keeps_the_former_one_beside_it(tmp_path: Path) -> 
     assert iterations(tmp_path) == [3]
     for name, expected in (("old", [0, 1]), ("old.1", [0, 2])):
         assert [record["iteration"] for record in read_run_log(tmp_path / f"metrics.{name}.jsonl")] == expected
+    log, limits = make_log(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.warns(UserWarning, match="File too large"):
+            tell(log, line(4), line(5))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    tell(log, line(6))
+    assert iterations(tmp_path, "start") == [0] and iterations(tmp_path) == [6]
+    assert len([*tmp_path.iterdir()]) == 4, "renamed once, although two lines could not be written"
 
 
 def test_running_sums_go_on(tmp_path: Path) -> None:
@@ -164,7 +175,9 @@ def test_parts_and_a_missing_last_evaluation(data: Path, whole: tuple[Path, str]
     expected, lines = logged(whole[0], "log")[-1], logged(tmp_path, "log")[-1]
     assert expected["total_layer_tokens"] == 8 * 8 * 64 * 2, "steps, sequences, tokens, MoE layers"
     assert all(lines[name] == expected[name] for name in ("total_active_pairs", "total_layer_tokens"))
+    saved = {file: file.stat().st_mtime_ns for file in tmp_path.glob("iter_0000008/*")}
     for _ in range(2):
         train(data, tmp_path, "--log-interval", "2", *EVALUATED)
         assert iterations(tmp_path, "validation") == [8, 8], "each set once"
+    assert saved == {file: file.stat().st_mtime_ns for file in tmp_path.glob("iter_0000008/*")}, "no save in place"
     assert iterations(tmp_path)[-1] == 8 and iterations(tmp_path, "start") == [0, 3]

@@ -65,6 +65,17 @@ def test_layouts_agree(layout: str, folder: Path, expected: dict[str, tuple[floa
         assert actual[name][0] == pytest.approx(loss, rel=1e-5), name
 
 
+def test_a_blend_is_evaluated_whole(data: Path, tmp_path: Path) -> None:
+    """A set twice has the loss of the set once, so sequences that fill up its last batch do not count."""
+    words = [*without(MODEL, "--split"), *"--split 70,30,0 --full-validation --multiple-validation-sets".split()]
+    words += "--train-iters 1 --lr-decay-iters 8 --save-interval 9 --lr 1e-30 --min-lr 0".split()
+    for number in (1, 2):
+        run([*words, "--data-path", *[str(data)] * number, "--save", f"{tmp_path}/{number}"])
+    once, twice = (logged(tmp_path / str(number), "validation")[-1] for number in (1, 2))
+    assert twice["tokens"] == 2 * once["tokens"] and twice["tokens"] // 64 % 8
+    assert twice["lm_loss"] == pytest.approx(once["lm_loss"], rel=1e-5)
+
+
 def test_megatron_still_takes_one_sequence_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler, args = MegatronFullValidationSampler, SimpleNamespace(validation_samples=[])
     args.eval_micro_batch_size, args.eval_global_batch_size = 2, 8

@@ -23,6 +23,7 @@ PATCHES = (
     fusions.enable_torch_weight_gradient_fusion,
     fusions.use_fla_cross_entropy,
     validation.fill_validation_batches,
+    validation.seed_data_loaders,
     log_lines.forward_figures,
     checkpoints.refuse_unsafe_objects,
     checkpoints.go_back_from_damage,

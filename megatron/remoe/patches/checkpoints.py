@@ -120,10 +120,10 @@ def protect_saving_from_sigterm() -> None:
 
     @replace(initialize, "init_persistent_async_worker")
     def start_worker(stock: Any, *arguments: Any, **options: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the worker inherits this setting
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the worker inherits this setting
         stock(*arguments, **options)
         atexit.register(_kill_children)  # runs before multiprocessing's exit code, which would send SIGTERM and wait
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # --exit-signal-handler replaces it in the training loop
+        signal.signal(signal.SIGTERM, before if callable(before) else lambda *_: sys.exit(1))  # runs atexit
 
 
 def _kill_children() -> None:

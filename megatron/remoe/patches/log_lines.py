@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from inspect import signature
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.remoe.patches.patch import patch, replace
+from megatron.remoe.start.checkpoint_files import loaded_checkpoint
 from megatron.training import get_args, get_timers, training
 
 COUNTERS = ("advanced iterations", "skipped iterations", "nan iterations")
@@ -42,15 +44,15 @@ class _Sums(dict[str, Any]):
 
 @patch(
     changes="training/training.py: training_log, evaluate_and_print_results and save_checkpoint",
-    provides="losses and evaluations in SAVE/metrics.jsonl",
-    ends="Megatron hands the figures of a log interval to a writer of the caller's",
+    provides="losses and evaluations in SAVE/metrics.jsonl; a finished run that does not save again when restarted",
+    ends="Megatron hands the figures of a log interval to a writer of the caller's, and saves only after training",
     for_saving=True,
 )
 def forward_figures() -> None:
     """Send records of log intervals, evaluations and checkpoints to `run_logger`.
 
     Megatron computes the mean loss and the time of a log interval inside `training_log` and only prints them;
-    TensorBoard's writer gets the loss of one step.
+    TensorBoard's writer gets the loss of one step. If nothing was trained, the loaded checkpoint is not saved again.
     """
     names, since = signature(training.training_log), 0.0  # seconds on the timer when the interval began
 
@@ -83,6 +85,11 @@ def forward_figures() -> None:
 
     @replace(training, "save_checkpoint")
     def save(stock: Any, iteration: int, *others: Any, **options: Any) -> Any:
+        args = get_args()
+        _, loaded = loaded_checkpoint(args)
+        is_there = loaded is not None and loaded.parent.resolve() == Path(args.save).resolve()
+        if is_there and iteration == args.iteration >= args.train_iters:
+            return None  # writing in place could destroy the run's last checkpoint
         # Megatron's own tracker has no totals.
         totals: dict[str, int] = getattr(get_moe_metrics_tracker(), "totals", dict)() if _is_wanted() else {}
         if totals:

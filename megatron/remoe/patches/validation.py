@@ -1,4 +1,4 @@
-"""Evaluate whole data sets in micro-batches of the usual size."""
+"""Evaluate whole data sets in micro-batches of the usual size; keep data loaders from drawing random numbers."""
 
 import math
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.remoe.patches.patch import patch, replace
 from megatron.training import get_args, training
 from megatron.training.datasets.data_samplers import MegatronFullValidationSampler
@@ -13,9 +14,9 @@ from megatron.training.datasets.data_samplers import MegatronFullValidationSampl
 
 @patch(
     changes="training/datasets/data_samplers.py: MegatronFullValidationSampler; "
-    "training/training.py: build_train_valid_test_data_iterators",
-    provides="--full-validation with tensor or pipeline parallelism, and in fewer steps; the restored random state",
-    ends="the sampler returns micro-batches of --eval-micro-batch-size, and loaders have their own generators",
+    "training/training.py: build_train_valid_test_data_iterators; core/datasets/blended_dataset.py: BlendedDataset",
+    provides="--full-validation with tensor or pipeline parallelism, and in fewer steps",
+    ends="the sampler returns micro-batches of --eval-micro-batch-size",
 )
 def fill_validation_batches() -> None:
     """Return each sequence once, in full micro-batches.
@@ -32,9 +33,7 @@ def fill_validation_batches() -> None:
     def build(stock: Any, *arguments: Any, **options: Any) -> Any:
         args = get_args()
         args.validation_samples = []
-        random_state = torch.get_rng_state()  # PyTorch's loaders draw seeds from it, and on a CPU so does dropout
         iterators = stock(*arguments, **options)
-        torch.set_rng_state(random_state)
         if args.full_validation and args.multiple_validation_sets:
             args.eval_iters = [steps or 0 for steps in args.eval_iters]
             # Rank 0 loads data; others may have no sets, or not know their sizes.
@@ -48,6 +47,11 @@ def fill_validation_batches() -> None:
         stock(sampler, total_samples, *others, **options)
         get_args().validation_samples.append(total_samples)
 
+    @replace(BlendedDataset, "__getitem__")
+    def sample(stock: Any, blend: BlendedDataset, index: int | None) -> Any:
+        fields = stock(blend, index or 0)
+        return fields if index is not None else fields | {"loss_mask": 0 * fields["loss_mask"]}  # as GPTDataset does
+
     @replace(MegatronFullValidationSampler, "__len__")
     def count_steps(_stock: Any, sampler: Any) -> int:
         return math.ceil(sampler.total_samples / get_args().eval_global_batch_size)
@@ -59,3 +63,19 @@ def fill_validation_batches() -> None:
         order = [*range(sampler.total_samples), *[None] * added]
         for start in range(sampler.data_parallel_rank * size, len(order), sampler.data_parallel_size * size):
             yield order[start : start + size]
+
+
+@patch(
+    changes="training/training.py: build_pretraining_data_loader",
+    provides="the same dropout after a stop on CPUs",
+    ends="data loaders have their own generators",
+)
+def seed_data_loaders() -> None:
+    """Let data loaders draw their seeds from their own generators. On a CPU, dropout draws from PyTorch's default."""
+
+    @replace(training, "build_pretraining_data_loader")
+    def build(stock: Any, dataset: Any, consumed_samples: int) -> Any:
+        loader = stock(dataset, consumed_samples)
+        if loader is not dataset:  # not with --dataloader-type external
+            loader.generator = torch.Generator().manual_seed(get_args().seed + consumed_samples)
+        return loader

@@ -23,7 +23,7 @@ from megatron.remoe.files.errors import UsageError
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.refusals import flag as flag_of
 from megatron.remoe.routing.refusals import shown
-from megatron.remoe.start.checkpoint_files import RELEASE, TRACKER, Resume, choose_checkpoint, newest_complete
+from megatron.remoe.start.checkpoint_files import RELEASE, TRACKER, Resume, newest_complete
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
 from megatron.training.arguments import add_megatron_arguments
 from megatron.training.config import PretrainConfigContainer
@@ -51,12 +51,12 @@ DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", 
 SHOWN = 120  # most characters of a setting in a message, for example of a list of data sets
 
 
-def check_loaded_run(args: argparse.Namespace, resume: Resume | None = None) -> bool:
+def check_loaded_run(args: argparse.Namespace, resume: Resume | None) -> bool:
     """Refuse to continue a checkpoint silently as a different run, or to overwrite newer checkpoints.
 
     Args:
         args: Megatron's arguments, validated and with the size of the tokenizer's vocabulary.
-        resume: the checkpoint to resume from, if it has been chosen already.
+        resume: the checkpoint to resume from; None if the run starts from random weights.
 
     Returns:
         Whether the run continues with the same learning rates to a different end. The caller then has to set
@@ -65,7 +65,6 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None = None) -> 
     Raises:
         UsageError: a setting differs, newer checkpoints would be overwritten, or --load has none.
     """
-    resume = resume or choose_checkpoint(args)
     trains = not (args.finetune or args.skip_train)
     goes_on = resume is not None and trains and resume.folder.name != RELEASE and resume.flag == "--load"
     if args.save and not args.skip_train and "://" not in f"{args.save} {args.load}":

@@ -15,12 +15,11 @@ from megatron.remoe.routing.refusals import as_list, relu_routing_problems, show
 from megatron.remoe.start.checkpoint_files import choose_checkpoint
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
 from megatron.remoe.start.environment import check_flips
-from megatron.remoe.start.messages import explain_flag_errors, usage_errors
+from megatron.remoe.start.messages import explain_flag_errors
 from megatron.remoe.training.gpt2_tokenizer import use_local_gpt2_files
 from megatron.training import arguments as megatron
 from megatron.training.argument_utils import ArgumentGroupFactory, gpt_config_from_args, hybrid_config_from_args
 from megatron.training.checkpointing import load_args_from_checkpoint
-from megatron.training.global_vars import set_global_variables
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.models.hybrid import HybridModelConfig
 
@@ -68,40 +67,14 @@ def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     return parser
 
 
-def parse_and_validate_args(
-    extra_args_provider: ArgumentsProvider | None = None,
-    args_defaults: dict[str, Any] | None = None,
-    adapt: Callable[[argparse.Namespace], None] | None = None,
-) -> argparse.Namespace:
-    """Parse and validate Megatron's flags and those of ReMoE.
-
-    A wrong flag ends the process with exit code 2 and a message that names the flag, the value and the remedy.
-
-    Args:
-        extra_args_provider: adds the caller's own flags, as in Megatron.
-        args_defaults: values for attributes that are None, as in Megatron.
-        adapt: changes the arguments before they are validated.
-
-    Returns:
-        The arguments, validated; Megatron's `get_args` returns them too.
-    """
-    with usage_errors():
-        args = parse_args(extra_args_provider, args_defaults)
-        if adapt is not None:
-            adapt(args)
-        load_saved_args(args)
-        megatron.validate_args(args, {})
-        set_global_variables(args)
-    return args
-
-
 def parse_args(
     extra_args_provider: ArgumentsProvider | None = None, args_defaults: dict[str, Any] | None = None
 ) -> argparse.Namespace:
     """Parse the flags without Megatron's validation; apply granularity, defaults and tokenizer files.
 
     Args:
-        extra_args_provider, args_defaults: as in `parse_and_validate_args`.
+        extra_args_provider: adds the caller's own flags, as in Megatron.
+        args_defaults: values for attributes that are None, as in Megatron.
 
     Raises:
         ValueError: a flag is wrong, or cannot be used with ReLU routing or granularity.

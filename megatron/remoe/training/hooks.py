@@ -59,7 +59,7 @@ def install_routing(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
     --moe-per-layer-logging counts its pairs, except in CUDA graphs.
 
     Args:
-        args: arguments from `parse_and_validate_args`.
+        args: arguments from `checked_arguments`.
         model_cfg: built with `transformer_config_from_args`; its layer specification may be the caller's own.
 
     Raises:
@@ -148,7 +148,7 @@ def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> No
     attention of both.
 
     Args:
-        args: arguments from `parse_and_validate_args`. The data loader's causal attention mask is turned off if the
+        args: arguments from `checked_arguments`. The data loader's causal attention mask is turned off if the
             fused kernels do not need it.
         model_cfg: its layer specification may be the caller's own.
 

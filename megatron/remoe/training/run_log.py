@@ -94,11 +94,11 @@ class RunLog(logging.Handler):
         iteration = self._args.iteration
         if iteration:
             self._cut(iteration)
-        else:
-            self._totals_before = dict.fromkeys(TOTALS, 0)
+        elif self._totals_before is None:  # else the log is renamed already, and writing the line failed
             if self.path.exists():
                 names = itertools.chain([".old.jsonl"], (f".old.{number}.jsonl" for number in itertools.count(1)))
                 self.path.rename(next(old for name in names if not (old := self.path.with_suffix(name)).exists()))
+            self._totals_before = dict.fromkeys(TOTALS, 0)
         versions = {"version": megatron.remoe.__version__, "megatron_core": megatron.remoe.megatron_version()}
         arguments = {name: value for name, value in sorted(vars(self._args).items()) if _is_json(value)}
         self._append({"kind": "start", "time": self._started, "iteration": iteration, **versions, "args": arguments})
