@@ -53,13 +53,14 @@ def main(kind: str) -> None:
         for kernels in ["torch", "triton"] if find_spec("triton") else ["torch"]:
             for per_token, guarded in itertools.product((False, True), (0, 1)):
                 check(guarded, moe_kernels=kernels, calculate_per_token_loss=per_token)
+        check(0, moe_baseline_router="deco")
     print(f"rank {torch.distributed.get_rank()} ok", flush=True)
 
 
 def check(guarded: int, **changes: Any) -> None:
     """Check that two ranks with half of a sequence each have the L1, S and λ of one rank with the whole sequence.
 
-    With `guarded`, check the guard's gradient instead of that of L1.
+    With `guarded`, check the guard's gradient instead of that of L1; for DECO, that of the entropy.
     """
     rank = torch.distributed.get_rank()
     config = make_config(
@@ -69,7 +70,7 @@ def check(guarded: int, **changes: Any) -> None:
         tensor_model_parallel_size=1,
         **changes,
     )
-    layer = make_layer(config)
+    layer = make_layer(config, router=ROUTERS.get(config.moe_baseline_router))
     router = layer.router
     torch.manual_seed(7)
     router.weight.data = torch.randn_like(router.weight)

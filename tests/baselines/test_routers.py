@@ -51,7 +51,7 @@ def test_hash_goes_by_the_id_and_the_layer_alone(process_groups: None) -> None:
     for layer_number in (1, 2):
         router.set_layer_number(layer_number)
         router.token_ids = ids
-        _, routing_map = router(torch.zeros(4096, BATCH, HIDDEN, device=DEVICE), None, seq_idx=None)  # as in #6208
+        _, routing_map = router(torch.zeros(4096, BATCH, HIDDEN, device=DEVICE))
         maps.append(routing_map)
         assert routing_map.sum(dim=1).eq(2).all()
         first: dict[int, list[bool]] = {}
@@ -109,21 +109,26 @@ def test_decos_guard_replaces_the_entropy(process_groups: None) -> None:
 
 
 def test_normalized_top_k_balances(process_groups: None) -> None:
-    """The auxiliary loss is that of Switch, coefficient · E · Σ_e f_e · P_e, with the normalized gates' means P_e."""
+    """The auxiliary loss is that of Switch, coefficient · E · Σ_e f_e · P_e, with the normalized gates' means P_e.
+
+    Padding has no part in it.
+    """
     settings = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.5}
     router, tokens = make_layer("normalized_top_k", **settings).router, make_tokens()
-    probs, routing_map = router(tokens)
+    padding = torch.zeros(SEQUENCE, BATCH, dtype=torch.bool, device=DEVICE)
+    padding[-3:, 0] = True
+    probs, routing_map = router(tokens, padding)
     (probs * 0).sum().backward()
-    logits = tokens.detach().view(-1, HIDDEN) @ router.weight.T
+    logits = tokens.detach()[~padding] @ router.weight.T
     gates = router.start * logits.relu() / logits.norm(dim=1, keepdim=True)
     shares = routing_map.sum(dim=0) / routing_map.sum()
     expected = torch.autograd.grad(0.5 * 4 * (shares * gates.mean(dim=0)).sum(), router.weight)[0]
     torch.testing.assert_close(router.weight.grad, expected)
 
 
-@pytest.mark.parametrize("name", ["expert_choice", "expert_threshold", "top_p", "normalized_top_k", "deco"])
+@pytest.mark.parametrize("name", [name for name in ROUTERS if name != "hash"])
 def test_z_loss(name: str, process_groups: None) -> None:
-    """`deco` stands for all ReLU routing, whose z-loss it inherits."""
+    """`deco` stands for `ReLURouter`, whose z-loss it inherits."""
     router, tokens = make_layer(name, moe_z_loss_coeff=0.5).router, make_tokens()
     (router(tokens)[0] * 0).sum().backward()
     right = 0.5 * (tokens.detach() @ router.weight.T).logsumexp(dim=-1).square().mean()

@@ -16,7 +16,7 @@ from tools.console.places import ROOT
 
 MAP = {"map_TE": "*i1", "num_tokens": "i32", "num_experts": "i32"}
 COUNTS = {"counts_EB": "*i32", "by_token": "*i32"}
-GATED = MAP | {"logits_TE": "*bf16", "padding_T": "*i1", "probs_TE": "*bf16", "counts_EB": "*i32", "sums_EB": "*fp32"}
+GATED = MAP | {"logits_TE": "*bf16", "probs_TE": "*bf16", "counts_EB": "*i32", "sums_EB": "*fp32"}
 GRADIENT = {"d_probs_TE": "*bf16", "map_TE": "*i1", "on_E": "*fp32", "off": "*fp32"}
 GRADIENT |= {"d_logits_TE": "*bf16", "size": "i32"}
 FILLED = MAP | COUNTS | {"probs_TE": "*fp32", "token_index_P": "*i32", "gates_P": "*fp32"}

@@ -9,11 +9,10 @@ from megatron.remoe.kernels import pytorch, router
 from tests.kernels import DEVICE, rounding
 
 
-def check(logits: torch.Tensor, padded: float = 0.0) -> None:
+def check(logits: torch.Tensor) -> None:
     """Compare the results: sums and gradients up to rounding, the rest exactly."""
-    padding = torch.rand(len(logits), device=DEVICE) < padded if padded else None
-    probs, routing_map, counts, sums = router.gate(logits, padding)
-    right_probs, right_map, right_counts, right_sums = pytorch.gate(logits, padding)
+    probs, routing_map, counts, sums = router.gate(logits)
+    right_probs, right_map, right_counts, right_sums = pytorch.gate(logits)
     assert torch.equal(probs, right_probs) and torch.equal(routing_map, right_map)
     assert torch.equal(counts.sum(dim=1), right_counts.sum(dim=1))
     torch.testing.assert_close(sums, right_sums, rtol=1e-6, atol=1e-6)
@@ -31,15 +30,14 @@ def test_shapes_and_types(shape: tuple[int, int], dtype: torch.dtype) -> None:
     check(torch.randn(shape, device=DEVICE).to(dtype))
 
 
-@pytest.mark.parametrize("padded", [0.3, 1.0])
 @pytest.mark.parametrize("shift", [-100.0, 0.0, 100.0])
-def test_padding_all_off_and_all_on(shift: float, padded: float) -> None:
+def test_all_off_and_all_on(shift: float) -> None:
     torch.manual_seed(1)
-    check(torch.randn(50, 6, device=DEVICE) + shift, padded)
+    check(torch.randn(50, 6, device=DEVICE) + shift)
 
 
 def test_nonfinite_logits() -> None:
     logits = torch.tensor([[float("nan"), 1.0], [float("inf"), -1.0]], device=DEVICE)
-    probs, routing_map, _, sums = router.gate(logits, None)
+    probs, routing_map, _, sums = router.gate(logits)
     assert routing_map.tolist() == [[False, True], [True, False]]
     assert probs.tolist() == [[0.0, 1.0], [float("inf"), 0.0]] and sums.tolist() == [float("inf"), 1.0]

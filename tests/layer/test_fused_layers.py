@@ -29,7 +29,7 @@ def attention(kind: type[DotProductAttention], **changes: Any) -> DotProductAtte
 
 
 @needs_groups
-@pytest.mark.parametrize("mask", ["none", "causal", "documents"])
+@pytest.mark.parametrize("mask", ["none", "causal", "documents", "cache"])
 @pytest.mark.parametrize("changes", [{}, {"window_size": (3, 0)}, {"softmax_type": "off-by-one"}], ids=str)
 def test_attention_is_megatrons(mask: str, changes: dict[str, Any]) -> None:
     torch.manual_seed(1)
@@ -37,7 +37,9 @@ def test_attention_is_megatrons(mask: str, changes: dict[str, Any]) -> None:
         torch.randn(9, 2, heads, 8, dtype=torch.float64, device=DEVICE, requires_grad=True) for heads in (4, 2, 2)
     )
     hidden = None
-    if mask != "none":
+    if mask == "cache":  # one query, nine keys, no mask
+        query = query[-1:]
+    if mask in ("causal", "documents"):
         hidden = torch.ones(9, 9, dtype=torch.bool, device=DEVICE).triu(1)[None, None].expand(2, 1, 9, 9).clone()
     if mask == "documents":  # a new document begins in the middle
         hidden[:, :, 5:, :5] = True
@@ -48,6 +50,13 @@ def test_attention_is_megatrons(mask: str, changes: dict[str, Any]) -> None:
     # Masked scores are -10000 in Megatron's attention and -inf in ours.
     for theirs, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+@needs_groups
+def test_fewer_queries_than_keys_need_a_mask() -> None:
+    tensors = [torch.ones(size, 2, heads, 8, device=DEVICE) for size, heads in ((3, 4), (9, 2), (9, 2))]
+    with pytest.raises(AssertionError):
+        attention(FusedDotProductAttention)(*tensors, None)
 
 
 @needs_groups

@@ -141,7 +141,7 @@ def test_steps_called_one_by_one_give_the_same(fused: bool) -> None:
     torch.manual_seed(3)
     layer = make_layer(make_config(), fused=fused)
     tokens = torch.randn(7, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
-    right = results(layer, tokens, layer(tokens, packed_seq_params=None)[0])  # as in #6208
+    right = results(layer, tokens, layer(tokens)[0])
     dispatched, gates = layer.preprocess(tokens, *layer.route(tokens))
     output, _ = layer.routed_experts_compute(*layer.dispatch(dispatched, gates))
     output = layer.postprocess(layer.combine(output), None)

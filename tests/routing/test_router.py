@@ -36,8 +36,10 @@ def test_gates_are_relu_and_map_is_where_they_are_positive(make_router) -> None:
     assert routing_map.dtype == torch.bool
 
 
-def test_padding_is_neither_routed_nor_counted(make_router) -> None:
+@pytest.mark.parametrize("guarded", [0, 1])
+def test_padding_is_neither_routed_counted_nor_guarded(make_router, guarded: int) -> None:
     router = make_router(moe_relu_l1_reg_coeff_init=0.5)
+    router.guarded.fill_(guarded)
     tokens = random_tokens(router)
     padding = torch.zeros(6, 2, dtype=torch.bool, device=tokens.device)
     padding[4:, 1] = True

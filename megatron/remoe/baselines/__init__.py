@@ -6,8 +6,6 @@ With T tokens (sequence x batch) and E experts:
     logits        `[sequence, batch, E]`, x W in the router's dtype
     padding_mask  bool `[sequence, batch]`, True at padding, which is not routed; or None
     returns       gates `[T, E]`, 0 where the map is False; routing map, bool `[T, E]`
-
-Some versions of Megatron pass more arguments, which the routers ignore.
 """
 
 from megatron.core.transformer.moe.router import TopKRouter

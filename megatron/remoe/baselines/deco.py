@@ -4,13 +4,15 @@
     y   = Σ_e s_e · g_e · FFN_e(x)             s_e is learned and starts at 0.1
     L   = L_lm - λ · Σ_layers 1/T · Σ_t Σ_e p_te log p_te
 
-λ moves as in ReLU routing. DECO's shared expert and its experts without gates are not part of the router.
+λ moves as in ReLU routing. DECO's code divides the entropy by the number of layers and keeps λ at λ₀ or above; this
+does neither. DECO's shared expert and its experts without gates are not part of the router.
 """
 
 from typing import Any
 
 import torch
 
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.remoe.routing.router import ReLURouter
 
@@ -30,7 +32,7 @@ class DecoRouter(ReLURouter):
         self.scale.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
 
     def routing(
-        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_unused: Any
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Route each token to the experts with a positive logit; the gates are s · ReLU(x W)."""
         if self.training and torch.is_grad_enabled():
@@ -52,4 +54,4 @@ class DecoRouter(ReLURouter):
         loss = (entropies * is_token).sum() * (self.l1_coefficient() * (1 - self.guarded)).to(gates.dtype)
         if self.calculate_per_token_loss:  # finalize_model_grads divides by the tokens of the global batch
             return loss
-        return loss / (is_token.sum().clamp(min=1) * self.tp_cp_group.size())
+        return loss / reduce_from_tensor_model_parallel_region(is_token.sum(), self.tp_cp_group).clamp(min=1)

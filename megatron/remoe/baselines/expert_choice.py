@@ -3,8 +3,6 @@
 T tokens (sequence x batch), E experts.
 """
 
-from typing import Any
-
 import torch
 
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -19,7 +17,7 @@ class ExpertChoiceRouter(TopKRouter):
     """
 
     def routing(
-        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_unused: Any
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Route k · sequence / E tokens of each sequence to each expert; gates are the softmax over the experts."""
         logits = self.apply_z_loss(logits, None if padding_mask is None else padding_mask.reshape(-1))

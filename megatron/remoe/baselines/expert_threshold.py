@@ -35,7 +35,7 @@ class ExpertThresholdRouter(TopKRouter):
         self.register_buffer("micro_batches", torch.zeros_like(self.batches), persistent=False)
 
     def routing(
-        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_unused: Any
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Route each token to the experts whose threshold its logit exceeds; gates are the logits' sigmoids."""
         padding_mask_T = None if padding_mask is None else padding_mask.reshape(-1)

@@ -28,7 +28,7 @@ class HashRouter(TopKRouter):
         self.weight = self.bias = None  # Megatron waits for the gradient of every parameter
 
     def forward(
-        self, input: torch.Tensor, padding_mask: torch.Tensor | None = None, *_unused: Any, **_named: Any
+        self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Route tokens `[sequence, batch, hidden]`, padding included; return gates and map as Megatron's router does.
 

@@ -34,25 +34,32 @@ class ScaledRouter(TopKRouter):
 class NormalizedReLURouter(ScaledRouter, ReLURouter):
     """ReLU routing of normalized logits; L1 uses the gates before they are scaled."""
 
-    def routing(self, logits: torch.Tensor, *given: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def routing(
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Route the normalized logits as `ReLURouter` does, then scale the gates."""
-        gates_TE, map_TE = super().routing(normalize(logits, dim=-1), *given, **named)
+        gates_TE, map_TE = super().routing(logits, padding_mask)
         return self.scaled(gates_TE), map_TE
+
+    def apply_z_loss(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Apply the z-loss to the raw logits, and return the logits normalized."""
+        return normalize(super().apply_z_loss(logits, padding_mask), dim=-1)
 
 
 class NormalizedTopKRouter(ScaledRouter):
     """Top-k of normalized ReLU gates, some of which can be 0, with Megatron's auxiliary loss per micro-batch."""
 
     def routing(
-        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_unused: Any
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Route each token to the experts with its k largest logits."""
         padding_mask_T = None if padding_mask is None else padding_mask.reshape(-1)
         logits_TE = self.apply_z_loss(logits.view(-1, self.num_experts), padding_mask=padding_mask_T)
         map_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, logits_TE.topk(self.topk).indices, True)
-        if padding_mask_T is not None:
-            map_TE = map_TE & ~padding_mask_T.unsqueeze(-1)
         scores_TE = self.scaled(normalize(logits_TE, dim=-1).relu())
+        if padding_mask_T is not None:
+            routed_T1 = ~padding_mask_T.unsqueeze(-1)
+            map_TE, scores_TE = map_TE & routed_T1, scores_TE * routed_T1
         probs_TE = torch.where(map_TE, scores_TE, 0.0)
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
             probs_TE = self._apply_aux_loss(probs_TE, scores_TE, map_TE, with_padding_mask=padding_mask is not None)

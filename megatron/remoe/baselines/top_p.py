@@ -36,7 +36,7 @@ class TopPRouter(TopKRouter):
         self.register_buffer("seen", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
 
     def routing(
-        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_unused: Any
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Route each token to its most probable experts, and count them in training; gates are the softmax."""
         padding_mask_T = None if padding_mask is None else padding_mask.reshape(-1)

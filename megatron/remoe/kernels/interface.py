@@ -27,7 +27,7 @@ class Order(Protocol):
 class Backend:
     """The functions of one backend. Those of `pytorch.py` are the reference; their docstrings state the contract."""
 
-    gate: Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]
+    gate: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]
     gate_backward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     count: Callable[[torch.Tensor], torch.Tensor]
     plan: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], tuple[Order, torch.Tensor]]

@@ -12,14 +12,11 @@ from torch.nn.functional import silu
 from megatron.remoe.kernels.interface import Backend
 
 
-def gate(
-    logits_TE: torch.Tensor, padding_mask_T: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def gate(logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute the ReLU gates, the map of positive gates, and each expert's number of tokens and sum of gates.
 
     Args:
         logits_TE: `[T, E]`, of any floating-point type.
-        padding_mask_T: bool `[T]`, True at padding, where the result is 0; or None.
 
     Returns:
         probs: `[T, E]`, of the type of `logits_TE`.
@@ -28,8 +25,6 @@ def gate(
         sums: fp32 `[E]`, the sums of `probs` over the tokens.
     """
     map_TE = logits_TE > 0
-    if padding_mask_T is not None:
-        map_TE = map_TE & ~padding_mask_T.unsqueeze(-1)
     probs_TE = torch.where(map_TE, logits_TE, 0.0)
     return probs_TE, map_TE, count(map_TE), probs_TE.float().sum(dim=0)
 

@@ -13,9 +13,7 @@ from megatron.remoe.kernels.plan import WARPS, choose_tile, element
 BLOCK = 2048
 
 
-def gate(
-    logits: torch.Tensor, padding_mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def gate(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute `pytorch.gate`; moves logits, gates and map once."""
     logits, (num_tokens, num_experts) = logits.contiguous(), logits.shape
     block, tile = choose_tile(num_tokens, num_experts)
@@ -24,8 +22,7 @@ def gate(
     counts = logits.new_empty(num_experts, blocks, dtype=torch.int32)
     sums = logits.new_empty(num_experts, blocks, dtype=torch.float32)
     _gates[(blocks,)](
-        logits, padding_mask, probs, routing_map, counts, sums, num_tokens, num_experts,
-        BLOCK=block, TILE=tile, num_warps=WARPS,
+        logits, probs, routing_map, counts, sums, num_tokens, num_experts, BLOCK=block, TILE=tile, num_warps=WARPS,
     )  # fmt: skip
     return probs, routing_map, counts, sums.sum(dim=1)
 
@@ -43,14 +40,10 @@ def gate_backward(
 
 @triton.jit
 def _gates(
-    logits_TE, padding_T, probs_TE, map_TE, counts_EB, sums_EB, num_tokens, num_experts,
-    BLOCK: tl.constexpr, TILE: tl.constexpr,
+    logits_TE, probs_TE, map_TE, counts_EB, sums_EB, num_tokens, num_experts, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_token = token < num_tokens
-    is_routed = is_token
-    if padding_T is not None:
-        is_routed = is_token & (tl.load(padding_T + token, mask=is_token, other=1) == 0)
     for first in range(0, num_experts, TILE):
         expert = first + tl.arange(0, TILE)
         is_inside = is_token[:, None] & (expert < num_experts)[None, :]
@@ -58,7 +51,7 @@ def _gates(
         logit = tl.load(logits_TE + at, mask=is_inside, other=0.0)
         if logit.dtype != tl.float64:
             logit = logit.to(tl.float32)  # Triton's interpreter compares the bits of bf16
-        is_active = (logit > 0) & is_routed[:, None]
+        is_active = logit > 0
         gate = tl.where(is_active, logit, 0.0)
         tl.store(probs_TE + at, gate, mask=is_inside)
         tl.store(map_TE + at, is_active, mask=is_inside)

@@ -11,7 +11,6 @@ T tokens (sequence x batch), E experts, P pairs (a token and an expert that is a
 At the target sparsity there is one chunk.
 """
 
-import inspect
 from functools import partial
 from typing import Any, Protocol
 
@@ -41,7 +40,6 @@ class ReMoELayer(MoELayer):
     Attributes:
         pairs_limit: this limit in pairs per token; 0 for none.
         execution: runs the experts.
-        route_arguments: names that `route` of the installed Megatron accepts.
     """
 
     def __init__(
@@ -62,7 +60,6 @@ class ReMoELayer(MoELayer):
         self.backend = choose_backend(config)
         self.pairs_limit = 0.0 if type(self.router) is TopKRouter else _pairs_limit(config)
         self.execution = self._choose_execution(config, pg_collection)
-        self.route_arguments = frozenset(inspect.signature(self.route).parameters)
         is_fused = config.use_transformer_engine_op_fuser  # it recomputes without freeing
         self._frees_activations = getattr(self.experts, "activation_recompute", False) and not is_fused
         _prepare_experts(self.experts)
@@ -83,7 +80,6 @@ class ReMoELayer(MoELayer):
         hidden_states: torch.Tensor,
         intermediate_tensors: tuple[torch.Tensor, ...] | None = None,
         padding_mask: torch.Tensor | None = None,
-        **for_router: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Route the tokens, and return the sum of their experts.
 
@@ -91,7 +87,6 @@ class ReMoELayer(MoELayer):
             hidden_states: `[sequence, batch, H]`.
             intermediate_tensors: passed by Megatron if parts of the layer are in CUDA graphs.
             padding_mask: bool `[batch, sequence]`, True at padding.
-            for_router: further arguments of some versions of Megatron; those that `route` accepts are passed to it.
 
         Returns:
             `[sequence, batch, H]`, and None for no bias.
@@ -101,25 +96,21 @@ class ReMoELayer(MoELayer):
         """
         in_graphs = intermediate_tensors is not None or self.config.cuda_graph_impl != "none"
         if not self.pairs_limit and (in_graphs or type(self.execution) is ByMegatron):
-            return super().forward(hidden_states, intermediate_tensors, padding_mask, **for_router)
+            return super().forward(hidden_states, intermediate_tensors, padding_mask)
         if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
             raise ValueError("MoE layers with tensor parallelism need sequence parallelism to train.")
         if padding_mask is not None:
             padding_mask = padding_mask.transpose(0, 1).bool()
-        accepted = {name: value for name, value in for_router.items() if name in self.route_arguments}
-        forward = partial(self._forward, accepted)
         if self.moe_layer_recompute and self.training:
             if self.config.fp8 or self.config.fp4:  # only te_checkpoint recomputes in the same precision
                 tracker = tensor_parallel.random.get_cuda_rng_tracker
-                return te_checkpoint(forward, False, tracker, self.tp_group, hidden_states, padding_mask), None
-            return tensor_parallel.checkpoint(forward, False, hidden_states, padding_mask), None
-        return forward(hidden_states, padding_mask), None
+                return te_checkpoint(self._forward, False, tracker, self.tp_group, hidden_states, padding_mask), None
+            return tensor_parallel.checkpoint(self._forward, False, hidden_states, padding_mask), None
+        return self._forward(hidden_states, padding_mask), None
 
-    def _forward(
-        self, for_router: dict[str, Any], hidden_states: torch.Tensor, padding_mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
         shared_expert_output = self.shared_experts_compute(hidden_states)
-        probs_TE, map_TE = self.route(hidden_states, padding_mask, **for_router)
+        probs_TE, map_TE = self.route(hidden_states, padding_mask)
         counts_EB = getattr(self.router, "counts_EB", None)
         counts = count_pairs(map_TE, counts_EB, self.token_dispatcher, self.backend, self.pairs_limit)
         if len(counts) == 1:

@@ -59,14 +59,13 @@ class ReLURouter(TopKRouter):
         self.backend = choose_backend(config)
 
     def routing(
-        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_unused: Any
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Route each token to the experts with a positive logit.
 
         Args:
             logits: `[sequence, batch, E]`, x W in the router's dtype.
             padding_mask: bool `[sequence, batch]`, True at padding, which is neither routed nor counted.
-            _unused: arguments of other routings in some versions of Megatron.
 
         Returns:
             probs: `[T, E]`, the gates ReLU(logits), with the gradient of λ · L_reg in training.
@@ -76,12 +75,14 @@ class ReLURouter(TopKRouter):
         logits_TE = logits.view(-1, self.num_experts)
         padding_mask_T = None if padding_mask is None else padding_mask.reshape(-1)
         logits_TE = self.apply_z_loss(logits_TE, padding_mask=padding_mask_T)
+        if padding_mask_T is not None:  # no gates, and no gradient from the guard
+            logits_TE = logits_TE.masked_fill(padding_mask_T.unsqueeze(-1), 0.0)
         # Count once: recomputation runs the forward pass twice, the first time without gradients.
         is_counted = self.training and torch.is_grad_enabled()
         if is_counted:
             probs_TE, map_TE, self.counts_EB = _RegularizedReLU.apply(logits_TE, padding_mask_T, self)
         else:
-            probs_TE, map_TE, self.counts_EB, _ = self.backend.gate(logits_TE, padding_mask_T)
+            probs_TE, map_TE, self.counts_EB, _ = self.backend.gate(logits_TE)
         if (most := self.config.moe_relu_max_experts) is None:
             return probs_TE, map_TE
         self.counts_EB = None
@@ -158,7 +159,7 @@ class _RegularizedReLU(torch.autograd.Function):
     def forward(
         ctx: Any, logits_TE: torch.Tensor, padding_mask_T: torch.Tensor | None, router: ReLURouter
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        probs_TE, map_TE, counts_EB, sums_E = router.backend.gate(logits_TE, padding_mask_T)
+        probs_TE, map_TE, counts_EB, sums_E = router.backend.gate(logits_TE)
         if padding_mask_T is None:
             tokens = counts_EB.new_full((1,), len(logits_TE), dtype=torch.int64)
         else:

@@ -36,13 +36,16 @@ class FusedDotProductAttention(DotProductAttention):
             query: `[sequence, batch, heads, size]`.
             key, value: `[sequence, batch, query groups, size]`; the values' size may differ.
             attention_mask: bool, True where not to attend, broadcast to `[batch, heads, sequence, sequence]`. If None,
-                a layer built with a causal mask type is causal, and any other layer has no mask.
+                a layer built with a causal mask type is causal, and any other layer has no mask. One query (with a
+                KV cache) attends to all keys; several fewer than the keys need a mask, as in Megatron.
             attn_mask_type, attention_bias, packed_seq_params: not used; the last two must be None, as in Megatron.
 
         Returns:
             `[sequence, batch, heads * size]`.
         """
-        if not self._is_plain() or attention_bias is not None or packed_seq_params is not None:
+        is_causal = attention_mask is None and len(query) > 1 and self.attn_mask_type == AttnMaskType.causal
+        refused = attention_bias is not None or packed_seq_params is not None or (is_causal and len(query) != len(key))
+        if refused or not self._is_plain():
             return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
         dropout = self.attention_dropout.p if self.training else 0.0
         size, missing = value.shape[-1], query.shape[-1] - value.shape[-1]
@@ -56,7 +59,7 @@ class FusedDotProductAttention(DotProductAttention):
                 value.permute(1, 2, 0, 3),
                 attn_mask=None if attention_mask is None else ~attention_mask,
                 dropout_p=dropout,
-                is_causal=attention_mask is None and self.attn_mask_type == AttnMaskType.causal,
+                is_causal=is_causal,
                 scale=self.softmax_scale,
                 enable_gqa=query.shape[2] != key.shape[2],
             )
