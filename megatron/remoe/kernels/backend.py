@@ -1,8 +1,12 @@
 """Choose the backend of a router or a MoE layer, once when it is built."""
 
-from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.kernels.interface import Backend
 from megatron.remoe.kernels.pytorch import PYTORCH
+
+
+def wants_kernels(config: object) -> bool:
+    """Return whether a configuration, or Megatron's arguments, select Triton with `--moe-kernels`."""
+    return getattr(config, "moe_kernels", "torch") != "torch"
 
 
 def choose_backend(config: object) -> Backend:

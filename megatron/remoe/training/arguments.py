@@ -9,7 +9,7 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.files.errors import UsageError
 from megatron.remoe.files.gpt2_files import GPT2_TOKENIZER
-from megatron.remoe.kernels import wants_kernels
+from megatron.remoe.kernels.backend import wants_kernels
 from megatron.remoe.routing.config import MEGATRON_FIELDS, ReMoEConfig, ReMoEMLAConfig
 from megatron.remoe.routing.refusals import as_list, relu_routing_problems, shown
 from megatron.remoe.start.checkpoint_files import choose_checkpoint

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.utils import get_model_config
 from megatron.remoe.baselines import ROUTERS
 from megatron.remoe.baselines.hash import pass_token_ids
-from megatron.remoe.kernels import wants_kernels
+from megatron.remoe.kernels.backend import wants_kernels
 from megatron.remoe.layer.experts import GroupedExperts, SplitExperts, supports_grouped_experts
 from megatron.remoe.layer.specs import (
     LATENT_ATTENTION,
