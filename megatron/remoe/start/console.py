@@ -3,6 +3,7 @@
 import logging
 import re
 import warnings
+from functools import partial
 
 # These repeat at every start, on every rank. docs/design.md lists the optional packages.
 UNHELPFUL_WARNINGS = (
@@ -29,9 +30,13 @@ UNHELPFUL_LOGS = {
 }
 
 
+def _is_shown(hidden: str, record: logging.LogRecord) -> bool:
+    return not re.search(hidden, record.getMessage())
+
+
 def hide_unhelpful_warnings() -> None:
     """Hide `UNHELPFUL_WARNINGS` and `UNHELPFUL_LOGS`. Call it before Megatron is imported."""
     for message in UNHELPFUL_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for name, pattern in UNHELPFUL_LOGS.items():
-        logging.getLogger(name).addFilter(lambda record, hidden=pattern: not re.search(hidden, record.getMessage()))
+        logging.getLogger(name).addFilter(partial(_is_shown, pattern))
