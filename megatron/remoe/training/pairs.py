@@ -24,11 +24,10 @@ class PairCounter:
         config = get_model_config(model_chunks[0])
         modules = [module for chunk in model_chunks for module in chunk.modules()]
         self.routers = [module for module in modules if isinstance(module, TopKRouter)]
-        device = torch.device(torch.cuda.current_device())
         # Each table has a row per layer: the tokens of each expert, then all tokens. `_step` counts this rank's current
         # step, `_last` the last step of all ranks, and `running_sums` all steps.
         shape = count_layers(modules, config), (config.num_moe_experts or 0) + 1
-        make = partial(torch.zeros, shape, dtype=torch.float64, device=device)
+        make = partial(torch.zeros, shape, dtype=torch.float64, device=torch.cuda.current_device())
         self._step, self._last, self.running_sums = make(), make(), make()
         for router, number in zip(self.routers, layer_numbers(self.routers, modules, config.num_layers), strict=True):
             router.register_forward_hook(partial(self._count, number - 1), with_kwargs=True)
