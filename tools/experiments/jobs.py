@@ -179,8 +179,7 @@ def prepare(job: Job, grid: Grid) -> None:
         ToolError: the text's folder no longer holds the text that the grid has read.
     """
     if grid.text is not None and read_stamp(grid.text.folder / "manifest.json", grid.text.inputs) is None:
-        change = "the text has been replaced since this command started"
-        raise ToolError(f"{grid.text.folder}: {change}. Give a different --text-dir and --output-dir.")
+        raise ToolError(f"{grid.text.folder}: the text was replaced. Give a different --text-dir and --output-dir.")
     job.folder.mkdir(parents=True, exist_ok=True)
     write_json(job.folder / STAMP, job.stamp)
     if may_continue(job, grid) and not job.has_checkpoint:
