@@ -19,7 +19,7 @@ DECAY = 0.2  # share of a WSD schedule's steps in which the learning rate falls
 STEP = 5  # steps of a WSD schedule are multiples of it, so that a line of the log has their exact FLOPs
 SAVED = 200  # wanted number of steps between two checkpoints of a WSD schedule
 TUNING = "--split 95,5,0 --eval-iters 40"  # tuning runs are evaluated on a part of the training text
-TRAINED = 0.94  # share of the text's tokens that they surely train on; --split counts documents
+TRAINED = 0.94  # at least this share of the text's tokens is for training: --split counts documents
 
 
 @dataclass(frozen=True)
