@@ -166,7 +166,7 @@ def main() -> None:
     variants = [VARIANTS[name] for name in options.variants]
     results: dict[str, Any] = {}
     over = f"s/step over {variants[0].name}"
-    columns = ["variant", "s/step", "tokens/s", over, "experts/token", "of matmul rate", "MiB"]
+    columns = ["variant", "s/step", "tokens/s", over, "full-size experts/token", "of matmul rate", "MiB"]
     for shape in options.shapes:
         figures = results[shape] = measure(shape, variants, options.rounds, options.steps, options.more)
         save(options.output, results)

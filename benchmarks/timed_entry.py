@@ -85,6 +85,7 @@ class Recorder:
         self.profiler: torch.profiler.profile  # of one step, on a CPU
         self.last: tuple[float, float] | None = None
         self.held = self.count = 0
+        self.measures_memory = False
 
     def observe(self, model_cfg: Any) -> None:
         """Measure the run of the model with this configuration."""
@@ -118,8 +119,7 @@ class Recorder:
             give_tokens_a_mean(chunks)
             for router in (module for module in modules if isinstance(module, TopKRouter)):
                 router.register_forward_pre_hook(Fit(router))
-        if self.on_gpu:
-            chunks[0].register_forward_pre_hook(lambda *_: self._before_forward())
+        chunks[0].register_forward_pre_hook(lambda *_: self._before_forward())
 
         def finalize_and_record(*arguments: Any, **options: Any) -> None:
             routers = [module for module in modules if isinstance(module, ReLURouter)]
@@ -140,8 +140,14 @@ class Recorder:
         Path(os.environ["BENCHMARK_RECORD"]).write_text(json.dumps(self.record))
 
     def _before_forward(self) -> None:
-        """Reset the device's peak before a step's first forward pass, to exclude the previous step's optimizer."""
-        if self.count == PROFILED_STEP and not self.held:
+        """Begin to measure memory before a step's first forward pass, to exclude the previous step's optimizer."""
+        if self.count != PROFILED_STEP or self.measures_memory:
+            return
+        self.measures_memory = True
+        if not self.on_gpu:
+            self.profiler = torch.profiler.profile(profile_memory=True)
+            self.profiler.start()
+        else:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             self.held = torch.cuda.memory_allocated()
@@ -157,9 +163,6 @@ class Recorder:
         self.count += 1
         if self.on_gpu and self.count == PROFILED_STEP + 1:
             self.record["peak_bytes"] = torch.cuda.max_memory_allocated() - self.held
-        elif not self.on_gpu and self.count == PROFILED_STEP:
-            self.profiler = torch.profiler.profile(profile_memory=True)
-            self.profiler.start()
         elif not self.on_gpu and self.count == PROFILED_STEP + 1:
             self.profiler.stop()
             self.record["peak_bytes"] = find_peak(self.profiler)

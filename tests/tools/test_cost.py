@@ -31,7 +31,7 @@ def arguments(**changes: object) -> argparse.Namespace:
         bias_gelu_fusion local_layer_fusion multi_latent_attention qk_layernorm qk_layernorm_all_heads
         moe_shared_expert_gate use_megatron_fsdp"""
     none = """hybrid_layer_pattern moe_shared_expert_intermediate_size recompute_granularity recompute_modules
-        recompute_method mtp_num_layers virtual_pipeline_model_parallel_size"""
+        recompute_method mtp_num_layers virtual_pipeline_model_parallel_size moe_warmup_topk"""
     one = """tensor_model_parallel_size context_parallel_size expert_tensor_parallel_size expert_model_parallel_size
         moe_router_topk num_distributed_optimizer_instances"""
     settings: dict[str, object] = dict.fromkeys(off.split(), False) | dict.fromkeys(none.split())
@@ -119,6 +119,8 @@ def test_activations_beyond_the_limit_are_not_kept() -> None:
     assert layer.kept == pytest.approx(real, rel=0.03)
     at_target = memory.layer_activations(args, "*E", 1.0)
     assert layer.kept + layer.recomputed == at_target.kept and at_target.recomputed == 0
+    args.moe_relu_routing = False  # the near-dense warm-up of top-k is limited too
+    assert memory.layer_activations(args, "*E", per_token) == layer
 
 
 def test_selective_recomputation() -> None:
@@ -155,6 +157,7 @@ def test_full_recomputation(method: str, layers: int, chunks: int | None, sizes:
         ({"moe_relu_activation_limit": 0.0}, {"dense": 16, "steady": 1}),
         ({"moe_router_topk": 24}, {"dense": 24, "steady": 24}),
         ({"moe_relu_routing": False}, {"steady": 1}),
+        ({"moe_relu_routing": False, "moe_warmup_topk": 24}, {"dense": 24, "steady": 1}),
         ({"num_experts": None}, {"steady": 0}),
     ],
 )

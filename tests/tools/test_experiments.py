@@ -90,11 +90,12 @@ def test_bad_lengths_of_a_comparison(words: str, capsys: pytest.CaptureFixture[s
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--lr-decay-style", "--lr-warmup-iters", "--split", "--seed"])
+@pytest.mark.parametrize("flag", ["--lr-decay-style", "--lr-warmup-iters", "--split", "--seed", "--vocab-file"])
 def test_flags_that_runs_set_themselves_are_refused(flag: str) -> None:
     with pytest.raises(RecipeError, match=flag):
         check_flags([flag, "1"], [Run("moe", steps=400, is_wsd=True)])
     check_flags(["--lr-warmup-iters", "1"], [Run("moe")])
+    check_flags(["--vocab-file", "1"], [Run("moe", is_tiny=False)])
 
 
 def test_errors_of_the_scripts_stop_it_before_the_first_run(tmp_path: Path) -> None:
@@ -140,7 +141,8 @@ def test_flags_of_tiny_runs() -> None:
     assert (tuning["--lr"], tuning["--min-lr"], tuning["--lr-warmup-iters"]) == (("0.008",), ("0.0008",), ("40",))
     assert tuning["--lr-decay-style"] == ("WSD",) and tuning["--lr-wsd-decay-iters"] == ("80",)
     assert "--valid-data-path" not in tuning and tuning["--split"] == ("95,5,0",)
-    assert tuning["--save-retain-interval"] == ("320",) and 320 % int(tuning["--save-interval"][0]) == 0
+    assert (tuning["--save-retain-interval"], tuning["--save-interval"]) == (("320",), ("160",))
+    assert flags("moe", steps=6230, is_wsd=True)["--save-interval"] == ("997",), "4985 is 5 * 997"
 
 
 def test_every_arm_and_setting_is_documented() -> None:
@@ -158,20 +160,25 @@ def test_a_run_is_done_when_its_folder_has_its_settings_and_loss(tmp_path: Path)
     assert finish_run(grid, run).loss == 2.0
     moved = replace(TEXT, folder=Path("elsewhere"))
     assert jobs.make_job(run, replace(grid, text=moved)).loss == 2.0, "the same text in a different place"
-    for change in ({"text": replace(TEXT, inputs="later")}, {"flags": ("--lr", "1e-3")}):
+    changed = {"text": replace(TEXT, inputs="later")}, {"flags": ("--lr", "1e-3")}, {"flags": ("--bf16",)}
+    for change in changed:
         other = jobs.make_job(run, replace(grid, **change))
         assert other.loss is None
-        with pytest.raises(RecipeError, match="text was text and is now later|--lr was 4e-3 and is now 1e-3"):
+        with pytest.raises(RecipeError, match="text was text and is now later|--lr was 4e-3 and is now 1e-3|--bf16"):
             jobs.check_conflicts([other])
 
 
 def test_a_longer_run_goes_on_from_the_decay_of_a_shorter_one(tmp_path: Path) -> None:
-    grid, run = jobs.Grid(tmp_path, text=TEXT), Run("moe", is_wsd=True)
+    text = replace(TEXT, folder=tmp_path, train_tokens={"code": 100_000, "docs": 100_000})
+    grid, run = jobs.Grid(tmp_path, text=text), Run("moe", is_wsd=True)
+    jobs.write_text(tmp_path / "manifest.json", '{"inputs": "text"}')
     for steps in (20, 40, 60):
         job = finish_run(grid, replace(run, steps=steps))
         start = job.run.decay_start
         (job.folder / "checkpoints" / f"iter_{start:07}").mkdir()
     finish_run(grid, replace(run, steps=80, seed=1))
+    with (tmp_path / replace(run, steps=40).name / "checkpoints" / "metrics.jsonl").open("a") as log:
+        log.write("{damaged\n")
     longer = jobs.make_job(replace(run, steps=45), grid)
     saves = longer.folder / "checkpoints"
     (saves / "iter_0000030").mkdir(parents=True)  # left by an interrupted copy
@@ -179,9 +186,13 @@ def test_a_longer_run_goes_on_from_the_decay_of_a_shorter_one(tmp_path: Path) ->
     assert (saves / "latest_checkpointed_iteration.txt").read_text() == "30" and (saves / "iter_0000030").exists()
     lines = [json.loads(line) for line in (saves / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["iteration"] == 30 and {line["kind"] for line in lines} == {"start", "log"}
-    other = jobs.make_job(replace(run, steps=15), grid)
-    jobs.prepare(other, grid)
-    assert not other.has_checkpoint, "all others have decayed by then"
+    for steps in (15, 50):
+        other = jobs.make_job(replace(run, steps=steps), grid)
+        jobs.prepare(other, grid)
+        assert not other.has_checkpoint, "others have decayed by step 15; 50 steps read the text more than once"
+    jobs.write_text(tmp_path / "manifest.json", '{"inputs": "later"}')
+    with pytest.raises(jobs.ToolError):
+        jobs.prepare(other, grid)
 
 
 def test_runs_of_equal_flops() -> None:

@@ -19,9 +19,9 @@ from tests.data_sets import write_small_corpus
 from tests.entry import shared_entry
 from tests.tools.sweeping import start, sweep
 from tests.training_runs import REPOSITORY, SMALL, finish, records, wait_until
-from tools.experiments import compare
+from tools.experiments import compare, grids
 from tools.experiments.arms import ARMS, RATE, SETTINGS
-from tools.experiments.results import read_folder
+from tools.experiments.results import finished, read_folder
 from tools.experiments.run import Run, Text
 from tools.runs.training_display import ShownTraining, TrainingDisplay
 from tools.text.corpora.dataset import MIXED, make_text
@@ -116,14 +116,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_small_comparison(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = "--arms moe --experts 4 --steps 20 40 --seeds 1 --lr-factors 1 2 --warmups 4 --tuning-steps 20".split()
-    words += "--tokens bytes --size 182m".split()
+    words = "--arms moe --experts 4 --steps 20 40 --seeds 1 --lr-factors 1 2 1e30 --warmups 4".split()
+    words += "--tuning-steps 20 --tokens bytes --size 182m".split()
     words += ["--processes", "1", "--output-dir", str(tmp_path), "--text-dir", str(text)]
     words += "-- --seq-length 32 --max-position-embeddings 32".split()
     monkeypatch.setattr(TrainingDisplay, "_start", fork)
     assert compare.main(words) == 0
     printed = capsys.readouterr().out
-    rows = {run: result for run, result in read_folder(tmp_path / "mixed") if result is not None}
+    rows = finished(read_folder(tmp_path / "mixed"))  # without the runs that end at the third rate with NaN
     assert all(len(result.inactive) == 2 for result in rows.values()), "of top-k's layers too"
     tuning = [run for run in rows if run.is_tuning]
     assert len(tuning) == 4 and {run.seed for run in tuning} == {compare.TUNING_SEED}
@@ -139,8 +139,12 @@ def test_a_small_comparison(
     assert "| 20 | moe | " in printed and "verdict, equal FLOPs" in printed
     longer = tmp_path / "mixed" / trained["moe", 40][0].name / "train.log"
     assert min(records(longer.read_text())) == 16, "it goes on from step 15 of the shorter one"
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")}
+    logs = [tmp_path / "mixed" / run.name / "checkpoints" / "metrics.jsonl" for run in rows]
+    before = {path: path.stat().st_mtime_ns for path in logs}
     assert compare.main(words) == 0 and {path: path.stat().st_mtime_ns for path in before} == before
+    rounds = iter([["a tuning run"]])
+    monkeypatch.setattr(grids, "execute", lambda *_: next(rounds))
+    assert compare.main([word.replace(str(tmp_path), f"{tmp_path}/none") for word in words[:-5]]) == 1
 
 
 # The quickstart's test and test_a_small_comparison train these arms; the latter also varies the learning rate.

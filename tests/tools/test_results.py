@@ -75,11 +75,24 @@ def test_time_of_a_run_started_twice(tmp_path: Path) -> None:
 
 
 def test_no_dense_stage_where_s_starts_at_its_target(tmp_path: Path) -> None:
-    for first in (0.5, 0.512):
-        lines = [line(at, sparsity=s, target_sparsity=0.5) for at, s in ((1, first), (10, 0.51), (20, 0.5), (30, 0.5))]
+    for first, second, names in ((0.5, 0.51, "way steady"), (0.512, 0.51, "way steady"), (0.499, 0.501, "steady")):
+        path = {1: first, 10: second, 20: 0.5, 30: 0.5}
+        lines = [line(at, sparsity=s, target_sparsity=0.5) for at, s in path.items()]
         write_run(tmp_path, 30, *lines, num_experts=4, moe_router_topk=2)
         result = stages.stages(read_figures(tmp_path), stages.Flops(sequence=100.0, expert=10.0))
-        assert [stage.name for stage in result] == ["way", "steady"] and result[-1].last == 30
+        assert [stage.name for stage in result] == names.split() and result[-1].last == 30
+
+
+def test_flops_of_a_near_dense_warmup(tmp_path: Path) -> None:
+    """15 of the 20 logged steps have 6 experts, the others 2; a log that begins later has only the latter."""
+    for start, experts in ((0, 5.0), (500, 2.0)):
+        lines = [line(start + 10), line(start + 20)]
+        known = {"num_experts": 8, "moe_router_topk": 2, "moe_warmup_topk": 6, "moe_warmup_steps": 15}
+        write_run(tmp_path, start + 20, *lines, **known)
+        metrics = tmp_path / "checkpoints" / "metrics.jsonl"
+        metrics.write_text(metrics.read_text().replace('"iteration": 0', f'"iteration": {start}'))
+        [whole] = stages.stages(read_figures(tmp_path), stages.Flops(sequence=100.0, expert=10.0))
+        assert whole.experts == experts and whole.first == start + 1
 
 
 def test_stages_of_a_remoe(tmp_path: Path) -> None:

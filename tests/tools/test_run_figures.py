@@ -25,6 +25,7 @@ def test_stages_of_a_run_that_continues_another(tmp_path: Path) -> None:
     args |= {"global_batch_size": 2, "train_iters": 40, "log_interval": 10}
     rows: list[dict[str, object]] = [
         {"kind": "log", "iteration": at, "sparsity": 0.5, "target_sparsity": 31 / 32, "seconds_per_iteration": 0.1}
+        | {"layer_sparsity": {"1": 0.5}}
         for at in (30, 40)
     ]
     folder = write_metrics(tmp_path / "run", args, *rows)
@@ -33,7 +34,10 @@ def test_stages_of_a_run_that_continues_another(tmp_path: Path) -> None:
     figures = read_figures(folder)
     [stage] = compute_stages(figures, Flops(10.0, 1.0))
     assert (stage.first, stage.last, stage.experts, stage.flops) == (21, 40, 4.0, 20 * 2 * (10.0 + 3.0))
-    assert training_flops(figures) is None and figures.computed_experts(0.5) == 4
+    assert training_flops(figures) is None
+    [experts] = (panel for panel in panels([figures])["Routing"] if panel.title == "Experts per token")
+    layers, mean, *_ = (renderer.data_source.data for renderer in experts.plot.renderers)
+    assert [*layers["ys"][0]] == [16.0] * 2 and [*mean["y"]] == [4.0] * 2, "positive gates, and computed experts"
 
 
 def test_a_run_is_done_after_its_last_evaluation(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ ARMS: Mapping[str, Arm] = {
     "dense": Arm("dense", "D"),
     "moe": Arm("top-k", "s"),
     "remoe": Arm("ReMoE", "o"),
-    "remoe-capped": Arm("ReMoE, at most 4 experts", "v", "--moe-relu-max-experts {most}"),
+    "remoe-capped": Arm("ReMoE with the bound", "v", "--moe-relu-max-experts {most}"),
     "remoe-unbalanced": Arm("ReMoE, no load balancing", "d", "--no-moe-relu-l1-reg-load-balancing"),
     "moe-unbalanced": Arm("top-k, no load balancing", "X", UNBALANCED),
     "moe-warmup": Arm("top-k, near-dense warm-up", "^", "--moe-warmup-topk {near_dense} --moe-warmup-steps 100"),

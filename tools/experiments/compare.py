@@ -5,11 +5,11 @@ remoe compare                                                        # everythin
 remoe compare --collect                                              # tables and picture so far
 
 The learning rate is constant and falls in the last fifth of each run. A longer run continues a shorter one from the
-step at which its rate began to fall. At each length, an arm that used fewer FLOPs than the --equal-flops arm gets a
-longer run with as many FLOPs, within 1 % or 5 steps. First, the rate and the warm-up of each arm are tuned for each
-number of experts, on a different part of the text, with a different seed, and with the same number of runs for each
-arm. Run the same command again to continue after an interruption. Finished runs keep a checkpoint of the step at which
-the rate began to fall.
+step at which its rate began to fall, unless it reads the text more than once. At each length, an arm that used fewer
+FLOPs than the --equal-flops arm gets a longer run with as many FLOPs, within 1 % or 5 steps. First, the rate and the
+warm-up of each arm are tuned for each number of experts, on a different part of the text, with a different seed, and
+with the same number of runs for each arm. Run the same command again to continue after an interruption. Finished runs
+keep a checkpoint of the step at which the rate began to fall.
 """
 
 import argparse

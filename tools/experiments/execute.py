@@ -19,7 +19,7 @@ from ..console.display import duration, say
 from ..console.errors import ToolError
 from ..console.places import LOG, ROOT
 from ..runs.training_display import ShownTraining, TrainingDisplay
-from .jobs import SAVES, TRACKER, Grid, Job, check_conflicts, find_shorter, prepare
+from .jobs import SAVES, TRACKER, Grid, Job, check_conflicts, find_shorter, may_continue, prepare
 from .run import Run
 
 
@@ -47,7 +47,7 @@ def execute(console: Console, grid: Grid, jobs: Sequence[Job], processes: int, h
     failed: list[str] = []
     shown = {  # the time of a step grows with the number of experts
         job.folder: ShownTraining(
-            job.folder.name, job.run.steps, _step_tokens(job), job.run.steps * (1 + job.run.experts / 32)
+            job.folder.name, job.run.steps, job.step_tokens, job.run.steps * (1 + job.run.experts / 32)
         )
         for job in jobs
     }
@@ -57,7 +57,7 @@ def execute(console: Console, grid: Grid, jobs: Sequence[Job], processes: int, h
     for chain in chains.values():
         chain.sort(key=lambda job: job.run.steps)
         for place, job in enumerate(chain):  # the time left does not include the steps of a shorter run
-            if job.run.is_wsd and job.loss is None and not job.has_checkpoint:
+            if may_continue(job, grid) and job.loss is None and not job.has_checkpoint:
                 shorter = chain[place - 1].run if place else find_shorter(job, grid)
                 shown[job.folder].done = shorter.decay_start if shorter else 0
     with TrainingDisplay(console, [*shown.values()], held) as display:
@@ -75,11 +75,6 @@ def execute(console: Console, grid: Grid, jobs: Sequence[Job], processes: int, h
 
         display.run_all([partial(train, chain) for chain in chains.values()], processes)
     return failed
-
-
-def _step_tokens(job: Job) -> int:
-    batch, length = (int(job.stamp["settings"][flag][0]) for flag in ("--global-batch-size", "--seq-length"))
-    return batch * length
 
 
 def _train(job: Job, line: ShownTraining, display: TrainingDisplay) -> bool:

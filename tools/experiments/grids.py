@@ -125,7 +125,10 @@ def run_grid(
                     doing = "train" if args.slurm is None else "submit or wait for"
                     say(console, f"{len(jobs)} runs in {folder}: {done} finished; {len(jobs) - done} to {doing}.")
                     if failed := execute(console, grid, jobs, args.processes, held):
-                        break  # later runs depend on these
+                        tuned = {(job.run.experts, job.run.arm) for job in jobs if job.run.is_tuning and job.loss}
+                        if tuned != {(job.run.experts, job.run.arm) for job in jobs}:
+                            break  # later runs depend on these
+                        say(console, f"Tuned without {', '.join(failed)}.", "red")
             finally:
                 show(read_folder(folder))
         if failed:

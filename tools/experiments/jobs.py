@@ -1,6 +1,7 @@
 """Turn runs into commands, and stamp each run's folder with the settings that its result depends on."""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -11,17 +12,19 @@ from typing import Any
 
 from megatron.remoe.files.files import write_text
 
-from ..console.files import write_json
+from ..console.errors import ToolError
+from ..console.files import read_stamp, write_json
 from ..console.flags import group_by_flag
 from ..console.places import ROOT, entry, is_clone
 from ..recipes.data import find_data
 from ..recipes.hardware import GPU_FLAGS, PLAIN_PYTORCH, TRITON
 from ..recipes.launch import plan
 from ..recipes.layout import NAMES, RecipeError
-from ..runs.figure_reader import METRICS
+from ..runs.figure_reader import METRICS, read_run_log
 from .results import STAMP, Result, read_result
-from .run import Run, Text
+from .run import PLACES, TRAINED, Run, Text
 
+SURPLUS = 1.005  # Megatron takes this multiple of the samples that it needs from each text
 SAVES, TRACKER = "checkpoints", "latest_checkpointed_iteration.txt"
 LAYOUT = (*NAMES, "NNODES")
 # Paths, intervals, layout and hardware do not change the result.
@@ -35,8 +38,6 @@ NOT_COMPARED = {
     --moe-grouped-gemm --no-gradient-accumulation-fusion --no-rope-fusion
     """.split(),
 }
-# A tiny run's text is compared by the fingerprint of its sources, not by its path.
-PLACES = {"--data-path", "--train-data-path", "--valid-data-path", "--vocab-file", "--merge-file"}
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,11 @@ class Job:
         return read_result(self.folder, self.stamp["per_byte"]) if is_this else None
 
     @property
+    def step_tokens(self) -> int:
+        """Return the tokens of an optimizer step."""
+        return math.prod(int(self.stamp["settings"][flag][0]) for flag in ("--global-batch-size", "--seq-length"))
+
+    @property
     def loss(self) -> float | None:
         """Return the run's final loss; None until it is done."""
         result = self.result()
@@ -145,7 +151,8 @@ def make_job(run: Run, grid: Grid, name: str = "") -> Job:
         except RecipeError as error:
             raise RecipeError(f"{run.name}: {error}") from error
         words = ["bash", str(ROOT / "scripts" / f"train_llama_{run.size}_{run.routing}.sh"), *arguments]
-    left_out = NOT_COMPARED | (PLACES if run.is_tiny else set())
+    # On a CPU, --bf16 is the user's choice, and changes the result.
+    left_out = NOT_COMPARED - {"--bf16"} | PLACES if run.is_tiny else NOT_COMPARED
     settings = {flag: [*values] for flag, values in group_by_flag(flags).items() if flag not in left_out}
     stamp = {"run": asdict(run), "per_byte": per_byte, "text": text, "settings": settings}
     return Job(run, folder, stamp, words, environment)
@@ -166,11 +173,29 @@ def check_conflicts(jobs: Sequence[Job]) -> None:
 
 
 def prepare(job: Job, grid: Grid) -> None:
-    """Stamp the run's folder. A run with a WSD schedule continues from a shorter one, if there is one."""
+    """Stamp the run's folder, and continue from a shorter run if possible.
+
+    Raises:
+        ToolError: the text's folder no longer holds the text that the grid has read.
+    """
+    if grid.text is not None and read_stamp(grid.text.folder / "manifest.json", grid.text.inputs) is None:
+        raise ToolError(f"{grid.text.folder}: the text was replaced. Give a different --text-dir and --output-dir.")
     job.folder.mkdir(parents=True, exist_ok=True)
     write_json(job.folder / STAMP, job.stamp)
-    if job.run.is_wsd and not job.has_checkpoint:
+    if may_continue(job, grid) and not job.has_checkpoint:
         _continue_from_shorter(job, grid)
+
+
+def may_continue(job: Job, grid: Grid) -> bool:
+    """Return whether the run may continue a shorter one: it has a WSD schedule, and reads no text twice.
+
+    Megatron shuffles all passes over a text together, so their order depends on the number of steps.
+    """
+    if not job.run.is_wsd:
+        return False
+    assert grid.text is not None
+    tokens = sum(grid.text.train_tokens.values()) * (TRAINED if job.run.is_tuning else 1.0)
+    return SURPLUS * job.run.steps * job.step_tokens <= tokens
 
 
 def find_shorter(job: Job, grid: Grid) -> Run | None:
@@ -190,15 +215,14 @@ def _decay_checkpoint(run: Run, grid: Grid) -> Path:
 def _continue_from_shorter(job: Job, grid: Grid) -> None:
     """Copy the checkpoint from which another run, which differs only in its steps, began its decay.
 
-    Both runs are equal until then, if no text is read twice: Megatron shuffles all passes over a text together. The
-    log is copied too, so that its running sums include all steps.
+    Both runs are equal until then. The log is copied too, so that its running sums include all steps.
     """
     if (run := find_shorter(job, grid)) is None:
         return
     saves, original = job.folder / SAVES, _decay_checkpoint(run, grid)
-    lines = (original.parent / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
     saves.mkdir(parents=True, exist_ok=True)
-    kept = (line for line in lines if json.loads(line)["iteration"] <= run.decay_start and '"validation"' not in line)
+    records = (each for each in read_run_log(original.parent / METRICS) if each["iteration"] <= run.decay_start)
+    kept = (json.dumps(each) + "\n" for each in records if each["kind"] != "validation")
     write_text(saves / METRICS, "".join(kept))
     copy = saves / original.name
     shutil.rmtree(copy, ignore_errors=True)  # left by an interrupted call, which had not written the tracker

@@ -29,7 +29,7 @@ def draw(path: Path, runs: Mapping[str, RunFigures], summary: Mapping[str, Any])
 
 
 def late_load(figures: RunFigures, last: int) -> dict[int, NDArray[np.float64]]:
-    """Return layer → share of its tokens that each expert gets, float `[E]`, the mean over the last quarter."""
+    """Return layer → share of its tokens whose gate for each expert is positive, float `[E]`, over the last quarter."""
     late = [loads for iteration, loads in figures.loads.items() if iteration > 0.75 * last]
     return {layer: np.mean([loads[layer] for loads in late], axis=0) for layer in late[-1]}
 
@@ -54,6 +54,6 @@ def _draw_load(axes: Any, load: Mapping[int, NDArray[np.float64]], even: float) 
         look = {"color": routing_color("remoe"), "alpha": 1 - place / len(load), "label": f"layer {layer}"}
         axes.bar(left, shares, width, align="edge", **look)
     axes.axhline(even, color=TARGET, linestyle="--", linewidth=1.5, label=f"even: {100 * even:.1f} %")
-    axes.set(title="ReMoE: tokens that each expert gets, last quarter", xlabel="expert")
+    axes.set(title="ReMoE: tokens whose gate for the expert is positive, last quarter", xlabel="expert")
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     axes.legend()

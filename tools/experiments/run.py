@@ -17,8 +17,9 @@ from .arms import ARMS, RATE, SETTINGS
 CAP = 4  # largest number of experts per token of capped arms, for k = 1 and without granularity
 DECAY = 0.2  # share of a WSD schedule's steps in which the learning rate falls
 STEP = 5  # steps of a WSD schedule are multiples of it, so that a line of the log has their exact FLOPs
-SAVED = 200  # largest number of steps between two checkpoints of a WSD schedule
+SAVED = 200  # wanted number of steps between two checkpoints of a WSD schedule
 TUNING = "--split 95,5,0 --eval-iters 40"  # tuning runs are evaluated on a part of the training text
+TRAINED = 0.94  # at least this share of the text's tokens is for training: --split counts documents
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,8 @@ class Run:
         if self.is_wsd:
             # Longer runs continue from the checkpoint at the start of the decay. Only the newest of the others is kept.
             start = self.decay_start
-            every = max(steps for steps in range(1, min(SAVED, start) + 1) if start % steps == 0)
+            divisors = (steps for steps in range(1, start + 1) if start % steps == 0)
+            every = min(divisors, key=lambda steps: max(steps / SAVED, SAVED / steps))
             flags += f"--log-interval {STEP} --save-interval {every} --save-retain-interval {start}".split()
             flags.append("--override-opt_param-scheduler")
         if self.is_tuning:
@@ -192,6 +194,8 @@ SCHEDULE = {
     "--lr-decay-style", "--lr-decay-iters", "--lr-warmup-iters", "--lr-warmup-fraction", "--lr-wsd-decay-style",
     "--lr-wsd-decay-iters", "--log-interval", "--save-interval", "--save-retain-interval", "--split", "--eval-iters",
 }  # fmt: skip
+# A tiny run's text is compared by the fingerprint of its sources, not by its path.
+PLACES = {"--data-path", "--train-data-path", "--valid-data-path", "--vocab-file", "--merge-file"}
 
 
 def check_flags(given: Sequence[str], runs: Sequence[Run]) -> None:
@@ -203,6 +207,7 @@ def check_flags(given: Sequence[str], runs: Sequence[Run]) -> None:
     for flag in group_by_flag(given):
         for run in runs:
             varied = {*(RATES if run.rate != 1 else ()), *(SCHEDULE if run.is_wsd else ())}
+            varied |= PLACES if run.is_tiny else set()
             if flag in {*CHOSEN, *varied, *group_by_flag(run.added_flags())} or (run.expansion > 1 and "ffn" in flag):
                 raise RecipeError(f"{flag} after --: {run.name} sets it. Choose it with the options before --.")
 

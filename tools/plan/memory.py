@@ -157,8 +157,7 @@ def _mlp_tensors(args: argparse.Namespace, gated: bool = False) -> tuple[int, in
 
 def layer_activations(args: argparse.Namespace, sublayers: str, experts_per_token: float) -> LayerActivations:
     """Return a layer's bytes with selective recomputation and chunks of experts. Args: as in `layer_parts`."""
-    bounded = "E" in sublayers and args.moe_relu_routing
-    limit = args.moe_relu_activation_limit * args.moe_router_topk if bounded else 0.0
+    limit = args.moe_relu_activation_limit * args.moe_router_topk if "E" in sublayers else 0.0
     in_chunks = 0.0 < limit < experts_per_token
     parts = layer_parts(args, sublayers, limit if in_chunks else experts_per_token)
     everything = sum(parts.values())

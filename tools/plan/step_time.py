@@ -31,14 +31,14 @@ def experts_by_phase(args: argparse.Namespace) -> dict[str, float]:
     """Return the phases of a run: phase → experts computed per token in every MoE layer.
 
     The phases are the dense start, the moment when layers stop using chunks ("way") if the start uses them, and the
-    rest ("steady"). Only ReLU routing has more than one phase.
+    rest ("steady"). Top-k has a dense start only with --moe-warmup-topk.
 
     Args:
         args: Megatron's validated arguments.
     """
     topk = float(args.moe_router_topk) if args.num_experts else 0.0
     if not (args.num_experts and args.moe_relu_routing):
-        return {"steady": topk}
+        return ({"dense": float(args.moe_warmup_topk)} if args.moe_warmup_topk else {}) | {"steady": topk}
     dense = max(topk, min(DENSE_SHARE * args.num_experts, args.moe_relu_max_experts or args.num_experts))
     limit = args.moe_relu_activation_limit * topk
     way = {"way": BELOW_LIMIT * limit} if topk < limit < dense else {}

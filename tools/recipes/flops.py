@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..runs.run_figures import TOTALS, RunFigures
+from ..runs.run_figures import TOTALS, WITHIN, RunFigures
 
 RISING = 0.1  # the dense stage ends after this share of the way from the first S to the target
 
@@ -140,7 +140,7 @@ def stages(figures: RunFigures, flops: Flops) -> list[TrainingStage]:
     steps = np.diff(iterations, prepend=figures.began)
     if target is None and TOTALS[0] not in figures.curves:  # k experts per token, after a warm-up
         warmup, most = figures.whole("moe_warmup_steps"), figures.whole("moe_warmup_topk") or figures.topk
-        warming = np.diff(iterations.clip(max=warmup), prepend=0) / np.maximum(steps, 1)
+        warming = np.diff(iterations.clip(max=warmup), prepend=min(figures.began, warmup)) / np.maximum(steps, 1)
         experts = figures.topk + (most - figures.topk) * warming
     else:
         experts = figures.experts_per_token(iterations)
@@ -154,8 +154,9 @@ def stages(figures: RunFigures, flops: Flops) -> list[TrainingStage]:
         sparsity = figures.values("sparsity", iterations)
         risen = sparsity - sparsity[0] > RISING * (target - sparsity[0])
         dense = int(iterations[risen.argmax() - 1]) if risen.any() else last  # the first line has not risen
-        dense = 0 if sparsity[0] >= target else dense
-        ends = [("dense", dense), ("way", figures.settled or last), ("steady", last)]
+        dense = 0 if sparsity[0] >= (1 - WITHIN) * target else dense
+        way = 0 if figures.settled == iterations[0] else figures.settled or last
+        ends = [("dense", dense), ("way", way), ("steady", last)]
     cost = steps * batches * (flops.sequence + (experts - figures.topk) * flops.expert)
     stages_found, before = [], figures.began
     for name, end in ends:

@@ -86,7 +86,7 @@ def panels(runs: Sequence[RunFigures]) -> dict[str, list[Panel]]:
         "Routing": [
             *draw(_sparsity, "Sparsity S", pairs, "S", ".4f",
                   find_level=lambda run: run.target_sparsity),
-            *draw(_experts, "Experts per token", "mean; thin: layers, dashed: k", form=".3f",
+            *draw(_experts, "Experts per token", "computed, mean; thin: positive gates by layer, dashed: k", form=".3f",
                   find_level=lambda run: run.topk),
             *logged("l1_coefficient", "λ", "coefficient of the L1 term", y_axis_type="log"),
             *logged("l1_loss", "L1 term", "before λ; thin: layers"),
@@ -129,9 +129,7 @@ def _experts(figures: RunFigures) -> RunCurves:
     if not experts or not len(iterations):
         return RunCurves()
     layers = figures.layers.get("layer_sparsity", {})
-    by_layer = {
-        layer: Curve(curve.iterations, figures.computed_experts(curve.values)) for layer, curve in layers.items()
-    }
+    by_layer = {layer: Curve(curve.iterations, experts * (1 - curve.values)) for layer, curve in layers.items()}
     return RunCurves(Curve(iterations, figures.experts_per_token(iterations)), by_layer)
 
 
@@ -163,7 +161,7 @@ def _load(run: RunFigures, x_range: Range1d) -> Iterator[Panel]:
     bar = ColorBar(color_mapper=mapper, width=10, ticker=FixedTicker(ticks=[0, 0.5, 1, 1.5, 2]))
     bar.major_label_text_color = "#808a98"  # a bar does not take the color of the page
     plot.add_layout(bar, "right")
-    note = "tokens of each expert against the mean of its layer: 1 is even, red is more, blue is less"
+    note = "tokens of each expert (ReLU routing: positive gates) over their mean: 1 is even, red is more, blue is less"
     yield Panel(run.name, note, plot, run.name)
 
 

@@ -51,7 +51,8 @@ class RunFigures:
         args: name of an argument of Megatron → its value at the last start.
         curves: name of a figure in metrics.jsonl → its values, for every logged number.
         layers: name of a figure by layer → layer → its values.
-        loads: iteration → layer → share of its tokens that each expert got, float32 [experts].
+        loads: iteration → layer → share of its tokens for each expert, float32 [experts]: tokens with a positive gate
+            with ReLU routing, else those that the expert got.
         evaluations: validation set ("" for the only one, "test") → evaluations in the order of the file.
         last: the last logged iteration; 0 before the first.
         parameters: number of the whole model's parameters; None if unknown.
@@ -205,15 +206,13 @@ class RunFigures:
         seconds[second] = np.where(changed > 0, changed, seconds[second])
         return seconds + (began - before).clip(min=0) * np.median(means)
 
-    def computed_experts(self, sparsity: Any) -> Any:
-        """Return the experts per token at S, a number or an array: at most --moe-relu-max-experts."""
-        return np.minimum(self.num_experts * (1 - sparsity), self.whole("moe_relu_max_experts") or math.inf)
-
     def experts_per_token(self, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return a ReMoE's computed experts per token, averaged over layers and the steps since the previous line.
 
-        Without running sums (for example after --load from a different folder), use S of the logged step.
+        Without running sums (for example after --load from a different folder), use S of the logged step, and at most
+        --moe-relu-max-experts.
         """
         pairs, tokens = (np.diff(self.values(name, iterations), prepend=0) for name in TOTALS)
-        in_step = self.computed_experts(self.values("sparsity", iterations))
+        active = self.num_experts * (1 - self.values("sparsity", iterations))
+        in_step = np.minimum(active, self.whole("moe_relu_max_experts") or math.inf)
         return np.where(tokens > 0, pairs / np.where(tokens > 0, tokens, 1), in_step)

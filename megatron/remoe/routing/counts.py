@@ -107,7 +107,7 @@ class RoutingSummary:
         guarded_layers: layers without L1 whose gates were pushed up, because they were almost off in the step before.
         layer_sparsity: layer → its sparsity, to 6 decimals.
         layer_l1_loss: layer → its L_reg, to 6 significant digits.
-        tokens_per_expert: layer → share of its tokens that each expert got, `num_experts` values to 5 decimals.
+        tokens_per_expert: layer → share of its tokens with a positive gate, `num_experts` values to 5 decimals.
     """
 
     sparsity: float
