@@ -142,7 +142,7 @@ def test_a_small_comparison(
     logs = [tmp_path / "mixed" / run.name / "checkpoints" / "metrics.jsonl" for run in rows]
     before = {path: path.stat().st_mtime_ns for path in logs}
     assert compare.main(words) == 0 and {path: path.stat().st_mtime_ns for path in before} == before
-    rounds = iter([["a tuning run"]])
+    rounds = iter([{"a tuning run": 1}])
     monkeypatch.setattr(grids, "execute", lambda *_: next(rounds))
     assert compare.main([word.replace(str(tmp_path), f"{tmp_path}/none") for word in words[:-5]]) == 1
 

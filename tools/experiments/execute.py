@@ -23,7 +23,7 @@ from .jobs import SAVES, TRACKER, Grid, Job, check_conflicts, find_shorter, may_
 from .run import Run
 
 
-def execute(console: Console, grid: Grid, jobs: Sequence[Job], processes: int, held: IO[str]) -> list[str]:
+def execute(console: Console, grid: Grid, jobs: Sequence[Job], processes: int, held: IO[str]) -> dict[str, int]:
     """Train the jobs that are not done, on this machine or as Slurm jobs.
 
     Args:
@@ -34,7 +34,7 @@ def execute(console: Console, grid: Grid, jobs: Sequence[Job], processes: int, h
         held: a locked file; the runs keep the lock too.
 
     Returns:
-        The names of unfinished runs; none with Slurm, which trains them later.
+        Unfinished runs, name → exit code; none with Slurm, which trains them later.
 
     Raises:
         RecipeError: a folder holds a different run.
@@ -43,8 +43,8 @@ def execute(console: Console, grid: Grid, jobs: Sequence[Job], processes: int, h
     check_conflicts(jobs)
     if grid.sbatch_flags is not None:
         submit(console, grid, jobs)
-        return []
-    failed: list[str] = []
+        return {}
+    failed: dict[str, int] = {}
     shown = {  # the time of a step grows with the number of experts
         job.folder: ShownTraining(
             job.folder.name, job.run.steps, job.step_tokens, job.run.steps * (1 + job.run.experts / 32)
@@ -69,16 +69,16 @@ def execute(console: Console, grid: Grid, jobs: Sequence[Job], processes: int, h
                     display.finish(line, f"reused, validation loss {loss:.4f}")
                     continue
                 prepare(job, grid)
-                if not _train(job, line, display):
-                    failed.extend(each.folder.name for each in chain[place:])
+                if (code := _train(job, line, display)) is not None:
+                    failed.update((each.folder.name, code) for each in chain[place:])
                     return
 
         display.run_all([partial(train, chain) for chain in chains.values()], processes)
     return failed
 
 
-def _train(job: Job, line: ShownTraining, display: TrainingDisplay) -> bool:
-    """Train a run to its end; return whether it has its final loss."""
+def _train(job: Job, line: ShownTraining, display: TrainingDisplay) -> int | None:
+    """Train a run to its end; return its exit code if it has no final loss."""
     began = time.monotonic()
     environment = {"PYTHON": sys.executable} | {**os.environ, **job.environment, "DRY_RUN": "0"}
     if job.run.is_tiny:
@@ -93,13 +93,13 @@ def _train(job: Job, line: ShownTraining, display: TrainingDisplay) -> bool:
             shutil.rmtree(job.folder / SAVES / f"iter_{job.run.steps:07}", ignore_errors=True)
             write_text(job.folder / SAVES / TRACKER, str(job.run.decay_start))
         display.finish(line, f"validation loss {loss:.4f}, {duration(time.monotonic() - began)}")
-        return True
+        return None
     reason = f"ended at iteration {line.done} of {line.iterations}, without its final evaluation"
     reason = f"failed with exit code {code}" if code else reason
     log_file = job.folder / LOG
     where = f"\nThe whole log: {log_file}" if log_file.exists() else ""
     display.finish(line, f"{reason}. The end of its output:\n{cause}{where}\n")
-    return False
+    return code
 
 
 def state(job: Job, queued: Mapping[str, str]) -> str:

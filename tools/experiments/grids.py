@@ -24,6 +24,8 @@ from .jobs import Grid, Job, check_conflicts, make_job
 from .results import Row, read_folder, read_results, write_results
 from .run import Run, Text, check_flags
 
+NOT_FINITE = {16, 17}  # Megatron's exit codes after NaN or Inf (core/rerun_state_machine.py)
+
 
 def grid_parser(name: str, description: str | None, seeds: Sequence[int]) -> argparse.ArgumentParser:
     """Return a parser with the options that all grids share. Its defaults are those of tiny models."""
@@ -117,7 +119,7 @@ def run_grid(
                     break
             list_commands(jobs, grid)
             return 0
-        failed: list[str] = []
+        failed: dict[str, int] = {}
         with lock(folder, name) as held:
             try:
                 for jobs in map(make_jobs, rounds()):
@@ -126,7 +128,8 @@ def run_grid(
                     say(console, f"{len(jobs)} runs in {folder}: {done} finished; {len(jobs) - done} to {doing}.")
                     if failed := execute(console, grid, jobs, args.processes, held):
                         tuned = {(job.run.experts, job.run.arm) for job in jobs if job.run.is_tuning and job.loss}
-                        if tuned != {(job.run.experts, job.run.arm) for job in jobs}:
+                        wanted = {(job.run.experts, job.run.arm) for job in jobs}
+                        if tuned < wanted or not {*failed.values()} <= NOT_FINITE:
                             break  # later runs depend on these
                         say(console, f"Tuned without {', '.join(failed)}.", "red")
             finally:
