@@ -2,8 +2,12 @@
 
 import json
 import math
+import os
 import re
 import shlex
+import subprocess
+import sysconfig
+import venv
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +15,6 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tests import without_megatron
 from tests.data_sets import write_documents
 from tests.hf.models import make
 from tests.tiny_model import RELU
@@ -84,6 +87,22 @@ def test_loss_is_megatrons(
         assert f"[REMOE-{code}]" in capfd.readouterr().err
 
 
+def run_alone(folder: Path, *words: str | Path) -> str:
+    """Run tests/alone.py in a new environment with the packages of this one, except Megatron and this project."""
+    venv.create(folder, with_pip=False)
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if "megatron" not in entry.name:
+            (packages / entry.name).symlink_to(entry)
+    settings = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    # transformers copies a model's code here before it runs it.
+    settings |= {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [*map(str, (folder / "bin" / "python", "-P", REPOSITORY / "tests" / "alone.py", *words))]
+    done = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 def test_to_transformers_and_back(
     trained: Trained, tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,8 +110,7 @@ def test_to_transformers_and_back(
     there, back, text = (tmp_path / name for name in ("there", "back", "text.pt"))
     assert export(["--load", str(trained.folder), "--save", str(there), "--tokenizer-model", str(tokenizer)]) == 0
     torch.save(torch.cat(list(read_batches(read_sequences(str(trained.held_out), 64, 77, 257), None, 257))), text)
-    python = without_megatron.make(tmp_path / "environment")
-    result = json.loads(without_megatron.run(python, REPOSITORY / "tests" / "alone.py", there, "My lord, ", text))
+    result = json.loads(run_alone(tmp_path / "environment", there, "My lord, ", text))
     assert result["losses"] == pytest.approx([trained.loss], abs=1e-4)
     assert result["text"].startswith("My lord, ") and len(result["text"]) > len("My lord, ")
 

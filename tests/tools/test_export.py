@@ -74,10 +74,7 @@ def test_exported_folder(trained: Path, tokenizer: Path, tmp_path: Path, capfd: 
 
 
 def test_bound_for_servers(trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Two config fields hold K for servers. The loss at each K is printed. Converted back, the model keeps k and K.
-
-    The checkpoint is not the newest one.
-    """
+    """Two config fields hold K for servers. The loss at each K is printed. Converted back, the model keeps k and K."""
     folder, most = tmp_path / "folder", "--max-experts-per-token"
     assert main("--load", trained, "--save", folder, most, 9) == 1 and "[REMOE-E501]" in capfd.readouterr().err
     assert main("--load", trained, "--save", folder, "--data-path", "/nowhere") == 1

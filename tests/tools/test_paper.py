@@ -140,15 +140,12 @@ def test_a_table_of_the_protocol(name: str, tmp_path: Path) -> None:
 
 
 def test_when_the_runs_of_table_a2_part() -> None:
-    runs = [
-        means for seeds in json.loads((DATA / "a2" / "training.json").read_text()).values() for means in seeds.values()
-    ]
+    training = json.loads((DATA / "a2" / "training.json").read_text())
+    runs = [means for seeds in training.values() for means in seeds.values()]
     page = " ".join((REPOSITORY / "docs" / "experiments.md").read_text().split())
     before, last = (max(values) - min(values) for values in [*zip(*runs, strict=True)][8::7])
-    assert (
-        len(runs) == 12
-        and f"within {before:.3f} nats per token of each other; in the last 750 steps, within {last:.3f}" in page
-    )
+    assert len(runs) == 12
+    assert f"within {before:.3f} nats per token of each other; in the last 750 steps, within {last:.3f}" in page
 
 
 def test_what_the_runs_of_table_a2_copy() -> None:
