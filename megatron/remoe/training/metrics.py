@@ -41,7 +41,9 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
         **kwargs: Any,
     ) -> str:
         """Return Megatron's report with the routing's figures appended (see `MoEMetricsTracker.report`)."""
-        text = super().report(loss_scale, iteration, writer, wandb_writer, per_layer_logging, **kwargs)
+        text = super().report(
+            loss_scale, iteration, writer, wandb_writer, per_layer_logging=per_layer_logging, **kwargs
+        )
         is_printed = self._first or iteration % self._args.log_interval == 0
         is_recorded = iteration % self._args.tensorboard_log_interval == 0 and (writer or wandb_writer)
         self._first = False

@@ -11,10 +11,7 @@ from megatron.remoe.routing.controller import count_layers, layer_numbers
 
 
 class PairCounter:
-    """Sum the pairs of all ranks' routers once per optimizer step.
-
-    The sums give the exact FLOPs of routers whose number of experts per token varies.
-    """
+    """Sum the pairs of all ranks' routers once per step, for the exact FLOPs where experts per token vary."""
 
     def __init__(self, model_chunks: list[torch.nn.Module]) -> None:
         """
