@@ -1,4 +1,4 @@
-"""Test the plans of experiments: runs, names, flags, refusals, tuning, runs of equal FLOPs, and jobs for Slurm."""
+"""Test the plans of experiments: runs, names, flags, refusals, tuning, and jobs for Slurm."""
 
 import json
 import os
@@ -193,23 +193,6 @@ def test_a_longer_run_goes_on_from_the_decay_of_a_shorter_one(tmp_path: Path) ->
     jobs.write_text(tmp_path / "manifest.json", '{"inputs": "later"}')
     with pytest.raises(jobs.ToolError):
         jobs.prepare(other, grid)
-
-
-def test_runs_of_equal_flops() -> None:
-    """ReMoE used the FLOPs of 60 more steps of top-k; dense costs more already."""
-    run, remoe, dense = (Run(arm, steps=100) for arm in ("moe", "remoe", "dense"))
-    known = {
-        each: results.Result(100, loss=2.0, flops=flops, step_flops=1e7)
-        for each, flops in ((run, 1e9), (remoe, 1.6e9), (dense, 2e9))
-    }
-    assert compare.run_of_equal_flops(run, remoe, known) == replace(run, steps=160)
-    assert compare.run_of_equal_flops(remoe, remoe, known) == remoe
-    assert compare.run_of_equal_flops(dense, remoe, known) is None
-    assert compare.run_of_equal_flops(replace(run, seed=2), remoe, known) is None
-    missed = {replace(run, steps=160): results.Result(160, loss=2.0, flops=1.5e9, step_flops=1e7)}
-    assert compare.run_of_equal_flops(run, remoe, known | missed) == replace(run, steps=170)
-    met = {replace(run, steps=170): results.Result(170, loss=2.0, flops=1.59e9, step_flops=1e7)}
-    assert compare.run_of_equal_flops(run, remoe, known | missed | met) == replace(run, steps=170)
 
 
 def test_each_arm_has_its_own_rate_and_warmup(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Test the figures that experiments read from runs, a run's stages, and tables against hand calculations."""
+"""Test figures that experiments read from runs, runs of equal FLOPs, stages, and tables against hand calculations."""
 
 import re
 from dataclasses import replace
@@ -9,7 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from tests.tools.sweeping import TEXT, final, finish_run, line, sweep, write_run
-from tools.experiments import jobs, results, tables
+from tools.experiments import compare, jobs, results, tables
 from tools.experiments.results import Result, read_result
 from tools.experiments.run import Run
 from tools.experiments.sweep import make_panel, parse_arguments, plan_runs
@@ -162,3 +162,20 @@ def test_tables_and_panels_of_a_folder(tmp_path: Path) -> None:
     panels = [make_panel(figure, planned, rows) for figure, planned in plan_runs(args).items()]
     assert [panel.title for panel in panels] == ["size", "routing", "l1-init"]
     assert panels[2].lines[("remoe", "")] == {1e-8: [1.51, 1.52], 1.0: [1.71, 1.72]}
+
+
+def test_runs_of_equal_flops() -> None:
+    """ReMoE used the FLOPs of 60 more steps of top-k; dense costs more already."""
+    run, remoe, dense = (Run(arm, steps=100) for arm in ("moe", "remoe", "dense"))
+    known = {
+        each: results.Result(100, loss=2.0, flops=flops, step_flops=1e7)
+        for each, flops in ((run, 1e9), (remoe, 1.6e9), (dense, 2e9))
+    }
+    assert compare.run_of_equal_flops(run, remoe, known) == replace(run, steps=160)
+    assert compare.run_of_equal_flops(remoe, remoe, known) == remoe
+    assert compare.run_of_equal_flops(dense, remoe, known) is None
+    assert compare.run_of_equal_flops(replace(run, seed=2), remoe, known) is None
+    missed = {replace(run, steps=160): results.Result(160, loss=2.0, flops=1.5e9, step_flops=1e7)}
+    assert compare.run_of_equal_flops(run, remoe, known | missed) == replace(run, steps=170)
+    met = {replace(run, steps=170): results.Result(170, loss=2.0, flops=1.59e9, step_flops=1e7)}
+    assert compare.run_of_equal_flops(run, remoe, known | missed | met) == replace(run, steps=170)

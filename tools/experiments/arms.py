@@ -20,6 +20,11 @@ class Arm:
     flags: str = ""
     router: str = ""
 
+    @property
+    def label(self) -> str:
+        """Return the title in lines, for an axis."""
+        return self.title.replace(", ", ",\n").replace(" with ", "\nwith ")
+
 
 UNBALANCED = "--moe-router-load-balancing-type none --moe-aux-loss-coeff 0"
 BASELINE = f"{UNBALANCED} --moe-baseline-router"

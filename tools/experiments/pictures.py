@@ -102,6 +102,5 @@ def plot_rows(axes: Any, losses: Losses, base: str) -> None:
         look = {"textcoords": "offset points", "ha": "center", "fontsize": 14}
         axes.annotate(f"{mean:.3f}{difference}", (mean, row), (0, 12), **look)
     axes.margins(x=MARGIN)
-    labels = [ARMS[arm].title.replace(", ", ",\n").replace(" with ", "\nwith ") for arm in losses]
-    axes.set_yticks(range(len(losses)), labels)
+    axes.set_yticks(range(len(losses)), [ARMS[arm].label for arm in losses])
     axes.set_ylim(len(losses) - 0.5, -0.7)  # the first arm at the top

@@ -115,7 +115,7 @@ def _plan_figure(figure: str, args: argparse.Namespace, base: Run) -> Iterator[t
         for place, arm in enumerate(arms):
             run = replace(base, arm=arm, granularity=granularity)
             if setting is None:
-                yield run, float(place), ARMS[arm].title.replace(", ", "\n").replace(" with ", "\nwith ")
+                yield run, float(place), ARMS[arm].label
             else:
                 for value in values(figure, setting.values):
                     yield run.vary(figure, value), float(value), f"{value:g}"
