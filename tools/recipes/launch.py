@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..console.flags import group_by_flag, split
+from ..console.flags import group_by_flag, split, without
 from ..console.places import entry, home
 from ..console.places import interpreter as default_interpreter
 from . import data, hardware
@@ -103,6 +103,7 @@ def plan(
         suited, engine = hardware.gpu_flags(
             has_experts, kernels, values, interpreter if look_for_packages else "", 1 if planned else layout.nodes
         )
+        suited = without(suited, lambda flag: flag == "--bf16" and "--fp16" in extra)
         gpu = environment.get("GPU", "") if planned else None
         settings = hardware.gpu_settings(extra, values, environment, gpu)
     flags = [
