@@ -11,7 +11,7 @@ choose_python
 if [[ -z ${FOLDER-} ]]; then
   FOLDER=$(mktemp -d) && trap 'rm -rf "$FOLDER"' EXIT
 fi
-mkdir -p "$FOLDER"
+mkdir -p "$FOLDER" && FOLDER=$(realpath "$FOLDER")
 git -C "$1" archive "$2" megatron ":!megatron/core/datasets/Makefile" | tar -x -C "$FOLDER"
 cp "$("$PYTHON" -c 'import megatron.core.datasets as m; print(m.__path__[0])')"/helpers_cpp*.so "$FOLDER/megatron/core/datasets/"
 cd "$ROOT"

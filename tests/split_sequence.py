@@ -49,6 +49,7 @@ def main(kind: str) -> None:
     elif kind == "baselines":
         for router in ("hash", "expert_choice", "top_p"):
             check_baseline(router)
+        check_dispatchers()
     else:
         for kernels in ["torch", "triton"] if find_spec("triton") else ["torch"]:
             for per_token, guarded in itertools.product((False, True), (0, 1)):
@@ -63,13 +64,8 @@ def check(guarded: int, **changes: Any) -> None:
     With `guarded`, check the guard's gradient instead of that of L1; for DECO, that of the entropy.
     """
     rank = torch.distributed.get_rank()
-    config = make_config(
-        moe_relu_l1_reg_coeff_init=0.3,
-        num_moe_experts=8,
-        expert_tensor_parallel_size=1,
-        tensor_model_parallel_size=1,
-        **changes,
-    )
+    changes |= {"moe_relu_l1_reg_coeff_init": 0.3, "num_moe_experts": 8, "expert_tensor_parallel_size": 1}
+    config = make_config(tensor_model_parallel_size=1, **changes)
     layer = make_layer(config, router=ROUTERS.get(config.moe_baseline_router))
     router = layer.router
     torch.manual_seed(7)
@@ -96,9 +92,8 @@ def check(guarded: int, **changes: Any) -> None:
     active, num_tokens = counts.active.item(), counts["tokens"].item()
     assert num_tokens == 17
     assert split.sparsity == 1 - active / (num_tokens * 8)
-    assert split.tokens_per_expert[1] == [
-        round(count / num_tokens, 5) for count in counts["tokens_per_expert"].tolist()
-    ]
+    shares = (counts["tokens_per_expert"] / num_tokens).tolist()
+    assert split.tokens_per_expert[1] == [round(share, 5) for share in shares]
     torch.testing.assert_close(split.l1_loss, counts["l1_loss"].item(), rtol=1e-6, atol=0.0)
     assert exponent == (1 if active > num_tokens else -1)
     assert controller.totals() == {"total_active_pairs": active, "total_layer_tokens": num_tokens}  # each token once
@@ -150,6 +145,25 @@ def check_baseline(name: str) -> None:
         router.end_step()
         assert after["threshold"] == router.threshold != before["threshold"]
     assert counter.loads() == {1: [round(share, 5) for share in wholes[1].double().mean(dim=0).tolist()]}
+
+
+def check_dispatchers() -> None:
+    """Check that with shared experts both dispatchers give the tokens the same gradient."""
+    gradients, weights = [], None
+    settings = {"moe_relu_routing": False, "moe_baseline_router": "hash", "tensor_model_parallel_size": 2}
+    settings |= {"sequence_parallel": True, "moe_shared_expert_intermediate_size": 12}
+    for dispatcher, limit in (("alltoall", 0.0), ("allgather", 0.0), ("allgather", 2.0)):
+        config = make_config(**settings, moe_token_dispatcher_type=dispatcher, moe_relu_activation_limit=limit)
+        layer = make_layer(config, fused=True, router=ROUTERS["hash"])
+        weights = weights or layer.state_dict()
+        layer.load_state_dict(weights)
+        layer.router.token_ids = torch.arange(20).view(2, 10)
+        torch.manual_seed(7)
+        tokens = torch.randn(5, 2, HIDDEN, dtype=torch.float64).requires_grad_()
+        layer(tokens * 1)[0].square().sum().backward()
+        gradients.append(tokens.grad)
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0])
 
 
 def check_cross_entropy() -> None:

@@ -1,14 +1,9 @@
-"""Test, with changed copies of Megatron, that changes are found and that #7418 does not affect this project."""
+"""Test, with a changed copy of Megatron, that changes are found."""
 
 import sysconfig
 from pathlib import Path
 
 import pytest
-
-from megatron.training import global_vars
-from tests.entry import Entry, shared_entry
-from tests.tiny_model import RELU
-from tests.training_runs import REPOSITORY, TINY, records
 
 INSTALLED = Path(sysconfig.get_paths()["purelib"]) / "megatron"
 # File of Megatron → the text to replace, its replacement, and the label and words that must be reported.
@@ -32,15 +27,6 @@ CHANGES = {
         "",
         "report(per_layer_logging): Positional parameter was moved",
     ),
-}
-# The effect of #7418 without its sources: `parse_and_validate_args` no longer starts services.
-SPLIT = {
-    "training/global_vars.py": (
-        "    set_args(args)\n",
-        "    set_args(args)\n    initialize_runtime_services(args, build_tokenizer)\n\n\n"
-        "def initialize_runtime_services(args, build_tokenizer=True):\n",
-    ),
-    "training/arguments.py": ("import set_global_variables\n", "import set_args as set_global_variables\n"),
 }
 
 
@@ -72,20 +58,3 @@ def test_changes_are_found(tmp_path: Path) -> None:
     assert any(not label and "another body" in text and "DotProductAttention.forward" in text for label, text in found)
     behind = [text for label, text in megatron_changes.find_changes(installed, changed, changed) if label == "BEHIND"]
     assert any("utils.get_model_config is gone" in text for text in behind)
-
-
-@pytest.mark.skipif(hasattr(global_vars, "initialize_runtime_services"), reason="this Megatron has #7418's split")
-def test_services_start_apart_from_parsing(data: Path, tmp_path: Path) -> None:
-    write_changed(tmp_path, "training", SPLIT)
-    flags = [*TINY, *RELU, *f"--data-path {data} --train-iters 3 --cpu".split()]
-    programs = {"pretrain_gpt.py": [], "examples/own_training_script.py": []}
-    programs["tools/__main__.py"] = ["cost", "--gpus", "2", "--"]
-    split_entry = Entry(PYTHONPATH=str(tmp_path))
-    try:
-        for program, words in programs.items():
-            results = [one.run([*words, *flags], script=REPOSITORY / program) for one in (shared_entry(), split_entry)]
-            (code, released), (split_code, split) = results
-            assert code == split_code == 0, split[-3000:]
-            assert (records(split) or split) == (records(released) or released)
-    finally:
-        split_entry.process.kill()

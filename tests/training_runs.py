@@ -26,11 +26,7 @@ TINY = [
     *"--make-vocab-size-divisible-by 192 --split 90,10,0".split(),
 ]
 # For the launch scripts, after their own flags.
-SMALL = [
-    *SIZES,
-    *BYTES,
-    *"--global-batch-size 4 --make-vocab-size-divisible-by 8 --log-interval 1 --cpu".split(),
-]
+SMALL = [*SIZES, *BYTES, *"--global-batch-size 4 --make-vocab-size-divisible-by 8 --log-interval 1 --cpu".split()]
 
 # Timings, and the memory fields that another rank can print into the same line.
 VOLATILE = "elapsed time per iteration (ms),time left (h),allocated,max allocated,reserved,max reserved".split(",")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from megatron.remoe.files.errors import DataError
-from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 from megatron.remoe.files.indexed import HEADER, IndexedReader
 from tools.text import inspect_data
+from tools.text.corpora.dataset import byte_level_vocabulary
 
 TEXTS = [b"first", b"", b"the second document", b"x" * 1000, b""]
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.remoe.hf import RemoeForCausalLM
+from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM, RemoeModel
 from tests.hf.models import MODELS, SIZES, make, megatron_args, tokens
 from tools.models.hf.settings import complete, make_config
 from tools.models.hf.weights import fill_megatron
@@ -91,6 +91,11 @@ def test_experts_compute_only_active_pairs(implementation: str) -> None:
     active = [int((logits > 0).sum()) for logits in eager.router_logits]
     assert rows == active * 2 and 0 < active[0] < ids.numel() * 8
     assert float(eager.sparsity) == pytest.approx(1 - sum(active) / (2 * ids.numel() * 8))
+
+
+def test_base_model_runs_sizes_that_are_no_multiple_of_8() -> None:
+    model = RemoeModel(RemoeConfig(**(SIZES | MODELS["relu"] | {"moe_intermediate_size": 20}))).bfloat16()
+    assert model(tokens()).last_hidden_state.isfinite().all()
 
 
 def test_layer_that_is_off() -> None:

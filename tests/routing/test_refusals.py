@@ -81,6 +81,6 @@ def test_attention_of_a_hybrid_model_can_be_captured() -> None:
 
 @pytest.mark.parametrize("refusal", [*REFUSALS, *NOT_IN_CHUNKS], ids=lambda refusal: refusal.name)
 def test_each_setting_is_refused(refusal: Refusal) -> None:
-    given = {refusal.name: ["moe_act"] if refusal.name == "offload_modules" else True}
+    given = {refusal.name: {"offload_modules": ["moe_act"], "mlp_chunks_for_training": 2}.get(refusal.name, True)}
     [problem] = relu_routing_problems(SimpleNamespace(**vars(make_config(moe_relu_activation_limit=2.0)) | given))
     assert problem.startswith(f"{flag(refusal.name)} ") and problem.endswith("[REMOE-E204]")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 from tests.tiny_model import SIZES
 from tools.console.places import ROOT
 from tools.runs.log_reader import read_log
+from tools.text.corpora.dataset import byte_level_vocabulary
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,7 @@ def resumed(flags: str = "", routing: list[str] = RELU, run: str = "remoe") -> A
 
 MAKE = "tools/preprocess_data.py"
 HYBRID = "--hybrid-layer-pattern *E*E"
+WHOLE = "--full-validation --multiple-validation-sets --train-data-path {text} --valid-data-path {text}"
 ENTRY = {
     # data; tests/files has all kinds of damage
     "no data": Case(lacking("--data-path"), "E301|--data-path|--mock-data"),
@@ -66,13 +67,13 @@ ENTRY = {
     "truncated .bin": Case(on("short_bin"), f"E302|short_bin.bin|1,000 bytes|{MAKE}"),
     "less than a sequence": Case(on("few", "--split 100,0,0"), "E304|4 tokens|--seq-length 64"),
     "no document for validation": Case(on("one", "--eval-iters 1"), "E304|1 document(s)|validation|--split 90,10,0"),
+    "a blend too short": Case(on("text", "--data-path {text} {text} --eval-iters 9999"), "E303|validation|weights"),
+    "less than a sequence to evaluate": Case(
+        lacking("--data-path --split --eval-iters", f"{WHOLE} {{few}}"), "E304|few: has 4 tokens for validation"
+    ),
     "nothing to train on": Case(on("text", "--split 0,100,0"), "E304|--split 0,100,0|training"),
     "test data after several sets for validation": Case(
-        lacking(
-            "--data-path --split --eval-iters",
-            "--full-validation --multiple-validation-sets --train-data-path {text} --valid-data-path {text} {text} "
-            "--test-data-path {text}",
-        ),
+        lacking("--data-path --split --eval-iters", f"{WHOLE} {{text}} --test-data-path {{text}}"),
         "E304|--multiple-validation-sets|--test-data-path",
     ),
     "missing list of data sets": Case(lacking("--data-path", "--data-args-path {list}"), "E303|list|No such"),

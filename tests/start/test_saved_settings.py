@@ -1,11 +1,10 @@
 """Test which settings must equal those of the checkpoint that a run resumes from."""
 
-import argparse
 import sys
 
 import pytest
 
-from megatron.remoe.start.saved_settings import _removed_settings, differences, result_settings, schedule_settings
+from megatron.remoe.start.saved_settings import differences, result_settings, schedule_settings
 from megatron.remoe.training import arguments
 from tests.tiny_model import RELU
 from tests.training_runs import TINY
@@ -57,8 +56,3 @@ def test_settings_of_speed_layout_and_output_are_free(flags: str, changed) -> No
 def test_the_schedule_is_compared_by_itself() -> None:
     assert "moe_relu_routing" in result_settings()
     assert {"lr_warmup_iters", "lr_decay_style", "weight_decay"} <= schedule_settings() - result_settings()
-
-
-def test_removed_settings_that_were_used_are_named() -> None:
-    saved = {"moe_relu_forgotten": True, "moe_relu_other": 1, "moe_relu_launch_ahead": True, "teacher": None}
-    assert _removed_settings(argparse.Namespace(**saved, moe_relu_routing=True)) == "--moe-relu-forgotten"

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
+from tools.text.corpora.dataset import byte_level_vocabulary
 
 
 @pytest.fixture(scope="session")

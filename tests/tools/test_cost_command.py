@@ -101,11 +101,18 @@ def test_layers_of_multi_token_prediction_count() -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", ["--bf16 --context-parallel-size 2 --fp8-format hybrid --fp8-param-gather", "--fp16 --fp4-format e2m1"]
+    ("flags", "optimizer"),
+    [
+        ("--bf16 --context-parallel-size 2 --fp8-format hybrid --fp8-param-gather", 12),
+        ("--fp16 --fp4-format e2m1 --optimizer sgd", 8),
+        ("--bf16 --fp8-format hybrid --optimizer muon --no-local-layer-fusion", 12),
+        ("--bf16 --fp8-format hybrid --use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype fp16", 8),
+    ],
 )
-def test_plans_for_gpus_that_a_cpu_could_not_train(flags: str) -> None:
+def test_plans_for_gpus_that_a_cpu_could_not_train(flags: str, optimizer: int) -> None:
     model = [word for word in MODEL if word != "--bf16"]
     sharded = ["--moe-relu-routing", "--moe-relu-activation-limit", "0", "--use-distributed-optimizer"]
     output = cost("--gpus", "8", "--", *model, *EXPERTS, *sharded, *flags.split())
-    assert figures(output, "weights")[0] == pytest.approx(2 * figures(output, "total parameters")[0] / 2**30, abs=0.006)
-    assert "count as bf16" in output
+    total = figures(output, "total parameters")[0] / 2**30
+    assert figures(output, "weights")[0] == pytest.approx(2 * total, abs=0.006) and "count as bf16" in output
+    assert figures(output, "optimizer")[0] == pytest.approx(optimizer * total / 8, abs=0.006), "a part on each GPU"

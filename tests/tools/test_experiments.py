@@ -114,11 +114,7 @@ def test_runs_have_their_own_names_and_are_read_back() -> None:
         "arm": "moe", "seed": 1, "steps": 400, "size": "469m", "experts": 32, "granularity": 2, "topk": 2,
         "rate": 0.5, "warmup": 12, "is_wsd": True, "is_tuning": True, "is_tiny": False, "tokens": dataset.SUBWORDS,
     }  # fmt: skip
-    runs = [
-        base,
-        base.vary("l1-init", 1e-4),
-        *(replace(base, **{name: value}) for name, value in changed.items()),
-    ]
+    runs = [base, base.vary("l1-init", 1e-4), *(replace(base, **{name: value}) for name, value in changed.items())]
     runs += [Run("dense"), Run("dense", expansion=8)]
     assert len({run.name for run in runs}) == len(runs)
     assert base.vary("l1-init", 1e-8) == base and Run("dense", experts=32) == Run("dense")

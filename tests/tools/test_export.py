@@ -12,7 +12,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron.core.models.gpt import GPTModel
-from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 from megatron.remoe.hf import RemoeForCausalLM
 from megatron.remoe.training.gpt2_tokenizer import use_local_gpt2_files
 from tests.hf.models import make, megatron_args, tokens
@@ -27,6 +26,7 @@ from tools.models.hf.tokenizer import find_training_tokenizer
 from tools.models.hf.weights import fill_megatron
 from tools.models.measuring import measure_loss, split_batches
 from tools.models.megatron_model import build
+from tools.text.corpora.dataset import byte_level_vocabulary
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 MIXED = [*TINY, *RELU, *"--moe-layer-freq [0,1] --moe-shared-expert-intermediate-size 32 --eval-iters 0".split()]

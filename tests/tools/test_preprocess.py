@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.remoe.files.gpt2_files import byte_level_vocabulary, read_gpt2_vocabulary
+from megatron.remoe.files.gpt2_files import read_gpt2_vocabulary
 from tests.gpt2_reference import gpt2_files, random_text, same_files, write_reference
 from tests.training_runs import REPOSITORY, wait_until
 from tools import preprocess_data
+from tools.text.corpora.dataset import byte_level_vocabulary
 from tools.text.preprocessing import reading
 
 TOOL = REPOSITORY / "tools" / "preprocess_data.py"

@@ -20,12 +20,14 @@ def test_flags_of_a_rehearsal() -> None:
     """Flags for saving, loading and data are dropped, others stay. NullTokenizer replaces missing vocabulary files."""
     given = "--save runs/x --load runs/x --data-path 1.0 a 2.0 b --lr 1e-4 --train-iters 60000 --cpu --bf16".split()
     given += "--tokenizer-type GPT2BPETokenizer --vocab-file no/encoder.json --merge-file no/vocab.bpe".split()
+    given += "--lr-decay-style WSD --lr-wsd-decay-samples 64".split()
     parse = make_parser().parse_args
     kept = rehearse.rehearsal_flags(given, parse([word for word in given if word != "--cpu"]), steps=6)
     assert not {"--save", "--load", "--data-path", "--cpu", "a", "2.0", "runs/x", "60000"} & set(kept)
     values = parse(kept)
     assert values.bf16 and values.mock_data and (values.lr, values.train_iters) == (1e-4, 6)
-    assert values.tokenizer_type == "NullTokenizer"
+    assert values.tokenizer_type == "NullTokenizer" and values.lr_wsd_decay_samples is None
+    assert values.lr_wsd_decay_iters == 1
 
 
 def test_steps_and_ranks() -> None:
@@ -42,6 +44,7 @@ def test_steps_and_ranks() -> None:
         (["--rate", "speed=1", "--", "--bf16"], "--rate: 'speed=1'"),
         (["--rate", "products=0", "--", "--bf16"], "--rate: '0'"),
         (["--gpu", "H100"], "after --"),
+        (["--", "--bf16", "--use-tp-pp-dp-mapping"], "--use-tp-pp-dp-mapping"),
     ],
 )
 def test_wrong_flags(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

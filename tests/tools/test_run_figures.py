@@ -57,24 +57,25 @@ def test_experts_per_token_of_a_baseline(tmp_path: Path) -> None:
     ]
     run = read_figures(write_metrics(tmp_path / "run", args, *rows), "run")
     assert [panel.title for panel in panels([run])["Routing"]] == ["Experts per token"]
-    assert run.experts_per_token(run.curve("total_active_pairs").iterations).tolist() == [3.0, 1.5]
+    assert run.experts_per_token(np.array([10, 20, 30])).tolist() == [3.0, 1.5, 2.0], "k without counts"
 
 
 @pytest.mark.parametrize("target", [None, 0.75])
 def test_a_batch_that_grows(target: float | None, tmp_path: Path) -> None:
-    """FLOPs follow each line's own batch size, not the batch size at the start of the run."""
+    """FLOPs follow the samples since the previous line, not the batch size at the start of the run."""
     args = {"global_batch_size": 16, "seq_length": 10, "num_experts": 8, "moe_router_topk": 2}
     routing = {} if target is None else {"sparsity": target, "target_sparsity": target}
-    batches = {10: 4, 20: 8, 30: 16}
+    batches, samples = {10: 4, 20: 8, 30: 16}, {10: 40, 20: 100, 30: 260}  # it grew before step 17
     line = {"kind": "log", "seconds_per_iteration": 2.0, **routing}
     rows = [
-        line | {"iteration": at, "global_batch_size": batch, "tokens_per_second": 5.0 * batch}
+        line | {"iteration": at, "global_batch_size": batch, "consumed_samples": samples[at]}
         for at, batch in batches.items()
     ]
+    rows = [row | {"tokens_per_second": 5.0 * batches[row["iteration"]]} for row in rows]
     figures = read_figures(write_metrics(tmp_path / "run", args, *rows))
     assert figures.tokens_per_second == 60.0  # without the first line
     stages = compute_stages(figures, Flops(100.0, 10.0))
-    assert sum(stage.flops for stage in stages) == pytest.approx(100.0 * 10 * (4 + 8 + 16))
+    assert sum(stage.flops for stage in stages) == pytest.approx(100.0 * 260)
     assert sum(stage.hours for stage in stages) == pytest.approx(30 * 2.0 / 3600)
 
 
@@ -121,6 +122,7 @@ ODD = {
     "not finite": ('{"kind": "log", "iteration": 1, "lm_loss": NaN, "sparsity": Infinity}\n' + json.dumps(LINE), 1, 0),
     "other types": ('[1]\n{"kind": "log", "iteration": 1, "layer_sparsity": {"x": 1.0}}\n{"kind": []}\n', 0, 3),
     "twice": (json.dumps(LINE | {"lm_loss": 9.0}) + "\n" + json.dumps(LINE), 1, 0),
+    "a validation without its loss": ('{"kind": "validation", "iteration": 1}\n' + json.dumps(LINE), 1, 0),
     "deep": ("[" * 100_000 + "\n" + json.dumps(LINE), 1, 1),
     "zeros": (json.dumps(LINE) + "\n" + "\0" * 5000 + "\n", 1, 1),
 }

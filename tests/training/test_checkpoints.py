@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from megatron.core.rerun_state_machine import Call, Caller
-from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 from megatron.remoe.patches.checkpoints import refuse_unsafe_objects
 from megatron.remoe.start.checkpoint_files import TRACKER, choose_checkpoint
 from megatron.remoe.start.checkpoint_index import INDEX, BrokenCheckpointError, check_object
@@ -18,6 +17,7 @@ from tests.checkpoints import Saved, tensors, training, truncate
 from tests.entry import Entry
 from tests.tiny_model import RELU
 from tests.training_runs import TINY, records, run, without
+from tools.text.corpora.dataset import byte_level_vocabulary
 
 
 def arguments(folder: Path, step: int | None = None, rank: int = 0) -> Namespace:
@@ -157,4 +157,5 @@ def test_a_schedule_of_batches_goes_on_with_more_processes(data: Path, tmp_path:
     words = without(training(data, tmp_path / "run", *schedule), "--global-batch-size", "--train-iters")
     first, rest = run([*words, "--exit-interval", "3"]), run(words, processes=2)
     batches = [record["global batch size"] for output in (first, rest) for record in records(output).values()]
+    assert " steps of " not in first and "2,560 tokens in all" in first
     assert [*records(rest)] == [4, 5, 6] and batches == ["4", "4", "8", "8", "8", "8"]

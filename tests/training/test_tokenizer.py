@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from megatron.remoe.files.errors import DataError
-from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder, use_local_gpt2_files
 from tests.gpt2_reference import gpt2_files, random_text
 from tools.recipes.megatron_values import make_parser
+from tools.text.corpora.dataset import byte_level_vocabulary
 
 TEXT = "Hello world, it's 3.14!\n\n  naïve 漢字 👩‍👩‍👧 <|endoftext|> \x00\ttail  "
 

@@ -103,6 +103,8 @@ def parse_plan(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tup
         parser.error(f"--gpus {options.gpus}: give a multiple of --gpus-per-node {options.gpus_per_node}")
     if not flags:
         parser.error("give Megatron's flags after --")
+    if "--use-tp-pp-dp-mapping" in flags:
+        parser.error("--use-tp-pp-dp-mapping: a plan assumes Megatron's default order of ranks. Leave it out")
     options.rates = rates(options.gpu) | dict(options.rate)
     return options, flags
 

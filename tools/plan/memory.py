@@ -58,7 +58,10 @@ def gradient_size(args: argparse.Namespace) -> int:
 
 def sharding(args: argparse.Namespace) -> str:
     """Return what data parallel ranks split, as --data-parallel-sharding-strategy names it; "" for nothing."""
-    return args.data_parallel_sharding_strategy if args.use_megatron_fsdp else "optim" * args.use_distributed_optimizer
+    if args.use_megatron_fsdp:
+        return str(args.data_parallel_sharding_strategy)
+    # Muon's distributed optimizer
+    return "optim" * (args.use_distributed_optimizer or args.use_layer_wise_distributed_optimizer)
 
 
 def recomputed_modules(args: argparse.Namespace) -> list[str]:
@@ -110,6 +113,7 @@ def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: flo
     gathers = args.expert_model_parallel_size == args.expert_tensor_parallel_size == 1
     gathers = gathers and fused and args.swiglu and args.moe_token_dispatcher_type == "alltoall"
     gathers = gathers and not (args.moe_permute_fusion or args.moe_pad_expert_input_to_capacity)
+    gathers = gathers and not args.moe_shared_expert_overlap
     hidden_tensors, activations = (2, 0) if fused and args.swiglu else _mlp_tensors(args, gated=True)
     parts["router"] = args.num_experts * split * (4 + 4 + 1)  # logits and gates in fp32, map
     parts["expert inputs"] = 0.0 if gathers else hidden * pairs * args.expert_tensor_parallel_size * size
@@ -232,8 +236,10 @@ def exchanged_bytes(args: argparse.Namespace, stages: list[Stage], experts_per_t
 
 
 def _optimizer_bytes(args: argparse.Namespace) -> int:
-    """Return bytes per parameter: Adam's two moments, and the fp32 weights of half-precision training."""
-    return 12 if args.bf16 or args.fp16 else 8
+    """Return bytes per parameter: Adam's two moments (SGD: one), and the fp32 weights of half-precision training."""
+    if args.use_precision_aware_optimizer:
+        return sum(dtype.itemsize for dtype in (args.main_params_dtype, args.exp_avg_dtype, args.exp_avg_sq_dtype))
+    return 4 * (1 if args.optimizer == "sgd" else 2) + 4 * (args.bf16 or args.fp16)
 
 
 def _activations(args: argparse.Namespace, stages: list[Stage], index: int, experts_per_token: float) -> float:

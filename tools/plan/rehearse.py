@@ -33,8 +33,9 @@ LEFT_OUT = set(
     "--save --load --pretrained-checkpoint --save-interval --ckpt-step --finetune --tensorboard-dir --wandb-project "
     "--wandb-exp-name --wandb-save-dir --wandb-entity --async-save --data-path --data-args-path --train-data-path "
     "--valid-data-path --test-data-path --per-split-data-args-path --data-cache-path --train-iters --train-samples "
-    "--lr-decay-iters --lr-decay-samples --lr-warmup-iters --lr-warmup-samples --exit-interval --exit-duration-in-mins "
-    "--log-interval --eval-interval --eval-iters --num-workers --mock-data --cpu".split()
+    "--lr-decay-iters --lr-decay-samples --lr-warmup-iters --lr-warmup-samples --lr-wsd-decay-iters "
+    "--lr-wsd-decay-samples --exit-interval --exit-duration-in-mins --log-interval --eval-interval --eval-iters "
+    "--num-workers --mock-data --cpu".split()
 )
 
 
@@ -42,7 +43,7 @@ def rehearsal_flags(flags: Sequence[str], values: argparse.Namespace, steps: int
     """Return a run's `flags` with mock data, `steps` steps and nothing saved; `values` are the values of `flags`."""
     kept = planned_flags(without(flags, LEFT_OUT.__contains__), values)
     run = f"--mock-data --train-iters {steps} --log-interval 1 --eval-interval 1000000 --eval-iters 0 --num-workers 0"
-    return [*kept, *run.split()]
+    return [*kept, *run.split(), "--lr-wsd-decay-iters", "1"]  # needed by WSD
 
 
 def choose_ranks(stages: int, world: int) -> dict[int, str]:
@@ -79,7 +80,6 @@ def simulate(rank: int, options: argparse.Namespace, flags: Sequence[str], folde
 def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
     """Simulate the ranks one after another and print the figures; return 1 if the run does not start."""
     values = read_values(flags)
-    options.iterations = values.train_iters or 0
     if values.num_experts and values.moe_token_dispatcher_type == "allgather":
         raise ToolError(
             "--moe-token-dispatcher-type allgather, Megatron's default, cannot be rehearsed: its sizes come from the "
@@ -90,6 +90,8 @@ def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
     if options.stage and options.stage not in (phases := experts_by_phase(values)):
         raise ToolError(f"--stage {options.stage}: this run has only {', '.join(phases)}.", "REMOE-E501")
     simulated = rehearsal_flags(flags, values, MOST_STEPS)
+    batch = read_values(simulated).global_batch_size
+    options.iterations = values.train_iters or (values.train_samples // batch if values.train_samples and batch else 0)
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for rank, kind in choose_ranks(values.pipeline_model_parallel_size, options.gpus).items():

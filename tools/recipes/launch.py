@@ -12,6 +12,12 @@ from .layout import Layout, RecipeError, whole_number
 from .models import PAPER, SAVE_INTERVALS, Routing, Size, Training
 
 PROJECT = "remoe"
+REPLACED = {  # the user's flag → the recipe's flag that Megatron refuses next to it
+    "--fp16": "--bf16",
+    "--train-samples": "--train-iters",
+    "--lr-warmup-iters": "--lr-warmup-fraction",
+    "--lr-warmup-samples": "--lr-warmup-fraction",
+}
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,6 @@ def plan(
         suited, engine = hardware.gpu_flags(
             has_experts, kernels, values, interpreter if look_for_packages else "", 1 if planned else layout.nodes
         )
-        suited = without(suited, lambda flag: flag == "--bf16" and "--fp16" in extra)
         gpu = environment.get("GPU", "") if planned else None
         settings = hardware.gpu_settings(extra, values, environment, gpu)
     flags = [
@@ -118,7 +123,7 @@ def plan(
     ]  # fmt: skip
     if environment.get("WANDB_API_KEY"):
         flags += ["--wandb-project", project, "--wandb-exp-name", name, "--wandb-save-dir", output]
-    flags += extra
+    flags = [*without(flags, {REPLACED.get(flag) for flag in group_by_flag(extra)}.__contains__), *extra]
     notes = []
     if parts != data.SPLITS[0]:
         notes.append(f"Split: {parts}, because the paper's {data.SPLITS[0]} leaves a part without documents")

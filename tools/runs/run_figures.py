@@ -172,9 +172,12 @@ class RunFigures:
         return np.where(logged.iterations[place] == iterations, logged.values[place], math.nan)
 
     def batches(self, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return the sequences of a step at logged iterations; NaN if unknown."""
-        logged = self.values("global_batch_size", iterations)
-        return np.where(np.isnan(logged), self.whole("global_batch_size") or math.nan, logged)
+        """Return the sequences of a step, averaged over the steps since the previous line; NaN if unknown."""
+        logged, consumed = self.values("global_batch_size", iterations), self.values("consumed_samples", iterations)
+        before = np.append(math.nan if self.began else 0.0, consumed[:-1])
+        mean = (consumed - before) / np.diff(iterations, prepend=self.began)
+        logged = np.where(np.isnan(logged), self.whole("global_batch_size") or math.nan, logged)
+        return np.where(np.isnan(mean), logged, mean)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -207,12 +210,13 @@ class RunFigures:
         return seconds + (began - before).clip(min=0) * np.median(means)
 
     def experts_per_token(self, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return a ReMoE's computed experts per token, averaged over layers and the steps since the previous line.
+        """Return the computed experts per token, averaged over layers and the steps since the previous line.
 
         Without running sums (for example after --load from a different folder), use S of the logged step, and at most
-        --moe-relu-max-experts.
+        --moe-relu-max-experts; k without ReLU routing.
         """
         pairs, tokens = (np.diff(self.values(name, iterations), prepend=0) for name in TOTALS)
         active = self.num_experts * (1 - self.values("sparsity", iterations))
         in_step = np.minimum(active, self.whole("moe_relu_max_experts") or math.inf)
+        in_step = in_step if self.target_sparsity is not None else np.full(len(active), float(self.topk))
         return np.where(tokens > 0, pairs / np.where(tokens > 0, tokens, 1), in_step)

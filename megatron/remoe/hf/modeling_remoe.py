@@ -164,6 +164,8 @@ class RemoeModel(RemoePreTrainedModel, LlamaModel):
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
+        if config.num_experts and (config.hidden_size % 8 or config.moe_intermediate_size % 8):
+            self.set_experts_implementation("eager")  # grouped_mm needs rows of 16 bytes: 8 elements of bf16
 
     def forward(
         self,
@@ -204,8 +206,6 @@ class RemoeForCausalLM(RemoePreTrainedModel, LlamaForCausalLM):
         self.model = RemoeModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-        if config.num_experts and (config.hidden_size % 8 or config.moe_intermediate_size % 8):
-            self.set_experts_implementation("eager")  # grouped_mm needs rows of 16 bytes: 8 elements of bf16
 
     def sparsity_callback(self, multiplier: float = 1.2) -> SparsityCallback:
         """Return a callback for transformers' `Trainer` that holds the sparsity at its target.

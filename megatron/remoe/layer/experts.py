@@ -48,10 +48,7 @@ class GroupedExperts(MegatronModule):
     """
 
     def __init__(
-        self,
-        num_local_experts: int,
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection,
+        self, num_local_experts: int, config: TransformerConfig, pg_collection: ProcessGroupCollection
     ) -> None:
         """
         Args:

@@ -120,6 +120,14 @@ class ReMoELayer(MoELayer):
             output = self._run_chunks(hidden_states, probs_TE, map_TE, counts)
         return output if shared_expert_output is None else output + shared_expert_output
 
+    def preprocess(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prepare the dispatch as Megatron does."""
+        if self.config.moe_token_dispatcher_type == "allgather":
+            hidden_states = _CopyGradient.apply(hidden_states)
+        return super().preprocess(hidden_states, probs, routing_map)
+
     def _run_chunks(
         self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: list[Counts]
     ) -> torch.Tensor:
@@ -127,7 +135,7 @@ class ReMoELayer(MoELayer):
 
         def run_chunk(tokens: torch.Tensor, *chunk: Any) -> torch.Tensor:
             self._free_activations(False)  # the checkpoint already recomputes them
-            return self.execution.run(_CopyGradient.apply(tokens), *chunk)
+            return self.execution.run(tokens, *chunk)
 
         run = partial(
             checkpoint,
@@ -224,7 +232,7 @@ def _prepare_experts(experts: torch.nn.Module) -> None:
 
 
 class _CopyGradient(torch.autograd.Function):
-    """Identity that copies its gradient: the allgather dispatcher writes all chunks' gradients to one buffer."""
+    """Identity that copies its gradient: the allgather dispatcher writes it to a buffer that other layers use too."""
 
     @staticmethod
     def forward(ctx: Any, tokens: torch.Tensor) -> torch.Tensor:

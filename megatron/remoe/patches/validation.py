@@ -67,7 +67,7 @@ def fill_validation_batches() -> None:
 
 @patch(
     changes="training/training.py: build_pretraining_data_loader",
-    provides="the same dropout after a stop on CPUs",
+    provides="the same dropout after a stop on CPUs; a finished run that evaluates again",
     ends="data loaders have their own generators",
 )
 def seed_data_loaders() -> None:
@@ -75,7 +75,11 @@ def seed_data_loaders() -> None:
 
     @replace(training, "build_pretraining_data_loader")
     def build(stock: Any, dataset: Any, consumed_samples: int) -> Any:
+        args = get_args()
+        if args.dataloader_type == "single" and dataset is not None and args.iteration >= args.train_iters:
+            # A finished run reads no training data; Megatron's sampler fails if a blend has none left.
+            consumed_samples = min(consumed_samples, len(dataset) - 1)
         loader = stock(dataset, consumed_samples)
         if loader is not dataset:  # not with --dataloader-type external
-            loader.generator = torch.Generator().manual_seed(get_args().seed + consumed_samples)
+            loader.generator = torch.Generator().manual_seed(args.seed + consumed_samples)
         return loader

@@ -96,6 +96,8 @@ REFUSALS: tuple[Refusal, ...] = (
     # upcycling_utils.py: _convert_to_moe_state_dict
     Refusal("moe_use_upcycling", "it scales the experts for a softmax", "Use remoe convert, which fits the gates"),
     Refusal("moe_latent_size", "the planned dispatch does not project to the latent size", refused=_given),
+    # transformer_layer.py: _forward_mlp
+    Refusal("mlp_chunks_for_training", "it routes and balances parts of a sequence", refused=lambda parts: parts > 1),
     # training/models/dist_utils.py: _ddp_wrap, to_empty_if_meta_device
     Refusal("use_torch_fsdp2", "it needs GPUs, and was never run with the router's state"),
     Refusal("init_model_with_meta_device", "experts and the router's state would stay uninitialized"),

@@ -37,14 +37,16 @@ def check_data(args: argparse.Namespace) -> None:
     if args.mock_data or args.perform_rl_step:
         return
     present = set()
-    for flag, (prefixes, _), split in _blends(args):
+    for flag, (prefixes, weights), split in _blends(args):
         present |= {number for number, share in enumerate(split) if share is not None}
         if any("://" in prefix for prefix in prefixes):
             continue
         data_sets = [_open(prefix, flag, thorough=args.rank == 0) for prefix in prefixes]
         for number, share in enumerate(split if args.rank == 0 else ()):
             if share is not None:
-                _check_split(args, flag, data_sets, number, share)
+                tokens = _check_split(args, flag, data_sets, number, share)
+                if weights is None and args.dataloader_type == "single":
+                    _check_blend(args, flag, tokens, number)
     if 2 in present and args.multiple_validation_sets and args.eval_iters:
         raise DataError(
             "--multiple-validation-sets: Megatron fails at the test data, after the last step. Leave --test-data-path "
@@ -99,8 +101,8 @@ def _open(prefix: str, flag: str, thorough: bool = False) -> IndexedReader:
 
 def _check_split(
     args: argparse.Namespace, flag: str, data_sets: list[IndexedReader], number: int, share: tuple[float, float]
-) -> None:
-    """Check that every data set has tokens in a split, and that a single data set has a whole training sequence."""
+) -> list[int]:
+    """Return each data set's tokens in a split. Check that there are some, and a whole sequence where it is needed."""
     parts = [data.lengths[slice(*(round(end * len(data.lengths)) for end in share))] for data in data_sets]
     tokens = [int(part.sum(dtype=np.int64)) for part in parts]
     if 0 in tokens:
@@ -112,11 +114,28 @@ def _check_split(
             "--eval-iters 0).",
             "REMOE-E304",
         )
-    if len(tokens) == 1 and number == 0 and tokens[0] <= args.seq_length:
+    is_read_whole = number == 1 and args.full_validation
+    if (is_read_whole or (len(tokens) == 1 and number == 0)) and (fewest := min(tokens)) <= args.seq_length:
         raise DataError(
-            f"{flag} {data_sets[0].prefix}: has {tokens[0]:,} tokens for training, not even one sequence of "
-            f"--seq-length {args.seq_length} and the token after it. Give more data, or a shorter --seq-length.",
+            f"{flag} {data_sets[tokens.index(fewest)].prefix}: has {fewest:,} tokens for {SPLITS[number]}, not one "
+            f"sequence of --seq-length {args.seq_length} and a token. Give more data, or a shorter --seq-length.",
             "REMOE-E304",
+        )
+    return tokens
+
+
+def _check_blend(args: argparse.Namespace, flag: str, tokens: list[int], number: int) -> None:
+    """Check that data sets without weights, which Megatron reads once, have enough sequences for the whole run."""
+    if len(tokens) == 1 or args.skip_train or (number == 1 and args.multiple_validation_sets):
+        return
+    samples = args.train_samples or args.train_iters * args.global_batch_size
+    evaluations = samples // args.global_batch_size // args.eval_interval + 1 if number == 1 else 1
+    wanted = evaluations * args.eval_iters * args.eval_global_batch_size if number else samples
+    if (held := sum((each - 1) // args.seq_length for each in tokens)) < wanted:
+        raise DataError(
+            f"{flag}: its {SPLITS[number]} data has {held:,} sequences, and the run reads {wanted:,}. Megatron repeats "
+            "only data sets with weights: give one before each prefix.",
+            "REMOE-E303",
         )
 
 

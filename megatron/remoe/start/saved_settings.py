@@ -45,7 +45,6 @@ WITHOUT_EFFECT = re.compile(
 )
 RATES = {"lr", "min_lr"}  # Megatron identifies parameter groups in a checkpoint by these
 ENDS = {"lr_decay_iters", "lr_decay_samples"}  # compared as samples
-DEFAULTS = (None, False, 0, 1)  # values with which a removed flag had no effect
 # Validation replaces the words of these flags by dtypes; converted checkpoints still have the words.
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "fp8"}
 SHOWN = 120  # most characters of a setting in a message, for example of a list of data sets
@@ -74,9 +73,6 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None) -> bool:
     if resume is None or resume.saved is None or not goes_on:
         return False
     given = f"{resume.flag} {resume.folder}"
-    if removed := _removed_settings(resume.saved):
-        problem = f"was trained with {removed}, which this version does not have. Continue with version 0.1"
-        raise UsageError(f"{given}: {problem}.", "REMOE-E413")
     if (padding := differences(args, resume.saved, {"padded_vocab_size"})) and args.rank == 0:
         print(f"{given}: the loss shifts a little, because of {padding}.", file=sys.stderr, flush=True)
     names = RATES if args.allow_changed_settings else result_settings()
@@ -148,15 +144,6 @@ def _samples(args: argparse.Namespace) -> tuple[Any, Any]:
     samples = args.train_samples or args.train_iters * args.global_batch_size
     decay = args.lr_decay_samples or (args.lr_decay_iters or 0) * args.global_batch_size
     return samples, decay or samples
-
-
-def _removed_settings(saved: argparse.Namespace) -> str:
-    """Return the flags of ReLU routing that a run used and that this version no longer has, or ""."""
-    removed = {name for name in vars(saved) if name.startswith("moe_relu_") or name == "teacher"} - {
-        *_names(ReMoEConfig)
-    }
-    used = [name for name in sorted(removed) if getattr(saved, name) is True or getattr(saved, name) not in DEFAULTS]
-    return ", ".join(flag_of(name) for name in used if not WITHOUT_EFFECT.search(name))
 
 
 def _comparable(value: Any) -> Any:

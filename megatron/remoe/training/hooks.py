@@ -245,10 +245,7 @@ def _changed_spec(given: Any, change: Callable[[LayerSpec, int | None], LayerSpe
 
 
 def with_flips(
-    args: argparse.Namespace,
-    model_cfg: ModelConfig,
-    provider: Callable[..., Any],
-    forward_step: Callable[..., Any],
+    args: argparse.Namespace, model_cfg: ModelConfig, provider: Callable[..., Any], forward_step: Callable[..., Any]
 ) -> Callable[..., Any]:
     """Return `provider`, extended to keep the calibration set of --moe-log-flips-interval.
 

@@ -23,13 +23,14 @@ def add_summary(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
     """
 
     def summarize(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        parameters, tokens = count_parameters(model_chunks), args.global_batch_size * args.seq_length
+        parameters, batch = count_parameters(model_chunks), args.global_batch_size
         run_logger().info({"parameters": parameters})
         if not args.skip_train:
-            steps = args.train_iters or args.train_samples // args.global_batch_size
+            samples = args.train_samples or args.train_iters * batch
+            steps = f"{samples // batch:,} steps of {batch * args.seq_length:,} tokens, "
             print_rank_0(
-                f"Training: {_model(args)}, {short(parameters)} parameters, on {_devices(args)}. {steps:,} steps of "
-                f"{tokens:,} tokens, {short(steps * tokens)} tokens in all."
+                f"Training: {_model(args)}, {short(parameters)} parameters, on {_devices(args)}. "
+                f"{'' if args.step_batch_size_schedule else steps}{short(samples * args.seq_length)} tokens in all."
             )
         return model_chunks
 

@@ -40,12 +40,18 @@ class LatentAttention(MLASelfAttention):
         """Return the queries (or their latents), and the latents of keys and values for this rank's tokens.
 
         Plain PyTorch layers split the latents over the tensor parallel ranks. Megatron gathers the keys' rotated part
-        for all tokens, and then the gradient of that part covers only this rank's heads.
+        for all tokens, and then the gradient of that part covers only this rank's heads. Without sequence parallelism,
+        it does so with Transformer Engine's layers too.
         """
         queries, latents = super()._qkv_down_projection(hidden_states)
-        width = self.config.kv_lora_rank + self.config.qk_pos_emb_head_dim
-        if self.config.sequence_parallel and latents.size(-1) != width:
-            latents = scatter_to_sequence_parallel_region(gather_from_tensor_model_parallel_region(latents))
+        widths = [self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim]
+        if latents.size(-1) != sum(widths):
+            latents = gather_from_tensor_model_parallel_region(latents)
+            if self.config.sequence_parallel:
+                latents = scatter_to_sequence_parallel_region(latents)
+        if self.tp_group.size() > 1 and not self.config.sequence_parallel:
+            rest, keys = latents.split(widths, dim=-1)
+            latents = torch.cat([rest, copy_to_tensor_model_parallel_region(keys)], dim=-1)  # sums the ranks' gradients
         return queries, latents
 
     def sharded_state_dict(self, prefix: str = "", *arguments: Any, **options: Any) -> ShardedStateDict:

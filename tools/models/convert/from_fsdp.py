@@ -14,6 +14,8 @@ from ..megatron_model import EXPERT, build, one_process
 
 PREFIX = "model.module."
 NAMES = NORMS | {".router.weight": ".router.relu_weight"}
+# Names of latent attention's norms in Transformer Engine's layers
+NAMES |= {f".{kind}_layernorm.": f".linear_{kind}_up_proj.layer_norm_" for kind in ("q", "kv")}
 
 
 def convert_fsdp(options: argparse.Namespace) -> None:

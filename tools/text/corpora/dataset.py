@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron.remoe.files.files import write_text
+
 from ...console.errors import ToolError
 from ...console.files import fingerprint, fingerprint_of_code, read_stamp, recreate_folder, write_json
 from ...console.places import PACKAGE
@@ -53,7 +55,6 @@ def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int,
     if stamp is not None:
         return stamp | {"reused": True}
     from megatron.remoe.files.errors import DataError
-    from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 
     from ..preprocessing.encoding import gpt2_encoder
     from ..preprocessing.pipeline import Job, preprocess
@@ -77,6 +78,20 @@ def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int,
             of_part[domain] = done.tokens
     write_json(folder / "manifest.json", manifest)
     return manifest
+
+
+def byte_level_vocabulary(folder: Path) -> tuple[Path, Path]:
+    """Write a vocabulary of the 256 bytes and `<|endoftext|>`, without merges; return the paths as `train_subwords`."""
+    from tokenizers import pre_tokenizers
+
+    from megatron.remoe.files.gpt2_files import END_OF_TEXT
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = {token: i for i, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), END_OF_TEXT])}
+    files = {"vocab.json": json.dumps(tokens, ensure_ascii=False), "merges.txt": "#version: 0.2"}
+    for name, text in files.items():
+        write_text(folder / name, text + "\n")
+    return folder / "vocab.json", folder / "merges.txt"
 
 
 def train_subwords(folder: Path, texts: Path) -> tuple[Path, Path]:
