@@ -60,7 +60,7 @@ def sharding(args: argparse.Namespace) -> str:
     """Return what data parallel ranks split, as --data-parallel-sharding-strategy names it; "" for nothing."""
     if args.use_megatron_fsdp:
         return str(args.data_parallel_sharding_strategy)
-    # Muon's distributed optimizer
+    # The second is Muon's.
     return "optim" * (args.use_distributed_optimizer or args.use_layer_wise_distributed_optimizer)
 
 

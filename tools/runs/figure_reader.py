@@ -74,9 +74,7 @@ def _add(figures: RunFigures, curves: Points, record: Mapping[str, Any]) -> None
         case "start":
             figures.args = dict(record.get("args", figures.args))
             figures.starts.append(iteration)
-        case "validation" if math.isfinite(
-            loss := record.get("lm_loss", math.nan)
-        ):  # a loss that is not finite is left out
+        case "validation" if math.isfinite(loss := record.get("lm_loss", math.nan)):
             evaluation = Evaluation(iteration, loss, record.get("final") is True, record.get("tokens") or 0)
             figures.evaluations.setdefault(str(record.get("set", "")), []).append(evaluation)
 
