@@ -29,9 +29,9 @@ def arguments(**changes: object) -> argparse.Namespace:
     """Return the arguments that activations depend on, for a layer in fp32 on plain PyTorch."""
     off = """bf16 fp16 moe_permute_fusion moe_pad_expert_input_to_capacity sequence_parallel bias_swiglu_fusion
         bias_gelu_fusion local_layer_fusion multi_latent_attention qk_layernorm qk_layernorm_all_heads
-        moe_shared_expert_gate use_megatron_fsdp"""
+        moe_shared_expert_gate use_megatron_fsdp use_precision_aware_optimizer use_layer_wise_distributed_optimizer"""
     none = """hybrid_layer_pattern moe_shared_expert_intermediate_size recompute_granularity recompute_modules
-        recompute_method mtp_num_layers virtual_pipeline_model_parallel_size moe_warmup_topk"""
+        recompute_method mtp_num_layers virtual_pipeline_model_parallel_size moe_warmup_topk moe_shared_expert_overlap"""
     one = """tensor_model_parallel_size context_parallel_size expert_tensor_parallel_size expert_model_parallel_size
         moe_router_topk num_distributed_optimizer_instances"""
     settings: dict[str, object] = dict.fromkeys(off.split(), False) | dict.fromkeys(none.split())
@@ -39,7 +39,7 @@ def arguments(**changes: object) -> argparse.Namespace:
     settings |= {"hidden_size": 64, "ffn_hidden_size": 96, "moe_ffn_hidden_size": 48, "num_attention_heads": 4}
     settings |= {"num_query_groups": 2, "kv_channels": 16, "micro_batch_size": 3, "seq_length": 32, "num_experts": 4}
     settings |= {"swiglu": True, "moe_relu_routing": True, "moe_relu_activation_limit": 0.0}
-    settings |= {"group_query_attention": True, "position_embedding_type": "none"}
+    settings |= {"group_query_attention": True, "position_embedding_type": "none", "optimizer": "adam"}
     return argparse.Namespace(**settings | changes)
 
 
