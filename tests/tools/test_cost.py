@@ -30,8 +30,8 @@ def arguments(**changes: object) -> argparse.Namespace:
     off = """bf16 fp16 moe_permute_fusion moe_pad_expert_input_to_capacity sequence_parallel bias_swiglu_fusion
         bias_gelu_fusion local_layer_fusion multi_latent_attention qk_layernorm qk_layernorm_all_heads
         moe_shared_expert_gate use_megatron_fsdp use_precision_aware_optimizer use_layer_wise_distributed_optimizer"""
-    none = """hybrid_layer_pattern moe_shared_expert_intermediate_size recompute_granularity recompute_modules
-        recompute_method mtp_num_layers virtual_pipeline_model_parallel_size moe_warmup_topk moe_shared_expert_overlap"""
+    none = """moe_shared_expert_overlap moe_shared_expert_intermediate_size recompute_granularity recompute_modules
+        recompute_method mtp_num_layers virtual_pipeline_model_parallel_size moe_warmup_topk hybrid_layer_pattern"""
     one = """tensor_model_parallel_size context_parallel_size expert_tensor_parallel_size expert_model_parallel_size
         moe_router_topk num_distributed_optimizer_instances"""
     settings: dict[str, object] = dict.fromkeys(off.split(), False) | dict.fromkeys(none.split())
