@@ -120,13 +120,11 @@ class ReMoELayer(MoELayer):
             output = self._run_chunks(hidden_states, probs_TE, map_TE, counts)
         return output if shared_expert_output is None else output + shared_expert_output
 
-    def preprocess(
-        self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prepare the dispatch as Megatron does."""
+    def preprocess(self, hidden_states: torch.Tensor, *routed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prepare the dispatch of tokens `[sequence, batch, H]` as Megatron does; `routed` are probs and map."""
         if self.config.moe_token_dispatcher_type == "allgather":
             hidden_states = _CopyGradient.apply(hidden_states)
-        return super().preprocess(hidden_states, probs, routing_map)
+        return super().preprocess(hidden_states, *routed)
 
     def _run_chunks(
         self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: list[Counts]

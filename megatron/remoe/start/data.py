@@ -128,9 +128,10 @@ def _check_blend(args: argparse.Namespace, flag: str, tokens: list[int], number:
     """Check that data sets without weights, which Megatron reads once, have enough sequences for the whole run."""
     if len(tokens) == 1 or args.skip_train or (number == 1 and args.multiple_validation_sets):
         return
-    samples = args.train_samples or args.train_iters * args.global_batch_size
-    evaluations = samples // args.global_batch_size // args.eval_interval + 1 if number == 1 else 1
-    wanted = evaluations * args.eval_iters * args.eval_global_batch_size if number else samples
+    wanted = args.train_samples or args.train_iters * args.global_batch_size
+    if number:
+        evaluations = (wanted // args.global_batch_size - (args.start_eval_at_iter or 0)) // args.eval_interval + 1
+        wanted = (evaluations if number == 1 else 1) * args.eval_iters * args.eval_global_batch_size
     if (held := sum((each - 1) // args.seq_length for each in tokens)) < wanted:
         raise DataError(
             f"{flag}: its {SPLITS[number]} data has {held:,} sequences, and the run reads {wanted:,}. Megatron repeats "
