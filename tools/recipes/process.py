@@ -13,7 +13,7 @@ from types import FrameType
 
 import psutil
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAST_BYTES = 2**16  # the end of a log that is searched for the program's last error
 STOPPED = 143  # exit code of a training run that a signal stopped
 
@@ -73,7 +73,6 @@ def run_training(command: Sequence[str], log: Path) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until there is a run to stop
     # The run and tee get a process group each: a terminal's Ctrl-C reaches only this process. They ignore signals:
     # tee has to write the last line, and torchrun would limit the time for saving.
-    signals = SIGNALS if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (*SIGNALS, signal.SIGHUP)  # nohup
     job = subprocess.Popen(
         command, env=os.environ | {"PET_SIGNALS_TO_HANDLE": "SIGHUP"}, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0, preexec_fn=_ignore_signals,
@@ -94,8 +93,9 @@ def run_training(command: Sequence[str], log: Path) -> int:
         with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
             _signal_training(job.pid, wanted)
 
-    for number in signals:
-        signal.signal(number, stop)
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     code = job.wait()
     tee.wait()
