@@ -65,8 +65,10 @@ def test_layouts_agree(layout: str, folder: Path, expected: dict[str, tuple[floa
         assert actual[name][0] == pytest.approx(loss, rel=1e-5), name
 
 
-def test_a_blend_is_evaluated_whole(data: Path, tmp_path: Path) -> None:
+def test_a_blend_is_evaluated_whole(tmp_path: Path) -> None:
     """A set twice has the loss of the set once. A finished run evaluates again, with no training data left."""
+    data = tmp_path / "data"
+    write_documents(data, [document[:1000] for document in real_text()])
     words = [*without(MODEL, "--split"), *"--split 70,30,0 --full-validation --multiple-validation-sets".split()]
     words += "--train-iters 1 --lr-decay-iters 8 --save-interval 9 --lr 1e-30 --min-lr 0".split()
     for number in (1, 2, 2):
