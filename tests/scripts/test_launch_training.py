@@ -13,8 +13,6 @@ from tests.scripts.launching import SCRIPTS, alone, launch
 from tests.training_runs import REPOSITORY, SMALL, records, wait_until
 
 FLAGS = [*SMALL, *"--split 90,10,0 --eval-iters 0 --save-interval 2".split()]
-
-
 RUN = """
 import sys
 from pathlib import Path
@@ -28,8 +26,6 @@ sys.exit(subprocess.run([sys.executable, "-c", sys.argv[1]]).returncode)
 """
 ENDS = "import signal, time; signal.signal(15, signal.SIG_DFL); time.sleep(600)"
 FAILS = ENDS.replace("signal.SIG_DFL", "lambda *_: exit('x.py: error: No space left')")
-
-
 ERROR = "x.py: error: --split: wrong.\nGive another"
 
 

@@ -29,7 +29,8 @@ def arguments(**changes: object) -> argparse.Namespace:
     """Return the arguments that activations depend on, for a layer in fp32 on plain PyTorch."""
     off = """bf16 fp16 moe_permute_fusion moe_pad_expert_input_to_capacity sequence_parallel bias_swiglu_fusion
         bias_gelu_fusion local_layer_fusion multi_latent_attention qk_layernorm qk_layernorm_all_heads
-        moe_shared_expert_gate use_megatron_fsdp use_precision_aware_optimizer use_layer_wise_distributed_optimizer"""
+        moe_shared_expert_gate use_megatron_fsdp use_precision_aware_optimizer use_layer_wise_distributed_optimizer
+        optimizer_cpu_offload"""
     none = """moe_shared_expert_overlap moe_shared_expert_intermediate_size recompute_granularity recompute_modules
         recompute_method mtp_num_layers virtual_pipeline_model_parallel_size moe_warmup_topk hybrid_layer_pattern"""
     one = """tensor_model_parallel_size context_parallel_size expert_tensor_parallel_size expert_model_parallel_size
@@ -176,6 +177,8 @@ def test_exchanged_bytes(experts: int, times: int, full: int) -> None:
         vars(args).update(recompute_granularity="full", recompute_method="block", recompute_num_layers=full)
     tokens = 64 * 32 / 8
     assert memory.exchanged_bytes(args, stages, experts) == times * 2 * tokens * experts * 7 / 8 * 64 * 4
+    args.moe_token_dispatcher_type = "allgather"
+    assert memory.exchanged_bytes(args, stages, experts) == times * 2 * tokens * 7 * 64 * 4
 
 
 @pytest.mark.parametrize(

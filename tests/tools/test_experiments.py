@@ -223,18 +223,19 @@ def test_each_arm_has_its_own_rate_and_warmup(capsys: pytest.CaptureFixture[str]
     ]
     folder = tmp_path / "mixed"
     folder.mkdir()
-    assert compare.main([*words.split(), "--output-dir", str(tmp_path), "--results", *map(str, files)]) == 0
+    given = [*words.split(), "--output-dir", str(tmp_path)]
+    assert compare.main([*given, "--results", *map(str, files)]) == 0
     printed = capsys.readouterr().out
     assert "- moe tuned, loss by factor on the learning rate and warm-up: 1 and 4: 3.0040," in printed
     assert re.search(
         r"\| 40 \| moe \| 1\.6150 ± .* \| \+0\.1000 ± \S+ \(2\) \| higher \| \+0\.0500 ± \S+ \(2\) \|", printed
     )
     assert imread(folder / "results.png").std() > 0.05 and not (folder / "results.json").exists()
+    assert compare.main([*given, "--lr-factors", "1", "--results", *map(str, files)]) == 0
+    assert "the runs of dense, moe have different flags" in capsys.readouterr().out
     (tmp_path / "old.json").write_text('{"a": 1}')
-    for words_of_file in ("points.json --size 4x256", "old.json"):
-        name, *more = words_of_file.split()
-        given = [*words.split(), "--output-dir", str(tmp_path), "--results", str(tmp_path / name), *more]
-        assert compare.main(given) == 1
+    for wrong in ("--collect --corpus broad", f"--results {files[1]} --size 4x256", f"--results {tmp_path}/old.json"):
+        assert compare.main([*given, *wrong.split()]) == 1
 
 
 # ---------------------------------------------------------------- Slurm

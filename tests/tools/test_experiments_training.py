@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from rich.console import Console
@@ -69,6 +71,8 @@ def test_a_second_interrupt_ends_all_at_once(tmp_path: Path) -> None:
     thread.join()
     assert "saving a checkpoint" in output.getvalue() and "was killed" not in output.getvalue()
     assert not (tmp_path / "2.pid").exists()
+    output.write = Mock(side_effect=BrokenPipeError)  # type: ignore[method-assign]
+    display.say("nobody reads this")
     for place in (0, 1):
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / f"{place}.pid").read_text().split()[0]), 0)
@@ -142,9 +146,12 @@ def test_a_small_comparison(
     logs = [tmp_path / "mixed" / run.name / "checkpoints" / "metrics.jsonl" for run in rows]
     before = {path: path.stat().st_mtime_ns for path in logs}
     assert compare.main(words) == 0 and {path: path.stat().st_mtime_ns for path in before} == before
-    rounds = iter([{"a tuning run": 1}])
+    for steps in more:
+        shutil.rmtree(tmp_path / "mixed" / trained["moe", steps][0].name)
+    rounds = iter([{"a tuning run": 1}, {}, {"ends with NaN": 16}, {}])
     monkeypatch.setattr(grids, "execute", lambda *_: next(rounds))
     assert compare.main([word.replace(str(tmp_path), f"{tmp_path}/none") for word in words[:-5]]) == 1
+    assert compare.main(words) == 1 and not [*rounds], "other runs are still trained to equal FLOPs"
 
 
 # The quickstart's test and test_a_small_comparison train these arms; the latter also varies the learning rate.

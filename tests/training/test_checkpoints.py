@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -126,14 +127,16 @@ def test_experts_and_gpt2_files_come_from_the_checkpoint(data: Path, tmp_path: P
 
 @pytest.mark.parametrize("loader", ["single", "cyclic"])
 def test_dropout_and_the_schedule_go_on(loader: str, data: Path, tmp_path: Path) -> None:
-    """With dropout, a stop and other intervals do not change losses. --no-load-optim accepts other rates."""
-    words = [*TINY, *RELU, "--data-path", str(data), "--eval-iters", "1", "--dataloader-type", loader]
-    words += "--attention-dropout 0.1 --hidden-dropout 0.1".split()
-    whole, root = records(run(words)), str(tmp_path / "run")
+    """With dropout, a stop and an evaluation at each step do not change losses. --no-load-optim accepts other rates."""
+    words = [*TINY, *RELU, *f"--data-path 1 {data} 2 {data} --eval-iters 1 --dataloader-type {loader}".split()]
+    words += "--attention-dropout 0.1 --hidden-dropout 0.1 --eval-interval 2 --start-eval-at-iter 4".split()
+    printed, root = run(words), str(tmp_path / "run")
+    whole, losses = records(printed), r"(iteration [68] on .*lm loss value: \S+)"
     words += ["--save", root, "--load", root, "--save-interval", "4"]
     run([*words, "--exit-interval", "4", "--eval-interval", "1"])
     shutil.copytree(root, tmp_path / "copy")
-    rest = records(run([*words, "--eval-interval", "8"]))
+    rest = records(resumed := run(words))
+    assert re.findall(losses, resumed) == re.findall(losses, printed) != []
     for field in ("lm loss", "learning rate"):
         assert [line[field] for step, line in rest.items() if step > 6] == [whole[step][field] for step in (7, 8)]
     for place in ("--load", "--save"):

@@ -67,13 +67,12 @@ def test_layouts_agree(layout: str, folder: Path, expected: dict[str, tuple[floa
 
 def test_a_blend_is_evaluated_whole(tmp_path: Path) -> None:
     """A set twice has the loss of the set once. A finished run evaluates again, with no training data left."""
-    data = tmp_path / "data"
-    write_documents(data, [document[:1000] for document in real_text()])
+    write_documents(tmp_path / "data", [document[:1000] for document in real_text()])
     words = [*without(MODEL, "--split"), *"--split 70,30,0 --full-validation --multiple-validation-sets".split()]
     words += "--train-iters 1 --lr-decay-iters 8 --save-interval 9 --lr 1e-30 --min-lr 0".split()
     for number in (1, 2, 2):
         saves = ["--save", f"{tmp_path}/{number}", "--load", f"{tmp_path}/{number}"]
-        run([*words, "--data-path", *[str(data)] * number, *saves])
+        run([*words, "--data-path", *[f"{tmp_path}/data"] * number, *saves])
     once, twice = (logged(tmp_path / str(number), "validation")[-1] for number in (1, 2))
     assert twice["tokens"] == 2 * once["tokens"] and twice["tokens"] // 64 % 8
     assert twice["lm_loss"] == pytest.approx(once["lm_loss"], rel=1e-5)

@@ -46,7 +46,8 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     add, number, default = parser.add_argument, whole_number(1), "(default: %(default)s)"
     text = f"routings to compare, of {', '.join(ARMS)} (default: {' '.join(USUAL)})"
     add("--arms", nargs="+", choices=ARMS, default=USUAL, metavar="ARM", help=text)
-    add("--reference", choices=ARMS, default=REFERENCE, metavar="ARM", help=f"measure gaps from this arm {default}")
+    text = "measure gaps from this arm (default: that of --equal-flops)"
+    add("--reference", choices=ARMS, metavar="ARM", help=text)
     text = f"also train the other arms to the FLOPs of this arm, or {NONE}"
     add("--equal-flops", choices=(*ARMS, NONE), default=REFERENCE, metavar="ARM", help=f"{text} {default}")
     text = "experts per layer (default: 8 32 128)"
@@ -66,6 +67,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     add("--tuning-steps", type=number, default=1200, metavar="N", help=f"length of a tuning run {default}")
     args = parse_words(parser, words)
     args.output_dir /= args.corpus
+    args.reference = args.reference or (REFERENCE if args.equal_flops == NONE else args.equal_flops)
     args.arms = [arm for arm in ARMS if arm in (*args.arms, args.reference, args.equal_flops)]
     args.is_tuned = len(args.lr_factors) * len(args.warmups) > 1
     for flag, values in (("--steps", args.steps), ("--tuning-steps", [args.tuning_steps] * args.is_tuned)):
@@ -192,6 +194,9 @@ def show(args: argparse.Namespace, rows: Sequence[Row]) -> None:
                 steps, arm = line.titles
                 losses = {seed: figures["loss"] for seed, figures in line.seeds.items()}
                 panels.setdefault(f"E = {experts}, {steps} steps", {})[arm] = losses
+        arms = {run.arm for run in results if run.experts in (0, experts) and not run.is_tuning}
+        if missing := arms.intersection(args.arms) - {line.titles[1] for line in lines}:
+            text.append(f"E = {experts}: the runs of {', '.join(sorted(missing))} have different flags; not shown.")
     if args.results and not panels:
         files = " ".join(map(str, args.results))
         raise ToolError(f"--results {files}: no run has these flags. Give those that the runs had.")
@@ -208,12 +213,13 @@ def main(arguments: Sequence[str]) -> int:
             yield tuning
         tuned = choose_rates(args, finished(read_folder(args.output_dir)))
         pairs = [pair for experts in args.experts for pair in planned_runs(args, tuned, experts)]
-        yield [*dict.fromkeys(run for run, _ in pairs)]
-        while True:
+        longer = dict.fromkeys(run for run, _ in pairs)
+        tried = {**longer}  # a run can end with NaN
+        while longer:
+            yield [*longer]
             results = finished(read_folder(args.output_dir))
             matched = (run_of_equal_flops(*pair, results) for pair in pairs)
-            if not (longer := [*dict.fromkeys(run for run in matched if run is not None and run not in results)]):
-                return
-            yield longer
+            longer = dict.fromkeys(run for run in matched if run is not None and run not in {**tried, **results})
+            tried |= longer
 
     return run_grid("compare", args, rounds, lambda rows: show(args, rows))

@@ -103,7 +103,10 @@ def run_grid(
     def work() -> int:
         if args.collect or args.results:
             files = args.results or []
-            show([row for file in files for row in read_results(file)] if files else read_folder(folder))
+            rows = [row for file in files for row in read_results(file)] if files else read_folder(folder)
+            if not rows:
+                raise ToolError(f"--output-dir {folder}: there are no runs. Give the folder of the runs.")
+            show(rows)
             return 0
         text = prepare_text(args, console) if args.tiny else None
         grid = Grid(folder, args.flags, text, args.gpus_per_node, args.micro_batch_size, args.slurm)
@@ -126,12 +129,15 @@ def run_grid(
                     done = sum(job.loss is not None for job in jobs)
                     doing = "train" if args.slurm is None else "submit or wait for"
                     say(console, f"{len(jobs)} runs in {folder}: {done} finished; {len(jobs) - done} to {doing}.")
-                    if failed := execute(console, grid, jobs, args.processes, held):
+                    if ended := execute(console, grid, jobs, args.processes, held):
                         tuned = {(job.run.experts, job.run.arm) for job in jobs if job.run.is_tuning and job.loss}
-                        wanted = {(job.run.experts, job.run.arm) for job in jobs}
-                        if tuned < wanted or not {*failed.values()} <= NOT_FINITE:
+                        wanted = {(job.run.experts, job.run.arm) for job in jobs if job.run.is_tuning}
+                        is_cut = tuned < wanted or not {*ended.values()} <= NOT_FINITE
+                        if is_cut or not wanted:
+                            failed |= ended
+                        if is_cut:
                             break  # later runs depend on these
-                        say(console, f"Tuned without {', '.join(failed)}.", "red")
+                        say(console, f"NaN or Inf; continues without {', '.join(ended)}.", "red")
             finally:
                 show(read_folder(folder))
         if failed:

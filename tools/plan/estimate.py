@@ -101,4 +101,4 @@ def _memory_lines(args: argparse.Namespace, stages: list[Stage], fullest: dict[s
     yield f"  without {memory.NOT_COUNTED}"
     if args.num_experts and args.expert_model_parallel_size > 1:
         sent = [memory.exchanged_bytes(args, stages, experts) for experts in phases.values()]
-        yield f"{'All-to-all, GB a step':<24}" + "".join(f"{amount / 1e9:15.2f}" for amount in sent)
+        yield f"{'Tokens sent, GB a step':<24}" + "".join(f"{amount / 1e9:15.2f}" for amount in sent)

@@ -207,10 +207,11 @@ def stage_memory(args: argparse.Namespace, stages: list[Stage], index: int, expe
     shared_copies = per_stage // args.tensor_model_parallel_size  # context parallel ranks share the optimizer too
     expert_copies = per_stage // (args.expert_tensor_parallel_size * args.expert_model_parallel_size)
     part, sharded = stage.shared / shared_copies + stage.experts / expert_copies, sharding(args)
+    on_gpu = 1 - args.optimizer_offload_fraction if args.optimizer_cpu_offload else 1
     return Memory(
         weights=element_size(args) * (part if "params" in sharded else parameters),
         gradients=gradient_size(args) * (part if "grads" in sharded else parameters),
-        optimizer=_optimizer_bytes(args) * (part if "optim" in sharded else parameters),
+        optimizer=on_gpu * _optimizer_bytes(args) * (part if "optim" in sharded else parameters),
         activations=_activations(args, stages, index, experts_per_token),
     )
 
@@ -222,17 +223,18 @@ def checkpoint_bytes(args: argparse.Namespace, parameters: int) -> float:
 
 
 def exchanged_bytes(args: argparse.Namespace, stages: list[Stage], experts_per_token: float) -> float:
-    """Return the bytes that a GPU sends to others in a step's all-to-all exchanges of tokens.
+    """Return the bytes that a GPU sends to others in a step's exchanges of tokens.
 
     Each pair's vector travels there and back, and so does its gradient; recomputation sends the vectors again.
-    `experts_per_token` experts are computed in each MoE layer.
+    `experts_per_token` experts are computed in each MoE layer. Allgather sends each token to all ranks instead.
     """
     layers = sum("E" in layer for stage in stages for layer in stage.layers)
     groups = [group for stage in stages for group in group_activations(args, stage.layers, experts_per_token)]
     again = sum(group.again.count("E") for group in groups)
     tokens = args.global_batch_size * args.seq_length / args.world_size
-    vectors = tokens * experts_per_token * (1 - 1 / args.expert_model_parallel_size)
-    return (4 * layers + 2 * again) * vectors * args.hidden_size * element_size(args)
+    ranks = args.expert_model_parallel_size
+    copies = ranks - 1 if args.moe_token_dispatcher_type == "allgather" else experts_per_token * (1 - 1 / ranks)
+    return (4 * layers + 2 * again) * tokens * copies * args.hidden_size * element_size(args)
 
 
 def _optimizer_bytes(args: argparse.Namespace) -> int:

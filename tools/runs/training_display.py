@@ -70,8 +70,9 @@ class TrainingDisplay:
         self._progress.stop()
 
     def say(self, line: str) -> None:
-        """Print a line above the bars."""
-        say(self._progress.console, f"  {line}")
+        """Print a line above the bars. Runs go on if nobody reads it; rich exits at a broken pipe."""
+        with suppress(OSError, SystemExit):
+            say(self._progress.console, f"  {line}")
 
     def finish(self, shown: ShownTraining, result: str) -> None:
         """Show the result of a run that has ended."""

@@ -75,13 +75,11 @@ def _adapt_modules() -> None:
     # Megatron-FSDP builds a device's name from "cuda:" and the current device, and meshes of the type "cuda".
     for module in (mcore_fsdp_adapter, megatron_fsdp):
         module.torch = facade.with_one_device(module.torch)
-    mcore_fsdp_adapter.DeviceMesh = SimpleNamespace(from_group=_cpu_mesh)
+    mcore_fsdp_adapter.DeviceMesh = SimpleNamespace(
+        from_group=lambda *given, **options: DeviceMesh.from_group(*given, **options | {"device_type": "cpu"})
+    )
     # This function warms up fused kernels, which do not exist here.
     initialize._warmup_jit_function = lambda *_args, **_kwargs: None
-
-
-def _cpu_mesh(*arguments: Any, **options: Any) -> DeviceMesh:
-    return DeviceMesh.from_group(*arguments, **options | {"device_type": "cpu"})
 
 
 def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -144,6 +144,8 @@ def _forwarding(evaluate: Callable[..., Any], prefix: str, iteration: int) -> Ca
     def evaluate_and_forward(*arguments: Any, **options: Any) -> Any:
         result = evaluate(*arguments, **options)
         name, losses = next(names), result[0]
+        if result[2]:  # At the time limit, Megatron leaves the timer running, and the test set would start it again.
+            get_timers()("evaluate").stop()
         if losses and _is_wanted():  # after the time limit there are no losses
             record: dict[str, Any] = {"kind": "validation", "iteration": iteration}
             record |= {"set": name} if name else {}

@@ -124,14 +124,20 @@ def _check_split(
     return tokens
 
 
+def count_evaluations(args: argparse.Namespace, steps: int) -> int:
+    """Return how many times a run evaluates in its first steps, without the evaluation at the end."""
+    first = args.start_eval_at_iter or 1
+    return max(steps // args.eval_interval - (first - 1) // args.eval_interval, 0)
+
+
 def _check_blend(args: argparse.Namespace, flag: str, tokens: list[int], number: int) -> None:
     """Check that data sets without weights, which Megatron reads once, have enough sequences for the whole run."""
     if len(tokens) == 1 or args.skip_train or (number == 1 and args.multiple_validation_sets):
         return
     wanted = args.train_samples or args.train_iters * args.global_batch_size
     if number:
-        evaluations = (wanted // args.global_batch_size - (args.start_eval_at_iter or 0)) // args.eval_interval + 1
-        wanted = (evaluations if number == 1 else 1) * args.eval_iters * args.eval_global_batch_size
+        evaluations = count_evaluations(args, wanted // args.global_batch_size) if number == 1 else 0
+        wanted = (evaluations + 1) * args.eval_iters * args.eval_global_batch_size
     if (held := sum((each - 1) // args.seq_length for each in tokens)) < wanted:
         raise DataError(
             f"{flag}: its {SPLITS[number]} data has {held:,} sequences, and the run reads {wanted:,}. Megatron repeats "

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.remoe.start.data import count_evaluations
 from megatron.training import get_args, get_timers, get_tokenizer, print_rank_0
 from megatron.training.training import stimer  # the timer of --log-straggler; a new one would reset it
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
@@ -98,18 +100,11 @@ def forward_step(
     return output, partial(loss_func, loss_mask)
 
 
-def _builds_datasets(vp_stage: int | None) -> bool:
-    return is_first_or_last_pipeline_stage(vp_stage) and mpu.get_tensor_model_parallel_rank() == 0
-
-
 def dataset_config() -> GPTDatasetConfig:
     """Build Megatron's data set configuration from its global arguments."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    sequences_per_dataset = None
-    if args.per_dataset_sequences_path is not None:
-        with open(args.per_dataset_sequences_path) as file:
-            sequences_per_dataset = json.load(file)
+    path = args.per_dataset_sequences_path
     names = {field.name for field in fields(GPTDatasetConfig)} - {"data_parallel_size", "hybrid_context_parallel"}
     given = {name: value for name, value in vars(args).items() if name in names}
     given |= {
@@ -121,7 +116,7 @@ def dataset_config() -> GPTDatasetConfig:
         "tokenizer": get_tokenizer(),
         "create_attention_mask": args.create_attention_mask_in_dataloader,
         "fast_cache_load": args.dataloader_fast_cache_load,
-        "sequences_per_dataset": sequences_per_dataset,
+        "sequences_per_dataset": None if path is None else json.loads(Path(path).read_text()),
         "defer_npy_index_mmap": args.dataloader_defer_npy_index_mmap,
     }
     return GPTDatasetConfig(**given)
@@ -130,7 +125,7 @@ def dataset_config() -> GPTDatasetConfig:
 def train_valid_test_datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> Any:
     """Build the training, validation and test sets; None for a set without sequences.
 
-    Lowers `args.consumed_valid_samples` if the evaluation settings have changed since the checkpoint.
+    Sets `args.consumed_valid_samples` to those of an uninterrupted run with these settings.
 
     Args:
         num_samples: number of sequences of each set.
@@ -138,16 +133,15 @@ def train_valid_test_datasets_provider(num_samples: list[int], vp_stage: int | N
     """
     args = get_args()
     if not args.full_validation:
-        # Earlier evaluations with other settings must leave enough sequences for later ones.
-        evaluations = args.iteration // args.eval_interval - (args.start_eval_at_iter or 0) // args.eval_interval
-        evaluations = 0 if args.skip_train else max(evaluations, 0)
-        most = evaluations * args.eval_iters * args.eval_global_batch_size
-        args.consumed_valid_samples = min(args.consumed_valid_samples, most)
+        # Megatron counts one too few with --start-eval-at-iter, and earlier evaluations may have had other settings.
+        ends = (0, 0) if args.skip_train else (args.iteration, args.train_iters)
+        done, planned = (count_evaluations(args, end) * num_samples[2] for end in ends)
+        args.consumed_valid_samples = done
+        num_samples = [num_samples[0], planned + num_samples[2], num_samples[2]]
     dataset_class = MockGPTDataset if args.mock_data else GPTDataset
     print_rank_0("> building train, validation, and test datasets ...")
-    data_sets = BlendedMegatronDatasetBuilder(
-        dataset_class, num_samples, partial(_builds_datasets, vp_stage), dataset_config()
-    ).build()
+    builds = is_first_or_last_pipeline_stage(vp_stage) and mpu.get_tensor_model_parallel_rank() == 0
+    data_sets = BlendedMegatronDatasetBuilder(dataset_class, num_samples, lambda: builds, dataset_config()).build()
     # Megatron's loader fails on a blend without sequences, for example with --eval-iters 0.
     return [None if wanted == 0 else data_set for wanted, data_set in zip(num_samples, data_sets, strict=True)]
 

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -108,8 +109,8 @@ def _fit_routers(
 def training_flags(args: argparse.Namespace, output: Path) -> str:
     """Return the flags to train the ReMoE with, in addition to those of its source."""
     granularity = args.moe_granularity
-    flags = f"--pretrained-checkpoint {output} --moe-relu-routing --num-experts {args.num_experts // granularity}"
-    flags += f" --moe-router-topk {args.moe_router_topk // granularity}"
+    flags = f"--pretrained-checkpoint {quote(str(output))} --moe-relu-routing"
+    flags += f" --num-experts {args.num_experts // granularity} --moe-router-topk {args.moe_router_topk // granularity}"
     if granularity > 1:
         flags += f" --moe-granularity {granularity}"
     if args.moe_layer_freq != 1:

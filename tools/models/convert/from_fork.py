@@ -8,6 +8,7 @@ import argparse
 import math
 import re
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy
@@ -51,7 +52,7 @@ def convert_fork(options: argparse.Namespace) -> None:
     if args.moe_layer_freq == 1:
         content = stack_layers(content, args.num_layers)
     write_content(content, _collect_settings(state, args), options.save, folder.name)
-    print(f"wrote {options.save}, {folder.name}; continue the run with its flags and --load {options.save}")
+    print(f"wrote {options.save}, {folder.name}; continue the run with its flags and --load {quote(str(options.save))}")
 
 
 def _complete_arguments(saved: argparse.Namespace) -> argparse.Namespace:

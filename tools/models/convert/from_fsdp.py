@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
+from shlex import quote
 
 import torch
 
@@ -38,7 +39,7 @@ def convert_fsdp(options: argparse.Namespace) -> None:
                 parts |= _match_keys(name, tensor, index.state_dict_metadata)
         read_tensors(folder, index, parts)
         save(model, args, options.save)
-    print(f"wrote {options.save}; train with --pretrained-checkpoint {options.save}")
+    print(f"wrote {options.save}; train with --pretrained-checkpoint {quote(str(options.save))}")
 
 
 def _match_keys(name: str, tensor: torch.Tensor, keys: Mapping[str, object]) -> dict[str, torch.Tensor]:

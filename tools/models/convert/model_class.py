@@ -5,6 +5,7 @@ are the same numbers under different names.
 """
 
 import argparse
+from shlex import quote
 
 from megatron.remoe.start.checkpoint_files import common_state
 
@@ -36,7 +37,7 @@ def convert_class(options: argparse.Namespace) -> None:
     flags = pattern if options.model == "hybrid" else f"--num-layers {args.num_layers}"
     if options.model == "gpt" and isinstance(args.moe_layer_freq, list):
         flags += f" --moe-layer-freq '{str(args.moe_layer_freq).replace(' ', '')}'"
-    print(f"wrote {options.save}, {folder.name}; continue the run with --load {options.save} {flags}")
+    print(f"wrote {options.save}, {folder.name}; continue the run with --load {quote(str(options.save))} {flags}")
 
 
 def _convert_to_hybrid(content: Content) -> Content:
