@@ -52,8 +52,9 @@ def element_size(args: argparse.Namespace) -> int:
 
 def gradient_size(args: argparse.Namespace) -> int:
     """Return the bytes per element of Megatron's gradient buffers."""
-    in_fp32 = args.megatron_fsdp_main_grads_dtype if args.use_megatron_fsdp else args.accumulate_allreduce_grads_in_fp32
-    return 4 if in_fp32 else element_size(args)
+    dtype = args.megatron_fsdp_main_grads_dtype if args.use_megatron_fsdp else None
+    in_fp32 = args.accumulate_allreduce_grads_in_fp32 and not args.use_megatron_fsdp
+    return dtype.itemsize if dtype is not None else 4 if in_fp32 else element_size(args)
 
 
 def sharding(args: argparse.Namespace) -> str:

@@ -35,7 +35,7 @@ LEFT_OUT = set(
     "--valid-data-path --test-data-path --per-split-data-args-path --data-cache-path --train-iters --train-samples "
     "--lr-decay-iters --lr-decay-samples --lr-warmup-iters --lr-warmup-samples --lr-wsd-decay-iters "
     "--lr-wsd-decay-samples --exit-interval --exit-duration-in-mins --log-interval --eval-interval --eval-iters "
-    "--num-workers --mock-data --cpu".split()
+    "--num-workers --mock-data --cpu --full-validation --multiple-validation-sets --validation-set-names".split()
 )
 
 

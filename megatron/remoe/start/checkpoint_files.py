@@ -106,6 +106,7 @@ def go_back(flag: str, failed: Path, problem: str, step: int | None = None) -> R
     root, whole = failed.parent, None
     if failed.name != RELEASE:
         whole = newest_complete(root, below=int(failed.name.removeprefix("iter_")) or None)
+        whole = newest_complete(root, above=step) if whole is None and step else whole
     if whole is None:
         raise BrokenCheckpointError(f"{flag} {root}: {problem}. No other checkpoint there is complete.")
     if step:

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 
 from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.files.errors import UsageError
-from megatron.remoe.routing.config import ReMoEConfig
+from megatron.remoe.routing.config import ReMoEConfig, ReMoEMLAConfig
 from megatron.remoe.routing.refusals import flag as flag_of
 from megatron.remoe.routing.refusals import shown
 from megatron.remoe.start.checkpoint_files import RELEASE, TRACKER, Resume, newest_complete
@@ -75,7 +74,7 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None) -> bool:
     given = f"{resume.flag} {resume.folder}"
     if (padding := differences(args, resume.saved, {"padded_vocab_size"})) and args.rank == 0:
         print(f"{given}: the loss shifts a little, because of {padding}.", file=sys.stderr, flush=True)
-    names = RATES if args.allow_changed_settings else result_settings()
+    names = RATES if args.allow_changed_settings else result_settings(args.multi_latent_attention)
     if different := differences(args, resume.saved, names - RATES if args.no_load_optim else names):
         raise UsageError(
             f"{given}: settings differ from the checkpoint's: {different}. Give the checkpoint's values, or a "
@@ -91,10 +90,10 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None) -> bool:
     return here != there and args.weight_decay_incr_style == "constant"
 
 
-def result_settings() -> set[str]:
-    """Return the names of the settings that change a run's result, except for the learning rate's schedule."""
+def result_settings(is_latent: bool) -> set[str]:
+    """Return the settings that change the result of a run (with MLA or not), but the learning rate's schedule."""
     kinds = typing.get_type_hints(PretrainConfigContainer)
-    models = {*_names(TransformerConfig), *_names(ReMoEConfig), *_names(*typing.get_args(kinds["model"]))}
+    models = {*_names(ReMoEMLAConfig if is_latent else ReMoEConfig), *_names(*typing.get_args(kinds["model"]))}
     models -= {*_names(ModelParallelConfig)}
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     groups = (group for group in parser._action_groups if group.title in FLAG_GROUPS)
