@@ -219,8 +219,9 @@ def stage_memory(args: argparse.Namespace, stages: list[Stage], index: int, expe
 
 def checkpoint_bytes(args: argparse.Namespace, parameters: int) -> float:
     """Return the bytes of one checkpoint on disk: weights and optimizer state of all parameters."""
-    optimizer = 0 if args.no_save_optim else _optimizer_bytes(args)
-    return (element_size(args) + optimizer) * parameters
+    # The distributed optimizer saves its fp32 weights, even if they are the model's.
+    again = 4 if args.use_distributed_optimizer and element_size(args) == 4 else 0
+    return (element_size(args) + (0 if args.no_save_optim else _optimizer_bytes(args) + again)) * parameters
 
 
 def exchanged_bytes(args: argparse.Namespace, stages: list[Stage], experts_per_token: float) -> float:
