@@ -12,6 +12,7 @@ from tests.training_runs import TINY
 COMPARED = {
     "--hidden-size 128": "--hidden-size 64 in the checkpoint, 128 here",
     "--moe-granularity 2": "--moe-granularity 1 in the checkpoint, 2 here",
+    "--moe-router-topk 2": "--moe-router-topk 1 in the checkpoint, 2 here",
     "--multi-latent-attention --rotary-scaling-factor 40": "--rotary-scaling-factor 1.0 in the checkpoint, 40.0 here",
     "--moe-relu-l1-reg-coeff-multiplier 1.5": "1.2 in the checkpoint, 1.5 here",
     "--rotary-interleaved": "--rotary-interleaved False in the checkpoint, (on) here",

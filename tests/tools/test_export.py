@@ -209,9 +209,7 @@ def test_unusable_folders_are_refused(tmp_path: Path, capfd: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("limit", [4_000, 60_000])
-def test_a_full_disk_leaves_nothing(
-    limit: int, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_full_disk_leaves_nothing(limit: int, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """If files cannot grow beyond a limit, as on a full disk, tools print one line and leave nothing behind."""
     make("relu").save_pretrained(tmp_path / "folder")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

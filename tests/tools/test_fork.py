@@ -61,9 +61,7 @@ def continued(kind: str, text: Path, load: Path, save: Path, *more: str, expect:
 
 
 @pytest.mark.parametrize("kind", oracle.KEPT)
-def test_a_fork_run_continues(
-    kind: str, saved: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fork_continues(kind: str, saved: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert convert("--load", saved / kind, "--save", tmp_path / "here") == 0
     printed = capsys.readouterr().out
     if "remoe" in kind:

@@ -60,9 +60,7 @@ def saved_model(name: str, folder: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_of_the_checkpoint_and_of_its_export(
-    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_logits_of_a_checkpoint_and_its_export(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = saved_model(name, tmp_path / "hf")
     assert main(["--from-hf", str(tmp_path / "hf"), "--save", str(tmp_path / "topk")]) == 0
     assert f"--pretrained-checkpoint {tmp_path / 'topk'} --num-layers 2" in capfd.readouterr().out

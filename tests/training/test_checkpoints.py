@@ -46,9 +46,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_goes_back_to_the_newest_whole_checkpoint(
-    damage: str, saved: Saved, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_goes_back_to_the_last_whole_checkpoint(damage: str, saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:
     spoil = DAMAGES[damage]
     assert chosen(saved.root) is None, "whole: Megatron's own choice stands"
     spoil(saved[6])

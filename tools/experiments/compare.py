@@ -196,7 +196,7 @@ def show(args: argparse.Namespace, rows: Sequence[Row]) -> None:
                 panels.setdefault(f"E = {experts}, {steps} steps", {})[arm] = losses
         arms = {run.arm for run in results if run.experts in (0, experts) and not run.is_tuning}
         if missing := arms.intersection(args.arms) - {line.titles[1] for line in lines}:
-            text.append(f"E = {experts}: the runs of {', '.join(sorted(missing))} have different flags; not shown.")
+            text += ["", f"E = {experts}: the runs of {', '.join(sorted(missing))} have different flags; not shown."]
     if args.results and not panels:
         files = " ".join(map(str, args.results))
         raise ToolError(f"--results {files}: no run has these flags. Give those that the runs had.")
@@ -213,13 +213,13 @@ def main(arguments: Sequence[str]) -> int:
             yield tuning
         tuned = choose_rates(args, finished(read_folder(args.output_dir)))
         pairs = [pair for experts in args.experts for pair in planned_runs(args, tuned, experts)]
-        longer = dict.fromkeys(run for run, _ in pairs)
-        tried = {**longer}  # a run can end with NaN
-        while longer:
-            yield [*longer]
+        runs = [*dict.fromkeys(run for run, _ in pairs)]
+        tried = set[Run]()  # a run that ends with NaN has no result
+        while runs:
+            yield runs
             results = finished(read_folder(args.output_dir))
+            tried.update(runs, results)
             matched = (run_of_equal_flops(*pair, results) for pair in pairs)
-            longer = dict.fromkeys(run for run in matched if run is not None and run not in {**tried, **results})
-            tried |= longer
+            runs = [*dict.fromkeys(run for run in matched if run is not None and run not in tried)]
 
     return run_grid("compare", args, rounds, lambda rows: show(args, rows))

@@ -91,7 +91,7 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None) -> bool:
 
 
 def result_settings(is_latent: bool) -> set[str]:
-    """Return the settings that change the result of a run (with MLA or not), but the learning rate's schedule."""
+    """Return the names of the settings that change a run's result, with MLA or not, except for the schedule."""
     kinds = typing.get_type_hints(PretrainConfigContainer)
     models = {*_names(ReMoEMLAConfig if is_latent else ReMoEConfig), *_names(*typing.get_args(kinds["model"]))}
     models -= {*_names(ModelParallelConfig)}
