@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,12 @@ PACKAGES = ("torch", "megatron-core", "transformers", "numpy")
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to train: "remoe" or "moe", flags in addition to the shape's, and environment variables."""
+    """A way to train: "remoe" or "moe", flags in addition to the shape's, and whether routers start at the target."""
 
     name: str
     routing: str
     flags: tuple[str, ...] = ()
-    environment: dict[str, str] = field(default_factory=lambda: {"BENCHMARK_AT_TARGET": "1"})
+    at_target: bool = True
 
 
 USUAL = (
@@ -65,9 +65,9 @@ USUAL = (
     Variant("top-k, Megatron's layers", "moe", ("--no-local-layer-fusion",)),
 )
 DENSE = (
-    Variant("dense start", "remoe", (), {}),
-    Variant("dense start, no limit", "remoe", ("--moe-relu-activation-limit", "0"), {}),
-    Variant("dense start, four experts", "remoe", ("--moe-relu-max-experts", "4"), {}),
+    Variant("dense start", "remoe", at_target=False),
+    Variant("dense start, no limit", "remoe", ("--moe-relu-activation-limit", "0"), at_target=False),
+    Variant("dense start, four experts", "remoe", ("--moe-relu-max-experts", "4"), at_target=False),
 )
 VARIANTS = {variant.name: variant for variant in (*USUAL, *DENSE)}
 
@@ -95,7 +95,8 @@ def run(shape: str, variant: Variant, steps: int, more: list[str]) -> dict[str, 
         command = [sys.executable, str(ROOT / "benchmarks" / "timed_entry.py"), *SIZE.layer_flags(variant.routing)]
         command += [*SIZE.flags(), *COMMON, *experts, *(GPU_FLAGS if on_gpu(more) else [])]
         command += ["--data-path", str(prefix), "--train-iters", str(steps), *variant.flags, *more]
-        environment = os.environ | variant.environment | {"BENCHMARK_RECORD": str(record)}
+        environment = os.environ | {"BENCHMARK_RECORD": str(record)}
+        environment |= {"BENCHMARK_AT_TARGET": "1"} if variant.at_target else {}
         result = subprocess.run(command, capture_output=True, text=True, env=environment)
         if result.returncode:
             raise SystemExit(f"{shape} {variant.name} failed:\n" + (result.stdout + result.stderr)[-3000:])

@@ -123,7 +123,7 @@ class Recorder:
 
         def finalize_and_record(*arguments: Any, **options: Any) -> None:
             routers = [module for module in modules if isinstance(module, ReLURouter)]
-            if counts := [router.counts for router in routers if router.counts is not None]:
+            if counts := [router.counts for router in routers]:
                 # Keep a tensor: reading its number would make ReMoE's steps, but no others, wait for the device.
                 pairs = sum(count.active - count["left_out"] for count in counts)
                 self.record["active"].append(pairs / sum(count["tokens"] for count in counts))
@@ -161,9 +161,11 @@ class Recorder:
             self.record["host"].append(now[1] - self.last[1])
         self.last = now
         self.count += 1
-        if self.on_gpu and self.count == PROFILED_STEP + 1:
+        if self.count != PROFILED_STEP + 1:
+            return
+        if self.on_gpu:
             self.record["peak_bytes"] = torch.cuda.max_memory_allocated() - self.held
-        elif not self.on_gpu and self.count == PROFILED_STEP + 1:
+        else:
             self.profiler.stop()
             self.record["peak_bytes"] = find_peak(self.profiler)
 
@@ -171,9 +173,10 @@ class Recorder:
 @torch.no_grad()
 def give_tokens_a_mean(chunks: list[torch.nn.Module]) -> None:
     """Add one vector to all embeddings: routers reach the target along it."""
-    for name, weight in (item for chunk in chunks for item in chunk.named_parameters()):
-        if name.endswith("word_embeddings.weight"):
-            weight.add_(3 * weight.std() * torch.randn(weight.shape[1], device=weight.device).sign())
+    for chunk in chunks:
+        for name, weight in chunk.named_parameters():
+            if name.endswith("word_embeddings.weight"):
+                weight.add_(3 * weight.std() * torch.randn(weight.shape[1], device=weight.device).sign())
 
 
 class Fit:

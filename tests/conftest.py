@@ -12,7 +12,6 @@ import torch
 from megatron.remoe import cpu
 from megatron.remoe.start import console
 from tests.data_sets import real_text, write_documents
-from tests.entry import Entry, shared_entry
 
 console.hide_unhelpful_warnings()
 if not torch.cuda.is_available():
@@ -31,6 +30,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 LONG = """
 test_rehearse test_quickstart test_training test_parity test_experiments_training test_shapes test_conversion
 test_static_checks test_hybrid test_fsdp test_checkpoints test_resharding test_finetuning test_export
+test_rehearsed test_faults test_launch_training test_run_lock test_megatron_changes
 """.split()
 
 
@@ -97,9 +97,3 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prefix = tmp_path_factory.mktemp("data") / "stdlib"
     write_documents(prefix, real_text())
     return prefix
-
-
-@pytest.fixture(scope="session")
-def entry() -> Entry:
-    """Return the training entry, for many short training runs."""
-    return shared_entry()

@@ -22,13 +22,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: 
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.remoe.baselines import ROUTERS  # noqa: E402
 from megatron.remoe.routing.controller import SparsityController  # noqa: E402
+from megatron.remoe.routing.counts import RoutingCounts  # noqa: E402
 from megatron.remoe.training.pairs import PairCounter  # noqa: E402
 from megatron.remoe.transformer.cross_entropy import vocab_parallel_cross_entropy  # noqa: E402
 from tests.layers import HIDDEN, make_config, make_layer  # noqa: E402
 
 
 def l1_gradient(router: torch.nn.Module, tokens: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
-    router.counts = None
+    router.counts = RoutingCounts.zeros(router.num_experts, tokens.device)
     probs, _ = router(tokens, padding)
     return torch.autograd.grad(probs.sum() * 0, router.weight)[0]
 

@@ -21,6 +21,7 @@ from megatron.remoe import patches
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
 from megatron.training import checkpointing, training
 from tests.checkpoints import Calls
+from tests.test_patches import stock
 from tests.training_runs import in_another_process
 
 
@@ -32,8 +33,7 @@ def saved(value: object) -> io.BytesIO:
 
 
 def test_megatron_still_executes_what_a_checkpoint_holds(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load_bytes = getattr(DefaultLoadPlanner.load_bytes, "__wrapped__", DefaultLoadPlanner.load_bytes)
-    monkeypatch.setattr(DefaultLoadPlanner, "load_bytes", load_bytes)
+    stock(monkeypatch, DefaultLoadPlanner, "load_bytes")
     loader, item = MCoreLoadPlanner.__new__(MCoreLoadPlanner), SimpleNamespace()
     loader.state_dict, loader.flatten_state_dict = {}, False
     item.dest_index = SimpleNamespace(fqn="rng_state")
@@ -64,8 +64,8 @@ def why_writing_failed(tmp_path) -> str:
 
 def test_megatron_still_loses_why_writing_failed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = filesystem_async.FileSystemWriterAsync
-    stock = getattr(writer.write_preloaded_data, "__wrapped__", writer.write_preloaded_data)
-    monkeypatch.setattr(writer, "write_preloaded_data", staticmethod(stock))
+    own = stock(monkeypatch, writer, "write_preloaded_data")
+    monkeypatch.setattr(writer, "write_preloaded_data", staticmethod(own))
     assert "Not a directory" not in why_writing_failed(tmp_path)
     patches.checkpoints.report_write_errors()
     assert f"{tmp_path / 'file' / 'shard'}: " in (why := why_writing_failed(tmp_path)) and "Not a directory" in why

@@ -47,14 +47,19 @@ def _load(command: str, arguments: Sequence[str]) -> Any:
     """Check a tool's arguments and packages where that saves time, then import and return its module."""
     module = f"{__package__}.{COMMANDS[command][0]}"
     if command in IMPORT_TORCH:
-        parsers = importlib.import_module(f"{__package__}.models.arguments")
+        from .models import arguments as parsers
+
         getattr(parsers, f"parse_{command}")(arguments)  # answers --help at once
-        importlib.import_module("megatron.remoe.start.console").hide_unhelpful_warnings()
+        from megatron.remoe.start.console import hide_unhelpful_warnings
+
+        hide_unhelpful_warnings()
     for name in NEEDED_LATE.get(command, ()):
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(name=name)
     if command in BUILDS_ON_CPU:
-        importlib.import_module(f"{__package__}.models.on_cpu").megatron_on_cpu()
+        from .models.on_cpu import megatron_on_cpu
+
+        megatron_on_cpu()
     return importlib.import_module(module)
 
 
@@ -74,7 +79,9 @@ def main() -> int:
         sys.argv[:2] = [f"remoe {command}"]
         return start(command, arguments)
     if command == "--version":
-        print(importlib.import_module("megatron.remoe").__version__)
+        from megatron.remoe import __version__
+
+        print(__version__)
     elif command in ("-h", "--help"):
         lines = [f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()]
         print("usage: remoe COMMAND ...", "", *lines, "", "remoe COMMAND --help lists a command's options.", sep="\n")

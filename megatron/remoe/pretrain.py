@@ -136,7 +136,7 @@ def checked_arguments(
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
-    args = parse_args(lambda parser: cpu.add_cpu_argument(add_flags(parser)), {"tokenizer_type": "GPT2BPETokenizer"})
+    args = parse_args(lambda parser: cpu.add_cpu_argument(add_flags(parser)))
     if on_cpu:
         cpu.adapt_arguments(args)
     machine.check_kernels(args.moe_kernels, on_cpu)

@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 
+from megatron.core.models.gpt import GPTModel
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 from tools.models.hf.settings import make_flags, parse_flags
+from tools.models.hf.weights import fill_megatron
+from tools.models.megatron_model import build
 
 VOCABULARY = 61
 SIZES: dict[str, Any] = {
@@ -68,6 +71,14 @@ def make(name: str, **changes: Any) -> RemoeForCausalLM:
 
 def tokens(batch: int = 3, length: int = 16) -> torch.Tensor:
     return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(7))
+
+
+def build_megatron(model: RemoeForCausalLM, **settings: object) -> tuple[GPTModel, argparse.Namespace]:
+    """Convert a model for transformers to Megatron's; return it and its arguments, changed by `settings`."""
+    args = argparse.Namespace(**(vars(megatron_args(model.config)) | settings))
+    megatron = build(args)
+    fill_megatron(megatron, model, model.config)
+    return megatron, args
 
 
 def megatron_args(config: RemoeConfig, more: Sequence[str] = ()) -> argparse.Namespace:

@@ -9,22 +9,18 @@ from transformers import AutoModelForCausalLM
 
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM, RemoeModel
-from tests.hf.models import MODELS, SIZES, make, megatron_args, tokens
+from tests.hf.models import MODELS, SIZES, build_megatron, make, tokens
 from tools.models.hf.settings import complete, make_config
-from tools.models.hf.weights import fill_megatron
-from tools.models.megatron_model import build
+from tools.models.measuring import compute_logits
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_megatrons(name: str, process_groups: None) -> None:
     model, ids = make(name), tokens()
-    args = megatron_args(model.config)
+    megatron, args = build_megatron(model)
     assert args.kv_channels, "a training run sets it, and compares it with the checkpoint"
-    megatron = build(args)
-    fill_megatron(megatron, model, model.config)
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, megatron(ids, positions, None), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(ids).logits, compute_logits(megatron, ids), rtol=1e-5, atol=1e-5)
     back = make_config(complete(args))
     for key, value in (SIZES | MODELS[name]).items():
         assert getattr(back, key) == getattr(model.config, key), (key, value)
@@ -34,8 +30,7 @@ def test_logits_are_megatrons(name: str, process_groups: None) -> None:
 def test_training_is_megatrons(name: str, process_groups: None) -> None:
     """Loss, L1 term, sparsity and gradients agree, with and without activation checkpointing."""
     model, ids = make(name), tokens()
-    megatron = build(megatron_args(model.config))
-    fill_megatron(megatron, model, model.config)
+    megatron, _ = build_megatron(model)
     megatron.train()
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     inputs, labels = ids[:, :-1], ids[:, 1:].contiguous()
@@ -65,8 +60,7 @@ def test_training_is_megatrons(name: str, process_groups: None) -> None:
 @pytest.mark.parametrize("name", ["top-k", "sigmoid", "sigmoid, bias"])
 def test_load_balancing_loss_is_megatrons(name: str, process_groups: None) -> None:
     model, ids = make(name, router_aux_loss_coef=0.05), tokens()
-    megatron = build(megatron_args(model.config))
-    fill_megatron(megatron, model, model.config)
+    megatron, _ = build_megatron(model)
     megatron.train()
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     inputs, labels = ids[:, :-1], ids[:, 1:].contiguous()

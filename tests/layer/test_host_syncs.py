@@ -1,5 +1,7 @@
 """Test that the host waits for the device once per MoE layer, for the counts, and never in the update."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,10 +36,10 @@ def test_a_layer_waits_once(limit: float, kernels: str, monkeypatch: pytest.Monk
     config = make_config(moe_router_topk=2, moe_relu_activation_limit=limit, moe_kernels=kernels)
     layer = make_layer(config, fused=True)
     tokens = torch.randn(8, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
-    calls = reads(monkeypatch)
+    reads = watch_reads(monkeypatch)
     with Waits() as waits:
         layer(tokens)[0].sum().backward()
-    assert len(calls) == 1 and waits.seen == []
+    assert reads.call_count == 1 and waits.seen == []
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
@@ -47,23 +49,17 @@ def test_counts_that_nobody_asks_for_are_not_gathered(dispatcher: str, monkeypat
     unbounded = make_layer(make_config(**settings, moe_relu_activation_limit=0.0))
     unreachable = make_layer(make_config(**settings, moe_relu_activation_limit=2.0))
     tokens = torch.randn(8, 2, HIDDEN, dtype=torch.float64, device=unbounded.router.weight.device)
-    calls = reads(monkeypatch)
+    reads = watch_reads(monkeypatch)
     unbounded(tokens)
     unreachable(tokens)
-    assert len(calls) == (0 if dispatcher == "allgather" else 2), "alltoall is told by them who sends what"
+    assert reads.call_count == (0 if dispatcher == "allgather" else 2), "alltoall is told by them who sends what"
 
 
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
-    """Return a list that collects the arguments of each later call of `read_pairs`, which waits."""
-    calls = []
-
-    def read(*arguments):
-        calls.append(arguments)
-        return read_pairs(*arguments)
-
-    read_pairs = counting.read_pairs
-    monkeypatch.setattr(counting, "read_pairs", read)
-    return calls
+def watch_reads(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Return a mock that counts the later calls of `read_pairs`, which waits."""
+    reads = Mock(wraps=counting.read_pairs)
+    monkeypatch.setattr(counting, "read_pairs", reads)
+    return reads
 
 
 def test_the_update_does_not_wait() -> None:

@@ -57,7 +57,6 @@ def observe(model_cfg: Any) -> None:
             relu = [router for _, router in routers if isinstance(router, ReLURouter)]
             if first:
                 for router in relu:
-                    assert router.counts is not None
                     seen = [*router.counts["tokens_per_expert"].tolist(), float(router.counts["tokens"])]
                     record["first_counts"][router.layer_number] = seen
             finalize(*arguments, **options)

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from megatron.remoe.routing.counts import RoutingCounts
 from megatron.remoe.routing.router import ReLURouter
 from tests.layers import HIDDEN, make_config, make_layer
 
@@ -52,7 +53,7 @@ def test_padding_is_neither_routed_counted_nor_guarded(make_router, guarded: int
     assert not routing_map.view(6, 2, -1)[4:, 1].any() and not probs.view(6, 2, -1)[4:, 1].any()
     assert counts["tokens"] == 10 and counts.active == routing_map.sum()
 
-    router.counts, router.weight.grad = None, None
+    router.counts, router.weight.grad = RoutingCounts.zeros(router.num_experts, tokens.device), None
     kept = tokens.reshape(-1, HIDDEN)[~padding.reshape(-1)].unsqueeze(1)
     probs, _ = router(kept)
     (probs.sum() * 0).backward()
@@ -67,7 +68,7 @@ def test_evaluation_and_no_grad_count_nothing(make_router) -> None:
         router(tokens)
     router.eval()
     router(tokens)
-    assert router.counts is None
+    assert not router.counts.table.any()
 
 
 @pytest.mark.parametrize("guarded", [0, 1])

@@ -12,7 +12,7 @@ import pytest
 
 from megatron.remoe.files.indexed import IndexedWriter, bin_path, idx_path
 from tests.data_sets import write_documents
-from tests.entry import LIMIT, Entry
+from tests.entry import LIMIT, shared_entry
 from tests.start.mistakes import ENTRY, HYBRID, User, on, plain
 from tests.tiny_model import RELU
 from tests.training_runs import last_error
@@ -42,14 +42,14 @@ def make_data_sets(user: User, source: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def user(entry: Entry, data: Path, tmp_path_factory: pytest.TempPathFactory) -> User:
+def user(data: Path, tmp_path_factory: pytest.TempPathFactory) -> User:
     user = User(tmp_path_factory.mktemp("user"))
     make_data_sets(user, data)
     relu = " ".join(RELU)
     runs = {"remoe": relu, "dense": "", "hybrid": f"{relu} {HYBRID}"}
     for name, routing in runs.items():
         saving = f"--save {{{name}}} --save-interval 2 --train-iters 2"
-        code, output = entry.run(plain(f"{routing} {saving}")(user))
+        code, output = shared_entry().run(plain(f"{routing} {saving}")(user))
         assert code == 0, output[-3000:]
     shutil.copytree(user["dense"], user["cut"])
     for file in (user.folder / "cut" / "iter_0000002").glob("*.distcp"):
@@ -65,10 +65,10 @@ def used_port() -> Iterator[str]:
 
 @pytest.mark.timeout(3 * LIMIT)
 @pytest.mark.parametrize("name", ENTRY)
-def test_entry(name: str, entry: Entry, user: User, used_port: str) -> None:
+def test_entry(name: str, user: User, used_port: str) -> None:
     case, before = ENTRY[name], contents(user.folder)
     environment = {key: value or used_port for key, value in (case.environment or {}).items()}
-    code, output = entry.run(case.arguments(user), environment, list(case.unset))
+    code, output = shared_entry().run(case.arguments(user), environment, list(case.unset))
     assert code is not None, f"hangs: {output[-2000:]}"
     message = last_error(output)
     assert code == case.code and message.count("\n") <= LINES and len(message) < 1000, message
@@ -80,7 +80,7 @@ def test_entry(name: str, entry: Entry, user: User, used_port: str) -> None:
     assert {path: after.get(path) for path in before} == before, "a file of the user's has changed"
 
 
-def test_resuming_allows_changed_length_and_folders(entry: Entry, user: User, tmp_path: Path) -> None:
+def test_resuming_allows_changed_length_and_folders(user: User, tmp_path: Path) -> None:
     """Length, micro-batch size, intervals and folders can change on resuming. A second start has nothing to do."""
     shutil.copytree(user["remoe"], tmp_path / "moved")
     for path in (bin_path, idx_path):
@@ -89,9 +89,9 @@ def test_resuming_allows_changed_length_and_folders(entry: Entry, user: User, tm
     others = "--train-iters 4 --lr-decay-iters 2 --micro-batch-size 2 --log-interval 2 --save-interval 3"
     places = f"--load {moved} --save {moved} --data-path {tmp_path / 'text'}"
     arguments = on("text", f"{others} --eval-interval 7 --eval-iters 1 {places}")(user)
-    code, output = entry.run(arguments)
+    code, output = shared_entry().run(arguments)
     assert code == 0 and "iteration        4/       4" in output and "Nothing to do" not in output, output[-2000:]
-    code, output = entry.run(arguments)
+    code, output = shared_entry().run(arguments)
     assert code == 0 and "validation loss at iteration 4" in output
     last = output.splitlines()[-1]
     assert (

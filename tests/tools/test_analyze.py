@@ -13,13 +13,11 @@ from transformers import AutoTokenizer
 
 from megatron.remoe.hf import RemoeForCausalLM
 from tests.data_sets import write_documents
-from tests.hf.models import make, megatron_args
+from tests.hf.models import build_megatron, make
 from tools.models.analyze import findings
 from tools.models.analyze.command import main
 from tools.models.checkpoints import save
-from tools.models.hf.weights import fill_megatron
 from tools.models.measuring import find_blocks
-from tools.models.megatron_model import build
 from tools.models.text import read_batches, read_sequences, sample
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
@@ -154,13 +152,10 @@ def test_frequent_tokens_and_those_of_an_expert(domains: list[Path], tokenizer: 
 def test_reads_checkpoints(domains: list[Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A run's checkpoint gives the exported folder's results, even without a tokenizer. Wrong flags are refused."""
     model, folder = exported(tmp_path / "model", "relu")
-    args = megatron_args(model.config)
-    args.tokenizer_type, args.params_dtype = "SentencePieceTokenizer", torch.float32
-    megatron = build(args)
-    fill_megatron(megatron, model, model.config)
     run = tmp_path / "run"
     run.mkdir()
-    save(megatron, args, run / "checkpoints")
+    own = {"tokenizer_type": "SentencePieceTokenizer", "params_dtype": torch.float32}
+    save(*build_megatron(model, **own), run / "checkpoints")
     expected = analyze(tmp_path / "out", "--load", folder, "--data", *domains)
     words = ["--load", str(run), "--seq-length", str(LENGTH), "--data", *map(str, domains)]
     assert main(words) == 0 and "SentencePieceTokenizer" in capfd.readouterr().err

@@ -11,10 +11,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from megatron.core.models.gpt import GPTModel
-from megatron.remoe.hf import RemoeForCausalLM
 from megatron.remoe.training.gpt2_tokenizer import use_local_gpt2_files
-from tests.hf.models import make, megatron_args, tokens
+from tests.hf.models import build_megatron, make, megatron_args, tokens
 from tests.tiny_model import RELU
 from tests.training_runs import TINY, run
 from tools.console.errors import ConversionError
@@ -24,8 +22,7 @@ from tools.models.convert.command import main as convert
 from tools.models.hf.opening import read_folder
 from tools.models.hf.tokenizer import find_training_tokenizer
 from tools.models.hf.weights import fill_megatron
-from tools.models.measuring import measure_loss, split_batches
-from tools.models.megatron_model import build
+from tools.models.measuring import compute_logits, measure_loss, split_batches
 from tools.text.corpora.dataset import byte_level_vocabulary
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
@@ -40,14 +37,6 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     words.append("--use-distributed-optimizer")
     run([*MIXED, "--data-path", str(data), *words], processes=2)
     return folder
-
-
-def build_megatron(model: RemoeForCausalLM, **settings: object) -> tuple[GPTModel, argparse.Namespace]:
-    """Convert a model for transformers to Megatron's; return it and its arguments, changed by `settings`."""
-    args = argparse.Namespace(**(vars(megatron_args(model.config)) | settings))
-    megatron = build(args)
-    fill_megatron(megatron, model, model.config)
-    return megatron, args
 
 
 def main(*words: str | Path) -> int:
@@ -124,8 +113,7 @@ def test_settings_of_a_gpu_and_noise() -> None:
     on_gpus |= {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}
     on_gpus |= {"overlap_moe_expert_parallel_comm": True, "delay_wgrad_compute": True, "use_te_activation_func": True}
     megatron, _ = build_megatron(model, **on_gpus, moe_input_jitter_eps=0.1)
-    positions = torch.arange(16).expand(3, 16)
-    torch.testing.assert_close(megatron(tokens(), positions, None), model(tokens()).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(compute_logits(megatron, tokens()), model(tokens()).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,10 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tests.hf.models import make, megatron_args
+from tests.hf.models import build_megatron, make
 from tools.models import checkpoints
 from tools.models.generate import main
 from tools.models.hf.opening import open_model
-from tools.models.hf.weights import fill_megatron
-from tools.models.megatron_model import build
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 
@@ -24,11 +22,8 @@ def places(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """Save a ReMoE as a run's checkpoint and as an exported folder, and a dense model as a folder."""
     root = tmp_path_factory.mktemp("models")
     model = make("relu", vocab_size=264, max_position_embeddings=24)
-    args = megatron_args(model.config)
-    args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(tokenizer)
-    megatron = build(args)
-    fill_megatron(megatron, model, model.config)
-    checkpoints.save(megatron, args, root / "run")
+    own = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tokenizer)}
+    checkpoints.save(*build_megatron(model, **own), root / "run")
     names = ["input_ids", "token_type_ids", "attention_mask"]  # some tokenizers' default
     for name, one in {"folder": model, "dense": make("dense", vocab_size=264)}.items():
         one.save_pretrained(root / name)

@@ -67,7 +67,7 @@ def test_documented_commands_parse(words: list[str]) -> None:
 def test_a_table_is_made_of_its_data(path: Path) -> None:
     lines = []
     for row in json.loads(path.read_text()):
-        reference = (row["reference"],) if row["reference"] else None
+        reference = (row["reference"],) if row["reference"] else ()
         lines.append(Line((row["title"],), {entry["seed"]: entry for entry in row["seeds"]}, reference=reference))
     made = "\n".join(markdown([""], lines, MARGIN))
     name = "compare " + " ".join(path.stem.rsplit("-", 1))

@@ -15,7 +15,7 @@ from megatron.remoe.patches.checkpoints import refuse_unsafe_objects
 from megatron.remoe.start.checkpoint_files import TRACKER, choose_checkpoint
 from megatron.remoe.start.checkpoint_index import INDEX, BrokenCheckpointError, check_object
 from tests.checkpoints import Saved, tensors, training, truncate
-from tests.entry import Entry
+from tests.entry import shared_entry
 from tests.tiny_model import RELU
 from tests.training_runs import TINY, records, run, without
 from tools.text.corpora.dataset import byte_level_vocabulary
@@ -109,7 +109,7 @@ def test_an_evaluation_needs_no_settings_of_the_training(saved: Saved, data: Pat
     assert "validation loss at iteration 6 on validation set" in output and "Training: " not in output
 
 
-def test_experts_and_gpt2_files_come_from_the_checkpoint(data: Path, tmp_path: Path, entry: Entry) -> None:
+def test_experts_and_gpt2_files_come_from_the_checkpoint(data: Path, tmp_path: Path) -> None:
     """Each run has an empty cache, as on a new machine. It makes the tokenizer's folder again from the two files."""
     vocabulary, merges = byte_level_vocabulary(tmp_path)
     words = training(data, tmp_path / "run", "--save-interval", "1", "--lr-decay-iters", "6")
@@ -118,7 +118,7 @@ def test_experts_and_gpt2_files_come_from_the_checkpoint(data: Path, tmp_path: P
     given += ["--num-experts", "8"]
     for iterations, more in ((1, given), (2, ["--use-checkpoint-args"]), (3, ["--use-checkpoint-args"])):
         cache = str(tmp_path / f"cache{iterations}")
-        code, output = entry.run([*words, *more, "--train-iters", str(iterations)], {"XDG_CACHE_HOME": cache})
+        code, output = shared_entry().run([*words, *more, "--train-iters", str(iterations)], {"XDG_CACHE_HOME": cache})
         assert code == 0 and list(records(output)) == [iterations], output[-3000:]
         shutil.rmtree(cache)
 

@@ -1,6 +1,5 @@
 """Test multi-token prediction: the routers of its layers work like all others, in both model classes."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +21,12 @@ from tests.layers import make_config
 from tests.tiny_model import RELU
 from tests.training_runs import TINY, last_error, records, run
 from tools.models.export import main as export
+from tools.recipes.megatron_values import make_parser
 
-ARGS = argparse.Namespace(
-    moe_relu_routing=True,
-    log_interval=1,
-    tensorboard_log_interval=1,
-    save=None,
-    transformer_impl="local",
-    local_layer_fusion=True,
-    reset_attention_mask=False,
-    sequence_parallel=False,
-    use_megatron_fsdp=False,
-    num_experts=4,
-    add_bias_linear=False,
-    expert_model_parallel_size=1,
-    moe_baseline_router=None,
-    moe_warmup_topk=None,
-    optimizer="adam",
-    multi_latent_attention=False,
-    qk_layernorm_all_heads=False,
-    iteration=0,
-    mtp_num_layers=None,
+ARGS = make_parser().parse_args(
+    "--moe-relu-routing --transformer-impl local --num-experts 4 --disable-bias-linear --log-interval 1".split()
 )
+ARGS.iteration = 0
 
 
 def built(model_cfg: GPTModelConfig | HybridModelConfig) -> Any:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_model import RELU
+from tests.training.conftest import L1
 from tests.training_runs import TINY, run, series, step_losses
 
 RESHARDABLE = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
@@ -33,16 +33,8 @@ SAVED, END = 2, 4
 
 def train(data: Path, layout: str, *more: str) -> str:
     processes, flags = LAYOUTS[layout]
-    settings = ["--train-iters", str(END), "--save-interval", str(SAVED), "--moe-relu-l1-reg-coeff-init", "1e-3"]
-    return run([*TINY, *RELU, "--data-path", str(data), *settings, *flags, *more], processes)
-
-
-@pytest.fixture(scope="module")
-def initial(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Return the flags that start a run of any layout from one checkpoint."""
-    folder = tmp_path_factory.mktemp("initial")
-    train(data, "one process", "--train-iters", "1", "--save", str(folder), "--save-interval", "1")
-    return ["--load", str(folder), "--finetune"]
+    settings = ["--train-iters", str(END), "--save-interval", str(SAVED)]
+    return run([*TINY, *L1, "--data-path", str(data), *settings, *flags, *more], processes)
 
 
 @pytest.fixture(scope="module")

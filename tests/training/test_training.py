@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_model import RELU, TOPK
+from tests.training.conftest import L1
 from tests.training_runs import REPOSITORY, TINY, assert_equal, logged, records, run, series, weights
 
 ROUTING = (
@@ -16,7 +17,6 @@ ROUTING = (
     "highest layer sparsity",
 )
 FLIPS = ["--moe-log-flips-interval", "1"]
-L1 = [*RELU, "--moe-relu-l1-reg-coeff-init", "1e-3"]  # large enough for its gradient to change the losses
 
 
 def train(data: Path, *arguments: str, processes: int = 1, **options) -> str:
@@ -24,16 +24,8 @@ def train(data: Path, *arguments: str, processes: int = 1, **options) -> str:
 
 
 @pytest.fixture(scope="module")
-def initial(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a checkpoint that every layout starts from: Megatron initializes each layout's weights differently."""
-    folder = tmp_path_factory.mktemp("initial")
-    train(data, *L1, "--train-iters", "1", "--save", str(folder), "--save-interval", "1")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def one_process(data: Path, initial: Path) -> str:
-    return train(data, *L1, *FLIPS, "--load", str(initial), "--finetune", fresh=True)
+def one_process(data: Path, initial: list[str]) -> str:
+    return train(data, *L1, *FLIPS, *initial, fresh=True)
 
 
 def without_flips(actual: dict[int, dict[str, str]]) -> dict[int, dict[str, str]]:
@@ -80,27 +72,27 @@ WAYS = {  # in one process; tests/parity has several
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_same_training_in_every_way(way: str, data: Path, initial: Path, one_process: str) -> None:
-    output = train(data, *L1, *WAYS[way], "--load", str(initial), "--finetune")
+def test_same_training_in_every_way(way: str, data: Path, initial: list[str], one_process: str) -> None:
+    output = train(data, *L1, *WAYS[way], *initial)
     assert series(output, "lm loss") == pytest.approx(series(one_process, "lm loss"), rel=1e-4)
     assert series(output, "sparsity") == pytest.approx(series(one_process, "sparsity"), abs=1e-3)
     assert series(output, "l1 coefficient") == series(one_process, "l1 coefficient")
     assert series(output, "l1 loss") == pytest.approx(series(one_process, "l1 loss"), rel=1e-3)
 
 
-def test_same_training_in_one_micro_batch(data: Path, initial: Path) -> None:
+def test_same_training_in_one_micro_batch(data: Path, initial: list[str]) -> None:
     """The L1 coefficient is small, because L_reg is defined per micro-batch."""
-    start = [*RELU, "--load", str(initial), "--finetune"]
+    start = [*RELU, *initial]
     output, expected = train(data, *start, "--micro-batch-size", "8"), train(data, *start)
     assert series(output, "lm loss") == pytest.approx(series(expected, "lm loss"), rel=1e-4)
     assert series(output, "sparsity") == pytest.approx(series(expected, "sparsity"), abs=1e-3)
     assert series(output, "l1 coefficient") == series(expected, "l1 coefficient")
 
 
-def test_same_flips_in_a_layout(data: Path, initial: Path, one_process: str) -> None:
+def test_same_flips_in_a_layout(data: Path, initial: list[str], one_process: str) -> None:
     """The flips agree because the calibration set has the same four sequences in each layout."""
     layout = "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2".split()
-    output = train(data, *L1, *FLIPS, *layout, "--load", str(initial), "--finetune", processes=4)
+    output = train(data, *L1, *FLIPS, *layout, *initial, processes=4)
     actual, expected = records(output), records(one_process)
     assert "ReMoE, 468,288 parameters" in summary(output), "each counts once, however they are shared"
     assert "flip rate" not in actual[1], "nothing was looked at before"
@@ -149,8 +141,10 @@ def test_without_relu_routing_it_is_megatrons_own_training(
     assert series(output, "lm loss")[-1] < series(output, "lm loss")[0]
 
 
-def test_evaluation_leaves_the_training_as_it_is(data: Path, initial: Path, one_process: str, tmp_path: Path) -> None:
-    same = [*L1, *FLIPS, "--load", str(initial), "--finetune", "--save", str(tmp_path), "--save-interval", "8"]
+def test_evaluation_leaves_the_training_as_it_is(
+    data: Path, initial: list[str], one_process: str, tmp_path: Path
+) -> None:
+    same = [*L1, *FLIPS, *initial, "--save", str(tmp_path), "--save-interval", "8"]
     output = train(data, *same, "--eval-interval", "2", "--eval-iters", "2")
     assert "validation loss at iteration 2" in output
     assert [record["iteration"] for record in logged(tmp_path, "validation")] == [2, 4, 6, 8, 8]

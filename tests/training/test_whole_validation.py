@@ -12,6 +12,7 @@ from megatron.remoe.patches import validation
 from megatron.training import training
 from megatron.training.datasets.data_samplers import MegatronFullValidationSampler
 from tests.data_sets import real_text, write_documents
+from tests.test_patches import stock
 from tests.tiny_model import RELU
 from tests.training_runs import TINY, logged, run, without
 
@@ -82,8 +83,7 @@ def test_megatron_still_takes_one_sequence_at_a_time(monkeypatch: pytest.MonkeyP
     sampler, args = MegatronFullValidationSampler, SimpleNamespace(validation_samples=[])
     args.eval_micro_batch_size, args.eval_global_batch_size = 2, 8
     for name in ("__init__", "__len__", "__iter__"):
-        method = getattr(sampler, name)
-        monkeypatch.setattr(sampler, name, getattr(method, "__wrapped__", method))
+        stock(monkeypatch, sampler, name)
     monkeypatch.setattr(validation, "get_args", lambda: args)
     assert [*sampler(5, 1, 2)] == [[1], [3]]
     build = inspect.unwrap(training.build_train_valid_test_data_iterators)

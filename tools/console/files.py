@@ -67,9 +67,10 @@ def fingerprint(*parts: Any) -> str:
 def fingerprint_of_code(paths: Iterable[Path]) -> str:
     """Return a hash of Python files without their comments and docstrings, in the order of their paths."""
     trees = [ast.parse(path.read_bytes()) for path in sorted(paths)]
-    for node in (node for tree in trees for node in ast.walk(tree)):
-        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
-            del node.body[0]
+    for tree in trees:
+        for node in ast.walk(tree):
+            if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+                del node.body[0]
     return fingerprint([ast.dump(tree) for tree in trees])
 
 
@@ -82,9 +83,8 @@ def read_stamp(path: Path, inputs: str) -> dict[str, Any] | None:
     return stamp if isinstance(stamp, dict) and stamp.get("inputs") == inputs else None
 
 
-def recreate_folder(folder: Path) -> Path:
-    """Create a folder, or remove its content, and return it."""
+def recreate_folder(folder: Path) -> None:
+    """Create a folder, or remove its content."""
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    return folder

@@ -5,7 +5,7 @@ Megatron's parser reads the values of its flags: recipes/megatron_values.py.
 
 import argparse
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 
 def group_by_flag(words: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -31,12 +31,12 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return [*words[:place]], [*words[place + 1 :]]
 
 
-def without(words: Iterable[str], left_out: Callable[[str], bool]) -> list[str]:
-    """Return the words without the flags that `left_out` accepts, and without their values."""
+def without(words: Iterable[str], flags: Container[str]) -> list[str]:
+    """Return the words without these flags and their values."""
     kept, dropping = [], False
     for word in words:
         if word.startswith("--"):
-            dropping = left_out(word.partition("=")[0])
+            dropping = word.partition("=")[0] in flags
         if not dropping:
             kept.append(word)
     return kept

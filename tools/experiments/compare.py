@@ -167,7 +167,7 @@ def make_lines(args: argparse.Namespace, results: Results, experts: int) -> list
     for run, matching in planned_runs(args, choose_rates(args, results), experts):
         if run in results:
             titles, reference = (f"{run.steps}", run.arm), (f"{run.steps}", args.reference)
-            line = lines.setdefault(titles, Line(titles, {}, reference=reference if reference != titles else None))
+            line = lines.setdefault(titles, Line(titles, {}, reference=reference))
             line.seeds[run.seed] = vars(results[run])
             matched = None if args.equal_flops == NONE else run_of_equal_flops(run, matching, results)
             if matched is not None and matched in results:

@@ -19,7 +19,7 @@ from ..console.places import LOG, home, interpreter, short, tool
 from ..recipes import tiny
 from ..runs.figure_reader import read_figures
 from ..runs.run_figures import TOTALS, RunFigures
-from ..runs.running import run_tool
+from ..runs.running import make_main
 from ..text.corpora import dataset
 from .execute import execute
 from .jobs import Grid, Job, make_job
@@ -42,21 +42,16 @@ def parse_arguments(arguments: Sequence[str]) -> Namespace:
     text = f"optimizer steps of each run (default: QUICKSTART_ITERS, or {ITERATIONS})"
     iterations = os.environ.get("QUICKSTART_ITERS") or ITERATIONS
     add("--iterations", type=whole_number(10), default=iterations, metavar="N", help=text)
-    add(
-        "--experts",
-        type=whole_number(2),
-        default=SIZE.experts,
-        metavar="E",
-        help="experts per layer (default: %(default)s)",
-    )
+    text = "experts per layer (default: %(default)s)"
+    add("--experts", type=whole_number(2), default=SIZE.experts, metavar="E", help=text)
     add("--seed", type=whole_number(1), default=tiny.SEED, metavar="N", help="seed of the runs (default: %(default)s)")
     args = parser.parse_args(arguments)
     args.output_dir = (args.output_dir or home() / dataset.FOLDERS[args.corpus]).expanduser().resolve()
     return args
 
 
-def run(args: Namespace) -> int:
-    """Run the quickstart and return the exit code; each step reuses the results of an earlier call.
+def run(args: Namespace) -> None:
+    """Run the quickstart; each step reuses the results of an earlier call.
 
     Raises:
         ToolError: a run failed; the display has shown the end of its log.
@@ -84,7 +79,6 @@ def run(args: Namespace) -> int:
         draw(runs / "report.png", figures, summary)
     print_summary(summary)
     print_next_steps(console, output, runs, [*text.train_tokens][-1])
-    return 0
 
 
 def summarize(jobs: Sequence[Job], runs: Mapping[str, RunFigures]) -> dict[str, Any]:
@@ -156,7 +150,4 @@ def print_next_steps(console: Console, output: Path, runs: Path, domain: str) ->
         say(console, f"  {shlex.join(words)}")
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Parse the command line, run the quickstart and return the exit code."""
-    args = parse_arguments(arguments)
-    return run_tool("quickstart", lambda: run(args), "stopped. The same command continues from here")
+main = make_main("quickstart", parse_arguments, run, "stopped. The same command continues from here")

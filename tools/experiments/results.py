@@ -14,7 +14,7 @@ from megatron.remoe.files.files import write_text
 from ..console.errors import ToolError
 from ..recipes.flops import flops_per_sequence, training_flops
 from ..runs.figure_reader import read_figures
-from ..runs.run_figures import RunFigures
+from ..runs.run_figures import RunFigures, weigh
 from .run import Run, run_from_fields
 
 STAMP = "run.json"  # in a run's folder: the run, its fingerprint and its flags
@@ -99,9 +99,8 @@ def _mean_loss(figures: RunFigures, losses: Mapping[str, float], per_byte: Mappi
     wanted = figures.args.get("validation_set_names") or [""]
     if not losses.keys() >= {*wanted}:
         return None
-    tokens = {name: figures.evaluations[name][-1].tokens for name in wanted}
-    are_known = all(tokens.values())  # else all sets count the same
-    weights = {name: (tokens[name] if are_known else 1) / per_byte.get(name, 1.0) for name in wanted}
+    tokens = weigh([figures.evaluations[name][-1] for name in wanted])
+    weights = {name: number / per_byte.get(name, 1.0) for name, number in zip(wanted, tokens, strict=True)}
     return sum(losses[name] * weight for name, weight in weights.items()) / sum(weights.values())
 
 

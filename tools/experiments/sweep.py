@@ -95,15 +95,14 @@ def plan_runs(args: argparse.Namespace) -> dict[str, list[tuple[Run, float, str]
 
 
 def _plan_figure(figure: str, args: argparse.Namespace, base: Run) -> Iterator[tuple[Run, float, str]]:
-    def values(name: str, default: Sequence[Any]) -> Sequence[Any]:
-        return default if (given := getattr(args, name)) is None else given
-
     setting = SETTINGS.get(figure)
     fitting = setting.arms if setting else tuple(ARMS)
     usual = [arm for arm in ARMS if arm not in LEFT_OUT] if figure == "routing" else COMPARED
-    arms = [arm for arm in args.routings or usual if arm in fitting] or ([] if args.routings else fitting)
+    arms = [arm for arm in args.routings or usual if arm in fitting]
+    if not arms and not args.routings:
+        arms = [*fitting]
     if figure in VALUES:
-        for place, value in enumerate(values(figure, VALUES[figure])):
+        for place, value in enumerate(getattr(args, figure) or VALUES[figure]):
             for arm in arms:
                 run = replace(base, arm=arm, **{figure: value})
                 number = float(place if figure == "size" else value)
@@ -111,13 +110,13 @@ def _plan_figure(figure: str, args: argparse.Namespace, base: Run) -> Iterator[t
                 if arm == "dense" and figure == "experts":
                     yield replace(run, expansion=WIDE), number, str(value)
         return
-    for granularity in values("granularity", (1,)):
+    for granularity in args.granularity or (1,):
         for place, arm in enumerate(arms):
             run = replace(base, arm=arm, granularity=granularity)
             if setting is None:
                 yield run, float(place), ARMS[arm].label
             else:
-                for value in values(figure, setting.values):
+                for value in getattr(args, figure) or setting.values:
                     yield run.vary(figure, value), float(value), f"{value:g}"
 
 
@@ -142,7 +141,7 @@ def make_lines(results: Results) -> list[Line]:
         key, experts = replace(run, seed=0), run.experts or BASE.experts
         like = replace(key, arm="remoe", experts=experts, expansion=1, setting="", value=0.0, rate=1.0)
         titles, reference = ((each.name.replace("_seed0", ""),) for each in (key, like))
-        line = lines.setdefault(key, Line(titles, {}, reference=reference if reference != titles else None))
+        line = lines.setdefault(key, Line(titles, {}, reference=reference))
         line.seeds[run.seed] = vars(result)
     return [*lines.values()]
 

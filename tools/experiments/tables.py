@@ -26,13 +26,13 @@ class Line:
         titles: one for each of the table's first columns.
         seeds: seed → figures of the run.
         matched: seed → figures of the run with equal FLOPs; equals `seeds` for the arm that sets them.
-        reference: titles of the line from which gaps are measured; None for the reference itself.
+        reference: titles of the line from which gaps are measured; empty for none.
     """
 
     titles: tuple[str, ...]
     seeds: dict[int, Figures]
     matched: dict[int, Figures] = field(default_factory=dict)
-    reference: tuple[str, ...] | None = None
+    reference: tuple[str, ...] = ()
 
 
 def interval(values: Sequence[float], sign: str = "", digits: int = 4) -> str:
@@ -48,8 +48,8 @@ def gaps(lines: Sequence[Line]) -> dict[tuple[tuple[str, ...], str], list[float]
     by_titles = {line.titles: line for line in lines}
     values_of_lines = {}
     for line in lines:
-        reference = by_titles.get(line.reference) if line.reference is not None else None
-        if reference is None:
+        reference = by_titles.get(line.reference)
+        if reference is None or reference is line:
             continue
         pairs = {EQUAL_STEPS: (line.seeds, reference.seeds), EQUAL_FLOPS: (line.matched, reference.matched)}
         for kind, (mine, others) in pairs.items():

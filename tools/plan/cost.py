@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     planned: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()), usage_errors():
         sys.argv = ["pretrain_gpt.py", *planned_flags(flags, read_values(flags))]
-        args = parse_args(cpu.add_cpu_argument, {"tokenizer_type": "GPT2BPETokenizer"})
+        args = parse_args(cpu.add_cpu_argument)
         args.tensorboard_dir, args.wandb_project = None, ""  # set_global_variables would create or contact them
         if not args.cpu:
             fp4 = ("fp4", "fp4_param_gather")  # Megatron refuses these without Transformer Engine

@@ -118,7 +118,7 @@ def planned_flags(flags: Sequence[str], values: argparse.Namespace) -> list[str]
     planned = [*flags]
     if values.step_batch_size_schedule is not None:
         last = values.step_batch_size_schedule.rpartition(":")[2]
-        planned = [*without(flags, "--step-batch-size-schedule".__eq__), "--global-batch-size", last]
+        planned = [*without(flags, {"--step-batch-size-schedule"}), "--global-batch-size", last]
     are_there = all(file and os.path.isfile(file) for file in (values.vocab_file, values.merge_file))
     needs_files = values.tokenizer_type in (None, "GPT2BPETokenizer")
     return [*planned, *WITHOUT_FILES] if needs_files and not are_there else planned

@@ -52,9 +52,10 @@ def element_size(args: argparse.Namespace) -> int:
 
 def gradient_size(args: argparse.Namespace) -> int:
     """Return the bytes per element of Megatron's gradient buffers."""
-    dtype = args.megatron_fsdp_main_grads_dtype if args.use_megatron_fsdp else None
-    in_fp32 = args.accumulate_allreduce_grads_in_fp32 and not args.use_megatron_fsdp
-    return dtype.itemsize if dtype is not None else 4 if in_fp32 else element_size(args)
+    if args.use_megatron_fsdp:
+        dtype = args.megatron_fsdp_main_grads_dtype
+        return element_size(args) if dtype is None else dtype.itemsize
+    return 4 if args.accumulate_allreduce_grads_in_fp32 else element_size(args)
 
 
 def sharding(args: argparse.Namespace) -> str:
@@ -111,10 +112,13 @@ def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: flo
 
     pairs = experts_per_token * split
     # Grouped experts recompute everything after the first product. If possible, they index tokens without a copy.
-    gathers = args.expert_model_parallel_size == args.expert_tensor_parallel_size == 1
-    gathers = gathers and fused and args.swiglu and args.moe_token_dispatcher_type == "alltoall"
-    gathers = gathers and not (args.moe_permute_fusion or args.moe_pad_expert_input_to_capacity)
-    gathers = gathers and not args.moe_shared_expert_overlap
+    gathers = (
+        args.expert_model_parallel_size == args.expert_tensor_parallel_size == 1
+        and fused
+        and args.swiglu
+        and args.moe_token_dispatcher_type == "alltoall"
+        and not (args.moe_permute_fusion or args.moe_pad_expert_input_to_capacity or args.moe_shared_expert_overlap)
+    )
     hidden_tensors, activations = (2, 0) if fused and args.swiglu else _mlp_tensors(args, gated=True)
     parts["router"] = args.num_experts * split * (4 + 4 + 1)  # logits and gates in fp32, map
     parts["expert inputs"] = 0.0 if gathers else hidden * pairs * args.expert_tensor_parallel_size * size
@@ -153,11 +157,10 @@ def _mlp_tensors(args: argparse.Namespace, gated: bool = False) -> tuple[int, in
     Fused kernels recompute the steps in backward. Unfused SwiGLU keeps silu(x), the linear half and the product;
     `gated` experts also keep the product with the gate.
     """
-    before = 2 if args.swiglu else 1
-    if args.bias_swiglu_fusion if args.swiglu else args.bias_gelu_fusion:
+    before, after, is_fused = (2, 3, args.bias_swiglu_fusion) if args.swiglu else (1, 1, args.bias_gelu_fusion)
+    if is_fused:
         return before, 1
-    unfused = 3 if args.swiglu else 1
-    return before, unfused + 1 if gated else unfused
+    return before, after + 1 if gated else after
 
 
 def layer_activations(args: argparse.Namespace, sublayers: str, experts_per_token: float) -> LayerActivations:

@@ -98,14 +98,18 @@ def _stage(args: argparse.Namespace, rank: int) -> Stage:
 
 def count(models: list[torch.nn.Module]) -> Stage:
     """Count the parameters and layers of a stage from its model chunks. A layer counts as often as it is used."""
-    sizes = {True: 0, False: 0}
-    for name, parameter in (item for model in models for item in model.named_parameters()):
-        sizes[".mlp.experts." in name] += parameter.numel()
-    layers = [layer for model in models for layer in _sublayers(model)]
-    for block in (module for model in models for module in model.modules()):
-        if isinstance(block, MultiTokenPredictionBlock):  # --mtp-use-repeated-layer
-            layers += (block.config.mtp_num_layers - len(block.layers)) * _sublayers(block)
-    return Stage(sizes[False], sizes[True], tuple(layers))
+    shared, experts, layers = 0, 0, list[str]()
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if ".mlp.experts." in name:
+                experts += parameter.numel()
+            else:
+                shared += parameter.numel()
+        layers += _sublayers(model)
+        for block in model.modules():
+            if isinstance(block, MultiTokenPredictionBlock):  # --mtp-use-repeated-layer
+                layers += (block.config.mtp_num_layers - len(block.layers)) * _sublayers(block)
+    return Stage(shared, experts, tuple(layers))
 
 
 def _sublayers(model: torch.nn.Module) -> list[str]:

@@ -139,6 +139,7 @@ class Rehearsal:
     def __init__(self, options: dict[str, Any], collectives: Collectives) -> None:
         self.options, self.collectives = options, collectives
         self.pairs, self.engine = fake_ranks.FakePairCounts(0.0), EngineCalls()
+        self.args: argparse.Namespace  # Megatron's, from `observe` on
         self.record: dict[str, Any] = {"stages": {}, "model": {}}
         self.phases: dict[str, float] = {}
         self.plan: list[tuple[str, str]] = []
@@ -148,7 +149,7 @@ class Rehearsal:
         """Hook into the training loop. The training entry calls this after it has imported Megatron."""
         from megatron.training import get_args, training
 
-        args = get_args()
+        args = self.args = get_args()
         args.do_train = True  # in a real run, the first rank sends this to stages without data
         self.phases = experts_by_phase(args)
         if wanted := self.options["stage"]:
@@ -170,10 +171,8 @@ class Rehearsal:
         training.train_step = step
 
     def _step(self, phase: str, purpose: str, run: Any) -> Any:
-        from megatron.training import get_args
-
-        args = get_args()
-        self.pairs.share = self.phases[phase] / args.num_experts if args.num_experts else 0.0
+        experts = self.args.num_experts
+        self.pairs.share = self.phases[phase] / experts if experts else 0.0
         torch.cuda.reset_peak_memory_stats()
         start = time.monotonic()
         measure = {"events": self._count_events, "roofline": self._count_work}.get(purpose, lambda run: run())
@@ -198,9 +197,7 @@ class Rehearsal:
         return result
 
     def _count_work(self, run: Any) -> Any:
-        from megatron.training import get_args
-
-        roofline = Roofline(get_args(), self.options["rates"], self.engine)
+        roofline = Roofline(self.args, self.options["rates"], self.engine)
         with roofline:
             result = run()
         self.record["roofline"] = roofline.parts

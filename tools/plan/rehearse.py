@@ -41,7 +41,7 @@ LEFT_OUT = set(
 
 def rehearsal_flags(flags: Sequence[str], values: argparse.Namespace, steps: int) -> list[str]:
     """Return a run's `flags` with mock data, `steps` steps and nothing saved; `values` are the values of `flags`."""
-    kept = planned_flags(without(flags, LEFT_OUT.__contains__), values)
+    kept = planned_flags(without(flags, LEFT_OUT), values)
     run = f"--mock-data --train-iters {steps} --log-interval 1 --eval-interval 1000000 --eval-iters 0 --num-workers 0"
     return [*kept, *run.split(), "--lr-wsd-decay-iters", "1"]  # needed by WSD
 

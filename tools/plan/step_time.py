@@ -66,12 +66,12 @@ class StepTime:
 
     @property
     def least(self) -> float:
-        """Seconds if the GPU never waits for the host, and all collectives are hidden."""
+        """Return the seconds if the GPU never waits for the host, and all collectives are hidden."""
         return (self.products + self.traffic) * self.bubble
 
     @property
     def most(self) -> float:
-        """Seconds if nothing is hidden."""
+        """Return the seconds if nothing is hidden."""
         return (self.products + self.traffic + self.waiting) * self.bubble + self.links + self.network
 
     def limit(self) -> str:

@@ -72,10 +72,11 @@ def find_data_sets(folder: str) -> list[str]:
     names = sorted(path.name.removesuffix(".bin") for path in Path(folder).glob("[!.]*_document.bin") if path.is_file())
     if not names:
         raise RecipeError(f"no *_document.bin in DATA_DIR={folder}: make them with tools/preprocess_data.py")
-    numbers = [match[1] for match in map(_SHARD.fullmatch, names) if match]
+    shards = {name: match[1] for name in names if (match := _SHARD.fullmatch(name))}
+    numbers = [*shards.values()]
     if twice := sorted({number for number in numbers if numbers.count(number) > 1}):
         raise RecipeError(f"DATA_DIR={folder} has shard {twice[0]} twice, and both would be trained on: move one away")
-    pile = [name for name in names if (match := _SHARD.fullmatch(name)) and match[1] != "00"]
+    pile = [name for name, number in shards.items() if number != "00"]
     if 0 < len(pile) < 29:
         missing = sorted({f"{number:02}" for number in range(1, 30)} - {*numbers})
         print(f"Shards missing: {' '.join(missing)}; all data sets are used, shard 00 too.", file=sys.stderr)
@@ -119,8 +120,8 @@ def find_vocabulary(environment: Mapping[str, str], flags: Sequence[str], planne
         return []
     folder = environment.get("DATA_DIR") or "."
     words = ["--tokenizer-type", "GPT2BPETokenizer"]
-    kinds = (("VOCAB_FILE", "--vocab-file"), ("MERGE_FILE", "--merge-file"))
-    for (variable, flag), names in zip(kinds, zip(*GPT2_FILES[:2], strict=True), strict=True):
+    vocabularies, merges = zip(*GPT2_FILES[:2], strict=True)
+    for variable, flag, names in (("VOCAB_FILE", "--vocab-file", vocabularies), ("MERGE_FILE", "--merge-file", merges)):
         places = [f"{folder}{above}/{name}" for above in ("", "/..") for name in names]
         path = environment.get(variable) or next((place for place in places if os.path.isfile(place)), places[0])
         if not planned and not os.path.isfile(path):

@@ -62,12 +62,9 @@ def read_arguments(routing: str, given: Sequence[str]) -> tuple[dict[str, int], 
     defaults = {"gpus_per_node": 8, "train_iters": Training.iterations, "micro_batch_size": Training.micro_batch} | last
     if len(given) > len(defaults) + 1:
         raise RecipeError(f"too many arguments: {' '.join(given[len(defaults) + 1 :])}. Put Megatron's flags after --")
-    project = next(iter(given[len(defaults) :]), "") or PROJECT
-    numbers = dict(defaults)
-    for name, text in zip(defaults, given, strict=False):
-        if text:
-            numbers[name] = whole_number(name, text)
-    return numbers, project
+    texts = dict(zip((*defaults, "project_name"), given, strict=False))
+    project = texts.pop("project_name", "") or PROJECT
+    return defaults | {name: whole_number(name, text) for name, text in texts.items() if text}, project
 
 
 def plan(
@@ -87,7 +84,7 @@ def plan(
     model = replace(PAPER[size], ffn=PAPER[size].ffn * expansion)
     kind = Routing(routing, numbers.get("num_experts", 0), numbers.get("granularity", 1))
     end = f"e{kind.experts}g{kind.granularity}" if has_experts else f"ffn{4 * expansion}"
-    name = "_".join(["llama", size, routing, end, *[project] * (project != PROJECT)])
+    name = f"llama_{size}_{routing}_{end}" + ("" if project == PROJECT else f"_{project}")
     output = environment.get("OUTPUT_DIR") or str(home() / "runs" / name)
 
     data_path = data.find_data(environment, planned)
@@ -123,7 +120,8 @@ def plan(
     ]  # fmt: skip
     if environment.get("WANDB_API_KEY"):
         flags += ["--wandb-project", project, "--wandb-exp-name", name, "--wandb-save-dir", output]
-    flags = [*without(flags, {REPLACED.get(flag) for flag in group_by_flag(extra)}.__contains__), *extra]
+    replaced = {REPLACED[flag] for flag in group_by_flag(extra) if flag in REPLACED}
+    flags = [*without(flags, replaced), *extra]
     notes = []
     if parts != data.SPLITS[0]:
         notes.append(f"Split: {parts}, because the paper's {data.SPLITS[0]} leaves a part without documents")

@@ -54,8 +54,9 @@ def report(args: argparse.Namespace) -> None:
             print(f"{output}, {time.strftime('%H:%M:%S')}", flush=True)
             time.sleep(args.watch)
     finally:
-        for note in (note for run in write(None) for note in run.notes):
-            print(note, file=sys.stderr)
+        for run in write(None):
+            for note in run.notes:
+                print(note, file=sys.stderr)
     print(output)
 
 

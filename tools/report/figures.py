@@ -103,8 +103,8 @@ def _training_loss(figures: RunFigures) -> RunCurves:
 
 
 def _range_of_losses(runs: Sequence[RunFigures], first: float) -> dict[str, Range1d]:
-    late = [curve.values[curve.iterations >= first] for run in runs for curve in [smooth(run.curve("lm_loss"))]]
-    values = np.concatenate(late)
+    curves = [smooth(run.curve("lm_loss")) for run in runs]
+    values = np.concatenate([curve.values[curve.iterations >= first] for curve in curves])
     if not len(values):
         return {}
     margin = 0.05 * float(np.ptp(values)) or 0.1

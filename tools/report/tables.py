@@ -99,8 +99,11 @@ def stages(by_run: Mapping[str, Sequence[TrainingStage]]) -> Table:
     """Return the training stages of each run, by its name, as in table 6 of the paper."""
     rows = [
         [
-            *(run, {"way": "on the way"}.get(stage.name, stage.name), f"{stage.first:,}–{stage.last:,}"),
-            *(f"{stage.experts:.2f}" if stage.experts else "", duration(3600 * stage.hours)),
+            run,
+            {"way": "on the way"}.get(stage.name, stage.name),
+            f"{stage.first:,}–{stage.last:,}",
+            f"{stage.experts:.2f}" if stage.experts else "",
+            duration(3600 * stage.hours),
             f"{stage.flops:.3g}",
         ]
         for run, parts in by_run.items()
@@ -126,5 +129,6 @@ def _format_flag(run: RunFigures, name: str) -> str | None:
     if name.startswith("moe_") and not run.num_experts:
         return None
     value: Any = run.args.get(name)
-    text = "" if value is None or value is False else "yes" if value is True else str(value)
-    return text[:SHOWN]
+    if value is None or value is False:
+        return ""
+    return "yes" if value is True else str(value)[:SHOWN]

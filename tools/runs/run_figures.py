@@ -1,6 +1,7 @@
 """Hold the figures of a run: curves, and facts derived from them."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -41,6 +42,12 @@ class Evaluation(NamedTuple):
     loss: float
     final: bool
     tokens: int = 0
+
+
+def weigh(evaluations: Sequence[Evaluation]) -> list[int]:
+    """Return the weight of each set's loss in a mean: its tokens, or 1 if those of any set are unknown."""
+    tokens = [evaluation.tokens for evaluation in evaluations]
+    return tokens if all(tokens) else [1] * len(tokens)
 
 
 @dataclass
@@ -149,8 +156,7 @@ class RunFigures:
     def validation_loss(self) -> float | None:
         """Return the newest validation loss, in nats per token of all sets; None before the first evaluation."""
         newest = [losses[-1] for name, losses in self.evaluations.items() if name != "test"]
-        are_known = all(evaluation.tokens for evaluation in newest)  # else all sets count the same
-        weights = [evaluation.tokens if are_known else 1 for evaluation in newest]
+        weights = weigh(newest)
         losses = (evaluation.loss * weight for evaluation, weight in zip(newest, weights, strict=True))
         return sum(losses) / sum(weights) if newest else None
 

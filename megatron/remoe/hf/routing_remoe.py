@@ -113,12 +113,14 @@ def routing_loss(
     for logits in router_logits:
         if token_mask is not None:
             logits = logits[token_mask.reshape(-1).to(logits.device)]
-        scores = torch.relu(logits).float() if config.moe_relu_routing else score_experts(config, logits)
-        active = scores > 0
-        if not config.moe_relu_routing:
-            active = torch.zeros_like(active).scatter(-1, scores.topk(k).indices, True)
-        if not config.moe_relu_routing and config.scoring_func == "sigmoid":
-            scores = scores / (scores.sum(dim=-1, keepdim=True) + TINY)
+        if config.moe_relu_routing:
+            scores = torch.relu(logits).float()
+            active = scores > 0
+        else:
+            scores = score_experts(config, logits)
+            active = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(k).indices, True)
+            if config.scoring_func == "sigmoid":
+                scores = scores / (scores.sum(dim=-1, keepdim=True) + TINY)
         tokens, taken = max(len(scores), 1), active.sum(dim=0)
         is_balanced = config.moe_relu_load_balancing or not config.moe_relu_routing
         shares = taken * (experts / (k * tokens)) if is_balanced else 1.0

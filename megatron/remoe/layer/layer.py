@@ -4,15 +4,15 @@ T tokens (sequence x batch), E experts, P pairs (a token and an expert that is a
 
     forward → _forward: route → count → for each chunk of tokens: run the experts in one of three ways
 
-    InPlace     one rank has all experts      plan → experts(tokens, order): take → SwiGLU → sum
-    ByExchange  all-to-all                    plan, take → dispatch → experts → combine → sum
-    ByMegatron  allgather, HybridEP           preprocess → dispatch → experts → combine → postprocess
+    in place      one rank has all experts    plan → experts(tokens, order): take → SwiGLU → sum
+    planned       all-to-all                  plan, take → dispatch → experts → combine → sum
+    Megatron's    allgather, HybridEP         preprocess → dispatch → experts → combine → postprocess
 
 At the target sparsity there is one chunk.
 """
 
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -39,7 +39,8 @@ class ReMoELayer(MoELayer):
 
     Attributes:
         pairs_limit: this limit in pairs per token; 0 for none.
-        execution: runs the experts.
+        is_planned: whether its dispatcher is a `PlannedAlltoAllDispatcher`; otherwise it is Megatron's.
+        is_in_place: whether the experts take the tokens and sum the pairs themselves; nothing is sent.
     """
 
     def __init__(
@@ -59,21 +60,18 @@ class ReMoELayer(MoELayer):
             self.moe_layer_recompute = config.recompute_granularity == "selective" and "moe" in config.recompute_modules
         self.backend = choose_backend(config)
         self.pairs_limit = 0.0 if type(self.router) is TopKRouter else _pairs_limit(config)
-        self.execution = self._choose_execution(config, pg_collection)
+        self.is_planned = supports_plans(config)
+        if self.is_planned:
+            self.token_dispatcher = PlannedAlltoAllDispatcher(
+                self.num_local_experts, self.local_expert_indices, config, pg_collection
+            )
+            if self.shared_expert_overlap:
+                self.token_dispatcher.set_shared_experts(self.shared_experts)
+        is_alone = self.token_dispatcher.tp_ep_group.size() == 1 and not self.shared_expert_overlap
+        self.is_in_place = self.is_planned and is_alone and isinstance(self.experts, GroupedExperts)
         is_fused = config.use_transformer_engine_op_fuser  # it recomputes without freeing
         self._frees_activations = getattr(self.experts, "activation_recompute", False) and not is_fused
         _prepare_experts(self.experts)
-
-    def _choose_execution(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> "Execution":
-        if not supports_plans(config):
-            return ByMegatron(self)
-        self.token_dispatcher = PlannedAlltoAllDispatcher(
-            self.num_local_experts, self.local_expert_indices, config, pg_collection
-        )
-        if self.shared_expert_overlap:
-            self.token_dispatcher.set_shared_experts(self.shared_experts)
-        is_alone = self.token_dispatcher.tp_ep_group.size() == 1 and not self.shared_expert_overlap
-        return InPlace(self) if is_alone and isinstance(self.experts, GroupedExperts) else ByExchange(self)
 
     def forward(
         self,
@@ -95,7 +93,7 @@ class ReMoELayer(MoELayer):
             ValueError: the layer trains with tensor parallelism but without sequence parallelism.
         """
         in_graphs = intermediate_tensors is not None or self.config.cuda_graph_impl != "none"
-        if not self.pairs_limit and (in_graphs or type(self.execution) is ByMegatron):
+        if not self.pairs_limit and (in_graphs or not self.is_planned):
             return super().forward(hidden_states, intermediate_tensors, padding_mask)
         if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
             raise ValueError("MoE layers with tensor parallelism need sequence parallelism to train.")
@@ -115,7 +113,7 @@ class ReMoELayer(MoELayer):
         counts = count_pairs(map_TE, counts_EB, self.token_dispatcher, self.backend, self.pairs_limit)
         if len(counts) == 1:
             self._free_activations(True)
-            output = self.execution.run(hidden_states, probs_TE, map_TE, counts[0])
+            output = self._run_experts(hidden_states, probs_TE, map_TE, counts[0])
         else:
             output = self._run_chunks(hidden_states, probs_TE, map_TE, counts)
         return output if shared_expert_output is None else output + shared_expert_output
@@ -126,6 +124,28 @@ class ReMoELayer(MoELayer):
             hidden_states = _CopyGradient.apply(hidden_states)
         return super().preprocess(hidden_states, *routed)
 
+    def _run_experts(
+        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
+    ) -> torch.Tensor:
+        """Return the sum of each token's experts, `[sequence, batch, H]`.
+
+        Args:
+            hidden_states: `[sequence, batch, H]`.
+            probs_TE: `[T, E]`, the gates.
+            map_TE: bool `[T, E]`.
+            counts: the counts of this map; Megatron's dispatchers compute their own.
+        """
+        if self.is_in_place:
+            order, gates_P = self.backend.plan(probs_TE, map_TE, counts.counts_EB, counts.num_pairs)
+            tokens_TH = hidden_states.view(-1, hidden_states.shape[-1])
+            output, _ = self.experts(tokens_TH, counts.tokens_per_expert, gates_P, order)
+            return output.view_as(hidden_states)
+        if self.is_planned:
+            self.token_dispatcher.counts = counts
+        pairs_PH, gates_P = self.preprocess(hidden_states, probs_TE, map_TE)
+        output, _ = self.routed_experts_compute(*self.dispatch(pairs_PH, gates_P))
+        return self.postprocess(self.combine(output), None)
+
     def _run_chunks(
         self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: list[Counts]
     ) -> torch.Tensor:
@@ -133,7 +153,7 @@ class ReMoELayer(MoELayer):
 
         def run_chunk(tokens: torch.Tensor, *chunk: Any) -> torch.Tensor:
             self._free_activations(False)  # the checkpoint already recomputes them
-            return self.execution.run(tokens, *chunk)
+            return self._run_experts(tokens, *chunk)
 
         run = partial(
             checkpoint,
@@ -154,65 +174,6 @@ class ReMoELayer(MoELayer):
         """Turn --recompute-modules moe_act on or off if the user gave it."""
         if self._frees_activations:
             self.experts.activation_recompute = frees
-
-
-class Execution(Protocol):
-    """Runs the experts."""
-
-    def run(
-        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
-    ) -> torch.Tensor:
-        """Return the sum of each token's experts.
-
-        Args:
-            hidden_states: `[sequence, batch, H]`.
-            probs_TE: `[T, E]`, the gates.
-            map_TE: bool `[T, E]`.
-            counts: the counts of this map; Megatron's dispatchers compute their own.
-
-        Returns:
-            `[sequence, batch, H]`.
-        """
-
-
-class InPlace:
-    """The experts take the tokens and sum the pairs themselves; nothing is sent."""
-
-    def __init__(self, layer: MoELayer) -> None:
-        self.layer = layer
-
-    def run(
-        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
-    ) -> torch.Tensor:
-        order, gates_P = self.layer.backend.plan(probs_TE, map_TE, counts.counts_EB, counts.num_pairs)
-        tokens_TH = hidden_states.view(-1, hidden_states.shape[-1])
-        output, _ = self.layer.experts(tokens_TH, counts.tokens_per_expert, gates_P, order)
-        return output.view_as(hidden_states)
-
-
-class ByMegatron:
-    """Megatron's dispatcher counts, permutes and sends the pairs."""
-
-    def __init__(self, layer: MoELayer) -> None:
-        self.layer = layer
-
-    def run(
-        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
-    ) -> torch.Tensor:
-        layer = self.layer
-        pairs_PH, gates_P = layer.preprocess(hidden_states, probs_TE, map_TE)
-        output, _ = layer.routed_experts_compute(*layer.dispatch(pairs_PH, gates_P))
-        return layer.postprocess(layer.combine(output), None)
-
-
-class ByExchange(ByMegatron):
-    """A `PlannedAlltoAllDispatcher` runs Megatron's steps with the layer's counts."""
-
-    def run(
-        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
-    ) -> torch.Tensor:
-        self.layer.token_dispatcher.counts = counts
-        return super().run(hidden_states, probs_TE, map_TE, counts)
 
 
 def _prepare_experts(experts: torch.nn.Module) -> None:

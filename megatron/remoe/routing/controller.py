@@ -81,16 +81,10 @@ class SparsityController:
     def _collect(self) -> StepSums:
         """Return this rank's counts and state, with 0 for layers that it does not have, and reset its counts."""
         sums = StepSums.zeros(self._num_layers, self.num_experts, self.device)
-        counted = [
-            (sums.counts.table[number - 1], router.counts.table)
-            for number, router in zip(self._numbers, self.routers, strict=True)
-            if router.counts is not None
-        ]
-        if counted:
-            rows, seen = map(list, zip(*counted, strict=True))
-            torch._foreach_copy_(rows, seen)
-            torch._foreach_zero_(seen)
         if self.routers:
+            tables = [router.counts.table for router in self.routers]
+            torch._foreach_copy_([sums.counts.table[number - 1] for number in self._numbers], tables)
+            torch._foreach_zero_(tables)
             guarded = [sums.guarded[number - 1] for number in self._numbers]
             torch._foreach_copy_(guarded, [router.guarded for router in self.routers])
             sums.l1_exponent.copy_(self.routers[0].l1_exponent)

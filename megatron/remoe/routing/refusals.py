@@ -157,16 +157,17 @@ def relu_routing_problems(settings: Settings) -> list[str]:
 
 def _refused(settings: Settings, given: str) -> Iterator[str]:
     """Yield a message for each of Megatron's settings that cannot be used with the router of the flag `given`."""
-    refusals = [(refusal, given) for refusal in REFUSALS]
+    refusals = [*REFUSALS]
     if given == "--moe-warmup-topk":  # the warm-up routes by top-k
-        refusals = [(refusal, given) for refusal in REFUSALS if refusal.reason != IGNORED]
-    if given == "--moe-baseline-router normalized_top_k":
-        refusals = [(refusal, given) for refusal in REFUSALS if refusal.name != "moe_aux_loss_coeff"]
-    if given == "--moe-baseline-router hash":
-        refusals += [(refusal, given) for refusal in NOT_WITH_HASH]
+        refusals = [refusal for refusal in REFUSALS if refusal.reason != IGNORED]
+    elif given == "--moe-baseline-router normalized_top_k":
+        refusals = [refusal for refusal in REFUSALS if refusal.name != "moe_aux_loss_coeff"]
+    elif given == "--moe-baseline-router hash":
+        refusals += NOT_WITH_HASH
+    problems = [refusal.problem(settings, given) for refusal in refusals]
     if settings.moe_relu_activation_limit:
-        refusals += [(refusal, "--moe-relu-activation-limit") for refusal in NOT_IN_CHUNKS]
-    yield from filter(None, (refusal.problem(settings, name) for refusal, name in refusals))
+        problems += [refusal.problem(settings, "--moe-relu-activation-limit") for refusal in NOT_IN_CHUNKS]
+    yield from filter(None, problems)
     yield from _combinations(settings, given)
 
 

@@ -36,7 +36,7 @@ class ReLURouter(TopKRouter):
         l1_exponent: int64 scalar n of λ = init · multiplier^n, saved with the model. Half-precision wrappers cast
             floating-point buffers and leave integers, so λ stays exact.
         guarded: int64 scalar, 1 if the layer was almost off in the last optimizer step and is pushed up in this one.
-        counts: sums since the last optimizer step, on the device; None before the first counted forward pass.
+        counts: sums since the last optimizer step, on the device.
         counts_EB: integers `[E, B]`, the pairs in the last returned routing map, which the layer reads; None if
             `moe_relu_max_experts` changed the map.
 
@@ -54,7 +54,7 @@ class ReLURouter(TopKRouter):
         device = torch.cuda.current_device()
         for name in ("l1_exponent", "guarded"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
-        self.counts: RoutingCounts | None = None
+        self.counts = RoutingCounts.zeros(self.num_experts, self.l1_exponent.device)
         self.counts_EB: torch.Tensor | None = None
         self.backend = choose_backend(config)
 
@@ -88,7 +88,7 @@ class ReLURouter(TopKRouter):
         self.counts_EB = None
         # Gates that are left out still have the gradient of λ · L_reg.
         computed_TE = map_TE & torch.zeros_like(map_TE).scatter_(1, probs_TE.detach().topk(most, dim=1).indices, True)
-        if is_counted and self.counts is not None:
+        if is_counted:
             self.counts["left_out"].add_((map_TE & ~computed_TE).sum())
         return torch.where(computed_TE, probs_TE, 0.0), computed_TE
 
@@ -146,8 +146,6 @@ class ReLURouter(TopKRouter):
         if self.calculate_per_token_loss:
             # finalize_model_grads divides every gradient by the number of tokens of the global batch.
             coefficient, off = coefficient * sequence_tokens, off * sequence_tokens
-        if self.counts is None:
-            self.counts = RoutingCounts.zeros(self.num_experts, pairs_E.device)
         self.counts.add(own_counts, l1_loss, 1.0 / ranks)
         return coefficient.float() * weight * active_E, off
 

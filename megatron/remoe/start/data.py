@@ -103,8 +103,10 @@ def _check_split(
     args: argparse.Namespace, flag: str, data_sets: list[IndexedReader], number: int, share: tuple[float, float]
 ) -> list[int]:
     """Return each data set's tokens in a split. Check that there are some, and a whole sequence where it is needed."""
-    parts = [data.lengths[slice(*(round(end * len(data.lengths)) for end in share))] for data in data_sets]
-    tokens = [int(part.sum(dtype=np.int64)) for part in parts]
+    tokens = []
+    for data in data_sets:
+        first, last = (round(end * len(data.lengths)) for end in share)
+        tokens.append(int(data.lengths[first:last].sum(dtype=np.int64)))
     if 0 in tokens:
         empty = data_sets[tokens.index(0)]
         split = f"--split {args.split}" if flag in ("--data-path", "--data-args-path") else flag

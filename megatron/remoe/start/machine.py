@@ -42,7 +42,12 @@ def check_kernels(kernels: str, on_cpu: bool) -> None:
     """
     if kernels == "torch" or os.environ.get("TRITON_INTERPRET") == "1":
         return
-    missing = "GPU" if on_cpu else "package triton" if find_spec("triton") is None else missing_for_triton()
+    if on_cpu:
+        missing = "GPU"
+    elif find_spec("triton") is None:
+        missing = "package triton"
+    else:
+        missing = missing_for_triton()
     if missing:
         raise UsageError(
             f"--moe-kernels {kernels} cannot be used here: there is no {missing}. Install it, or leave the flag out.",

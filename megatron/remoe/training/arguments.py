@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.files.errors import UsageError
@@ -67,14 +66,11 @@ def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     return parser
 
 
-def parse_args(
-    extra_args_provider: ArgumentsProvider | None = None, args_defaults: dict[str, Any] | None = None
-) -> argparse.Namespace:
+def parse_args(extra_args_provider: ArgumentsProvider | None = None) -> argparse.Namespace:
     """Parse the flags without Megatron's validation; apply granularity, defaults and tokenizer files.
 
     Args:
         extra_args_provider: adds the caller's own flags, as in Megatron.
-        args_defaults: values for attributes that are None, as in Megatron.
 
     Raises:
         ValueError: a flag is wrong, or cannot be used with ReLU routing or granularity.
@@ -84,16 +80,13 @@ def parse_args(
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = add_remoe_arguments(parser)
         # one_logger is not a public package, and Megatron reports its absence at every start.
-        parser.set_defaults(enable_one_logger=False)
+        parser.set_defaults(enable_one_logger=False, tokenizer_type=GPT2_TOKENIZER)
         # One rank builds the data index while all others wait. After the first step, a hanging rank is found quickly.
         parser.set_defaults(distributed_timeout_minutes=60, distributed_timeout_seconds_after_init=600)
         explain_flag_errors(parser)
         return extra_args_provider(parser) if extra_args_provider is not None else parser
 
     args = megatron.parse_args(provider)
-    for name, value in (args_defaults or {}).items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
     apply_granularity(args)
     drop_ignored_fork_flags(args)
     if not args.save and args.rerun_mode == "validate_results":

@@ -72,14 +72,13 @@ def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tens
     loss = torch.sum(losses.view(-1).float() * loss_mask)
     num_tokens = loss_mask.sum().detach().to(torch.int)
     args, machine = get_args(), get_rerun_state_machine()
-    is_spiky = partial(machine.is_unexpectedly_large, threshold=SPIKE, context="loss")
-    for is_checked, is_rejected, message in (
-        (args.check_for_nan_in_loss_and_grad, torch.isnan, "found NaN in local forward loss calculation"),
-        (args.check_for_nan_in_loss_and_grad, torch.isinf, "found Inf in local forward loss calculation"),
-        (args.check_for_spiky_loss, is_spiky, "Spiky loss"),
-    ):
-        if is_checked:
-            machine.validate_result(loss, is_rejected, message, tolerance=0.0, fatal=is_rejected is not is_spiky)
+    if args.check_for_nan_in_loss_and_grad:
+        for is_rejected, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            message = f"found {name} in local forward loss calculation"
+            machine.validate_result(loss, is_rejected, message, tolerance=0.0, fatal=True)
+    if args.check_for_spiky_loss:
+        is_spiky = partial(machine.is_unexpectedly_large, threshold=SPIKE, context="loss")
+        machine.validate_result(loss, is_spiky, "Spiky loss", tolerance=0.0, fatal=False)
     report = torch.cat([loss.detach().view(1), num_tokens.view(1)])
     return loss, num_tokens, {"lm loss": report}
 

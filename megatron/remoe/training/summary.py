@@ -40,7 +40,9 @@ def add_summary(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
 def _model(args: argparse.Namespace) -> str:
     if args.moe_baseline_router:
         return f"MoE with {args.moe_baseline_router} routing"
-    return "ReMoE" if args.moe_relu_routing else "top-k MoE" if args.num_experts else "dense model"
+    if args.moe_relu_routing:
+        return "ReMoE"
+    return "top-k MoE" if args.num_experts else "dense model"
 
 
 def _devices(args: argparse.Namespace) -> str:

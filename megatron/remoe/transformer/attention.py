@@ -1,5 +1,6 @@
 """Compute Megatron's local attention with PyTorch's fused kernels."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -51,9 +52,9 @@ class FusedDotProductAttention(DotProductAttention):
         size, missing = value.shape[-1], query.shape[-1] - value.shape[-1]
         if missing > 0:  # fused kernels need one head size
             value = pad(value, (0, missing))
-
-        def attend() -> torch.Tensor:
-            return scaled_dot_product_attention(
+        draws = dropout and not self.config.sequence_parallel
+        with tensor_parallel.get_cuda_rng_tracker().fork() if draws else nullcontext():
+            context = scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3),
                 key.permute(1, 2, 0, 3),
                 value.permute(1, 2, 0, 3),
@@ -63,12 +64,6 @@ class FusedDotProductAttention(DotProductAttention):
                 scale=self.softmax_scale,
                 enable_gqa=query.shape[2] != key.shape[2],
             )
-
-        if dropout and not self.config.sequence_parallel:
-            with tensor_parallel.get_cuda_rng_tracker().fork():
-                context = attend()
-        else:
-            context = attend()
         return context[..., :size].permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
 
     def _is_plain(self) -> bool:

@@ -1,6 +1,5 @@
 """Count how a model routes its tokens, and compute the statistics of each file and picture."""
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -83,15 +82,6 @@ def count_routing(
     return counts
 
 
-def by_layer(layers: Sequence[Any], **columns: torch.Tensor) -> dict[Any, dict[str, Any]]:
-    """Return layer → name → value, from tensors `[L]`; None for NaN."""
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return {
-        layer: {name: None if math.isnan(value) else value for name, value in zip(columns, row, strict=True)}
-        for layer, row in zip(layers, rows, strict=True)
-    }
-
-
 def experts_per_token(counts: Counts) -> Numbers:
     """Return layer → experts per token, and experts per token by the token's frequency (figure 7)."""
     layers = {}
@@ -107,13 +97,14 @@ def _by_frequency(counts: Counts) -> Numbers:
     frequency = occurrences.double() / counts.occurrences.sum()
     experts = counts.by_token.sum(dim=-1)[:, shown] / occurrences.double()
     experts = torch.cat([experts, experts.mean(dim=0, keepdim=True)])
-    tokens = by_layer(shown.tolist(), frequency=frequency, experts=experts[-1])
     result: Numbers = {"least_occurrences": MIN_OCCURRENCES}
-    result["tokens"] = [{"token": token} | values for token, values in tokens.items()]
+    rows = zip(shown.tolist(), frequency.tolist(), experts[-1].tolist(), strict=True)
+    result["tokens"] = [{"token": token, "frequency": share, "experts": number} for token, share, number in rows]
     if len(frequency.unique()) > 1 and experts.min() < experts.max():  # top-k gives all tokens the same number
         tenfold = frequency.log10() - frequency.log10().mean()
         slopes = experts @ tenfold / tenfold.square().sum()  # slopes of lines fitted by least squares
-        result["slopes"] = by_layer([*counts.layers, "mean"], slope=slopes)
+        named = zip([*counts.layers, "mean"], slopes.tolist(), strict=True)
+        result["slopes"] = {name: {"slope": slope} for name, slope in named}
     return result
 
 
@@ -135,7 +126,8 @@ def load(counts: Counts, names: Sequence[str], even: float, token_text: Callable
             "experts_per_token": dict(zip(counts.layers, rows.sum(dim=-1).tolist(), strict=True)),
         }
     if len(names) > 1:
-        result["specialization"] = by_layer(counts.layers, bits=information(counts.routed))
+        bits = zip(counts.layers, information(counts.routed).tolist(), strict=True)
+        result["specialization"] = {layer: {"bits": value} for layer, value in bits}
     result["tokens"] = {layer: _list_tokens(counts, place, token_text) for place, layer in enumerate(counts.layers)}
     return result
 

@@ -222,8 +222,12 @@ def _make_words(values: dict[str, Any]) -> list[str]:
             continue
         if action.nargs != 0:
             words += [action.option_strings[0], str(value).replace(" ", "")]
-        elif value != action.default and action.const in (None, value):
-            words.append(action.option_strings[action.const is None and not value])  # --x or --no-x
+        elif value == action.default:
+            continue
+        elif isinstance(action, argparse.BooleanOptionalAction):
+            words.append(action.option_strings[0 if value else 1])  # --x or --no-x
+        elif value == action.const:
+            words.append(action.option_strings[0])
     return words
 
 
