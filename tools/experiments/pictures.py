@@ -14,7 +14,7 @@ from .tables import interval
 
 Losses = Mapping[str, Mapping[int, float]]  # arm → seed → nats per byte
 IN_A_ROW = 5
-MARGIN = 0.5  # room for the labels at each end of the loss axis of `plot_rows`, as a share of the losses' range
+MARGIN = 0.6  # room for the labels at each end of the loss axis of `plot_rows`, as a share of the losses' range
 
 
 @dataclass
@@ -72,7 +72,8 @@ def draw(path: Path, panels: Sequence[Panel], label: str) -> None:
 
 def draw_final_losses(path: Path, panels: Mapping[str, Losses], base: str) -> None:
     """Write a .png file with a panel of `plot_rows` for each title; gaps are measured from the arm `base`."""
-    columns, rows = min(IN_A_ROW, len(panels)), -(-len(panels) // IN_A_ROW)
+    rows = -(-len(panels) // 3)
+    columns = -(-len(panels) // rows)
     height = 1 + 0.8 * max(map(len, panels.values()))
     with picture(path, font_size=13, pad=(0.12, 0.1), figsize=(max(8, 6 * columns), height * rows)) as figure:
         for place, (title, losses) in enumerate(panels.items(), start=1):
