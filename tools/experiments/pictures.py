@@ -72,7 +72,7 @@ def draw(path: Path, panels: Sequence[Panel], label: str) -> None:
 
 def draw_final_losses(path: Path, panels: Mapping[str, Losses], base: str) -> None:
     """Write a .png file with a panel of `plot_rows` for each title; gaps are measured from the arm `base`."""
-    rows = -(-len(panels) // 3)
+    rows = -(-len(panels) // 3)  # at most three panels side by side
     columns = -(-len(panels) // rows)
     height = 1 + 0.8 * max(map(len, panels.values()))
     with picture(path, font_size=13, pad=(0.12, 0.1), figsize=(max(8, 6 * columns), height * rows)) as figure:
