@@ -23,7 +23,7 @@ def given(environment: dict[str, str]) -> dict[str, str]:
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     """Start a sweep as a process in an unrelated folder."""
-    command = ["bash", str(REPOSITORY / "scripts" / "sweep.sh"), *arguments]
+    command = [sys.executable, str(REPOSITORY / "tools"), "sweep", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, cwd="/", env=given(environment), text=True, **pipes)
 

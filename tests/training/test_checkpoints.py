@@ -17,7 +17,7 @@ from megatron.remoe.start.checkpoint_index import INDEX, BrokenCheckpointError, 
 from tests.checkpoints import Saved, tensors, training, truncate
 from tests.entry import shared_entry
 from tests.tiny_model import RELU
-from tests.training_runs import TINY, records, run, without
+from tests.training_runs import TINY, logged, records, run, without
 from tools.text.corpora.dataset import byte_level_vocabulary
 
 
@@ -154,9 +154,12 @@ def test_a_checkpoint_after_nan_can_be_read() -> None:
 
 
 def test_a_schedule_of_batches_goes_on_with_more_processes(data: Path, tmp_path: Path) -> None:
-    schedule = ["--train-samples", "40", "--step-batch-size-schedule", "0:4 512:8", "--micro-batch-size", "2"]
+    schedule = ["--train-samples", "40", "--step-batch-size-schedule", "0:4 512:8"]
+    schedule += ["--micro-batch-size", "2", "--log-interval", "3"]
     words = without(training(data, tmp_path / "run", *schedule), "--global-batch-size", "--train-iters")
     first, rest = run([*words, "--exit-interval", "3"]), run(words, processes=2)
     batches = [record["global batch size"] for output in (first, rest) for record in records(output).values()]
     assert " steps of " not in first and "2,560 tokens in all" in first
-    assert [*records(rest)] == [4, 5, 6] and batches == ["4", "4", "8", "8", "8", "8"]
+    assert [*records(rest)] == [4, 6] and batches == ["4", "8", "8", "8"]
+    line = logged(tmp_path / "run", "log")[1]
+    assert line["tokens_per_second"] * line["seconds_per_iteration"] * 3 == pytest.approx((4 + 4 + 8) * 64, rel=1e-3)

@@ -54,22 +54,25 @@ def forward_figures() -> None:
     Megatron computes the mean loss and the time of a log interval inside `training_log` and only prints them;
     TensorBoard's writer gets the loss of one step. If nothing was trained, the loaded checkpoint is not saved again.
     """
-    names, since = signature(training.training_log), 0.0  # seconds on the timer when the interval began
+    names = signature(training.training_log)
+    since, samples = 0.0, 0  # seconds on the timer, and consumed samples, when the interval began
 
     @replace(training, "training_log")
     def log(stock: Any, loss_dict: Any, total_loss_dict: dict[str, Any], *others: Any, **options: Any) -> bool:
-        nonlocal since
+        nonlocal since, samples
         bound, sums = names.bind(loss_dict, total_loss_dict, *others, **options), _Sums(total_loss_dict)
         bound.apply_defaults()
         given = bound.arguments
         report_memory_flag: bool = stock(loss_dict, sums, *others, **options)
         total_loss_dict.update(sums)
         if _is_wanted() and (given["is_first_iteration"] or given["iteration"] % get_args().log_interval == 0):
-            active = get_timers()("interval-time").active_time()
-            # The first iteration is printed, but its interval continues.
-            seconds, since = (active, 0.0) if given["is_first_iteration"] else (active - since, active)
-            figures = _figures(given, sums if given["is_first_iteration"] else sums.before, seconds)
+            active, consumed = get_timers()("interval-time").active_time(), get_args().consumed_train_samples
+            is_first = given["is_first_iteration"]
+            samples = consumed - get_current_running_global_batch_size() if is_first else samples
+            figures = _figures(given, sums if is_first else sums.before, active - since, consumed - samples)
             run_logger().info({"kind": "log", "iteration": given["iteration"]} | figures)
+            if not is_first:  # the first iteration is printed, but its interval continues
+                since, samples = active, consumed
         return report_memory_flag
 
     @replace(training, "evaluate_and_print_results")
@@ -101,25 +104,25 @@ def _is_wanted() -> bool:
     return run_logger().isEnabledFor(logging.INFO)
 
 
-def _figures(given: Mapping[str, Any], sums: Mapping[str, Any], seconds: float) -> dict[str, float]:
+def _figures(given: Mapping[str, Any], sums: Mapping[str, Any], seconds: float, samples: int) -> dict[str, float]:
     """Return the figures of a log interval: means over its steps, and the last step's norms and rates.
 
     Args:
         given: the arguments of `training_log`.
         sums: `total_loss_dict` before its reset.
         seconds: duration of the interval.
+        samples: sequences of the interval.
     """
-    args, batch = get_args(), get_current_running_global_batch_size()
+    args = get_args()
     advanced, skipped, not_finite = (sums[name] for name in COUNTERS)
-    seconds /= max(1, advanced + skipped)
     figures = {_key(name): float(total) / max(1, advanced) for name, total in sums.items() if name not in COUNTERS}
     last_step = {name: given[name] for name in ("learning_rate", "loss_scale", "grad_norm", "params_norm")}
     last_step["num_zeros"] = given["num_zeros_in_grad"]
     return figures | {
         "consumed_samples": args.consumed_train_samples,
-        "global_batch_size": batch,
-        "seconds_per_iteration": seconds,
-        "tokens_per_second": round(batch * args.seq_length / max(seconds, 1e-4), 1),
+        "global_batch_size": get_current_running_global_batch_size(),
+        "seconds_per_iteration": seconds / max(1, advanced + skipped),
+        "tokens_per_second": round(samples * args.seq_length / max(seconds, 1e-4), 1),
         "number_of_skipped_iterations": skipped,
         "number_of_nan_iterations": not_finite,
         **{
