@@ -112,7 +112,12 @@ ENTRY = {
     ),
     "a hybrid as GPT": Case(resumed(run="hybrid"), "E413|--hybrid-layer-pattern *E*E in the checkpoint"),
     "longer training": Case(resumed("--train-iters 8"), "do not match|--override-opt_param-scheduler", code=1),
-    "dense as pretrained": Case(on("text", "--pretrained-checkpoint {dense}"), "remoe convert", code=1),
+    "dense as pretrained": Case(
+        on("text", "--pretrained-checkpoint {dense}"), "E413|--moe-relu-routing False in the checkpoint|remoe convert"
+    ),
+    "a λ that would jump": Case(
+        on("text", "--finetune --load {remoe} --moe-relu-l1-reg-coeff-multiplier 1.1"), "E413|1.2 in the checkpoint"
+    ),
     "truncated checkpoint": Case(on("text", "--finetune --load {cut}"), "E401|--load|truncated"),
     "no such iteration": Case(resumed("--ckpt-step 7"), "E402|--ckpt-step 7|Iteration 2 "),
     # places

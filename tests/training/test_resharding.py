@@ -51,3 +51,12 @@ def test_next_steps_are_the_same(
     assert step_losses(output) == pytest.approx(step_losses(whole)[SAVED:], rel=1e-4)
     assert series(output, "l1 coefficient") == series(whole, "l1 coefficient")[SAVED:]
     assert series(output, "sparsity") == pytest.approx(series(whole, "sparsity")[SAVED:], abs=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", [[], ["--use-distributed-optimizer"]], ids=["whole", "distributed"])
+def test_a_first_stage_without_experts(optimizer: list[str], data: Path, tmp_path: Path) -> None:
+    """Only the first rank saves step counts, and there the optimizer of experts has no parameters."""
+    flags = ["--moe-layer-freq", "[0,1]", "--save", str(tmp_path), *optimizer]
+    unbroken = train(data, "PP2", *flags)
+    resumed = train(data, "PP2", *flags, "--load", str(tmp_path), "--ckpt-step", str(SAVED))
+    assert step_losses(resumed) == pytest.approx(step_losses(unbroken)[SAVED:], rel=1e-6)

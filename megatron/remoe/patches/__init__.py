@@ -16,6 +16,7 @@ PATCHES = (
     start.use_shipped_helpers,
     start.print_time_left,
     optimizer.enable_torch_adam_resume,
+    optimizer.share_optimizer_steps,
     optimizer.use_fused_adam,
     waits.keep_norms_on_device,
     waits.validate_once_per_step,

@@ -1,4 +1,4 @@
-"""Make PyTorch's Adam fast, and resumable in the distributed optimizer, without Transformer Engine and apex."""
+"""Make PyTorch's Adam fast, and optimizers resumable."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.remoe.patches.patch import patch, replace
 
 FILE = "core/optimizer/distrib_optimizer.py: DistributedOptimizer"
@@ -21,7 +21,8 @@ def enable_torch_adam_resume() -> None:
     """Resume the distributed optimizer without Transformer Engine and apex.
 
     Megatron has four faults here:
-    - it reads the step count from an optimizer state that PyTorch's Adam does not have before its first step;
+    - it reads the step count from an optimizer state that PyTorch's Adam does not have before its first step, and never
+      has on a rank without experts;
     - it copies into views of fp32 parameters with gradients enabled;
     - it shares one step counter among all parameters and then overwrites it with zero;
     - the fully reshardable format asks for a counter that is not saved.
@@ -31,6 +32,8 @@ def enable_torch_adam_resume() -> None:
 
     @replace(DistributedOptimizer, "state_dict")
     def state_dict(stock: Any, self: DistributedOptimizer) -> Any:
+        if not any(group["params"] for group in self.optimizer.param_groups) and _is_torchs_adam(self):
+            self.optimizer.state["no parameter"] = {"step": torch.zeros(())}
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 state = self.optimizer.state[parameter]
@@ -54,6 +57,31 @@ def enable_torch_adam_resume() -> None:
     @replace(DistributedOptimizer, "_set_main_param_and_optimizer_states")
     def set_states(stock: Any, self: DistributedOptimizer, parameter: Any, tensors: dict[str, Any]) -> None:
         stock(self, parameter, {"step": None} | tensors)  # Megatron skips values that are not tensors
+
+
+@patch(
+    changes="core/optimizer/optimizer.py: ChainedOptimizer.load_state_dict",
+    provides="resuming a run whose first pipeline stage has no experts",
+    ends="Megatron saves the step count of an optimizer that has no parameters on rank 0",
+)
+def share_optimizer_steps() -> None:
+    """Load the same step count into the optimizers of dense and of expert parameters.
+
+    Only rank 0 saves the counts. If it has no experts, the count of their optimizer is missing or 0.
+    """
+
+    @replace(ChainedOptimizer, "load_state_dict")
+    def load_state_dict(stock: Any, self: ChainedOptimizer, loaded: Any) -> None:
+        if len(self.chained_optimizers) > 1 and isinstance(loaded, dict):
+            optimizers = [each.get("optimizer", each) for each in loaded.values()]
+            for places, name in (
+                ([each["state"] for each in optimizers if "state" in each], "common_step"),
+                ([group for each in optimizers for group in each.get("param_groups", ())], "step"),
+            ):
+                if steps := [place[name] for place in places if name in place]:
+                    for place in places:
+                        place[name] = max(steps)
+        stock(self, loaded)
 
 
 def _is_torchs_adam(optimizer: MegatronOptimizer) -> bool:

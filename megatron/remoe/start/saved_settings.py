@@ -42,6 +42,7 @@ WITHOUT_EFFECT = re.compile(
     "saved_activations|num_workers|threads|mmap|cache|in_dataloader|activation_limit|launch_ahead|_use_te_|valid_|test_|"
     "encoder_|decoder_|is_hybrid"
 )
+L1 = {"moe_relu_l1_reg_coeff_init", "moe_relu_l1_reg_coeff_multiplier"}  # a checkpoint's λ is a power of these
 RATES = {"lr", "min_lr"}  # Megatron identifies parameter groups in a checkpoint by these
 ENDS = {"lr_decay_iters", "lr_decay_samples"}  # compared as samples
 # Validation replaces the words of these flags by dtypes; converted checkpoints still have the words.
@@ -69,9 +70,21 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None) -> bool:
         _refuse_overwriting(args, int(resume.folder.name.removeprefix("iter_")) if resume and goes_on else -1)
     if resume is None:
         _check_checkpoint_exists(args)
-    if resume is None or resume.saved is None or not goes_on:
+    if resume is None or resume.saved is None:
         return False
     given = f"{resume.flag} {resume.folder}"
+    saved = argparse.Namespace(**{"moe_relu_routing": False} | vars(resume.saved))
+    fixed = {"moe_relu_routing"} | (L1 if resume.folder.name != RELEASE and not args.skip_train else set())
+    if any(resume.folder.glob("mp_rank_*")):  # Megatron loads what it finds, and leaves other weights random
+        fixed.add("local_layer_fusion")
+    if different := differences(args, saved, fixed):
+        raise UsageError(
+            f"{given}: {different}. Give the checkpoint's values, which also --finetune needs, or convert it "
+            "(remoe convert).",
+            "REMOE-E413",
+        )
+    if not goes_on:
+        return False
     if (padding := differences(args, resume.saved, {"padded_vocab_size"})) and args.rank == 0:
         print(f"{given}: the loss shifts a little, because of {padding}.", file=sys.stderr, flush=True)
     names = RATES if args.allow_changed_settings else result_settings(args.multi_latent_attention)
