@@ -17,8 +17,8 @@ END_OF_DOCUMENT = 256
 
 
 def write_documents(prefix: Path, documents: list[bytes]) -> None:
-    """Write documents to `{prefix}.bin` and `.idx`."""
-    tokens = [numpy.array([*document, END_OF_DOCUMENT], dtype=numpy.uint16) for document in documents]
+    """Write documents to `{prefix}.bin` and `.idx`; empty ones have no token at all."""
+    tokens = [numpy.array([*text, END_OF_DOCUMENT] if text else [], dtype=numpy.uint16) for text in documents]
     with IndexedWriter(prefix, numpy.dtype(numpy.uint16)) as writer:
         writer.add(numpy.concatenate(tokens), numpy.array([len(document) for document in tokens]))
         writer.finish()

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from megatron.remoe.files.indexed import IndexedWriter, token_type
-from tests.scripts.launching import ROUTINGS, SIZES, launch, main, planned, value
+from tests.scripts.launching import launch, main, planned, value
+from tools.recipes.models import PAPER, ROUTINGS
 
 
 def test_missing_and_double_shards_are_named(tmp_path: Path) -> None:
@@ -38,7 +39,14 @@ def test_few_documents_have_a_split_that_leaves_no_part_empty(documents: int, sp
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), [("a b", "30 a 10 b"), ("a\nb", "30 a 10 b"), ("2 a 1 b", "2 a 1 b"), ("a c", "a c")]
+    ("given", "expected"),
+    [
+        ("a b", "30 a 10 b"),
+        ("a\nb", "30 a 10 b"),
+        ("2 a 1 b", "2 a 1 b"),
+        ("1e-1 a\n2 b", "1e-1 a 2 b"),
+        ("a c", "a c"),
+    ],
 )
 def test_data_sets_are_weighted_by_size(given: str, expected: str, tmp_path: Path) -> None:
     """Megatron repeats only data sets with weights. A missing file is reported by the run."""
@@ -176,4 +184,4 @@ def test_sizes_and_routings_are_named(words: str, code: int, capsys: pytest.Capt
     assert main(words.split()) == code
     printed = capsys.readouterr()
     assert printed.out.startswith("usage: ") and bool(printed.err) == bool(code)
-    assert all(name in printed.err for name in (*SIZES, *ROUTINGS)) or not code
+    assert all(name in printed.err for name in (*PAPER, *ROUTINGS)) or not code

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from tests.data_sets import write_documents
 from tests.hf.models import make
 from tests.tiny_model import RELU
-from tests.training_runs import REPOSITORY, TINY, run, series
+from tests.training_runs import REPOSITORY, TINY, logged, run, series
 from tools.models.arguments import TASKS, parse_evaluate
 from tools.models.evaluate.command import main
 from tools.models.evaluate.tasks import read_scores
@@ -47,7 +47,8 @@ class Trained(NamedTuple):
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     root = tmp_path_factory.mktemp("trained")
     held_out, folder = root / "heldout_drama_text_document", root / "remoe" / "checkpoints"
-    write_documents(held_out, [data.with_suffix(".bin").read_bytes()[start : start + 900] for start in range(0, 30, 3)])
+    text = data.with_suffix(".bin").read_bytes()
+    write_documents(held_out, [b"", *(text[start : start + 900] for start in range(0, 30, 3))])
     flags = [word for word in [*TINY, *RELU] if word not in ("--split", "90,10,0")] + ["--train-data-path", str(data)]
     # evaluate reads the text in the run's length, and in the order of its seed.
     flags += ["--seed", "77", "--max-position-embeddings", "96"]
@@ -70,8 +71,7 @@ def test_loss_is_megatrons(
     assert max(map(len, capfd.readouterr().out.splitlines())) <= 80
     bounds = results["text"][str(trained.folder)][str(trained.held_out)]
     assert bounds["none"]["loss"] == pytest.approx(trained.loss, abs=1e-4)
-    logged = [json.loads(line) for line in (trained.folder / "metrics.jsonl").read_text().splitlines()]
-    assert bounds["none"]["tokens"] == next(one["tokens"] for one in logged if one["kind"] == "validation")
+    assert bounds["none"]["tokens"] == logged(trained.folder, "validation")[0]["tokens"]
     assert bounds["8"]["loss"] == pytest.approx(bounds["none"]["loss"], rel=1e-5)
     assert bounds["8"]["experts"] == bounds["none"]["experts"] and bounds["1"]["experts"]["1"]["largest"] == 1
     assert all(rate > 0 for rate in results["speed"][str(trained.folder)].values())

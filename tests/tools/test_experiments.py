@@ -90,7 +90,7 @@ def test_bad_lengths_of_a_comparison(words: str, capsys: pytest.CaptureFixture[s
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--lr-decay-style", "--lr-warmup-iters", "--split", "--seed", "--vocab-file"])
+@pytest.mark.parametrize("flag", "--lr-warmup-iters --split --seed --train-samples --vocab-file".split())
 def test_flags_that_runs_set_themselves_are_refused(flag: str) -> None:
     with pytest.raises(RecipeError, match=flag):
         check_flags([flag, "1"], [Run("moe", steps=400, is_wsd=True)])

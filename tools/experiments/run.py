@@ -137,7 +137,7 @@ class Run:
 
     def added_flags(self) -> list[str]:
         """Return the flags that the run's arm and setting add to its recipe."""
-        numbers = {"most": min(CAP * self.topk, self.experts), "near_dense": self.experts * 6 // 8}
+        numbers = {"most": min(CAP * self.topk, self.experts), "near_dense": max(self.topk + 1, self.experts * 6 // 8)}
         words = ARMS[self.arm].flags.format(**numbers).split()
         return [*words, SETTINGS[self.setting].flag, f"{self.value:g}"] if self.setting else words
 
@@ -188,8 +188,8 @@ class Run:
 RATES = ("--lr", "--min-lr")
 # A run's fields, its folder and Grid set these flags.
 CHOSEN = {
-    "--seed", "--train-iters", "--num-experts", "--moe-router-topk", "--moe-granularity", "--moe-relu-routing",
-    "--micro-batch-size", "--save", "--load", "--tensorboard-dir",
+    "--seed", "--train-iters", "--train-samples", "--num-experts", "--moe-router-topk", "--moe-granularity",
+    "--moe-relu-routing", "--micro-batch-size", "--save", "--load", "--tensorboard-dir",
 }  # fmt: skip
 SCHEDULE = {
     "--lr-decay-style", "--lr-decay-iters", "--lr-warmup-iters", "--lr-warmup-fraction", "--lr-wsd-decay-style",

@@ -55,8 +55,8 @@ def read_sequences(prefix: str, length: int, seed: int, vocabulary: int) -> "GPT
             create_attention_mask=False,
         )
         data = GPTDataset.build_low_level_dataset(prefix, config)
-        documents = numpy.arange(len(data.document_indices) - 1, dtype=numpy.int32)
-        return GPTDataset(data, prefix, documents, None, Split.valid, config)
+        sequences = numpy.arange(len(data), dtype=numpy.int32)  # what Megatron calls documents
+        return GPTDataset(data, prefix, sequences, None, Split.valid, config)
 
 
 def read_batches(data: "GPTDataset", limit: int | None, vocabulary: int) -> Iterator[torch.Tensor]:

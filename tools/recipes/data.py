@@ -13,6 +13,7 @@ from .layout import RecipeError
 
 PLACEHOLDER = "PREFIX"  # stands for the data in a plan without data
 SPLITS = ("969,30,1", "98,1,1", "90,5,5", "80,10,10", "34,33,33")  # the paper's first; each next needs fewer documents
+_WEIGHT = r"[0-9.]+(?:e[+-]?[0-9]+)?"  # of a data set
 _SHARD = re.compile(r"(?:pile_)?([0-2]\d)_text_document")
 
 
@@ -45,7 +46,7 @@ def split_data_path(given: str) -> list[str]:
     if os.path.isfile(f"{given}.bin"):
         return [given]
     if "\n" in given:
-        lines = [re.fullmatch(r"(?:([0-9.]+)[ \t]+)?(.*)", line.strip(" \t")) for line in given.split("\n")]
+        lines = [re.fullmatch(rf"(?:({_WEIGHT})[ \t]+)?(.*)", line.strip(" \t")) for line in given.split("\n")]
         return [word for line in lines if line is not None for word in line.groups() if word]
     return given.split()
 
@@ -107,7 +108,7 @@ def choose_split(data_path: Sequence[str]) -> str:
 
 
 def _is_weight(word: str) -> bool:
-    return bool(re.fullmatch("[0-9.]+", word))
+    return bool(re.fullmatch(_WEIGHT, word))
 
 
 def find_vocabulary(environment: Mapping[str, str], flags: Sequence[str], planned: bool) -> list[str]:

@@ -13,6 +13,8 @@ from types import FrameType
 
 import psutil
 
+from ..console.flags import group_by_flag
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAST_BYTES = 2**16  # the end of a log that is searched for the program's last error
 STOPPED = 143  # exit code of a training run that a signal stopped
@@ -107,7 +109,7 @@ def run_training(command: Sequence[str], log: Path) -> int:
     if error:
         print(f"\n{error}", file=sys.stderr, flush=True)
     elif stopping:
-        same = "The same command" + " without --ckpt-step" * ("--ckpt-step" in command)
+        same = "The same command" + " without --ckpt-step" * ("--ckpt-step" in group_by_flag(command))
         _say(f"Stopped. {same} continues from the last checkpoint; the log is {log}")
         return STOPPED
     return code if code >= 0 else 128 - code

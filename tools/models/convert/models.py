@@ -43,6 +43,8 @@ def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argp
         raise ConversionError(
             f"--load: layers of multi-token prediction are not converted, and it has {source.mtp_num_layers} of them."
         )
+    if router := source.moe_baseline_router:
+        raise ConversionError(f"--load: has --moe-baseline-router {router}. Only dense and top-k models are converted.")
     target = copy.copy(source)
     if source.num_experts is None:
         _become_mixture(target, options)
