@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron.remoe.start.checkpoint_index import INDEX
 from tests.tiny_model import RELU
 from tests.training_runs import TINY, assert_equal, weights
 
@@ -29,9 +28,6 @@ class Saved:
     def copy(self, root: Path) -> "Saved":
         return Saved(Path(shutil.copytree(self.root, root)))
 
-    def replace_index(self, iteration: int, content: bytes) -> None:
-        (self[iteration] / INDEX).write_bytes(content)
-
     def assert_same_weights(self, other: "Saved", iteration: int) -> None:
         assert_equal(weights(other.root, iteration), weights(self.root, iteration))
 
@@ -50,10 +46,10 @@ def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-def flip(path: Path, byte: int | None = None) -> None:
-    """Flip the lowest bit of a byte, by default of the byte in the middle."""
+def flip(path: Path) -> None:
+    """Flip the lowest bit of the byte in the middle."""
     content = bytearray(path.read_bytes())
-    content[len(content) // 2 if byte is None else byte] ^= 1
+    content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 

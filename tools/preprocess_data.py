@@ -29,7 +29,7 @@ SECONDS_TO_FIRST_LINE = 10.0
 SHARE_BETWEEN_LINES = 0.1  # between two lines of progress, as a share of the time so far
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the flags. Those of Megatron-LM's tool keep their meaning."""
     parser = tool_parser("preprocess", __doc__)
     add = parser.add_argument

@@ -23,8 +23,9 @@ def build_router(**changes) -> ReLURouter:
     return make_layer(make_config(**changes)).router
 
 
-def random_tokens(router: ReLURouter, sequence: int = 6, batch: int = 2, dtype=torch.float64) -> torch.Tensor:
-    return torch.randn(sequence, batch, HIDDEN, dtype=dtype, device=router.weight.device)
+def random_tokens(router: ReLURouter) -> torch.Tensor:
+    """Return float64 `[6, 2, HIDDEN]`."""
+    return torch.randn(6, 2, HIDDEN, dtype=torch.float64, device=router.weight.device)
 
 
 def test_gates_are_relu_and_map_is_where_they_are_positive(make_router) -> None:

@@ -26,8 +26,6 @@ from tools.recipes.launch import plan
 from tools.recipes.layout import NAMES
 
 SCRIPTS = REPOSITORY / "scripts"
-SIZES = {"182m": ("12", "768", "12"), "469m": ("24", "1024", "16"), "978m": ("24", "1536", "16")}
-ROUTINGS = ("dense", "moe", "remoe")
 SETTINGS = {
     *NAMES,
     *"MODEL KERNELS GPU DATA_PATH DATA_DIR DRY_RUN REHEARSE REHEARSE_JSON PYTORCH_CUDA_ALLOC_CONF".split(),

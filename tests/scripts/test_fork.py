@@ -4,9 +4,10 @@ import json
 import re
 from pathlib import Path
 
-from tests.scripts.launching import ROUTINGS, SIZES, command
+from tests.scripts.launching import command
 from tests.training_runs import REPOSITORY
 from tools.console.flags import group_by_flag
+from tools.recipes.models import PAPER, ROUTINGS
 
 Flags = dict[str, dict[str, str]]  # script → flag → the words after it
 
@@ -30,7 +31,7 @@ def read_our_flags() -> Flags:
 
 
 def cell(flags: Flags, flag: str, routing: str) -> str:
-    values = [flags[f"{size}_{routing}"].get(flag) for size in SIZES]
+    values = [flags[f"{size}_{routing}"].get(flag) for size in PAPER]
     given = ["not given" if value is None else value or "given" for value in values]
     return given[0] if len(set(given)) == 1 else " / ".join(given)
 

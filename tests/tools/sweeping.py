@@ -14,23 +14,20 @@ from tools.experiments.sweep import main
 from tools.recipes.models import Routing, Size
 from tools.recipes.tiny import SIZE
 
+GIVEN = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "DATA_PATH": "pile"}
 TEXT = Text(Path("text"), {"code": 30, "docs": 10}, "text", {"code": 1.0, "docs": 1.0, "": 1.0})
-
-
-def given(environment: dict[str, str]) -> dict[str, str]:
-    return alone({"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "DATA_PATH": "pile"} | environment)
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     """Start a sweep as a process in an unrelated folder."""
     command = [sys.executable, str(REPOSITORY / "tools"), "sweep", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd="/", env=given(environment), text=True, **pipes)
+    return subprocess.Popen(command, cwd="/", env=alone(GIVEN | environment), text=True, **pipes)
 
 
 def sweep(*arguments: str, code: int = 0, **environment: str) -> tuple[str, str]:
     """Run a sweep in this process, assert its exit code, and return its output and errors."""
-    result = in_process(main, [*arguments], "/", given(environment))
+    result = in_process(main, [*arguments], "/", GIVEN | environment)
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout, result.stderr
 

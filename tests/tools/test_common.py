@@ -107,10 +107,9 @@ def test_a_folder_is_locked_once(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- processes
 
 STEPS = """
-from tools.console.display import Display
-display = Display()
-with display.step("reading", 2):
-    display.say("a result")
+from tools.console.display import show_step
+with show_step("reading", 2):
+    print("a result", flush=True)
 """
 NOHUP = """
 import os, signal

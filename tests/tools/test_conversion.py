@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.core.models.gpt import GPTModel
 from megatron.remoe.start.checkpoint_index import read_index
 from tests.tiny_model import RELU, TOPK
 from tests.training_runs import REPOSITORY, TINY, run, series
 from tools.models import checkpoints
 from tools.models.convert import fitting, models
 from tools.models.convert.command import main as command
+from tools.models.hf.opening import open_run
 from tools.models.hf.settings import complete
 from tools.models.megatron_model import build
 
@@ -101,12 +101,6 @@ def test_from_topk_into_two_processes(data: Path, tmp_path: Path, capfd: pytest.
     check_start(train_converted(data, tmp_path / "remoe", *layout, steps=11, processes=2), before, sparsity)
 
 
-def opened(folder: Path) -> GPTModel:
-    checkpoint = checkpoints.find(folder, None)
-    checkpoints.load(checkpoint, model := build(complete(checkpoint.args)))
-    return model
-
-
 def test_parts_of_some_layers(dense: tuple[Path, str], tmp_path: Path, monkeypatch, capfd) -> None:
     """The second layer is split into G = 2 parts, and each part is copied to 4 experts. The first stays dense."""
     monkeypatch.setattr(fitting, "STEPS", 150)
@@ -114,7 +108,7 @@ def test_parts_of_some_layers(dense: tuple[Path, str], tmp_path: Path, monkeypat
     assert main("--load", dense[0], "--save", tmp_path / "remoe", *words.split(), "--loss-bound", "0.1") == 0
     words = "--num-experts 4 --moe-router-topk 1 --moe-granularity 2 --moe-layer-freq '[0,1]'"
     assert words in capfd.readouterr().out
-    source, target = (opened(folder).state_dict() for folder in (dense[0], tmp_path / "remoe"))
+    source, target = (open_run(folder, None).model.state_dict() for folder in (dense[0], tmp_path / "remoe"))
     mlp = "decoder.layers.1.mlp."
     parts = fitting.split_mlp({key.removeprefix(mlp): source[key] for key in source if key.startswith(mlp)}, 2, True)
     for expert, name in itertools.product(range(8), ("linear_fc1.weight", "linear_fc2.weight")):

@@ -13,12 +13,11 @@ from megatron.remoe.start.checkpoint_files import common_state
 from megatron.remoe.start.checkpoint_index import read_index
 from tests.fork import oracle
 from tests.training_runs import REPOSITORY, run, series, weights
-from tools.models import checkpoints
 from tools.models.convert.command import main
 from tools.models.convert.from_fork import COEFFICIENT, _exponent
 from tools.models.convert.rewriting import read_content, write_content
-from tools.models.hf.settings import complete
-from tools.models.megatron_model import build
+from tools.models.hf.opening import open_run
+from tools.models.measuring import compute_logits
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 
@@ -44,14 +43,6 @@ def convert(*arguments: object) -> int:
     return main(["--from-fork", *map(str, arguments)])
 
 
-def logits(run: Path, ids: torch.Tensor) -> torch.Tensor:
-    checkpoint = checkpoints.find(run, None)
-    model = build(complete(checkpoint.args))
-    checkpoints.load(checkpoint, model)
-    with torch.no_grad():
-        return model(ids, torch.arange(ids.shape[1]).expand(len(ids), -1), None)
-
-
 def continued(kind: str, text: Path, load: Path, save: Path, *more: str, expect: int = 0) -> str:
     """Continue training with the fork's flags, but without Transformer Engine and in the torch_dist format."""
     flags = [*oracle.MODEL, *oracle.TRAINING, *oracle.KINDS[kind]]
@@ -67,7 +58,8 @@ def test_fork_continues(kind: str, saved: Path, text: Path, tmp_path: Path, caps
     if "remoe" in kind:
         assert "exponent 8" in printed
     there = torch.load(saved / kind / "expected.pt", weights_only=True)
-    torch.testing.assert_close(logits(tmp_path / "here", there["tokens"]), there["logits"], rtol=0, atol=2e-6)
+    logits = compute_logits(open_run(tmp_path / "here", None).model, there["tokens"])
+    torch.testing.assert_close(logits, there["logits"], rtol=0, atol=2e-6)
     output = continued(kind, text, tmp_path / "here", tmp_path / "run")
     losses = series(output, "lm loss")
     assert len(losses) == oracle.LAST - oracle.SAVED

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from megatron.remoe.start.checkpoint_files import newest_iteration
 from tests.data_sets import write_small_corpus
 from tests.training_runs import finish, wait_until
 from tools.console.files import lock
@@ -45,24 +46,19 @@ def start(*arguments: str, folder: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def saved_iteration(folder: Path) -> int:
-    tracker = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
-    return int(tracker.read_text() or 0) if tracker.exists() else 0
-
-
 def test_end_to_end(tmp_path: Path) -> None:
     output_dir, arguments = tmp_path / "relative", ("--output-dir", "relative")
     write_small_corpus(output_dir / "corpus")
     runs = output_dir / f"iterations-{ITERATIONS}"
 
     # Interrupt the first run once it has a checkpoint.
-    process = start(*arguments, folder=tmp_path)
-    wait_until(lambda: saved_iteration(runs / "dense"), process)
+    process, saves = start(*arguments, folder=tmp_path), runs / "dense" / "checkpoints"
+    wait_until(lambda: newest_iteration(saves), process)
     process.send_signal(signal.SIGTERM)
     _, errors = finish(process, code=130)
     assert "The same command" in errors and "Traceback" not in errors
-    cut = saved_iteration(runs / "dense")
-    assert cut > 0
+    cut = newest_iteration(saves)
+    assert int(cut) > 0
     lock(output_dir, "quickstart").close()  # nothing is left running
 
     output, errors = finish(start(*arguments, folder=tmp_path), code=0)

@@ -68,8 +68,6 @@ def test_time_of_a_run_started_twice(tmp_path: Path) -> None:
     sessions += [{"kind": "start", "iteration": 64}, line(65, 9.0), line(70, 14 / 6), line(80, 1.0)]
     write_run(tmp_path, 80, *sessions)
     assert read(tmp_path).training_seconds == pytest.approx(2 * 9 + 78)
-    [whole] = stages.stages(read_figures(tmp_path), stages.Flops(sequence=100.0, expert=10.0))
-    assert 3600 * whole.hours == pytest.approx(2 * 9 + 78)
     write_run(tmp_path, 80, *sessions[-4:])  # continues a run of another folder
     assert read(tmp_path).training_seconds == pytest.approx(64 * 14 / 6 + 9 + 15)
 

@@ -17,8 +17,8 @@ from tests.training_runs import TINY, logged, records, run
 FILE = "metrics.jsonl"
 
 
-def make_log(folder: Path, iteration: int = 0, train_iters: int = 100) -> RunLog:
-    return RunLog(argparse.Namespace(save=str(folder), iteration=iteration, train_iters=train_iters, device=object()))
+def make_log(folder: Path, iteration: int = 0) -> RunLog:
+    return RunLog(argparse.Namespace(save=str(folder), iteration=iteration, train_iters=100, device=object()))
 
 
 def tell(log: RunLog, *messages: Any) -> None:

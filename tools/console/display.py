@@ -10,32 +10,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 
-class Display:
-    """Print results to standard output; show the bar of a step on standard error."""
-
-    def __init__(self) -> None:
-        self.advance: Callable[[int], None] = lambda parts: None  # counts parts of the step as done
-
-    @contextmanager
-    def step(self, title: str, total: int) -> Iterator[None]:
-        """Show a step with `total` parts; `advance` counts them."""
-        console = Console(stderr=True)
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            redirect_stdout=sys.stdout.isatty(),  # otherwise rich would send results meant for a file to the terminal
-            disable=not console.is_terminal,
-        ) as progress:
-            self.advance = partial(progress.advance, progress.add_task(title, total=total))
-            yield
-
-    def say(self, line: str) -> None:
-        """Print a result."""
-        print(line, flush=True)
+@contextmanager
+def show_step(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar on standard error for a step with `total` parts; yield a function that counts parts as done."""
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # otherwise rich would send results meant for a file to the terminal
+        disable=not console.is_terminal,
+    ) as progress:
+        yield partial(progress.advance, progress.add_task(title, total=total))
 
 
 def say(console: Console, line: str, style: str = "") -> None:

@@ -56,16 +56,13 @@ def picture(path: Path, font_size: float, pad: tuple[float, float], **settings: 
         path: a .png file.
         font_size: in points.
         pad: inches around each panel, horizontal and vertical.
-        settings: for `pyplot.figure`.
+        settings: for `Figure`.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot  # slow to import
+    from matplotlib import rc_context  # slow to import
+    from matplotlib.figure import Figure
 
     padding = {"figure.constrained_layout.w_pad": pad[0], "figure.constrained_layout.h_pad": pad[1]}
-    with pyplot.rc_context({"font.size": font_size} | STYLE | padding):
-        figure = pyplot.figure(dpi=100, layout="constrained", **settings)
+    with rc_context({"font.size": font_size} | STYLE | padding):
+        figure = Figure(dpi=100, layout="constrained", **settings)
         yield figure
         write_atomically(path, figure.savefig)
-        pyplot.close(figure)

@@ -16,10 +16,8 @@ ONLY_FOR_REMOE = "num_experts moe_router_topk moe_granularity moe_layer_freq dat
 SEED = 1234  # Megatron's default
 FIT_TOKENS = 32768
 
-type Words = Sequence[str] | None
 
-
-def _parser(parse: Callable[[Words], argparse.Namespace]) -> argparse.ArgumentParser:
+def _parser(parse: Callable[[Sequence[str]], argparse.Namespace]) -> argparse.ArgumentParser:
     """Return a parser with the function's name and description."""
     return tool_parser(parse.__name__.removeprefix("parse_"), inspect.getdoc(parse))
 
@@ -38,7 +36,7 @@ def _add_sequences(add: Callable[..., Any]) -> None:
     add("--sequences", **NUMBER, help="read at most N sequences per data set (default: all)")
 
 
-def parse_generate(arguments: Words = None) -> argparse.Namespace:
+def parse_generate(arguments: Sequence[str]) -> argparse.Namespace:
     """Continue a text with a trained model: a run's checkpoint, or a folder that remoe export wrote.
 
     remoe generate --load RUN --prompt "Once upon a time"
@@ -62,7 +60,7 @@ def parse_generate(arguments: Words = None) -> argparse.Namespace:
     return args
 
 
-def parse_evaluate(arguments: Words = None) -> argparse.Namespace:
+def parse_evaluate(arguments: Sequence[str]) -> argparse.Namespace:
     """Evaluate trained models: runs' checkpoints, or folders that remoe export wrote.
 
     remoe evaluate --load RUN --data-path SET                                # loss, loss of repeats, experts per token
@@ -97,7 +95,7 @@ def parse_evaluate(arguments: Words = None) -> argparse.Namespace:
     return args
 
 
-def parse_analyze(arguments: Words = None) -> argparse.Namespace:
+def parse_analyze(arguments: Sequence[str]) -> argparse.Namespace:
     """Show how a model routes held-out text: figures 7, 8, 9, 11, 12 and table 12 of the paper.
 
     remoe analyze --load RUN --data-path SET [SET...]        # RUN: a run, or a folder of remoe export
@@ -116,7 +114,7 @@ def parse_analyze(arguments: Words = None) -> argparse.Namespace:
     return args
 
 
-def parse_convert(arguments: Words = None) -> argparse.Namespace:
+def parse_convert(arguments: Sequence[str]) -> argparse.Namespace:
     """Start a ReMoE from a dense or top-k MoE checkpoint, import a checkpoint, or change the model's class.
 
     dense:         remoe convert --load DENSE --save OUT --num-experts 8
@@ -170,7 +168,7 @@ def parse_convert(arguments: Words = None) -> argparse.Namespace:
     return args
 
 
-def parse_export(arguments: Words = None) -> argparse.Namespace:
+def parse_export(arguments: Sequence[str]) -> argparse.Namespace:
     """Export a checkpoint to Hugging Face transformers, or make a checkpoint from an exported folder.
 
     remoe export --load RUN --save FOLDER               # a dense, top-k or ReMoE checkpoint → a folder

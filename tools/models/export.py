@@ -159,8 +159,12 @@ def measure_bounds(model: RemoeForCausalLM, text: torch.Tensor, bounds: set[int]
 
 def write_card(folder: Path, args: argparse.Namespace, config: RemoeConfig, results: dict[str, str]) -> None:
     """Write README.md about the run and the model; `results` are more rows of its table."""
-    kind = "hash-routed MoE" if config.hash_routing else f"top-{config.num_experts_per_tok} MoE"
-    kind = "dense" if not config.num_experts else "ReMoE" if config.moe_relu_routing else kind
+    if not config.num_experts:
+        kind = "dense"
+    elif config.moe_relu_routing:
+        kind = "ReMoE"
+    else:
+        kind = "hash-routed MoE" if config.hash_routing else f"top-{config.num_experts_per_tok} MoE"
     rows = {"kind": kind}
     if kind == "ReMoE":
         rows["λ at the end"] = f"{config.router_aux_loss_coef:.6g}"

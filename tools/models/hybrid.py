@@ -9,16 +9,16 @@ FINAL_NORM = {"gpt": "decoder.final_layernorm.", "hybrid": "decoder.final_norm."
 ATTENTION = ("self_attention.", "input_layernorm.")
 
 
-def moe_layer_pattern(args: argparse.Namespace) -> list[int]:
-    """Return --moe-layer-freq of a GPTModel as Megatron reads it: a 1 for each layer with experts, 0 for others.
+def moe_layer_pattern(args: argparse.Namespace) -> list[bool]:
+    """Return for each layer of a GPTModel whether it has experts: --moe-layer-freq as Megatron reads it.
 
     Args:
-        args: Megatron's, or those saved in a checkpoint; older ones do not have the flag.
+        args: Megatron's, or those saved in a checkpoint or a log; older ones do not have the flag.
     """
-    frequency: int | list[int] = getattr(args, "moe_layer_freq", 1)
-    if isinstance(frequency, int):
-        return [int(layer % frequency == 0) for layer in range(args.num_layers)]
-    return frequency
+    frequency: int | list[int] | None = getattr(args, "moe_layer_freq", None)
+    every = 1 if frequency is None else frequency
+    pattern = every if isinstance(every, list) else [layer % every == 0 for layer in range(args.num_layers)]
+    return [bool(args.num_experts and has_experts) for has_experts in pattern]
 
 
 def hybrid_layer(layer: int, rest: str) -> int:
@@ -63,7 +63,7 @@ def as_hybrid(args: argparse.Namespace) -> argparse.Namespace:
             "REMOE-E512",
         )
     args = argparse.Namespace(**vars(args))
-    mlps = ["E" if args.num_experts and has_experts else "-" for has_experts in moe_layer_pattern(args)]
+    mlps = ["E" if has_experts else "-" for has_experts in moe_layer_pattern(args)]
     args.hybrid_layer_pattern = "".join(f"*{mlp}" for mlp in mlps)
     args.num_layers, args.moe_layer_freq = 2 * len(mlps), 1
     return args

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from megatron.remoe.hf import RemoeForCausalLM
 from megatron.remoe.hf.modeling_remoe import RemoeSparseMoeBlock
 
-from ..console.display import Display
 from ..console.errors import ConversionError
 
 TOKENS_PER_FORWARD = 4096
@@ -79,13 +78,15 @@ def find_repeats(ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def measure_loss(model: Any, batches: Iterable[torch.Tensor], display: Display | None = None) -> TextLoss:
+def measure_loss(
+    model: Any, batches: Iterable[torch.Tensor], advance: Callable[[int], None] = lambda sequences: None
+) -> TextLoss:
     """Return the loss of a text.
 
     Args:
         model: of Megatron or of transformers, in evaluation mode.
         batches: int64 `[batch, length + 1]` each.
-        display: to advance by one for each sequence.
+        advance: called with the number of sequences of each batch, from `show_step`.
     """
     sums, device = torch.zeros(4, dtype=torch.float64), next(model.parameters()).device
     for batch in batches:
@@ -94,8 +95,7 @@ def measure_loss(model: Any, batches: Iterable[torch.Tensor], display: Display |
         losses, repeats = cross_entropy(logits, labels, reduction="none").double(), find_repeats(ids).flatten()
         copied = losses[repeats]
         sums += torch.tensor([losses.sum(), len(losses), copied.sum(), len(copied)], dtype=torch.float64)
-        if display is not None:
-            display.advance(len(batch))
+        advance(len(batch))
     loss, tokens, repeats_loss, number = sums.tolist()
     return TextLoss(loss / tokens, int(tokens), repeats_loss / number if number else None, int(number))
 

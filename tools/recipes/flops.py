@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..models.hybrid import moe_layer_pattern
 from ..runs.run_figures import TOTALS, WITHIN, RunFigures
 
 RISING = 0.1  # the dense stage ends after this share of the way from the first S to the target
@@ -45,7 +46,7 @@ def flops_per_sequence(args: argparse.Namespace, experts_per_token: float | None
         mtp = pattern.rstrip("/").count("/")
         kinds = {kind: pattern.count(kind) for kind in "*-E"}
     else:
-        experts = [bool(args.num_experts and expert) for expert in _frequency(args.moe_layer_freq, args.num_layers)]
+        experts = moe_layer_pattern(args)
         experts += experts[-1:] * mtp
         kinds = {"*": len(experts), "-": experts.count(False), "E": experts.count(True)}
     products = 3 if args.swiglu else 2
@@ -62,12 +63,6 @@ class _Defaulting(argparse.Namespace):
 
     def __getattr__(self, name: str) -> Any:
         return None
-
-
-def _frequency(frequency: int | list[int] | None, layers: int) -> list[bool]:
-    if isinstance(frequency, list):
-        return [*map(bool, frequency)]
-    return [number % (frequency or 1) == 0 for number in range(layers)]
 
 
 def key_value_heads(args: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ from ..runs.run_figures import RunFigures
 from ..runs.running import make_main
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the flags."""
     parser = tool_parser("report", __doc__)
     add = parser.add_argument

@@ -40,19 +40,19 @@ def run_tool(tool: str, work: Callable[[], int | None], stopped: str = "stopped"
 
 def make_main(
     tool: str,
-    parse: Callable[..., argparse.Namespace],
+    parse: Callable[[Sequence[str]], argparse.Namespace],
     work: Callable[[argparse.Namespace], None],
     stopped: str = "stopped",
-) -> Callable[..., int]:
-    """Return a tool's main function, which parses the arguments (default: the process's) and calls `run_tool`.
+) -> Callable[[Sequence[str]], int]:
+    """Return a tool's main function, which parses the arguments and calls `run_tool`.
 
     Args:
         tool, stopped: as in `run_tool`.
-        parse: parses a list of arguments, or those of the process.
+        parse: parses a list of arguments.
         work: does the tool's work with the parsed arguments.
     """
 
-    def main(arguments: Sequence[str] | None = None) -> int:
+    def main(arguments: Sequence[str]) -> int:
         args = parse(arguments)
         return run_tool(tool, lambda: work(args), stopped)
 

@@ -19,7 +19,7 @@ from .preprocessing.encoding import load_encoder
 CHARACTERS = 300  # shown of a document
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the flags."""
     parser = tool_parser("inspect", __doc__)
     add = parser.add_argument

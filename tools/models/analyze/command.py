@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ...console.display import Display, print_table
+from ...console.display import print_table
 from ...console.errors import ToolError
 from ...console.files import write_json
 from ...runs.evaluations import name_data_sets
@@ -63,7 +63,7 @@ def analyze(args: argparse.Namespace) -> None:
     length = opened.sequence_length(args.seq_length)
     texts = [read_sequences(prefix, length, args.seed, model.config.vocab_size) for prefix in args.data_path]
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    counts = findings.count_routing(model, texts, layers, args.sequences, Display())
+    counts = findings.count_routing(model, texts, layers, args.sequences)
     names = name_data_sets(args.data_path)
     results = {
         "experts_per_token": findings.experts_per_token(counts),

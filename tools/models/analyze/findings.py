@@ -9,7 +9,7 @@ import torch
 
 from megatron.remoe.hf import RemoeForCausalLM
 
-from ...console.display import Display
+from ...console.display import show_step
 from ...runs.run_figures import INACTIVE
 from ..measuring import compute_logits, summarize_experts, watch_routers
 from ..text import read_batches
@@ -64,21 +64,21 @@ class Counts:
 
 @torch.inference_mode()
 def count_routing(
-    model: RemoeForCausalLM, texts: Sequence["GPTDataset"], layers: list[int], limit: int | None, display: Display
+    model: RemoeForCausalLM, texts: Sequence["GPTDataset"], layers: list[int], limit: int | None
 ) -> Counts:
     """Run the model over at most `limit` sequences of each domain's text, and return its counts."""
     counts = Counts(layers, len(texts), model.config.num_experts, model.config.vocab_size)
     seen: list[torch.Tensor] = []
     with watch_routers(model, lambda _number, active: seen.append(active.cpu())):
         for domain, text in enumerate(texts):
-            with display.step(Path(text.dataset_path).name, min(len(text), limit or len(text))):
+            with show_step(Path(text.dataset_path).name, min(len(text), limit or len(text))) as advance:
                 for batch in read_batches(text, limit, model.config.vocab_size):
                     ids = batch[:, :-1]
                     compute_logits(model, ids.to(model.device))
                     for place, active in enumerate(seen):
                         counts.add(domain, ids.flatten(), place, active)
                     seen.clear()
-                    display.advance(len(batch))
+                    advance(len(batch))
     return counts
 
 

@@ -9,7 +9,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from ...console.display import Display
+from ...console.display import show_step
 from ...console.errors import ConversionError
 from ...runs.running import make_main
 from ..arguments import parse_convert
@@ -37,20 +37,21 @@ def convert(options: argparse.Namespace) -> None:
     Raises:
         UsageError: something is wrong with the flags, the checkpoint or the data, or the loss grows too much.
     """
-    checkpoint, display = find(options.load, options.ckpt_step), Display()
+    checkpoint = find(options.load, options.ckpt_step)
     if getattr(checkpoint.args, "hybrid_layer_pattern", None):
         raise ConversionError(f"{checkpoint.folder}: is a HybridModel's. Convert it with --model gpt first.")
     args = complete(checkpoint.args)
     new_args = target_args(args, options)
     kind = "dense" if args.num_experts is None else "top-k"
-    display.say(f"{kind} checkpoint {checkpoint.name}: {args.num_layers} layers of hidden size {args.hidden_size}")
+    shape = f"{args.num_layers} layers of hidden size {args.hidden_size}"
+    print(f"{kind} checkpoint {checkpoint.name}: {shape}", flush=True)
     sequences = -(-options.tokens // args.seq_length)
     blend = choose_blend(args, options.data_path)
     to_fit, to_measure = sample(blend, 2 * sequences, args.seq_length, args.padded_vocab_size, options.seed).chunk(2)
     with one_process(options.seed):
-        target, loss_before = _fit_routers(options, display, checkpoint, args, new_args, to_fit, to_measure)
-        with display.step("running the ReMoE", len(to_measure)), count_experts(target) as histograms:
-            loss_after = measure_loss(target, split_batches(to_measure), display).loss
+        target, loss_before = _fit_routers(options, checkpoint, args, new_args, to_fit, to_measure)
+        with show_step("running the ReMoE", len(to_measure)) as advance, count_experts(target) as histograms:
+            loss_after = measure_loss(target, split_batches(to_measure), advance).loss
         sparsity = 1 - mean_experts(histograms.values()) / new_args.num_experts
         bound = BOUNDS[kind] if options.loss_bound is None else options.loss_bound
         growth = loss_after / loss_before - 1
@@ -60,14 +61,13 @@ def convert(options: argparse.Namespace) -> None:
                 f"{result}: nothing was written. Fit to more text (--tokens {4 * options.tokens}), or accept more with "
                 "--loss-bound."
             )
-        display.say(f"{result}, sparsity {sparsity:.3f}; on {to_measure[:, 1:].numel():,} other tokens")
+        print(f"{result}, sparsity {sparsity:.3f}; on {to_measure[:, 1:].numel():,} other tokens", flush=True)
         save(target, new_args, options.save)
-    display.say(f"wrote {options.save}; train with {training_flags(new_args, options.save)}")
+    print(f"wrote {options.save}; train with {training_flags(new_args, options.save)}", flush=True)
 
 
 def _fit_routers(
     options: argparse.Namespace,
-    display: Display,
     checkpoint: Checkpoint,
     args: argparse.Namespace,
     new_args: argparse.Namespace,
@@ -78,12 +78,12 @@ def _fit_routers(
     source, target = build(args), build(new_args)
     load(checkpoint, source)
     layers = [number for number, layer in enumerate(target.decoder.layers) if isinstance(layer.mlp, MoELayer)]
-    with display.step("running the source", len(to_fit) + len(to_measure)):
+    with show_step("running the source", len(to_fit) + len(to_measure)) as advance:
         with record_routers(source, layers) as (inputs, gates):
-            measure_loss(source, split_batches(to_fit), display)
-        loss_before = measure_loss(source, split_batches(to_measure), display).loss
+            measure_loss(source, split_batches(to_fit), advance)
+        loss_before = measure_loss(source, split_batches(to_measure), advance).loss
     routers = {}
-    with display.step("fitting the routers", len(layers)):
+    with show_step("fitting the routers", len(layers)) as advance:
         for number, layer in enumerate(layers):
             seen = torch.cat(inputs.pop(layer))
             if args.num_experts is None:
@@ -95,11 +95,9 @@ def _fit_routers(
                     wanted = keep_largest(wanted, new_args.moe_router_topk)
                 start = source.decoder.layers[layer].mlp.router.weight.detach()
             routers[layer], error, sparsity = fit_router(seen, wanted, copies, start, options.seed + number)
-            display.advance(1)
-            display.say(
-                f"layer {layer + 1} of {args.num_layers}: gates within {error:.1%} (root mean square), "
-                f"sparsity {sparsity:.3f}"
-            )
+            advance(1)
+            fit = f"gates within {error:.1%} (root mean square), sparsity {sparsity:.3f}"
+            print(f"layer {layer + 1} of {args.num_layers}: {fit}", flush=True)
     fill(target, source, routers)
     for parameter in target.parameters():  # measure the weights that will be saved
         parameter.data = parameter.data.to(args.params_dtype).float()

@@ -94,7 +94,7 @@ def _rename_weights(content: Content, args: argparse.Namespace) -> Content:
     A norm before experts gets both of its names, so that plain PyTorch layers and Transformer Engine's can load it.
     """
     result: Content = {}
-    experts = [bool(args.num_experts) and bool(has_experts) for has_experts in moe_layer_pattern(args)]
+    experts = moe_layer_pattern(args)
     for key, value in content.items():
         prefix = ""
         if state := STATE.fullmatch(key):

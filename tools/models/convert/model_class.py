@@ -35,7 +35,7 @@ def convert_class(options: argparse.Namespace) -> None:
     write_content(content, common_state(folder) | {"args": args}, options.save, folder.name)
     pattern = f"--hybrid-layer-pattern '{args.hybrid_layer_pattern}'"
     flags = pattern if options.model == "hybrid" else f"--num-layers {args.num_layers}"
-    if options.model == "gpt" and isinstance(args.moe_layer_freq, list):
+    if args.moe_layer_freq != 1:  # a list, of a GPTModel
         flags += f" --moe-layer-freq '{str(args.moe_layer_freq).replace(' ', '')}'"
     print(f"wrote {options.save}, {folder.name}; continue the run with --load {quote(str(options.save))} {flags}")
 
@@ -47,7 +47,7 @@ def _convert_to_hybrid(content: Content) -> Content:
 
 def _convert_to_gpt(content: Content, args: argparse.Namespace) -> Content:
     content = {_rename(key, "hybrid", "gpt"): value for key, value in content.items() if key != ONLY_HYBRID}
-    return stack_layers(content, args.num_layers) if isinstance(args.moe_layer_freq, int) else content
+    return stack_layers(content, args.num_layers) if args.moe_layer_freq == 1 else content
 
 
 def _rename(key: str, source: str, target: str) -> str:

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from ...console.display import Display, print_table
+from ...console.display import print_table
 from ...console.files import write_json
 from ...runs import evaluations
 from ...runs.running import make_main
@@ -36,7 +36,7 @@ def evaluate(args: argparse.Namespace) -> None:
         options = args.ckpt_step, args.tokenizer_model, args.tasks is not None
         models = {str(place): open_model(place, *options) for place in args.load}
         if args.data_path:
-            measure_text(args, models, Display(), results)
+            measure_text(args, models, results)
             if args.speed:
                 results["speed"] = measure_speed(args, models)
         if args.tasks is not None:

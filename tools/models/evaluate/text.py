@@ -13,7 +13,7 @@ import torch
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 from megatron.remoe.routing.refusals import flag
 
-from ...console.display import Display
+from ...console.display import show_step
 from ...console.errors import ToolError
 from ..arguments import SEED
 from ..hf.opening import OpenedModel
@@ -57,9 +57,7 @@ def read_text(args: argparse.Namespace, opened: OpenedModel, prefix: str) -> "GP
     return read_sequences(prefix, opened.sequence_length(args.seq_length), seed, config.vocab_size)
 
 
-def measure_text(
-    args: argparse.Namespace, models: dict[str, OpenedModel], display: Display, results: dict[str, Any]
-) -> None:
+def measure_text(args: argparse.Namespace, models: dict[str, OpenedModel], results: dict[str, Any]) -> None:
     """Fill `results["text"]`: model → data set → bound on the experts per token, or "none" → measurements.
 
     Measurements are the fields of `TextLoss`, and "experts": number of a layer with experts, from 1 → the result of
@@ -73,18 +71,18 @@ def measure_text(
             check_bound(name, opened.model.config, bound)
     for name, opened in models.items():
         if ignored := [flag(mask) for mask in MASKS if getattr(opened.args, mask, False)]:
-            display.say(f"{name}: evaluated without {', '.join(ignored)}")
+            print(f"{name}: evaluated without {', '.join(ignored)}", flush=True)
         model = opened.model
         for prefix in args.data_path:
             data = read_text(args, opened, prefix)
             for bound in [None, *args.max_experts_per_token]:
                 with (
-                    display.step(f"{name}, {Path(prefix).name}", min(len(data), args.sequences or len(data))),
+                    show_step(f"{name}, {Path(prefix).name}", min(len(data), args.sequences or len(data))) as advance,
                     bound_experts(model, bound),
                     count_experts(model) as counts,
                 ):
                     batches = read_batches(data, args.sequences, model.config.vocab_size)
-                    measured = measure_loss(model, batches, display)
+                    measured = measure_loss(model, batches, advance)
                 experts = {layer: summarize_experts(histogram) for layer, histogram in counts.items()}
                 result = measured._asdict() | {"experts": experts}
                 bounds = results.setdefault("text", {}).setdefault(name, {}).setdefault(prefix, {})

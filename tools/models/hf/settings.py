@@ -160,7 +160,11 @@ def make_flags(config: RemoeConfig, seq_length: int) -> list[str]:
     """
     table = MODEL | (GROUPED if config.kv_lora_rank is None else LATENT)
     if config.num_experts:
-        table |= EXPERTS | (RELU if config.moe_relu_routing else {} if config.hash_routing else TOPK)
+        table |= EXPERTS
+        if config.moe_relu_routing:
+            table |= RELU
+        elif not config.hash_routing:
+            table |= TOPK
     same = {field: getattr(config, field) for field in table}
     values = {table[field]: None if NONE_IN_MEGATRON.get(field) == value else value for field, value in same.items()}
     values["moe_router_topk"] = config.mean_experts_per_token if config.num_experts else None
