@@ -140,7 +140,8 @@ def test_the_guard_of_each_expert() -> None:
     assert sorted(run.seed for run in guarded) == [1, 2, 3]
     difference = interval([guarded[run].loss - alone[run].loss for run in guarded], "+", digits=3).replace("-", "−")
     experts = fmean(result.experts_per_token for result in guarded.values())
-    inactive = " and ".join(f"{fmean(layer):.0f}" for layer in zip(*(each.inactive for each in guarded.values())))
+    layers = zip(*(result.inactive for result in guarded.values()), strict=True)
+    inactive = " and ".join(f"{fmean(layer):.0f}" for layer in layers)
     assert f"{inactive} of 128 experts are inactive" in page and f"{difference} from the same runs without it" in page
     assert f"{experts:.2f} computed experts per token" in page
 
