@@ -11,8 +11,9 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.layer.experts import GroupedExperts
 from megatron.remoe.layer.layer import ReMoELayer
-from megatron.remoe.layer.specs import with_fused_layers, with_relu_routing, with_router
+from megatron.remoe.layer.specs import with_fused_layers, with_router
 from megatron.remoe.routing.config import ReMoEConfig
+from megatron.remoe.routing.router import ReLURouter
 
 HIDDEN, FFN = 16, 12
 
@@ -77,10 +78,8 @@ def make_layer(
         spec: a layer specification that replaces Megatron's local one.
     """
     spec = spec or get_gpt_layer_local_spec(config.num_moe_experts, False, normalization="RMSNorm")
-    if router is not None:
-        spec = with_router(spec, router)
-    elif getattr(config, "moe_relu_routing", False):
-        spec = with_relu_routing(spec)
+    if router is not None or getattr(config, "moe_relu_routing", False):
+        spec = with_router(spec, router or ReLURouter)
     spec = with_fused_layers(spec) if fused else spec
     layer = spec.submodules.mlp(config=config, layer_number=1)  # type: ignore[union-attr]
     layer.set_layer_number(1)

@@ -258,26 +258,6 @@ def test_megatron_still_logs_only_to_the_console(
     assert capsys.readouterr().out.count("validation loss at iteration 7 on test set | lm loss value: 2.0") == 2
 
 
-@pytest.mark.parametrize(
-    "name", ["reduce_max_stat_across_model_parallel_group", "logical_and_across_model_parallel_group"]
-)
-def test_megatron_still_asks_a_group_of_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    reduce = stock(monkeypatch, training, name)
-    asked: list[int] = []
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, group, **_options: asked.append(group.size()))
-    # With Transformer Engine the norm is a tensor, but a number is logged.
-    values = [1.5, torch.tensor([1.5])] if "stat" in name else [True]
-    single, pair = SimpleNamespace(size=lambda: 1), SimpleNamespace(size=lambda: 2)
-    before = [reduce(value, group=single) for value in values]
-    assert asked == [1] * len(values), "Megatron's own does without"
-    patches.waits.skip_single_rank_reductions()
-    patched = getattr(training, name)
-    after = [patched(value, group=single) for value in values]
-    assert after == before and [*map(type, after)] == [*map(type, before)]
-    patched(values[0], group=pair)
-    assert asked == [1] * len(values) + [2]
-
-
 def test_megatron_still_prints_no_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """The patch adds the hours left to lines at log intervals, and to no other."""
     printed: list[str] = []

@@ -17,7 +17,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.remoe.layer import layer as remoe_layer
 from megatron.remoe.layer.layer import ReMoELayer
-from megatron.remoe.layer.specs import PLANNED_DISPATCH, replace_classes, with_relu_routing
+from megatron.remoe.layer.specs import PLANNED_DISPATCH, replace_classes, with_router
 from megatron.remoe.routing.router import ReLURouter
 from tests.layers import HIDDEN, compare_with_oracle, make_config, make_layer, make_topk_config
 
@@ -49,7 +49,7 @@ def engine_spec(monkeypatch: pytest.MonkeyPatch) -> ModuleSpec:
 
 
 def test_only_router_and_layer_are_replaced(engine_spec: ModuleSpec) -> None:
-    changed = with_relu_routing(engine_spec)
+    changed = with_router(engine_spec)
     mlp, stock = changed.submodules.mlp, engine_spec.submodules.mlp
     assert (stock.func, mlp.func) == (MoELayer, ReMoELayer)
     submodules, stock_submodules = mlp.keywords["submodules"], stock.keywords["submodules"]

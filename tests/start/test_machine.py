@@ -96,6 +96,8 @@ FSDP = {"use_megatron_fsdp": True, "gradient_accumulation_fusion": False, "exper
         *(({name: "x"}, "E203 --sft --logits-load-dir") for name in ("fim_data", "sft", "logits_load_dir")),
         ({"dataloader_inter_document_masking": True}, "E203 --dataloader-inter-document-masking"),
         ({"inprocess_restart": True}, "E203 --inprocess-restart"),
+        ({"mtp_num_layers": 1, "pipeline_model_parallel_size": 2, "save": "x"}, "E203 --mtp-num-layers --untie-emb"),
+        ({"transformer_impl": "local", "recompute_modules": ["layernorm"]}, "E203 --recompute-modules layernorm"),
         (FSDP | {"gradient_accumulation_fusion": True}, "E203 --no-gradient-accumulation-fusion"),
         (FSDP | {"ddp_average_in_collective": True}, "E203 --ddp-average-in-collective"),
         (FSDP | {"num_distributed_optimizer_instances": 2}, "E203 --num-distributed-optimizer-instances"),

@@ -12,7 +12,7 @@ from megatron.remoe.layer.specs import (
     NORMS_OF_ALL_HEADS,
     replace_classes,
     with_fused_layers,
-    with_relu_routing,
+    with_router,
 )
 from megatron.remoe.routing.config import ReMoEConfig, ReMoEMLAConfig
 from tests.layers import make_config
@@ -66,7 +66,7 @@ def kept_by_pytorch(args: argparse.Namespace) -> tuple[float, float]:
     spec = get_gpt_layer_local_spec(args.num_experts, False, args.qk_layernorm, bool(latent))
     spec = replace_classes(spec, LATENT_ATTENTION) if latent else spec
     spec = replace_classes(spec, NORMS_OF_ALL_HEADS) if args.qk_layernorm_all_heads else spec
-    spec = with_relu_routing(spec)
+    spec = with_router(spec)
     spec = with_fused_layers(spec) if args.local_layer_fusion else spec
     layer = spec.module(config, submodules=spec.submodules, layer_number=1).cuda()
     tokens = torch.randn(args.seq_length, args.micro_batch_size, args.hidden_size, requires_grad=True)

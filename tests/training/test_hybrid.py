@@ -9,7 +9,7 @@ import torch
 
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.remoe.layer.layer import ReMoELayer
-from megatron.remoe.layer.specs import with_relu_routing
+from megatron.remoe.layer.specs import with_router
 from megatron.remoe.routing.router import ReLURouter
 from tests.tiny_model import RELU, TOPK
 from tests.training_runs import REPOSITORY, TINY, assert_equal, logged, records, run
@@ -116,7 +116,7 @@ def test_models_without_a_hybrid(name: str, value: object) -> None:
 
 def test_transformer_engines_stack_takes_the_router() -> None:
     """Of all layers in Megatron's own specification, only the MoE layer is replaced."""
-    stack = with_relu_routing(hybrid_stack_spec)
+    stack = with_router(hybrid_stack_spec)
     layer = stack.submodules.moe_layer.submodules.mlp
     assert layer.func is ReMoELayer and layer.keywords["submodules"].router is ReLURouter
     for kind in fields(stack.submodules):

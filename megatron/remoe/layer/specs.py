@@ -27,18 +27,14 @@ from megatron.remoe.transformer.self_attention import AllHeadsNormAttention, Lat
 
 # Classes for `replace_classes`. In plain PyTorch layers, only the fused kernels support latent attention's head sizes.
 LATENT_ATTENTION = {MLASelfAttention: LatentAttention, DotProductAttention: FusedDotProductAttention}
+SEQUENCE_PARALLEL_NORMS = {WrappedTorchNorm: SequenceParallelTorchNorm}
 NORMS_OF_ALL_HEADS = {SelfAttention: AllHeadsNormAttention}
 PLANNED_DISPATCH = {MoELayer: ReMoELayer}  # supports --moe-kernels; keeps routers and experts
 
 type LayerSpec = ModuleSpec | TransformerBlockSubmodules | MultiTokenPredictionBlockSubmodules
 
 
-def with_relu_routing(spec: LayerSpec) -> LayerSpec:
-    """Return a copy of `spec` in which every MoE layer routes by ReLU; see `with_router`."""
-    return with_router(spec, ReLURouter)
-
-
-def with_router(spec: LayerSpec, router: type[TopKRouter]) -> LayerSpec:
+def with_router(spec: LayerSpec, router: type[TopKRouter] = ReLURouter) -> LayerSpec:
     """Return a copy of `spec` in which every MoE layer is a `ReMoELayer` with this router; dense layers stay the same.
 
     Args:
@@ -49,11 +45,6 @@ def with_router(spec: LayerSpec, router: type[TopKRouter]) -> LayerSpec:
         TypeError: a part of `spec` has a router but is not built from Megatron's `MoELayer`.
     """
     return replace_classes(spec, PLANNED_DISPATCH, router)
-
-
-def with_sequence_parallel_norms(spec: Any) -> Any:
-    """Return a copy of `spec` whose PyTorch norms support sequence parallelism; other norms stay the same."""
-    return replace_classes(spec, {WrappedTorchNorm: SequenceParallelTorchNorm})
 
 
 def with_fused_layers(spec: Any, experts: type[GroupedExperts] = GroupedExperts) -> Any:

@@ -84,6 +84,30 @@ def share_optimizer_steps() -> None:
         stock(self, loaded)
 
 
+@patch(
+    changes=f"{FILE}.sharded_param_state_fully_reshardable",
+    provides="right optimizer states with --dist-ckpt-optim-fully-reshardable if a bucket of gradients is padded",
+    ends="the method finds parameters at the same place as its world tensors, which leave the buckets' padding out",
+)
+def keep_padding_of_buckets() -> None:
+    """Save and load buckets with their padding.
+
+    Megatron cuts the padding out, but finds each parameter by its place in the padded buffer. With several buckets, the
+    parameters after a padded one get values of their neighbours.
+    """
+
+    @replace(DistributedOptimizer, "sharded_param_state_fully_reshardable")
+    def save_or_load(stock: Any, self: DistributedOptimizer, *arguments: Any, **options: Any) -> Any:
+        sized = [(part, part.numel_unpadded) for buffer in self.buffers for part in (buffer, *buffer.buckets)]
+        for part, _ in sized:
+            part.numel_unpadded = part.grad_data.numel()
+        try:
+            return stock(self, *arguments, **options)
+        finally:
+            for part, unpadded in sized:
+                part.numel_unpadded = unpadded
+
+
 def _is_torchs_adam(optimizer: MegatronOptimizer) -> bool:
     return isinstance(optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW)
 

@@ -10,9 +10,6 @@ from megatron.core.optimizer import clip_grads
 from megatron.core.rerun_state_machine import RerunMode, RerunState, RerunStateMachine
 from megatron.core.utils import local_multi_tensor_l2_norm
 from megatron.remoe.patches.patch import patch, replace
-from megatron.training import training
-
-REDUCTIONS = ("reduce_max_stat_across_model_parallel_group", "logical_and_across_model_parallel_group")
 
 
 @patch(
@@ -72,19 +69,3 @@ def validate_once_per_step() -> None:
             for _, validate_now in results:
                 validate_now()
         return bool(stock(self, data_iterator))
-
-
-@patch(
-    changes=f"training/training.py: {', '.join(REDUCTIONS)}",
-    provides="a step without five host waits for a model parallel group of one rank",
-    ends="both return immediately in a group of one rank",
-)
-def skip_single_rank_reductions() -> None:
-    """Skip reductions over a model parallel group of one rank."""
-    for name in REDUCTIONS:
-
-        @replace(training, name)
-        def reduce(stock: Any, value: Any, group: torch.distributed.ProcessGroup | None = None) -> Any:
-            if group is None or group.size() > 1:
-                return stock(value, group)
-            return value.item() if torch.is_tensor(value) else value  # a tensor with Transformer Engine

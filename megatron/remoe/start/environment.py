@@ -48,6 +48,7 @@ def check_settings(args: argparse.Namespace) -> None:
         )
     sets, layout = args.multiple_validation_sets, args.pipeline_model_parallel_layout or ""
     size, parts = args.moe_ffn_hidden_size, args.expert_tensor_parallel_size
+    is_tied = args.pipeline_model_parallel_size > 1 and not args.untie_embeddings_and_output_weights
     ignored = args.fim_data or args.sft or args.dataloader_inter_document_masking or args.logits_load_dir
     problems: dict[str, Any] = {
         "--full-validation and --multiple-validation-sets: one does not work without the other. Give both.": (
@@ -70,6 +71,12 @@ def check_settings(args: argparse.Namespace) -> None:
         ),
         f"--pipeline-model-parallel-layout {layout}: only the first and the last stage get tokens. Put all m into the "
         "last stage.": "m" in layout.rpartition("|")[0],
+        # core/models/common/language_module/language_module.py: tie_embeddings_and_output_weights_state_dict
+        "--mtp-num-layers with pipeline stages: Megatron cannot save tied embeddings. Add "
+        "--untie-embeddings-and-output-weights.": args.mtp_num_layers and is_tied and args.save,
+        "--recompute-modules layernorm: needs Transformer Engine. Leave it out.": (
+            args.transformer_impl == "local" and "layernorm" in (args.recompute_modules or ())
+        ),
         # core/optimizer/__init__.py sets init_state_fn = None for sgd.
         "--optimizer sgd with --save: Megatron cannot load its state. Add --no-load-optim, or --ckpt-format torch.": (
             args.optimizer == "sgd" and args.save and args.ckpt_format != "torch" and not args.no_load_optim
@@ -135,7 +142,8 @@ def make_writable_folder(flag: str, folder: str) -> None:
     """Make a folder, and check that a file can be made in it."""
     try:
         os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))  # a full disk still has room for empty files
     except OSError as error:
         raise DataError(
             f"{flag} {folder}: cannot be written ({error.strerror or error}). Give a writable folder.", "REMOE-E105"

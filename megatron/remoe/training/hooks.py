@@ -27,11 +27,11 @@ from megatron.remoe.layer.specs import (
     LATENT_ATTENTION,
     NORMS_OF_ALL_HEADS,
     PLANNED_DISPATCH,
+    SEQUENCE_PARALLEL_NORMS,
     LayerSpec,
     replace_classes,
     with_fused_layers,
     with_router,
-    with_sequence_parallel_norms,
 )
 from megatron.remoe.patches import apply_patches
 from megatron.remoe.routing.config import ReMoEConfig
@@ -178,7 +178,7 @@ def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> No
             # With the specification of a single layer, Megatron would choose the final norm itself.
             num_layers = get_num_layers_to_build(model_cfg.transformer, vp_stage=vp_stage)
             spec = TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=WrappedTorchNorm)
-        return with_sequence_parallel_norms(spec)
+        return replace_classes(spec, SEQUENCE_PARALLEL_NORMS)
 
     _change_layers(model_cfg, change)
 

@@ -34,7 +34,8 @@ def score(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ToolError(f"--tasks: needs lm-eval ({error}). Run: pip install 'lm-eval[hf]'.", "REMOE-E504") from error
+        remedy = "Run: pip install 'lm-eval[hf]'; in a clone with -c requirements.txt."
+        raise ToolError(f"--tasks: needs lm-eval ({error}). {remedy}", "REMOE-E504") from error
     tasks, manager = args.tasks or [*TASKS], TaskManager(include_path=args.task_data)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise ToolError(f"--tasks {unknown[0]}: is no task of lm-eval, nor of --task-data.", "REMOE-E504")
