@@ -1,5 +1,6 @@
 """Test that Megatron still needs each patch; a test fails if a release does not."""
 
+import copy
 import importlib.metadata
 import importlib.util
 import inspect
@@ -17,7 +18,7 @@ from megatron.core import optimizer as core_optimizer
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import FP32Optimizer, MegatronOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer, MegatronOptimizer
 from megatron.core.rerun_state_machine import RerunMode, RerunState, RerunStateMachine
 from megatron.core.tensor_parallel import ColumnParallelLinear, layers
 from megatron.core.utils import local_multi_tensor_l2_norm
@@ -90,6 +91,31 @@ def test_megatron_still_reads_steps_that_adam_has_not(monkeypatch: pytest.Monkey
     optimizer.ddp_config = SimpleNamespace(use_megatron_fsdp=False)
     with pytest.raises(AssertionError):
         stock(monkeypatch, DistributedOptimizer, "state_dict")(optimizer)
+
+
+def test_megatron_still_needs_a_step_of_each_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank without experts saves no step count of their optimizer."""
+    config = core_optimizer.OptimizerConfig(optimizer="adam", lr=1e-3)
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    adams = [torch.optim.AdamW([parameter]) for parameter in parameters]
+    states: dict[int, Any] = {}
+    for number, (parameter, adam) in enumerate(zip(parameters, adams, strict=True)):
+        parameter.grad = torch.ones(2)
+        adam.step()
+        states[number] = adam.state_dict()
+        states[number]["state"][0].pop("step")
+    states[0]["state"]["common_step"] = 5
+    chain = ChainedOptimizer([FP32Optimizer(adam, config, lambda *_: None) for adam in adams])
+    with pytest.raises(KeyError, match="step"):
+        stock(monkeypatch, ChainedOptimizer, "load_state_dict")(chain, copy.deepcopy(states))
+    patches.optimizer.share_optimizer_steps()
+    chain.load_state_dict(states)
+    assert [adam.state[parameter]["step"] for parameter, adam in zip(parameters, adams, strict=True)] == [5, 5]
+
+
+def test_megatron_still_finds_parameters_beyond_its_tensors() -> None:
+    saving = inspect.getsource(inspect.unwrap(DistributedOptimizer.sharded_param_state_fully_reshardable))
+    assert "assert param_world_end > buffer.numel_unpadded" in saving, "then it warns of corrupted data"
 
 
 def test_megatron_still_leaves_adam_to_its_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ WITHOUT_EFFECT = re.compile(
     "saved_activations|num_workers|threads|mmap|cache|in_dataloader|activation_limit|launch_ahead|_use_te_|valid_|test_|"
     "encoder_|decoder_|is_hybrid"
 )
-L1 = {"moe_relu_l1_reg_coeff_init", "moe_relu_l1_reg_coeff_multiplier"}  # a checkpoint's λ is a power of these
+L1 = {"moe_relu_l1_reg_coeff_init", "moe_relu_l1_reg_coeff_multiplier"}  # a checkpoint has n of λ = λ₀ · αⁿ
 RATES = {"lr", "min_lr"}  # Megatron identifies parameter groups in a checkpoint by these
 ENDS = {"lr_decay_iters", "lr_decay_samples"}  # compared as samples
 # Validation replaces the words of these flags by dtypes; converted checkpoints still have the words.
@@ -79,8 +79,7 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None) -> bool:
         fixed.add("local_layer_fusion")
     if different := differences(args, saved, fixed):
         raise UsageError(
-            f"{given}: {different}. Give the checkpoint's values, which also --finetune needs, or convert it "
-            "(remoe convert).",
+            f"{given}: {different}. Give the checkpoint's values, also with --finetune, or convert it (remoe convert).",
             "REMOE-E413",
         )
     if not goes_on:
