@@ -12,18 +12,11 @@ from ...console.files import write_json
 from ...runs.evaluations import name_data_sets
 from ...runs.running import make_main
 from ..arguments import parse_analyze
-from ..hf.opening import OpenedModel, open_model
-from ..measuring import find_blocks
+from ..hf.opening import open_model
 from ..text import read_sequences
 from . import findings, pictures
 
 TITLES = "layer,mean,none,99 %,most,sparsity,imbalance,dead,inactive,domain bits".split(",")
-
-
-def layer_numbers(opened: OpenedModel) -> list[int]:
-    """Return Megatron's numbers, from 1, of layers with experts; in a HybridModel, attention layers count too."""
-    step = 2 if getattr(opened.args, "hybrid_layer_pattern", None) else 1
-    return [step * number for number in find_blocks(opened.model)]
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase | None, token: int) -> str | None:
@@ -58,7 +51,7 @@ def analyze(args: argparse.Namespace) -> None:
     opened = open_model(args.load, args.ckpt_step, args.tokenizer_model, needs_tokenizer=False)
     model = opened.model
     topk, experts = model.config.mean_experts_per_token, model.config.num_experts
-    if not (layers := layer_numbers(opened)):
+    if not (layers := opened.layer_numbers()):
         raise ToolError(f"--load {args.load}: is a dense model, which routes nothing.", "REMOE-E501")
     length = opened.sequence_length(args.seq_length)
     texts = [read_sequences(prefix, length, args.seed, model.config.vocab_size) for prefix in args.data_path]

@@ -60,7 +60,7 @@ def read_text(args: argparse.Namespace, opened: OpenedModel, prefix: str) -> "GP
 def measure_text(args: argparse.Namespace, models: dict[str, OpenedModel], results: dict[str, Any]) -> None:
     """Fill `results["text"]`: model → data set → bound on the experts per token, or "none" → measurements.
 
-    Measurements are the fields of `TextLoss`, and "experts": number of a layer with experts, from 1 → the result of
+    Measurements are the fields of `TextLoss`, and "experts": number of a layer with experts → the result of
     `summarize_experts`. They are added as soon as they are complete.
 
     Raises:
@@ -83,7 +83,7 @@ def measure_text(args: argparse.Namespace, models: dict[str, OpenedModel], resul
                 ):
                     batches = read_batches(data, args.sequences, model.config.vocab_size)
                     measured = measure_loss(model, batches, advance)
-                experts = {layer: summarize_experts(histogram) for layer, histogram in counts.items()}
+                experts = dict(zip(opened.layer_numbers(), map(summarize_experts, counts.values()), strict=True))
                 result = measured._asdict() | {"experts": experts}
                 bounds = results.setdefault("text", {}).setdefault(name, {}).setdefault(prefix, {})
                 bounds["none" if bound is None else str(bound)] = result

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 
 from ...console.errors import ConversionError, ToolError
-from ..measuring import check_finite
+from ..measuring import check_finite, find_blocks
 from ..on_cpu import megatron_on_cpu
 from .tokenizer import find_folder_tokenizer, find_training_tokenizer, generation_config
 
@@ -45,6 +45,11 @@ class OpenedModel(NamedTuple):
     model: RemoeForCausalLM
     tokenizer: PreTrainedTokenizerBase | None
     args: argparse.Namespace | None
+
+    def layer_numbers(self) -> list[int]:
+        """Return Megatron's numbers, from 1, of layers with experts; in a HybridModel, attention layers count too."""
+        step = 2 if getattr(self.args, "hybrid_layer_pattern", None) else 1
+        return [step * number for number in find_blocks(self.model)]
 
     def sequence_length(self, length: int | None) -> int:
         """Return --seq-length or, without it, the run's; for a folder, the model's context.
