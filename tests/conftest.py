@@ -55,7 +55,7 @@ scripts/test_launch_commands.py test_rooms.py test_static_checks.py training/tes
 tools/test_rehearse_command.py hf/test_modeling.py hf/test_servers.py tools/test_fitting.py
 tools/test_experiments.py tools/test_paper.py tools/test_results.py tools/test_significance.py
 test_patches.py test_checkpoint_patches.py start/test_machine.py scripts/test_launch.py scripts/test_fork.py
-tools/test_flops.py tools/test_cost.py training/test_hooks.py baselines/test_routers.py kernels/test_router.py
+tools/test_flops.py tools/test_cost.py training/test_hooks.py baselines/test_routers.py kernels/test_gates.py
 layer/test_upstream.py scripts/test_cluster.py baselines/test_varying_k.py training/test_flips.py
 training/test_tokenizer.py layer/test_transformer_engine.py
 """.split()

@@ -1,6 +1,7 @@
 """ReLU routing for Mixture-of-Experts models on Megatron (ReMoE, arXiv 2412.14711).
 
-Exports the functions and classes for your own training script. Each is imported on first use.
+Read the method in routing/router.py and routing/controller.py, and the MoE layer in layer/layer.py. This module exports
+the functions and classes for your own training script. Each is imported on first use.
 """
 
 import importlib.metadata
@@ -8,7 +9,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_ROOMS = {
+_MODULES = {
     "ReMoEConfig": "routing.config",
     "ReLURouter": "routing.router",
     "SparsityController": "routing.controller",
@@ -28,7 +29,7 @@ _ROOMS = {
     "checked_arguments": "pretrain",
     "exit_on_error": "pretrain",
 }
-__all__ = sorted(_ROOMS)
+__all__ = sorted(_MODULES)
 
 
 def megatron_version() -> str:
@@ -37,6 +38,6 @@ def megatron_version() -> str:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

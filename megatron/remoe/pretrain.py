@@ -130,7 +130,7 @@ def checked_arguments(
         ValueError, AssertionError, OSError: a flag or a file is wrong; the message names it.
     """
     from megatron.remoe import cpu
-    from megatron.remoe.start import checkpoint_files, data, environment, machine, saved_settings
+    from megatron.remoe.start import checkpoint_files, checks, data, machine, saved_settings
     from megatron.remoe.start.run_lock import lock_save_folder
     from megatron.remoe.training.arguments import load_saved_args, parse_args
     from megatron.training.arguments import validate_args
@@ -144,11 +144,11 @@ def checked_arguments(
     if (resume := checkpoint_files.choose_checkpoint(args)) is not None:
         resume.apply(args)
     load_saved_args(args)
-    environment.check_required_flags(args)
+    checks.check_required_flags(args)
     validate_args(args, {})
-    environment.check_settings(args)
+    checks.check_settings(args)
     data.check_data(args)
-    environment.make_output_folders(args)
+    checks.make_output_folders(args)
     set_global_variables(args)
     args.override_opt_param_scheduler |= saved_settings.check_loaded_run(args, resume)
     data.check_vocabulary(args)

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from megatron.remoe.kernels import plan, router, swiglu, triton
+from megatron.remoe.kernels import gates, plan, swiglu, triton
 from tests.kernels.compiled import Kernel, spilled_bytes
 from tools.console.places import ROOT
 
@@ -31,7 +31,7 @@ def plans(num_tokens: int, num_experts: int) -> list[Kernel]:
     divided = ["num_experts"] if num_experts % 16 == 0 else []
     return [
         Kernel("plan:_count", MAP | COUNTS, constants, divided, plan.WARPS),
-        Kernel("router:_gates", GATED, constants, divided, plan.WARPS),
+        Kernel("gates:_gates", GATED, constants, divided, plan.WARPS),
         Kernel("plan:_fill", FILLED | {"num_blocks": "i32", "num_pairs": "i32"}, filling, divided, plan.WARPS),
     ]
 
@@ -55,7 +55,7 @@ def all_kernels() -> list[Kernel]:
     """Return all kernels, in the sizes of the launch scripts and in larger ones."""
     spread = Kernel("plan:_spread", SPREAD, {"BLOCK": plan.SPREAD // 64, "TILE": 64}, ["num_experts"])
     kernels = [*plans(16384, 8), *plans(16384, 512), *plans(65536, 512), spread]
-    kernels += [Kernel("router:_gradient", GRADIENT, {"E": number, "BLOCK": router.BLOCK}) for number in (8, 512)]
+    kernels += [Kernel("gates:_gradient", GRADIENT, {"E": number, "BLOCK": gates.BLOCK}) for number in (8, 512)]
     return [*kernels, *experts("*bf16", 3072), *experts("*fp32", 48)]
 
 

@@ -17,7 +17,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.remoe.layer import layer as remoe_layer
 from megatron.remoe.layer.layer import ReMoELayer
-from megatron.remoe.layer.specs import PLANNED_DISPATCH, replace_classes, with_router
+from megatron.remoe.layer.specs import REMOE_LAYER, replace_classes, with_router
 from megatron.remoe.routing.router import ReLURouter
 from tests.layers import HIDDEN, compare_with_oracle, make_config, make_layer, make_topk_config
 
@@ -64,7 +64,7 @@ def test_kernels_are_for_any_routing(engine_spec: ModuleSpec) -> None:
     """Top-k layers use a plan too, with sizes on the host. Their results equal those of Megatron's layer."""
     stock, planned = (
         spec.submodules.mlp(config=make_topk_config(moe_router_topk=2, moe_grouped_gemm=True), layer_number=1)
-        for spec in (engine_spec, replace_classes(engine_spec, PLANNED_DISPATCH))
+        for spec in (engine_spec, replace_classes(engine_spec, REMOE_LAYER))
     )
     assert (type(stock), type(planned)) == (MoELayer, ReMoELayer) and type(planned.router) is type(stock.router)
     planned.load_state_dict(stock.state_dict())

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron.remoe.routing.refusals import NOT_IN_CHUNKS, REFUSALS, Refusal, flag, relu_routing_problems
+from megatron.remoe.routing.refusals import NOT_IN_CHUNKS, REFUSALS, Refusal, flag_name, routing_problems
 from megatron.training.arguments import add_megatron_arguments
 from tests.layers import make_config, make_layer
 from tests.training_runs import REPOSITORY
@@ -15,7 +15,7 @@ from tests.training_runs import REPOSITORY
 def test_flags_are_megatrons() -> None:
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     known = {action.dest: action.option_strings for action in parser._actions}
-    assert all(flag(entry.name) in known.get(entry.name, [entry.name]) for entry in REFUSALS)
+    assert all(flag_name(entry.name) in known.get(entry.name, [entry.name]) for entry in REFUSALS)
 
 
 SETTINGS = {  # settings of which only some values are refused
@@ -27,7 +27,7 @@ SETTINGS = {  # settings of which only some values are refused
 
 
 def test_the_page_has_every_refusal() -> None:
-    settings = {entry.name: SETTINGS.get(entry.name, f"`{flag(entry.name)}`") for entry in REFUSALS}
+    settings = {entry.name: SETTINGS.get(entry.name, f"`{flag_name(entry.name)}`") for entry in REFUSALS}
     rows = [f"| {settings[entry.name]} | {entry.reason} |" for entry in REFUSALS]
     table = "\n".join(["|---|---|", *rows, ""])
     assert f"{table}\n" in (REPOSITORY / "docs" / "refusals.md").read_text()
@@ -82,5 +82,5 @@ def test_attention_of_a_hybrid_model_can_be_captured() -> None:
 @pytest.mark.parametrize("refusal", [*REFUSALS, *NOT_IN_CHUNKS], ids=lambda refusal: refusal.name)
 def test_each_setting_is_refused(refusal: Refusal) -> None:
     given = {refusal.name: {"offload_modules": ["moe_act"], "mlp_chunks_for_training": 2}.get(refusal.name, True)}
-    [problem] = relu_routing_problems(SimpleNamespace(**vars(make_config(moe_relu_activation_limit=2.0)) | given))
-    assert problem.startswith(f"{flag(refusal.name)} ") and problem.endswith("[REMOE-E204]")
+    [problem] = routing_problems(SimpleNamespace(**vars(make_config(moe_relu_activation_limit=2.0)) | given))
+    assert problem.startswith(f"{flag_name(refusal.name)} ") and problem.endswith("[REMOE-E204]")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron.remoe.files.errors import UsageError
-from megatron.remoe.start import environment, machine
+from megatron.remoe.start import checks, machine
 from tools.recipes.megatron_values import make_parser
 
 
@@ -106,8 +106,8 @@ FSDP = {"use_megatron_fsdp": True, "gradient_accumulation_fusion": False, "exper
 def test_settings_that_megatron_ignores_or_gets_wrong(given: dict[str, object], facts: str) -> None:
     fine = vars(make_parser().parse_args([])) | {"virtual_pipeline_model_parallel_size": None}
     for right in ({}, BOTH, FSDP):
-        environment.check_settings(argparse.Namespace(**fine | right))
+        checks.check_settings(argparse.Namespace(**fine | right))
     with pytest.raises(UsageError) as error:
-        environment.check_settings(argparse.Namespace(**fine | given))
+        checks.check_settings(argparse.Namespace(**fine | given))
     message = f"{error.value} {error.value.code}"
     assert "\n" not in message and all(fact in message for fact in facts.split()), message

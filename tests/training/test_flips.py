@@ -8,7 +8,7 @@ import torch
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 from megatron.remoe.files.errors import UsageError
-from megatron.remoe.start.environment import check_flips
+from megatron.remoe.start.checks import check_flips
 from megatron.remoe.training.flips import FlipMeter, _evaluation_state
 from tests.layers import HIDDEN, make_config, make_layer, make_topk_config
 

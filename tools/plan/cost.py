@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
 
     megatron_on_cpu()  # even on a machine with GPUs
     from megatron.remoe import cpu
-    from megatron.remoe.start.environment import check_settings
+    from megatron.remoe.start.checks import check_settings
     from megatron.remoe.start.messages import usage_errors
     from megatron.remoe.training.arguments import load_saved_args, parse_args
     from megatron.training.arguments import validate_args

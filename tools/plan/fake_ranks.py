@@ -116,9 +116,9 @@ class FakePairCounts:
     def counted(self, real: Callable[..., tuple[torch.Tensor, int]]) -> Callable[..., tuple[torch.Tensor, int]]:
         """Wrap `read_pairs`: replace its counts by ones with the active share, nearly even over the experts."""
 
-        def read_pairs(routing_map: torch.Tensor, chunks: int, *how: Any) -> tuple[torch.Tensor, int]:
-            pairs, _ = real(routing_map, chunks, *how)
-            for chunk, tokens in enumerate(len(part) for part in routing_map.tensor_split(chunks)):
+        def read_pairs(routing_map: torch.Tensor, parts: list[torch.Tensor], *how: Any) -> tuple[torch.Tensor, int]:
+            pairs, _ = real(routing_map, parts, *how)
+            for chunk, tokens in enumerate(len(part) for part in routing_map.tensor_split(len(parts))):
                 for number in pairs[chunk]:
                     number.copy_(torch.tensor([self._draw_pairs(tokens) for _ in number]))
             return pairs, len(routing_map)

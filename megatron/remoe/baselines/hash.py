@@ -48,7 +48,7 @@ class HashRouter(TopKRouter):
 
 
 def pass_token_ids(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Make the embedding pass its token ids to the model's hash routers, if it has any, and return `model_chunks`.
+    """Make the embedding pass its token ids to the model's hash routers, and return `model_chunks`.
 
     A router gets only hidden states, and no public hook passes ids through the layers. All layers must be in this
     process. They must read the ids of a micro-batch before the embedding gets the next one.
@@ -60,7 +60,7 @@ def pass_token_ids(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]
         for router in routers:
             router.token_ids = named["input_ids"] if "input_ids" in named else inputs[0]
 
-    for module in modules if routers else []:
+    for module in modules:
         if isinstance(module, LanguageModelEmbedding):
             module.register_forward_pre_hook(pass_ids, with_kwargs=True)
     return model_chunks

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton import cdiv, next_power_of_2
 
-from megatron.remoe.kernels import plan, router, swiglu
+from megatron.remoe.kernels import gates, plan, swiglu
 from megatron.remoe.kernels.interface import Backend
 
 SUM_WIDTH = 1024  # columns that a program sums for a token
@@ -70,4 +70,4 @@ def _sum(pairs_PH, by_token, sums_TH, hidden, WIDTH: tl.constexpr):
     tl.store(sums_TH + token * hidden + column, total, mask=column < hidden)
 
 
-TRITON = Backend(router.gate, router.gate_backward, plan.count_blocks, _plan, swiglu.activate, swiglu.activate_backward)
+TRITON = Backend(gates.gate, gates.gate_backward, plan.count_blocks, _plan, swiglu.activate, swiglu.activate_backward)

@@ -1,1 +1,1 @@
-"""Megatron's MoE layer for a number of experts that varies from token to token."""
+"""Megatron's MoE layer for a number of experts that varies from token to token. Read layer.py first."""

@@ -15,7 +15,7 @@ from megatron.remoe.kernels.interface import Backend
 
 
 @dataclass(frozen=True)
-class Counts:
+class ChunkCounts:
     """The numbers of pairs in a layer's tokens or in one chunk. Tensors are int64 on the host, except `counts_EB`.
 
     Attributes:
@@ -43,7 +43,7 @@ def count_pairs(
     dispatcher: MoETokenDispatcher,
     backend: Backend,
     limit: float = 0.0,
-) -> list[Counts]:
+) -> list[ChunkCounts]:
     """Count the tokens that each rank sends to each expert, and choose enough chunks to keep each within `limit`.
 
     Waits for the device once for each number of chunks that it tries.
@@ -57,11 +57,11 @@ def count_pairs(
             ranks, the largest T is used, so that all ranks run the same number of chunks.
 
     Returns:
-        The `Counts` of each chunk. Chunks are cut as `tensor_split` does.
+        The `ChunkCounts` of each chunk. Chunks are cut as `tensor_split` does.
     """
     parts, chunks = [backend.count(map_TE) if counts_EB is None else counts_EB], 1
     while True:
-        pairs_CRE, num_tokens = read_pairs(map_TE, chunks, parts, dispatcher)
+        pairs_CRE, num_tokens = read_pairs(map_TE, parts, dispatcher)
         bound = limit * num_tokens
         if not bound or chunks == num_tokens:
             break
@@ -76,13 +76,12 @@ def count_pairs(
 
 
 def read_pairs(
-    map_TE: torch.Tensor, chunks: int, parts: list[torch.Tensor], dispatcher: MoETokenDispatcher
+    map_TE: torch.Tensor, parts: list[torch.Tensor], dispatcher: MoETokenDispatcher
 ) -> tuple[torch.Tensor, int]:
     """Read the pairs of all ranks by chunk and expert from the device; the only host wait.
 
     Args:
         map_TE, dispatcher: as in `count_pairs`.
-        chunks: C.
         parts: for each chunk, its counts, integers `[E, B]`.
 
     Returns:
@@ -93,16 +92,16 @@ def read_pairs(
         return pairs_CE.unsqueeze(1).cpu().long(), len(map_TE)
     pairs_CE = torch.nn.functional.pad(pairs_CE, (0, 1), value=len(map_TE))  # the last column is T
     gathered = gather_from_sequence_parallel_region(pairs_CE, group=dispatcher.tp_ep_group)
-    table = gathered.view(ranks, chunks, -1).transpose(0, 1).cpu().long()
+    table = gathered.view(ranks, len(parts), -1).transpose(0, 1).cpu().long()
     return table[..., :-1], int(table[..., -1].max())
 
 
-def _sizes(pairs_RE: torch.Tensor, counts_EB: torch.Tensor, dispatcher: MoETokenDispatcher) -> Counts:
+def _sizes(pairs_RE: torch.Tensor, counts_EB: torch.Tensor, dispatcher: MoETokenDispatcher) -> ChunkCounts:
     # Neighboring ranks of the group are tensor parallel partners.
     sent = pairs_RE.view(dispatcher.ep_size, dispatcher.tp_size, -1).transpose(0, 1)
     own_E = sent[dispatcher.tp_rank, dispatcher.ep_rank]
     received = sent.unflatten(2, (dispatcher.ep_size, -1))[:, :, dispatcher.ep_rank]
-    return Counts(
+    return ChunkCounts(
         num_pairs=sum(own_E.tolist()),
         tokens_per_expert=received.sum(dim=(0, 1)),
         sent=own_E.view(dispatcher.ep_size, -1).sum(dim=1),

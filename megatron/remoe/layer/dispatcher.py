@@ -14,7 +14,7 @@ import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.remoe.kernels.backend import choose_backend
 from megatron.remoe.kernels.interface import Order
-from megatron.remoe.layer.counting import Counts, count_pairs
+from megatron.remoe.layer.counting import ChunkCounts, count_pairs
 
 
 class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
@@ -28,7 +28,7 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.backend = choose_backend(self.config)
-        self.counts: Counts | None = None
+        self.counts: ChunkCounts | None = None
         self._order: Order | None = None
 
     def dispatch_preprocess(
@@ -44,7 +44,8 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
         Returns:
             Each pair's token `[P, H]` and gate `[P]`, sorted by expert.
         """
-        counts, self.counts = self.counts or count_pairs(routing_map, None, self, self.backend)[0], None
+        counts = self.counts or count_pairs(routing_map, None, self, self.backend)[0]
+        self.counts = None
         self._order, gates_P = self.backend.plan(probs, routing_map, counts.counts_EB, counts.num_pairs)
         self.hidden_shape, self.probs = hidden_states.shape, probs
         self.tokens_per_expert = counts.tokens_per_expert

@@ -76,9 +76,9 @@ class GroupedExperts(MegatronModule):
         if config.perform_initialization:
             # Draw expert by expert, as `SequentialMLP` does, so that the weights are equal.
             with torch.no_grad(), get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
-                for of_fc1, of_fc2 in zip(fc1, fc2, strict=True):
-                    config.init_method(of_fc1)
-                    config.output_layer_init_method(of_fc2)
+                for expert_fc1, expert_fc2 in zip(fc1, fc2, strict=True):
+                    config.init_method(expert_fc1)
+                    config.output_layer_init_method(expert_fc2)
         self._hold(fc1, fc2)
         self._register_load_state_dict_pre_hook(self._stack_sequential)
 
@@ -107,8 +107,10 @@ class GroupedExperts(MegatronModule):
             `[P, H]`, or with an `order` each token's sum `[T, H]`; with expert tensor parallelism, this rank's part of
             the sum. And None, for no bias.
         """
-        given = permuted_local_hidden_states, permuted_probs, *self._weights(), tokens_per_expert.tolist()
-        return grouped_swiglu(*given, SortedPairs() if order is None else order, self.backend), None
+        fc1, fc2 = self._weights()
+        order, sizes = SortedPairs() if order is None else order, tokens_per_expert.tolist()
+        output = grouped_swiglu(permuted_local_hidden_states, permuted_probs, fc1, fc2, sizes, order, self.backend)
+        return output, None
 
     def backward_dw(self) -> None:
         """Do nothing: weight gradients are never delayed."""

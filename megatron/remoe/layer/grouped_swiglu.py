@@ -1,6 +1,6 @@
 """Compute all experts of a layer: bias-free SwiGLU over stacked weights, forward and backward.
 
-T tokens, P pairs (of a token and one of its experts), E experts on this rank, H hidden size, F the experts' FFN size.
+T tokens, P pairs (of a token and one of its experts), L experts on this rank, H hidden size, F the experts' FFN size.
 """
 
 from functools import cache
@@ -22,11 +22,12 @@ def _generation(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
-def supports_grouped_kernel(fc1: torch.Tensor) -> bool:
-    """Return whether `grouped_mm` is one kernel for weights `[E, 2 * F, H]`; otherwise it loops or raises an error."""
-    experts, ffn, hidden = fc1.shape[0], fc1.shape[1] // 2, fc1.shape[2]
+def supports_grouped_kernel(fc1: torch.Tensor | list[torch.nn.Parameter]) -> bool:
+    """Return whether `grouped_mm` is one kernel for L matrices `[2 * F, H]`; otherwise it loops or raises an error."""
+    experts, matrix = len(fc1), fc1[0]
+    ffn, hidden = matrix.shape[0] // 2, matrix.shape[1]
     takes_sizes = not (hidden % KERNEL_MULTIPLE or ffn % KERNEL_MULTIPLE or experts > KERNEL_EXPERTS)
-    return fc1.dtype == torch.bfloat16 and _generation(fc1.device) in (SM90, SM100) and takes_sizes
+    return matrix.dtype == torch.bfloat16 and _generation(matrix.device) in (SM90, SM100) and takes_sizes
 
 
 def grouped_swiglu(
@@ -43,15 +44,14 @@ def grouped_swiglu(
     Args:
         tokens_TH: x, `[T, H]`.
         gates_P: `[P]`, sorted by expert.
-        fc1: `[E, 2 * F, H]`, W_left and then W_right; or a list with the matrix of each expert.
-        fc2: `[E, H, F]`, W_down; or a list with the matrix of each expert.
+        fc1: `[L, 2 * F, H]`, W_left and then W_right; or a list with the matrix of each expert.
+        fc2: `[L, H, F]`, W_down; or a list with the matrix of each expert.
         sizes: the number of pairs of each expert.
         order: maps tokens to pairs and back.
         backend: computes SwiGLU between the products.
     """
-    stacked = fc1[0].expand(len(fc1), -1, -1) if isinstance(fc1, list) else fc1  # only dtype, device and shape are read
-    is_one = len(gates_P) and supports_grouped_kernel(stacked)  # without rows grouped_mm may fail or hang
-    products = OneKernel(sizes, tokens_TH.device) if is_one else OneByOne(sizes)
+    uses_one_kernel = len(gates_P) > 0 and supports_grouped_kernel(fc1)  # without rows grouped_mm may fail or hang
+    products = OneKernel(sizes, tokens_TH.device) if uses_one_kernel else OneByOne(sizes)
     weights = (*fc1, *fc2) if isinstance(fc1, list) else (fc1, fc2)
     return _GroupedSwiGLU.apply(tokens_TH, gates_P, products, order, backend, *weights)
 
@@ -63,14 +63,14 @@ class OneByOne:
         self.sizes = sizes  # pairs of each expert
 
     def multiply(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Multiply each expert's rows by its matrix: `[P, in]`, `[E, in, out]` → `[P, out]`."""
+        """Multiply each expert's rows by its matrix: `[P, in]`, `[L, in, out]` → `[P, out]`."""
         out = rows.new_empty(len(rows), weights.shape[2])
         for part, weight, place in zip(rows.split(self.sizes), weights, out.split(self.sizes), strict=True):
             torch.mm(part, weight, out=place)
         return out
 
     def outers(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """Return each expert's `left.T @ right`: `[P, out]`, `[P, in]` → `[E, out, in]`."""
+        """Return each expert's `left.T @ right`: `[P, out]`, `[P, in]` → `[L, out, in]`."""
         outs = left.new_empty(len(self.sizes), left.shape[1], right.shape[1])
         for out, a, b in zip(outs, left.split(self.sizes), right.split(self.sizes), strict=True):
             torch.mm(a.T, b, out=out)
@@ -133,8 +133,8 @@ class _GroupedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        tokens_TH, gates_P, hidden, *of_order = ctx.saved_tensors
-        products, order, (fc1, fc2) = ctx.products, ctx.order_type(*of_order), _stacked(ctx.weights)
+        tokens_TH, gates_P, hidden, *order_tensors = ctx.saved_tensors
+        products, order, (fc1, fc2) = ctx.products, ctx.order_type(*order_tensors), _stacked(ctx.weights)
         gradient_PH = order.take(gradient).contiguous()
         d_activated = products.multiply(gradient_PH, fc2)
         activated, d_hidden, d_gates = ctx.backend.activate_backward(hidden, gates_P, d_activated)

@@ -26,7 +26,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.kernels.backend import choose_backend
-from megatron.remoe.layer.counting import Counts, count_pairs
+from megatron.remoe.layer.counting import ChunkCounts, count_pairs
 from megatron.remoe.layer.dispatcher import PlannedAlltoAllDispatcher
 from megatron.remoe.layer.experts import GroupedExperts
 
@@ -125,7 +125,7 @@ class ReMoELayer(MoELayer):
         return super().preprocess(hidden_states, *routed)
 
     def _run_experts(
-        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
+        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: ChunkCounts
     ) -> torch.Tensor:
         """Return the sum of each token's experts, `[sequence, batch, H]`.
 
@@ -147,7 +147,7 @@ class ReMoELayer(MoELayer):
         return self.postprocess(self.combine(output), None)
 
     def _run_chunks(
-        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: list[Counts]
+        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: list[ChunkCounts]
     ) -> torch.Tensor:
         """Run the experts chunk by chunk, and recompute each chunk in the backward pass."""
 
@@ -167,8 +167,9 @@ class ReMoELayer(MoELayer):
         tokens = hidden_states.view(-1, 1, hidden_states.shape[-1])
         if self.config.gradient_accumulation_fusion and not isinstance(self.experts, GroupedExperts):
             tokens = _ZeroGradients.apply(tokens, *self.experts.parameters())
-        chunks = (whole.tensor_split(len(counts)) for whole in (tokens, probs_TE, map_TE))
-        return torch.cat([run(*chunk) for chunk in zip(*chunks, counts, strict=True)]).view_as(hidden_states)
+        n = len(counts)
+        chunks = zip(tokens.tensor_split(n), probs_TE.tensor_split(n), map_TE.tensor_split(n), counts, strict=True)
+        return torch.cat([run(*chunk) for chunk in chunks]).view_as(hidden_states)
 
     def _free_activations(self, frees: bool) -> None:
         """Turn --recompute-modules moe_act on or off if the user gave it."""
@@ -221,10 +222,12 @@ class _ZeroGradients(torch.autograd.Function):
 
 def supports_plans(config: TransformerConfig) -> bool:
     """Return whether `PlannedAlltoAllDispatcher` supports the configuration; otherwise Megatron's dispatcher runs."""
-    changes = config.moe_permute_fusion or config.moe_router_padding_for_quantization or config.moe_latent_size
-    is_captured = CudaGraphModule.moe_preprocess in config.cuda_graph_modules  # the host cannot read the counts
     return config.moe_token_dispatcher_type == "alltoall" and not (
-        changes or is_captured or config.moe_pad_expert_input_to_capacity
+        config.moe_permute_fusion
+        or config.moe_router_padding_for_quantization
+        or config.moe_pad_expert_input_to_capacity
+        or config.moe_latent_size
+        or CudaGraphModule.moe_preprocess in config.cuda_graph_modules  # the host cannot read the counts
     )
 
 

@@ -29,7 +29,7 @@ from megatron.remoe.transformer.self_attention import AllHeadsNormAttention, Lat
 LATENT_ATTENTION = {MLASelfAttention: LatentAttention, DotProductAttention: FusedDotProductAttention}
 SEQUENCE_PARALLEL_NORMS = {WrappedTorchNorm: SequenceParallelTorchNorm}
 NORMS_OF_ALL_HEADS = {SelfAttention: AllHeadsNormAttention}
-PLANNED_DISPATCH = {MoELayer: ReMoELayer}  # supports --moe-kernels; keeps routers and experts
+REMOE_LAYER = {MoELayer: ReMoELayer}  # supports --moe-kernels; keeps routers and experts
 
 type LayerSpec = ModuleSpec | TransformerBlockSubmodules | MultiTokenPredictionBlockSubmodules
 
@@ -44,7 +44,7 @@ def with_router(spec: LayerSpec, router: type[TopKRouter] = ReLURouter) -> Layer
     Raises:
         TypeError: a part of `spec` has a router but is not built from Megatron's `MoELayer`.
     """
-    return replace_classes(spec, PLANNED_DISPATCH, router)
+    return replace_classes(spec, REMOE_LAYER, router)
 
 
 def with_fused_layers(spec: Any, experts: type[GroupedExperts] = GroupedExperts) -> Any:
@@ -57,7 +57,7 @@ def with_fused_layers(spec: Any, experts: type[GroupedExperts] = GroupedExperts)
         experts: class of the experts; `SplitExperts` for Megatron-FSDP.
     """
     local = {DotProductAttention: FusedDotProductAttention, SequentialMLP: partial(build_experts, kind=experts)}
-    return replace_classes(spec, PLANNED_DISPATCH | local)
+    return replace_classes(spec, REMOE_LAYER | local)
 
 
 def replace_classes(spec: Any, classes: dict[Any, Any], router: type[TopKRouter] | None = None) -> Any:

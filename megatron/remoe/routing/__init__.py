@@ -1,1 +1,1 @@
-"""The method: gates, L1, counts, and the coefficient that holds the sparsity (arXiv 2412.14711)."""
+"""The method (arXiv 2412.14711): router.py has the gates and L1; controller.py and counts.py hold the sparsity."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from megatron.remoe.routing.refusals import relu_routing_problems
+from megatron.remoe.routing.refusals import routing_problems
 
 Baseline = Literal["hash", "expert_choice", "expert_threshold", "top_p", "normalized_top_k", "normalized_relu", "deco"]
 
@@ -17,7 +17,7 @@ class ReMoEConfig(TransformerConfig):
     sparsity is `1 - k / num_moe_experts`.
 
     Raises:
-        ValueError: a value is out of range, or the router refuses a setting (`relu_routing_problems`).
+        ValueError: a value is out of range, or the router refuses a setting (`routing_problems`).
     """
 
     moe_relu_routing: bool = False
@@ -72,7 +72,7 @@ class ReMoEConfig(TransformerConfig):
     expert, arXiv 2605.10933)."""
 
     def __post_init__(self) -> None:
-        if problems := relu_routing_problems(self):
+        if problems := routing_problems(self):
             raise ValueError("\n".join(problems))
         if self.moe_relu_routing or self.moe_baseline_router:
             # Megatron requires it for k = 1: a softmax over one score is constant. These routers have no such softmax.
@@ -81,7 +81,7 @@ class ReMoEConfig(TransformerConfig):
                 # Versions after 0.19.2 send the k largest gates of each token by default ("indices").
                 self.moe_hybridep_routing_map_mode = "bool"
         super().__post_init__()
-        if problems := relu_routing_problems(self):  # Megatron has translated deprecated settings: check again
+        if problems := routing_problems(self):  # Megatron has translated deprecated settings: check again
             raise ValueError("\n".join(problems))
 
     @property

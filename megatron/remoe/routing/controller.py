@@ -9,17 +9,13 @@ After every optimizer step, with k experts per token as the target and α slight
 The routers keep λ = λ₀ · α^n as the integer n, so the update adds -1, 0 or 1 to n.
 """
 
-import itertools
 from collections.abc import Iterable
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.routing.config import ReMoEConfig
-from megatron.remoe.routing.counts import RoutingSummary, StepSums
+from megatron.remoe.routing.counts import RoutingSummary, StepSums, count_layers, layer_numbers
 from megatron.remoe.routing.router import ReLURouter
 
 
@@ -41,7 +37,7 @@ class SparsityController:
         self.config, self.num_experts = config, config.num_moe_experts
         self.routers = [module for module in modules if isinstance(module, ReLURouter)]
         self.device = torch.device(torch.cuda.current_device())
-        self._numbers = layer_numbers(self.routers, modules, config.num_layers)
+        self._rows = [number - 1 for number in layer_numbers(self.routers, modules, config.num_layers)]
         self._num_layers = count_layers(modules, config)
         # Also watch vectors (norms and biases) for NaN and Inf: a router that is off for all tokens has no gradient.
         vectors = [weight for module in modules for weight in module.parameters(recurse=False) if weight.dim() == 1]
@@ -75,7 +71,7 @@ class SparsityController:
         # One launch for all routers.
         torch._foreach_copy_(
             [*(router.l1_exponent for router in self.routers), *(router.guarded for router in self.routers)],
-            [exponent] * len(self.routers) + [guarded[number - 1] for number in self._numbers],
+            [exponent] * len(self.routers) + [guarded[row] for row in self._rows],
         )
 
     def _collect(self) -> StepSums:
@@ -83,9 +79,9 @@ class SparsityController:
         sums = StepSums.zeros(self._num_layers, self.num_experts, self.device)
         if self.routers:
             tables = [router.counts.table for router in self.routers]
-            torch._foreach_copy_([sums.counts.table[number - 1] for number in self._numbers], tables)
+            torch._foreach_copy_([sums.counts.table[row] for row in self._rows], tables)
             torch._foreach_zero_(tables)
-            guarded = [sums.guarded[number - 1] for number in self._numbers]
+            guarded = [sums.guarded[row] for row in self._rows]
             torch._foreach_copy_(guarded, [router.guarded for router in self.routers])
             sums.l1_exponent.copy_(self.routers[0].l1_exponent)
             sums.ranks.fill_(1.0)
@@ -101,8 +97,8 @@ class SparsityController:
 
         Computed pairs are the active pairs that `moe_relu_max_experts` does not leave out.
         """
-        active, tokens = map(int, self.running_sums.sum(dim=1).tolist())
-        return {"total_active_pairs": active, "total_layer_tokens": tokens}
+        computed, tokens = map(int, self.running_sums.sum(dim=1).tolist())
+        return {"total_active_pairs": computed, "total_layer_tokens": tokens}
 
     def summary(self) -> RoutingSummary | None:
         """Return the last step's figures, or None before the first update. Waits for the device."""
@@ -117,27 +113,3 @@ def _reduced_gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
     names = "main_grad", "decoupled_grad"  # the second is Megatron-FSDP's for Transformer Engine's Adam
     gradient = next((getattr(parameter, name) for name in names if hasattr(parameter, name)), parameter.grad)
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
-
-
-def count_layers(modules: Iterable[torch.nn.Module], config: TransformerConfig) -> int:
-    """Return the highest number that `layer_numbers` can return on any rank; `modules` is the model on this one."""
-    # Each depth of multi-token prediction is one layer, or in a hybrid model a pattern of layers that all ranks know.
-    patterns = [pattern for module in modules if (pattern := getattr(module, "mtp_pattern", None))]
-    return config.num_layers + (config.mtp_num_layers or 0) * max(map(len, patterns), default=1)
-
-
-def layer_numbers(routers: Iterable[TopKRouter], modules: Iterable[torch.nn.Module], num_layers: int) -> list[int]:
-    """Return each router's layer number, from 1.
-
-    Layers of multi-token prediction, which Megatron numbers from 1 again, follow the decoder's.
-
-    Args:
-        routers: in the model's order.
-        modules: the whole model on this rank.
-        num_layers: layers of the decoder.
-    """
-    blocks = [module for module in modules if isinstance(module, MultiTokenPredictionBlock)]
-    # In a hybrid model, routers do not know that they belong to multi-token prediction.
-    predicting = {id(module) for block in blocks for module in block.modules()}
-    after = itertools.count(num_layers + 1)
-    return [next(after) if id(router) in predicting else router.layer_number for router in routers]

@@ -3,10 +3,15 @@
 L layers, E experts. float64 adds whole numbers exactly, in any order, up to 2^53.
 """
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.routing.config import ReMoEConfig
 
 COLUMNS = ("tokens", "l1_loss", "micro_batches", "left_out")  # after the tokens of each expert
@@ -144,3 +149,27 @@ class RoutingSummary:
             layer_l1_loss={number: float(f"{loss:.6g}") for number, loss in l1_losses.items()},
             tokens_per_expert={number: [round(share, 5) for share in row] for number, row in shares.items()},
         )
+
+
+def count_layers(modules: Iterable[torch.nn.Module], config: TransformerConfig) -> int:
+    """Return the highest number that `layer_numbers` can return on any rank; `modules` is the model on this one."""
+    # Each depth of multi-token prediction is one layer, or in a hybrid model a pattern of layers that all ranks know.
+    patterns = [pattern for module in modules if (pattern := getattr(module, "mtp_pattern", None))]
+    return config.num_layers + (config.mtp_num_layers or 0) * max(map(len, patterns), default=1)
+
+
+def layer_numbers(routers: Iterable[TopKRouter], modules: Iterable[torch.nn.Module], num_layers: int) -> list[int]:
+    """Return each router's layer number, from 1.
+
+    Layers of multi-token prediction, which Megatron numbers from 1 again, follow the decoder's.
+
+    Args:
+        routers: in the model's order.
+        modules: the whole model on this rank.
+        num_layers: layers of the decoder.
+    """
+    blocks = [module for module in modules if isinstance(module, MultiTokenPredictionBlock)]
+    # In a hybrid model, routers do not know that they belong to multi-token prediction.
+    predicting = {id(module) for block in blocks for module in block.modules()}
+    after = itertools.count(num_layers + 1)
+    return [next(after) if id(router) in predicting else router.layer_number for router in routers]

@@ -34,10 +34,10 @@ class Refusal:
         value = getattr(settings, self.name, None)
         if value is None or not self.refused(value):
             return None
-        return f"{flag(self.name)} {shown(value)} cannot be used with {given}: {self.reason}. {self.remedy}."
+        return f"{flag_name(self.name)} {shown(value)} cannot be used with {given}: {self.reason}. {self.remedy}."
 
 
-def flag(name: str) -> str:
+def flag_name(name: str) -> str:
     """Return Megatron's spelling of an attribute on the command line."""
     return {"fp8": "--fp8-format", "fp4": "--fp4-format"}.get(name, "--" + name.replace("_", "-"))
 
@@ -137,7 +137,7 @@ NOT_WITH_HASH = (
 )
 
 
-def relu_routing_problems(settings: Settings) -> list[str]:
+def routing_problems(settings: Settings) -> list[str]:
     """Return a message for each setting that cannot be used with ReLU routing, a warm-up or a baseline router.
 
     Args:

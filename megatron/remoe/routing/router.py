@@ -104,11 +104,9 @@ class ReLURouter(TopKRouter):
         return tensors
 
     def l1_coefficient(self) -> torch.Tensor:
-        """Return λ = init · multiplier^n as a float64 scalar on the device."""
-        multiplier = torch.full_like(
-            self.l1_exponent, self.config.moe_relu_l1_reg_coeff_multiplier, dtype=torch.float64
-        )
-        return self.config.moe_relu_l1_reg_coeff_init * multiplier**self.l1_exponent
+        """Return λ = λ₀ · αⁿ as a float64 scalar on the device."""
+        alpha = torch.full_like(self.l1_exponent, self.config.moe_relu_l1_reg_coeff_multiplier, dtype=torch.float64)
+        return self.config.moe_relu_l1_reg_coeff_init * alpha**self.l1_exponent
 
     def count_and_regularize(
         self, pairs_E: torch.Tensor, tokens: torch.Tensor, sums_E: torch.Tensor
@@ -142,7 +140,7 @@ class ReLURouter(TopKRouter):
         l1_loss = (sums_E * active_E).sum() * weight
 
         coefficient = self.l1_coefficient() * (1 - self.guarded)
-        off = 0.0 - GUARD_COEFFICIENT * self.guarded / (sequence_tokens * self.num_experts)
+        off = 0.0 - GUARD_COEFFICIENT * self.guarded / (sequence_tokens * self.num_experts)  # never -0.0
         if self.calculate_per_token_loss:
             # finalize_model_grads divides every gradient by the number of tokens of the global batch.
             coefficient, off = coefficient * sequence_tokens, off * sequence_tokens

@@ -17,7 +17,7 @@ from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Time
 from megatron.remoe.files.errors import UsageError
 from megatron.remoe.files.files import sync
 from megatron.remoe.start.checkpoint_files import loaded_checkpoint
-from megatron.remoe.start.environment import make_writable_folder
+from megatron.remoe.start.checks import make_writable_folder
 
 LOCK = "training.lock"
 HEARTBEAT_SECONDS = 5.0

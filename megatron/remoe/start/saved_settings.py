@@ -20,8 +20,7 @@ import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.remoe.files.errors import UsageError
 from megatron.remoe.routing.config import ReMoEConfig, ReMoEMLAConfig
-from megatron.remoe.routing.refusals import flag as flag_of
-from megatron.remoe.routing.refusals import shown
+from megatron.remoe.routing.refusals import flag_name, shown
 from megatron.remoe.start.checkpoint_files import RELEASE, TRACKER, Resume, newest_complete
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
 from megatron.training.arguments import add_megatron_arguments
@@ -144,7 +143,7 @@ def differences(args: argparse.Namespace, saved: argparse.Namespace, names: set[
     shared = [name for name in sorted(names) if hasattr(args, name) and hasattr(saved, name)]
     values = {name: (_comparable(getattr(saved, name)), _comparable(getattr(args, name))) for name in shared}
     return "; ".join(
-        f"{flag_of(name)} {_short(there)} in the checkpoint, {_short(here)} here"
+        f"{flag_name(name)} {_short(there)} in the checkpoint, {_short(here)} here"
         for name, (there, here) in values.items()
         if not _is_same(here, there)
     )

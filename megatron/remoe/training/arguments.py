@@ -10,10 +10,10 @@ from megatron.remoe.files.errors import UsageError
 from megatron.remoe.files.gpt2_files import GPT2_TOKENIZER
 from megatron.remoe.kernels.backend import wants_kernels
 from megatron.remoe.routing.config import MEGATRON_FIELDS, ReMoEConfig, ReMoEMLAConfig
-from megatron.remoe.routing.refusals import as_list, relu_routing_problems, shown
+from megatron.remoe.routing.refusals import as_list, routing_problems, shown
 from megatron.remoe.start.checkpoint_files import choose_checkpoint
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
-from megatron.remoe.start.environment import check_flips
+from megatron.remoe.start.checks import check_flips
 from megatron.remoe.start.messages import explain_flag_errors
 from megatron.remoe.training.gpt2_tokenizer import use_local_gpt2_files
 from megatron.training import arguments as megatron
@@ -123,7 +123,7 @@ def load_saved_args(args: argparse.Namespace) -> None:
 
 def _check_model(args: argparse.Namespace) -> None:
     """Check the routing's settings, set implied ones, and find the tokenizer's files."""
-    problems = [*relu_routing_problems(args)]
+    problems = [*routing_problems(args)]
     if args.qk_layernorm_all_heads and (args.multi_latent_attention or not args.qk_layernorm):
         problems.append(
             "--qk-layernorm-all-heads needs --qk-layernorm, and no --multi-latent-attention. Leave it out. [REMOE-E204]"

@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import get_model_config
-from megatron.remoe.routing.controller import layer_numbers
+from megatron.remoe.routing.counts import layer_numbers
 from megatron.training.training import disable_forward_pre_hook, enable_forward_pre_hook
 
 Maps = list[tuple[int, torch.Tensor]]  # layer number (from 1) and routing map, bool [tokens, experts]

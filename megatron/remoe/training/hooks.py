@@ -26,7 +26,7 @@ from megatron.remoe.layer.experts import GroupedExperts, SplitExperts, supports_
 from megatron.remoe.layer.specs import (
     LATENT_ATTENTION,
     NORMS_OF_ALL_HEADS,
-    PLANNED_DISPATCH,
+    REMOE_LAYER,
     SEQUENCE_PARALLEL_NORMS,
     LayerSpec,
     replace_classes,
@@ -38,7 +38,7 @@ from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.controller import SparsityController
 from megatron.remoe.routing.router import ReLURouter
 from megatron.remoe.routing.warmup import WarmupTopKRouter
-from megatron.remoe.start.environment import check_local_layers
+from megatron.remoe.start.checks import check_local_layers
 from megatron.remoe.training.arguments import model_config_from_args
 from megatron.remoe.training.flips import FlipMeter
 from megatron.remoe.training.metrics import ReMoEMetricsTracker
@@ -86,6 +86,8 @@ def install_routing(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
         )
     apply_patches(saves=bool(args.save))
     _change_layers(model_cfg, lambda spec, _vp_stage: with_router(spec, router))
+    if args.moe_baseline_router == "hash":
+        model_cfg.pre_wrap_hooks.append(pass_token_ids)
     model_cfg.post_wrap_hooks.append(prepare)
 
 
@@ -106,7 +108,7 @@ def _install_counter(
     config.finalize_model_grads_func = finalize_and_update
     _restore_for_reruns(counter)
     set_moe_metrics_tracker(ReMoEMetricsTracker(args, counter))
-    return pass_token_ids(model_chunks)
+    return model_chunks
 
 
 def _restore_for_reruns(counter: SparsityController | PairCounter) -> None:
@@ -161,7 +163,7 @@ def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> No
         _change_layers(model_cfg, lambda spec, _vp_stage: replace_classes(spec, NORMS_OF_ALL_HEADS))
     if args.transformer_impl != "local":
         if wants_kernels(args):
-            _change_layers(model_cfg, lambda spec, _vp_stage: replace_classes(spec, PLANNED_DISPATCH))
+            _change_layers(model_cfg, lambda spec, _vp_stage: replace_classes(spec, REMOE_LAYER))
         return
     stacks_experts = args.num_experts and args.local_layer_fusion and supports_grouped_experts(model_cfg.transformer)
     check_local_layers(args, stacks_experts)
@@ -209,7 +211,7 @@ def build_model(args: argparse.Namespace) -> Any:
     install_routing(args, model_cfg)
     install_local_layers(args, model_cfg)
     stock = model_cfg.get_builder_cls()(model_cfg).build_model(ProcessGroupCollection.use_mpu_process_groups())
-    (model,) = pass_token_ids(compose_hooks(model_cfg.pre_wrap_hooks)([stock]))
+    (model,) = compose_hooks(model_cfg.pre_wrap_hooks)([stock])
     return model
 
 

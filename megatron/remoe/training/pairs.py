@@ -7,7 +7,7 @@ import torch
 
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import get_model_config
-from megatron.remoe.routing.controller import count_layers, layer_numbers
+from megatron.remoe.routing.counts import count_layers, layer_numbers
 
 
 class PairCounter:

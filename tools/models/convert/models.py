@@ -12,7 +12,7 @@ import torch
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.remoe.routing.refusals import flag, relu_routing_problems
+from megatron.remoe.routing.refusals import flag_name, routing_problems
 from megatron.remoe.training.arguments import apply_granularity
 from megatron.training.arguments import moe_freq_type
 
@@ -56,7 +56,7 @@ def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argp
     vars(target).update({name: defaults.get(name) for name in TOPK_ONLY})  # None for another version's flags
     vars(target).update(consumed_train_samples=0, skipped_train_samples=0, consumed_valid_samples=0, iteration=0)
     in_one_process = argparse.Namespace(**(vars(target) | SINGLE_PROCESS_SETTINGS))  # layout and speed can change
-    problems = relu_routing_problems(in_one_process)
+    problems = routing_problems(in_one_process)
     if problems:
         raise ConversionError("\n".join(problems), "")  # each has its code
     return target
@@ -82,7 +82,7 @@ def _become_mixture(target: argparse.Namespace, options: argparse.Namespace) -> 
 def _keep_mixture(target: argparse.Namespace, options: argparse.Namespace) -> None:
     for name in ("num_experts", "moe_granularity", "moe_layer_freq"):
         if getattr(options, name) is not None:
-            raise ConversionError(f"{flag(name)}: --load is a top-k checkpoint, whose experts are kept.", FLAGS)
+            raise ConversionError(f"{flag_name(name)}: --load is a top-k checkpoint, whose experts are kept.", FLAGS)
     if options.moe_router_topk is not None:
         target.moe_router_topk = options.moe_router_topk * target.moe_granularity
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
-from megatron.remoe.routing.refusals import flag
+from megatron.remoe.routing.refusals import flag_name
 
 from ...console.display import show_step
 from ...console.errors import ToolError
@@ -70,7 +70,7 @@ def measure_text(args: argparse.Namespace, models: dict[str, OpenedModel], resul
         for bound in args.max_experts_per_token:
             check_bound(name, opened.model.config, bound)
     for name, opened in models.items():
-        if ignored := [flag(mask) for mask in MASKS if getattr(opened.args, mask, False)]:
+        if ignored := [flag_name(mask) for mask in MASKS if getattr(opened.args, mask, False)]:
             print(f"{name}: evaluated without {', '.join(ignored)}", flush=True)
         model = opened.model
         for prefix in args.data_path:

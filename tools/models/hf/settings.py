@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from megatron.remoe.hf import RemoeConfig
-from megatron.remoe.routing.refusals import flag, shown
+from megatron.remoe.routing.refusals import flag_name, shown
 
 from ...console.errors import ConversionError
 from ...recipes.megatron_values import make_parser
@@ -92,7 +92,7 @@ def make_config(args: argparse.Namespace) -> RemoeConfig:
     if any(name in str(args.moe_router_load_balancing_type) for name in ("sinkhorn", "quantile_balancing")):
         wrong.append("moe_router_load_balancing_type")
     if wrong:
-        flags = ", ".join(f"{flag(name)} {shown(getattr(args, name))}" for name in wrong)
+        flags = ", ".join(f"{flag_name(name)} {shown(getattr(args, name))}" for name in wrong)
         raise ConversionError(f"--load: the model for transformers does not support {flags}.", "REMOE-E512")
     table, fields = dict(MODEL), {"vocab_size": args.padded_vocab_size}
     if args.multi_latent_attention:

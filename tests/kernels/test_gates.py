@@ -5,20 +5,20 @@ import torch
 
 pytest.importorskip("triton")
 
-from megatron.remoe.kernels import pytorch, router
+from megatron.remoe.kernels import gates, pytorch
 from tests.kernels import DEVICE, rounding
 
 
 def check(logits: torch.Tensor) -> None:
     """Compare the results: sums and gradients up to rounding, the rest exactly."""
-    probs, routing_map, counts, sums = router.gate(logits)
+    probs, routing_map, counts, sums = gates.gate(logits)
     right_probs, right_map, right_counts, right_sums = pytorch.gate(logits)
     assert torch.equal(probs, right_probs) and torch.equal(routing_map, right_map)
     assert torch.equal(counts.sum(dim=1), right_counts.sum(dim=1))
     torch.testing.assert_close(sums, right_sums, rtol=1e-6, atol=1e-6)
     d_probs, on, off = torch.randn_like(logits), torch.rand(logits.shape[1], device=DEVICE), torch.ones(1) / 3
     actual, right = (
-        backend.gate_backward(d_probs, routing_map, on, off.to(DEVICE)).double() for backend in (router, pytorch)
+        backend.gate_backward(d_probs, routing_map, on, off.to(DEVICE)).double() for backend in (gates, pytorch)
     )
     torch.testing.assert_close(actual, right, rtol=2 * rounding(logits.dtype), atol=rounding(logits.dtype))
 
@@ -38,6 +38,6 @@ def test_all_off_and_all_on(shift: float) -> None:
 
 def test_nonfinite_logits() -> None:
     logits = torch.tensor([[float("nan"), 1.0], [float("inf"), -1.0]], device=DEVICE)
-    probs, routing_map, _, sums = router.gate(logits)
+    probs, routing_map, _, sums = gates.gate(logits)
     assert routing_map.tolist() == [[False, True], [True, False]]
     assert probs.tolist() == [[0.0, 1.0], [float("inf"), 0.0]] and sums.tolist() == [float("inf"), 1.0]
