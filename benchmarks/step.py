@@ -92,7 +92,7 @@ def run(shape: str, variant: Variant, steps: int, more: list[str]) -> dict[str, 
         prefix, record = Path(folder) / "tokens", Path(folder) / "record.json"
         write_data(prefix)
         experts = Routing(variant.routing, *SHAPES[shape]).flags(SIZE.ffn)
-        command = [sys.executable, str(ROOT / "benchmarks" / "timed_entry.py"), *SIZE.layer_flags(variant.routing)]
+        command = [sys.executable, str(ROOT / "benchmarks" / "timed_entry.py"), "--num-layers", str(SIZE.layers)]
         command += [*SIZE.flags(), *COMMON, *experts, *(GPU_FLAGS if on_gpu(more) else [])]
         command += ["--data-path", str(prefix), "--train-iters", str(steps), *variant.flags, *more]
         environment = os.environ | {"BENCHMARK_RECORD": str(record)}

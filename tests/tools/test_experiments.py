@@ -222,7 +222,6 @@ def test_each_arm_has_its_own_rate_and_warmup(capsys: pytest.CaptureFixture[str]
         (run, result.loss) for run, result in rows if result
     ]
     folder = tmp_path / "mixed"
-    folder.mkdir()
     given = [*words.split(), "--output-dir", str(tmp_path)]
     assert compare.main([*given, "--results", *map(str, files)]) == 0
     printed = capsys.readouterr().out

@@ -14,7 +14,6 @@ from tests.training_runs import REPOSITORY
 from tools.experiments import compare
 from tools.experiments.arms import ARMS
 from tools.experiments.results import finished, read_results
-from tools.experiments.significance import MARGIN
 from tools.experiments.sweep import parse_arguments as sweep
 from tools.experiments.tables import EQUAL_STEPS, Line, gaps, interval, markdown
 from tools.models.arguments import parse_analyze as analyze
@@ -64,7 +63,7 @@ def test_a_table_is_made_of_its_data(path: Path) -> None:
     for row in json.loads(path.read_text()):
         reference = (row["reference"],) if row["reference"] else ()
         lines.append(Line((row["title"],), {entry["seed"]: entry for entry in row["seeds"]}, reference=reference))
-    made = "\n".join(markdown([""], lines, MARGIN))
+    made = "\n".join(markdown([""], lines))
     name = "compare " + " ".join(path.stem.rsplit("-", 1))
     assert f"<!-- {name} -->\n\n{made}\n\n<!-- end of {name} -->" in (DATA / "tables.md").read_text()
 

@@ -128,13 +128,13 @@ def test_gaps_by_hand() -> None:
 
     lines = [
         tables.Line(("ReMoE",), seeds(1.50, 1.52, 1.51)),
-        tables.Line(("top-k",), seeds(1.60, 1.62, 1.61, 9.99), seeds(1.51, 1.51, 1.52, 9.99), ("ReMoE",)),
+        tables.Line(("top-k",), seeds(1.60, 1.62, 1.61, 9.99), seeds(1.502, 1.522, 1.511, 9.99), ("ReMoE",)),
     ]
     lines[0].matched = lines[0].seeds
-    made = [*tables.markdown(["run"], lines, margin=0.05)]
+    made = [*tables.markdown(["run"], lines)]
     cells = [cell.strip() for cell in made[3].split("|")]
     assert cells[3].startswith("+0.1000 ± ") and cells[3].endswith(" (3)") and cells[4] == "higher"
-    assert cells[5].startswith("+0.0033 ± ") and cells[6] == "equivalent within 0.05"
+    assert cells[5].startswith("+0.0017 ± ") and cells[6] == "equivalent within 0.01"
     assert "0.0, 2.0" in made[2] and "2 comparisons" in made[5] and "Gaps differ by 0.0" in made[6]
 
 

@@ -14,7 +14,6 @@ from megatron.remoe.routing.router import ReLURouter
 from tests.tiny_model import RELU, TOPK
 from tests.training_runs import REPOSITORY, TINY, assert_equal, logged, records, run
 from tools.console.errors import ConversionError
-from tools.models.analyze.command import layer_numbers
 from tools.models.arguments import parse_convert
 from tools.models.convert.model_class import convert_class
 from tools.models.hf.opening import open_model, open_run
@@ -101,7 +100,7 @@ def test_multi_token_prediction(data: Path, tmp_path: Path) -> None:
     options = parse_convert(["--load", str(folder), "--save", str(folder / "gpt"), "--model", "gpt"])
     with pytest.raises(ConversionError, match="multi-token prediction are not converted"):
         convert_class(options)
-    looked_at = layer_numbers(open_model(folder, needs_tokenizer=False))
+    looked_at = open_model(folder, needs_tokenizer=False).layer_numbers()
     assert [*map(str, looked_at)] == [*flips["layer_rate"]], "remoe analyze has the log's numbers"
 
 

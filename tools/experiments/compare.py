@@ -26,7 +26,6 @@ from .grids import grid_parser, parse_words, run_grid, write_page
 from .pictures import draw_final_losses
 from .results import Results, Row, finished, read_folder
 from .run import STEP, Run, rounded
-from .significance import MARGIN
 from .tables import Line, markdown
 
 REFERENCE, NONE = "remoe", "none"
@@ -126,7 +125,7 @@ def planned_runs(args: argparse.Namespace, tuned: Tuned, experts: int) -> Iterat
         return replace(run, rate=choice[0], warmup=choice[1]) if choice else None
 
     for seed in args.seeds:
-        for arm in sorted(args.arms, key=args.equal_flops.__ne__):
+        for arm in sorted(args.arms, key=lambda arm: arm != args.equal_flops):
             for steps in args.steps:
                 matched = arm if args.equal_flops == NONE else args.equal_flops
                 run, reference = (tuned_run(each, seed, steps) for each in (arm, matched))
@@ -189,7 +188,7 @@ def show(args: argparse.Namespace, rows: Sequence[Row]) -> None:
     for experts in args.experts:
         if lines := make_lines(args, results, experts):
             text += ["", f"E = {experts}, {args.size}, {args.corpus}:", "", *tuning_lines(args, results, experts), ""]
-            text += markdown(["steps", "arm"], lines, MARGIN)
+            text += markdown(["steps", "arm"], lines)
             for line in lines:
                 steps, arm = line.titles
                 losses = {seed: figures["loss"] for seed, figures in line.seeds.items()}

@@ -201,10 +201,9 @@ def may_continue(job: Job, grid: Grid) -> bool:
 def find_shorter(job: Job, grid: Grid) -> Run | None:
     """Return the finished run that the job can continue the furthest, different only in its steps; None without one."""
     steps = {json.loads(path.read_text(encoding="utf-8"))["run"]["steps"] for path in grid.output.glob(f"*/{STAMP}")}
-    runs = [
-        run for run in (replace(job.run, steps=number) for number in steps) if _decay_checkpoint(run, grid).exists()
-    ]
-    runs = [run for run in runs if run.decay_start <= job.run.decay_start and make_job(run, grid).loss is not None]
+    runs = [replace(job.run, steps=number) for number in steps]
+    runs = [run for run in runs if run.decay_start <= job.run.decay_start and _decay_checkpoint(run, grid).exists()]
+    runs = [run for run in runs if make_job(run, grid).loss is not None]
     return max(runs, key=lambda run: run.decay_start, default=None)
 
 

@@ -45,9 +45,8 @@ def draw(path: Path, panels: Sequence[Panel], label: str) -> None:
     from matplotlib.ticker import NullLocator
 
     names = [*dict.fromkeys(name for panel in panels for name in panel.lines)]
-    colors = {
-        name: color for name, (color, _) in zip(names, line_styles(color_key(arm) for arm, _ in names), strict=True)
-    }
+    styles = line_styles(color_key(arm) for arm, _ in names)
+    colors = {name: color for name, (color, _) in zip(names, styles, strict=True)}
     columns, rows = min(IN_A_ROW, len(panels)), -(-len(panels) // IN_A_ROW)
     with picture(path, font_size=13, pad=(0.12, 0.1), figsize=(5 * max(2, columns), 4.8 * rows)) as figure:
         for place, panel in enumerate(panels, start=1):

@@ -71,9 +71,9 @@ def read_result(folder: Path, per_byte: Mapping[str, float] | None = None) -> Re
     if not figures.args and not figures.last:
         return None
     train_iters = figures.whole("train_iters")
-    tokens_of_byte = per_byte or {}
-    losses = {name: loss * tokens_of_byte.get(name, 1.0) for name, loss in figures.final_losses(train_iters).items()}
-    loss = _mean_loss(figures, losses, tokens_of_byte)
+    per_byte = per_byte or {}
+    losses = {name: loss * per_byte.get(name, 1.0) for name, loss in figures.final_losses(train_iters).items()}
+    loss = _mean_loss(figures, losses, per_byte)
     experts = figures.experts_per_token(figures.curve("lm_loss").iterations[-2:])[-1:]
     experts_per_token = float(experts[0]) if len(experts) and np.isfinite(experts[0]) else figures.topk or None
     flops, seconds = training_flops(figures), figures.seconds

@@ -22,7 +22,6 @@ from .grids import grid_parser, parse_words, run_grid, write_page
 from .pictures import Panel, draw
 from .results import Results, Row, finished
 from .run import Run
-from .significance import MARGIN
 from .tables import Line, markdown
 
 BASE = Run("remoe")
@@ -46,13 +45,11 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     text = f"of {', '.join(FIGURES)} (default: the first three)"
     add("--figures", nargs="+", choices=FIGURES, default=[*VALUES], metavar="FIGURE", help=text)
     add("--sizes", nargs="+", choices=VALUES["size"], dest="size", help="for the figure size")
-    for name, figure, least, more in (
-        ("experts", "experts", 2, ""),
-        ("granularities", "granularity", 1, "; if given, also for all figures but the first three"),
-    ):
-        default = " ".join(map(str, VALUES[figure]))
-        text = f"for the figure {figure} (default: {default}){more}"
-        add(f"--{name}", nargs="+", type=whole_number(least), dest=figure, metavar="N", help=text)
+    text = f"for the figure experts (default: {' '.join(map(str, VALUES['experts']))})"
+    add("--experts", nargs="+", type=whole_number(2), metavar="N", help=text)
+    text = f"for the figure granularity (default: {' '.join(map(str, VALUES['granularity']))}); if given, also for "
+    text += "all figures but the first three"
+    add("--granularities", nargs="+", type=whole_number(1), dest="granularity", metavar="N", help=text)
     for name, setting in SETTINGS.items():
         text = f"for the figure {name}: {setting.label} (default: {' '.join(map('{:g}'.format, setting.values))})"
         add(f"--{name}s", nargs="+", type=above_zero, dest=name, metavar="N", help=text)
@@ -157,7 +154,7 @@ def main(arguments: Sequence[str]) -> int:
         results = finished(rows)
         panels = [make_panel(figure, planned, results) for figure, planned in plan_runs(args).items()]
         drawn = [panel for panel in panels if panel.lines]
-        lines = markdown(["run"], make_lines(results), MARGIN)
+        lines = markdown(["run"], make_lines(results))
         picture = partial(draw, panels=drawn, label=f"validation loss (nats per {'byte' if args.tiny else 'token'})")
         write_page(args, rows, [*lines], picture if drawn else None)
 

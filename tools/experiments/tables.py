@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..console.markdown import table
-from .significance import Difference, compare, half_width, seeds_for_equivalence
+from .significance import MARGIN, Difference, compare, half_width, seeds_for_equivalence
 
 Figures = Mapping[str, Any]  # names of `Result`'s attributes → values; absent or None if unknown
 EQUAL_STEPS, EQUAL_FLOPS = "gap", "gap, equal FLOPs"
@@ -59,14 +59,14 @@ def gaps(lines: Sequence[Line]) -> dict[tuple[tuple[str, ...], str], list[float]
     return values_of_lines
 
 
-def markdown(header: Sequence[str], lines: Sequence[Line], margin: float) -> Iterator[str]:
+def markdown(header: Sequence[str], lines: Sequence[Line]) -> Iterator[str]:
     """Yield the lines of a table, without columns that have no values, and a note on its comparisons.
 
     All gaps of the table are one family of comparisons. Inactive experts are means by layer. The steps at which S is
     first near and settles are medians of the seeds that reach it; their number follows if some seeds do not.
     """
     differences = gaps(lines)
-    verdicts = compare(differences, margin)
+    verdicts = compare(differences, MARGIN)
     rows = [[*line.titles, *_cells(line, differences, verdicts)] for line in lines]
     titles = [*header, *COLUMNS]
     kept = [place for place in range(len(titles)) if place < len(header) or any(row[place] for row in rows)]
@@ -78,10 +78,10 @@ def markdown(header: Sequence[str], lines: Sequence[Line], margin: float) -> Ite
     spreads = [statistics.variance(values) for values in differences.values() if len(values) > 1]
     if spreads:
         deviation = math.sqrt(statistics.fmean(spreads))
-        seeds = seeds_for_equivalence(margin, deviation, len(verdicts))
+        seeds = seeds_for_equivalence(MARGIN, deviation, len(verdicts))
         yield (
             f"Gaps differ by {deviation:.4f} between seeds (root mean square). Equal arms need "
-            f"{seeds or 'more than 1000'} seeds to be found equivalent within {margin:g}."
+            f"{seeds or 'more than 1000'} seeds to be found equivalent within {MARGIN:g}."
         )
 
 

@@ -272,7 +272,8 @@ def _tensors(sharded: dict[str, Any]) -> Iterator[ShardedTensor | ShardedTensorF
 
 def rename_expert_norm(key: str) -> str:
     """Swap the two names of a norm before experts in a key; other keys stay unchanged."""
-    plain, fused = [*NORMS.items()][-1]
+    plain = "pre_mlp_layernorm."
+    fused = NORMS[plain]
     return key.replace(fused, plain) if fused in key else key.replace(plain, fused)
 
 

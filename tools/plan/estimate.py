@@ -54,11 +54,10 @@ def write_lines(
             "iterations; --save-retain-interval N keeps fewer"
         )
     yield ""
-    columns = {
-        phase: [memory.stage_memory(args, stages, index, experts) for index in range(len(stages))]
-        for phase, experts in experts_by_phase(args).items()
-    }
-    fullest = {phase: max(memories, key=sum) for phase, memories in columns.items()}
+    fullest = {}
+    for phase, active in experts_by_phase(args).items():
+        memories = (memory.stage_memory(args, stages, index, active) for index in range(len(stages)))
+        fullest[phase] = max(memories, key=sum)
     yield from _memory_lines(args, stages, fullest)
     needed = max(map(sum, fullest.values())) / 2**30
     time = estimate_step(args, stages, options.rates, options.gpus_per_node)

@@ -142,7 +142,8 @@ class FakePairCounts:
             tokens //= args.tensor_model_parallel_size if args.sequence_parallel else 1
             pairs = int(tokens * args.num_experts * self.share)
             # A scalar: all pairs. A row: an even part in each entry. A table: the pairs of each rank for each expert.
-            moved[...] = pairs // (1, max(1, len(tensor.shape) and tensor.shape[0]), args.num_experts)[tensor.dim()]
+            parts = (1, tensor.numel(), args.num_experts)[tensor.dim()]
+            moved[...] = pairs // max(1, parts)
             return moved
 
         return move

@@ -116,7 +116,8 @@ def _sublayers(model: torch.nn.Module) -> list[str]:
     sublayers = []
     for layer in model.modules():
         if isinstance(layer, TransformerLayer):
-            attention = "" if isinstance(layer.self_attention, IdentityOp) else "*"
-            mlp = "" if isinstance(layer.mlp, IdentityOp) else "E" if isinstance(layer.mlp, MoELayer) else "-"
-            sublayers.append(attention + mlp)
+            letters = "" if isinstance(layer.self_attention, IdentityOp) else "*"
+            if not isinstance(layer.mlp, IdentityOp):
+                letters += "E" if isinstance(layer.mlp, MoELayer) else "-"
+            sublayers.append(letters)
     return sublayers

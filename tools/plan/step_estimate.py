@@ -90,8 +90,10 @@ def estimate_step(
     waiting = waiting_seconds(host, products + traffic)
     links, network = 0.0, 0.0
     for call in estimate_collectives(args, stages, gpus_per_node):
-        seconds = collective_seconds(call, rates)
-        links, network = links + seconds * call["within_node"], network + seconds * (not call["within_node"])
+        if call["within_node"]:
+            links += collective_seconds(call, rates)
+        else:
+            network += collective_seconds(call, rates)
     return StepTime(products, traffic, waiting, links, network, bubble(args))
 
 

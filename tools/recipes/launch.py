@@ -145,6 +145,6 @@ def _depth_flags(size: Size, routing: str, layout: Layout, model_class: str, ext
         stages = layout.pp * layout.vpp
         if size.layers % stages:  # Megatron would accept a pattern with fewer layers
             raise RecipeError(f"PP={layout.pp} x VPP={layout.vpp} does not divide the {size.layers} layers")
-        return size.layer_flags(routing, hybrid=True, stages=stages)
+        return size.hybrid_flags(routing, stages)
     virtual = ["--num-virtual-stages-per-pipeline-rank", str(layout.vpp)] if layout.vpp > 1 else []
-    return [*size.layer_flags(routing), *virtual]
+    return ["--num-layers", str(size.layers), *virtual]

@@ -37,13 +37,11 @@ class Size:
             --init-method-std {self.init_std} --make-vocab-size-divisible-by {self.vocabulary_multiple}
         """.split()
 
-    def layer_flags(self, routing: str, hybrid: bool = False, stages: int = 1) -> list[str]:
-        """Return the flags for the layers of a GPTModel or, if `hybrid`, of a HybridModel cut into pipeline `stages`.
+    def hybrid_flags(self, routing: str, stages: int) -> list[str]:
+        """Return the flags for the layers of a HybridModel cut into pipeline `stages`.
 
-        A HybridModel's pattern has a letter for each sublayer: * attention, - MLP, E experts; | ends a stage.
+        Its pattern has a letter for each sublayer: * attention, - MLP, E experts; | ends a stage.
         """
-        if not hybrid:
-            return ["--num-layers", str(self.layers)]
         layer = "*-" if routing == "dense" else "*E"
         return ["--hybrid-layer-pattern", "|".join([layer * (self.layers // stages)] * stages)]
 

@@ -48,4 +48,4 @@ def common_flags(size: TinySize, training: Training, seed: int) -> list[str]:
         --tensorboard-log-interval {max(1, log_interval // 4)}
         --save-interval {save_interval} --save-retain-interval {100 * save_interval} --exit-signal-handler
     """
-    return ["--cpu", *size.layer_flags("dense"), *size.flags(), *training.flags(), *rest.split()]
+    return ["--cpu", "--num-layers", str(size.layers), *size.flags(), *training.flags(), *rest.split()]

@@ -155,7 +155,8 @@ def _convert_optimizer(saved: dict[Any, Any], args: argparse.Namespace) -> dict[
         adam = {"state": {"common_step": torch.tensor(step)}, "param_groups": groups}
         if not (args.bf16 or args.fp16):
             return adam
-        return {"optimizer": adam} | {name: parts[0][name] for name in ("grad_scaler",) if name in parts[0]}
+        scaler = {"grad_scaler": parts[0]["grad_scaler"]} if "grad_scaler" in parts[0] else {}
+        return {"optimizer": adam} | scaler
 
     if not args.num_experts:
         return optimizer(groups)

@@ -12,7 +12,7 @@ from megatron.remoe.start.checkpoint_files import common_state
 from ...console.errors import ConversionError
 from ..checkpoints import Checkpoint, find
 from ..hybrid import FINAL_NORM, as_gpt, as_hybrid, hybrid_layer
-from .rewriting import LAYER, Content, read_content, split_layers, stack_layers, write_content
+from .rewriting import LAYER, read_content, split_layers, stack_layers, write_content
 
 # Formats that store the optimizer's state under the weights' names.
 RESHARDABLE = ("fully_reshardable", "fully_sharded_model_space")
@@ -29,25 +29,22 @@ def convert_class(options: argparse.Namespace) -> None:
     checkpoint = find(options.load, options.ckpt_step)
     folder, saved = checkpoint.folder, checkpoint.args
     _check_convertible(checkpoint, options.model)
-    args = as_hybrid(saved) if options.model == "hybrid" else as_gpt(saved, folder)
+    to_hybrid = options.model == "hybrid"
+    args = as_hybrid(saved) if to_hybrid else as_gpt(saved, folder)
     content = read_content(folder, checkpoint.index)
-    content = _convert_to_hybrid(content) if options.model == "hybrid" else _convert_to_gpt(content, args)
+    if to_hybrid:
+        content = {_rename(key, "gpt", "hybrid"): value for key, value in split_layers(content).items()}
+        content[ONLY_HYBRID] = [None]
+        flags = f"--hybrid-layer-pattern '{args.hybrid_layer_pattern}'"
+    else:
+        content = {_rename(key, "hybrid", "gpt"): value for key, value in content.items() if key != ONLY_HYBRID}
+        flags = f"--num-layers {args.num_layers}"
+        if args.moe_layer_freq == 1:
+            content = stack_layers(content, args.num_layers)
+        else:  # a list
+            flags += f" --moe-layer-freq '{str(args.moe_layer_freq).replace(' ', '')}'"
     write_content(content, common_state(folder) | {"args": args}, options.save, folder.name)
-    pattern = f"--hybrid-layer-pattern '{args.hybrid_layer_pattern}'"
-    flags = pattern if options.model == "hybrid" else f"--num-layers {args.num_layers}"
-    if args.moe_layer_freq != 1:  # a list, of a GPTModel
-        flags += f" --moe-layer-freq '{str(args.moe_layer_freq).replace(' ', '')}'"
     print(f"wrote {options.save}, {folder.name}; continue the run with --load {quote(str(options.save))} {flags}")
-
-
-def _convert_to_hybrid(content: Content) -> Content:
-    content = {_rename(key, "gpt", "hybrid"): value for key, value in split_layers(content).items()}
-    return content | {ONLY_HYBRID: [None]}
-
-
-def _convert_to_gpt(content: Content, args: argparse.Namespace) -> Content:
-    content = {_rename(key, "hybrid", "gpt"): value for key, value in content.items() if key != ONLY_HYBRID}
-    return stack_layers(content, args.num_layers) if args.moe_layer_freq == 1 else content
 
 
 def _rename(key: str, source: str, target: str) -> str:

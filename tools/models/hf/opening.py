@@ -125,14 +125,14 @@ def open_run(root: Path, step: int | None) -> LoadedRun:
     from .settings import complete, make_config
 
     checkpoint = find(root, step)
-    saved = complete(checkpoint.args)
-    saved.mtp_num_layers = None
-    if saved.hybrid_layer_pattern:
-        saved.hybrid_layer_pattern = saved.hybrid_layer_pattern.split("/")[0]
-    args = as_gpt(saved, checkpoint.folder)
+    completed = complete(checkpoint.args)
+    completed.mtp_num_layers = None
+    if completed.hybrid_layer_pattern:
+        completed.hybrid_layer_pattern = completed.hybrid_layer_pattern.split("/")[0]
+    args = as_gpt(completed, checkpoint.folder)
     config = make_config(args)
     with one_process():
-        model = build(saved)
+        model = build(completed)
         load(checkpoint, model)
     if args.num_experts and args.moe_relu_routing:
         exponents = [int(value) for name, value in model.state_dict().items() if name.endswith("router.l1_exponent")]

@@ -47,10 +47,8 @@ TOPK = {
     "routed_scaling_factor": "moe_router_topk_scaling_factor",
     "router_expert_bias": "moe_router_enable_expert_bias",
 }
-NONE_IN_MEGATRON = {
-    "shared_expert_intermediate_size": 0,
-    "routed_scaling_factor": 1.0,
-}  # Megatron has None for these values
+# Values for which Megatron has None.
+NONE_IN_MEGATRON = {"shared_expert_intermediate_size": 0, "routed_scaling_factor": 1.0}
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 ROUTER_DTYPES = {None: None, "fp32": "float32", "fp64": "float64"}
 YARN = {"beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096}  # Megatron has no flags for them
