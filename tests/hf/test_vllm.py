@@ -97,7 +97,7 @@ def serving(words: list[str], site: Path, log: Path) -> Iterator[str]:
 def test_text_and_probabilities(kind: str, most: int, trust: bool, server: str, data: Path, tmp_path: Path) -> None:
     """vLLM's results equal transformers', with prompts of unequal lengths and tokens that have no active expert."""
     run([*TINY, *KINDS[kind], *SIZES, "--data-path", str(data), "--save", str(tmp_path / "run")])
-    tokenizer = gpt2_tokenizer_folder(*byte_level_vocabulary(tmp_path / "files"), cache_dir=tmp_path)
+    tokenizer = gpt2_tokenizer_folder(*byte_level_vocabulary(tmp_path / "files"))
     words = ["--load", tmp_path / "run", "--save", tmp_path / "folder", "--tokenizer-model", tokenizer]
     assert export([*map(str, words), *(["--max-experts-per-token", str(most)] if most else [])]) == 0
     if not trust:

@@ -17,4 +17,4 @@ def byte_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="session")
 def tokenizer(byte_files: tuple[Path, Path]) -> Path:
     """Return a folder with the tokenizer of `byte_files` for transformers."""
-    return gpt2_tokenizer_folder(*byte_files, cache_dir=byte_files[0].parent)
+    return gpt2_tokenizer_folder(*byte_files)

@@ -7,8 +7,6 @@ import torch
 
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
-from megatron.remoe.files.errors import UsageError
-from megatron.remoe.start.checks import check_flips
 from megatron.remoe.training.flips import FlipMeter, _evaluation_state
 from tests.layers import HIDDEN, make_config, make_layer, make_topk_config
 
@@ -70,12 +68,3 @@ def test_what_an_update_changes_is_counted(kind: str) -> None:
     assert meter.after_update(8) is None
     again = meter.after_update(9)
     assert again is not None and again["rate"] == 0.0
-
-
-@pytest.mark.parametrize("change", [{"moe_log_flips_interval": 0}, {"num_experts": None}, {"cuda_graph_impl": "local"}])
-def test_refused_settings(change: dict[str, object]) -> None:
-    fine = {"moe_log_flips_interval": 1, "num_experts": 8, "cuda_graph_impl": "none"}
-    check_flips(argparse.Namespace(**fine))
-    check_flips(argparse.Namespace(**fine | change | {"moe_log_flips_interval": None}))
-    with pytest.raises(UsageError, match="--moe-log-flips-interval"):
-        check_flips(argparse.Namespace(**fine | change))

@@ -46,13 +46,14 @@ def test_megatron_builds_it_without_network(tmp_path, monkeypatch) -> None:
     assert tokenizer.detokenize(tokenizer.tokenize(TEXT)) == TEXT
 
 
-def test_bytes_as_a_vocabulary(tmp_path) -> None:
+def test_bytes_as_a_vocabulary(tmp_path, monkeypatch) -> None:
     from transformers import AutoTokenizer
 
     from tools.text.preprocessing.encoding import gpt2_encoder
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     files = byte_level_vocabulary(tmp_path / "bytes")
-    tokenizer = AutoTokenizer.from_pretrained(gpt2_tokenizer_folder(*files, cache_dir=tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_tokenizer_folder(*files))
     encoder = gpt2_encoder(*files)
     assert len(tokenizer) == encoder.vocabulary_size == 257 and tokenizer.eos_token_id == 256
     generator = random.Random(7)
@@ -96,9 +97,10 @@ def broken(what: str, folder: Path) -> tuple[Path, Path]:
         ("no end of text", r"<\|endoftext\|>.*256\)"),
     ],
 )
-def test_files_that_are_wrong(what, message, tmp_path) -> None:
+def test_files_that_are_wrong(what, message, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     files = broken(what, tmp_path)
     message = f"--vocab-file {files[0]}.*{message}"
     with pytest.raises(DataError, match=message):
-        gpt2_tokenizer_folder(*files, cache_dir=tmp_path / "cache")
+        gpt2_tokenizer_folder(*files)
     assert not (tmp_path / "cache").exists()

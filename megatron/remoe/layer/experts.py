@@ -109,8 +109,7 @@ class GroupedExperts(MegatronModule):
         """
         fc1, fc2 = self._weights()
         order, sizes = SortedPairs() if order is None else order, tokens_per_expert.tolist()
-        output = grouped_swiglu(permuted_local_hidden_states, permuted_probs, fc1, fc2, sizes, order, self.backend)
-        return output, None
+        return grouped_swiglu(permuted_local_hidden_states, permuted_probs, fc1, fc2, sizes, order, self.backend), None
 
     def backward_dw(self) -> None:
         """Do nothing: weight gradients are never delayed."""

@@ -222,12 +222,10 @@ class _ZeroGradients(torch.autograd.Function):
 
 def supports_plans(config: TransformerConfig) -> bool:
     """Return whether `PlannedAlltoAllDispatcher` supports the configuration; otherwise Megatron's dispatcher runs."""
+    rearranges = config.moe_permute_fusion or config.moe_router_padding_for_quantization or config.moe_latent_size
+    is_captured = CudaGraphModule.moe_preprocess in config.cuda_graph_modules  # the host cannot read the counts
     return config.moe_token_dispatcher_type == "alltoall" and not (
-        config.moe_permute_fusion
-        or config.moe_router_padding_for_quantization
-        or config.moe_pad_expert_input_to_capacity
-        or config.moe_latent_size
-        or CudaGraphModule.moe_preprocess in config.cuda_graph_modules  # the host cannot read the counts
+        rearranges or is_captured or config.moe_pad_expert_input_to_capacity
     )
 
 

@@ -115,7 +115,7 @@ def _figures(given: Mapping[str, Any], sums: Mapping[str, Any], seconds: float, 
     """
     args = get_args()
     advanced, skipped, not_finite = (sums[name] for name in COUNTERS)
-    figures = {_key(name): float(total) / max(1, advanced) for name, total in sums.items() if name not in COUNTERS}
+    figures = {_key(name): float(sums[name]) / advanced for name in sums if advanced and name not in COUNTERS}
     last_step = {name: given[name] for name in ("learning_rate", "loss_scale", "grad_norm", "params_norm")}
     last_step["num_zeros"] = given["num_zeros_in_grad"]
     return figures | {

@@ -76,7 +76,8 @@ def seed_data_loaders() -> None:
     @replace(training, "build_pretraining_data_loader")
     def build(stock: Any, dataset: Any, consumed_samples: int) -> Any:
         args = get_args()
-        if args.dataloader_type == "single" and dataset is not None and args.iteration >= args.train_iters:
+        reads_none = args.skip_train or args.iteration >= args.train_iters
+        if args.dataloader_type == "single" and dataset is not None and reads_none:
             # A finished run reads no training data; Megatron's sampler fails if a blend has none left.
             consumed_samples = min(consumed_samples, len(dataset) - 1)
         loader = stock(dataset, consumed_samples)

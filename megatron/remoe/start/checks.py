@@ -1,7 +1,7 @@
 """Check flags before a run starts, and make its output folders.
 
 A check raises a `UsageError` that names the flag, its value and the remedy, or a `DataError` if a folder cannot be
-written. `args` are Megatron's arguments: parsed for `check_required_flags` and `check_flips`, validated for the others.
+written. `args` are Megatron's arguments: parsed for `check_required_flags`, validated for the others.
 """
 
 import argparse
@@ -49,6 +49,7 @@ def check_settings(args: argparse.Namespace) -> None:
     sets, layout = args.multiple_validation_sets, args.pipeline_model_parallel_layout or ""
     size, parts = args.moe_ffn_hidden_size, args.expert_tensor_parallel_size
     is_tied = args.pipeline_model_parallel_size > 1 and not args.untie_embeddings_and_output_weights
+    fsdp, interval = args.use_megatron_fsdp, args.moe_log_flips_interval
     ignored = args.fim_data or args.sft or args.dataloader_inter_document_masking or args.logits_load_dir
     problems: dict[str, Any] = {
         "--full-validation and --multiple-validation-sets: one does not work without the other. Give both.": (
@@ -82,52 +83,27 @@ def check_settings(args: argparse.Namespace) -> None:
             args.optimizer == "sgd" and args.save and args.ckpt_format != "torch" and not args.no_load_optim
         ),
         "--inprocess-restart: this program does not restart in its process. Leave it out.": args.inprocess_restart,
-    } | (_fsdp_problems(args) if args.use_megatron_fsdp else {})
-    if messages := [message for message, holds in problems.items() if holds]:
-        raise UsageError("\n".join(messages), "REMOE-E203")
-
-
-def _fsdp_problems(args: argparse.Namespace) -> dict[str, Any]:
-    """Return message → whether it holds, for settings with which Megatron-FSDP computes wrong gradients."""
-    return {
+        # Hooks do not see routers in a CUDA graph.
+        f"--moe-log-flips-interval {interval}: give at least 1, --num-experts, and --cuda-graph-impl none.": (
+            interval is not None and (interval < 1 or not experts or args.cuda_graph_impl != "none")
+        ),
+        "--qk-layernorm-all-heads needs --qk-layernorm, and no --multi-latent-attention. Leave it out.": (
+            args.qk_layernorm_all_heads and (args.multi_latent_attention or not args.qk_layernorm)
+        ),
+        # Megatron-FSDP computes wrong gradients with these.
         # .../megatron_fsdp.py: all_gather_and_wait_parameters_ready lets it overwrite the sum of earlier micro-batches.
-        "--use-megatron-fsdp needs --no-gradient-accumulation-fusion. Add it.": args.gradient_accumulation_fusion,
+        "--use-megatron-fsdp: add --no-gradient-accumulation-fusion.": fsdp and args.gradient_accumulation_fusion,
         # core/distributed/fsdp/src/megatron_fsdp/param_and_grad_buffer.py: gradient_reduce_preprocessing
         "--ddp-average-in-collective: Megatron-FSDP does not divide experts' gradients with it. Leave it out.": (
-            args.ddp_average_in_collective and args.expert_model_parallel_size > 1
+            fsdp and args.ddp_average_in_collective and args.expert_model_parallel_size > 1
         ),
         # If one rank of an instance holds a gradient, the same file divides it after each micro-batch. Only with
         # --overlap-grad-reduce does training/training.py tell it which micro-batch is the last.
         "--num-distributed-optimizer-instances: Megatron-FSDP computes wrong gradients with it in some layouts. Leave "
-        "it out.": args.num_distributed_optimizer_instances > 1,
+        "it out.": fsdp and args.num_distributed_optimizer_instances > 1,
     }
-
-
-def check_flips(args: argparse.Namespace) -> None:
-    """Refuse settings that do not work with --moe-log-flips-interval; hooks do not see routers in a CUDA graph."""
-    interval, graphs = args.moe_log_flips_interval, args.cuda_graph_impl
-    if interval is not None and (interval < 1 or not args.num_experts or graphs != "none"):
-        raise UsageError(
-            f"--moe-log-flips-interval {interval}: must be at least 1, with --num-experts (here {args.num_experts}) "
-            f"and --cuda-graph-impl none (here {graphs}). Leave it out to measure no flips.",
-            "REMOE-E208",
-        )
-
-
-def check_local_layers(args: argparse.Namespace, stacks_experts: bool) -> None:
-    """Refuse optimizers that would train the experts of --transformer-impl local in a different way.
-
-    Args:
-        args: Megatron's arguments, validated.
-        stacks_experts: whether an expert's weights are a slice of a three-dimensional parameter.
-    """
-    # core/optimizer/emerging_optimizers.py: _is_nonlinear_or_embedding.
-    if stacks_experts and args.optimizer not in ("adam", "sgd"):
-        raise UsageError(
-            f"--optimizer {args.optimizer} would train the experts of --transformer-impl local with Adam: it takes "
-            "two-dimensional weights, and theirs are stacked. Add --no-local-layer-fusion, or use --optimizer adam.",
-            "REMOE-E209",
-        )
+    if messages := [message for message, holds in problems.items() if holds]:
+        raise UsageError("\n".join(messages), "REMOE-E203")
 
 
 def make_output_folders(args: argparse.Namespace) -> None:

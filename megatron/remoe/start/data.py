@@ -138,7 +138,8 @@ def _check_blend(args: argparse.Namespace, flag: str, tokens: list[int], number:
         return
     wanted = args.train_samples or args.train_iters * args.global_batch_size
     if number:
-        evaluations = count_evaluations(args, wanted // args.global_batch_size) if number == 1 else 0
+        steps = 0 if args.step_batch_size_schedule else wanted // args.global_batch_size  # unknown with a schedule
+        evaluations = count_evaluations(args, steps) if number == 1 else 0
         wanted = (evaluations + 1) * args.eval_iters * args.eval_global_batch_size
     if (held := sum((each - 1) // args.seq_length for each in tokens)) < wanted:
         raise DataError(

@@ -72,8 +72,9 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None) -> bool:
     if resume is None or resume.saved is None:
         return False
     given = f"{resume.flag} {resume.folder}"
+    has_exponent = getattr(resume.saved, "consumed_train_samples", 0)  # also a release, if it was trained
     saved = argparse.Namespace(**{"moe_relu_routing": False} | vars(resume.saved))
-    fixed = {"moe_relu_routing"} | (L1 if resume.folder.name != RELEASE and not args.skip_train else set())
+    fixed = {"moe_relu_routing"} | (L1 if has_exponent and not args.skip_train else set())
     if any(resume.folder.glob("mp_rank_*")):  # Megatron loads what it finds, and leaves other weights random
         fixed.add("local_layer_fusion")
     if different := differences(args, saved, fixed):

@@ -13,7 +13,6 @@ from megatron.remoe.routing.config import MEGATRON_FIELDS, ReMoEConfig, ReMoEMLA
 from megatron.remoe.routing.refusals import as_list, routing_problems, shown
 from megatron.remoe.start.checkpoint_files import choose_checkpoint
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
-from megatron.remoe.start.checks import check_flips
 from megatron.remoe.start.messages import explain_flag_errors
 from megatron.remoe.training.gpt2_tokenizer import use_local_gpt2_files
 from megatron.training import arguments as megatron
@@ -123,14 +122,8 @@ def load_saved_args(args: argparse.Namespace) -> None:
 
 def _check_model(args: argparse.Namespace) -> None:
     """Check the routing's settings, set implied ones, and find the tokenizer's files."""
-    problems = [*routing_problems(args)]
-    if args.qk_layernorm_all_heads and (args.multi_latent_attention or not args.qk_layernorm):
-        problems.append(
-            "--qk-layernorm-all-heads needs --qk-layernorm, and no --multi-latent-attention. Leave it out. [REMOE-E204]"
-        )
-    if problems:
+    if problems := routing_problems(args):
         raise ValueError("\n".join(problems))
-    check_flips(args)
     if args.moe_relu_routing:
         # The L1 term replaces the load-balancing loss. Megatron would still all-reduce and log it, as zero.
         args.moe_router_load_balancing_type = "none"

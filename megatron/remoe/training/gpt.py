@@ -1,5 +1,6 @@
 """Provide batches, loss and data sets of a GPT model to Megatron's training loop."""
 
+import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -12,6 +13,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size, update_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.remoe.start.data import count_evaluations
@@ -121,6 +123,25 @@ def dataset_config() -> GPTDatasetConfig:
     return GPTDatasetConfig(**given)
 
 
+def plan_training(args: argparse.Namespace) -> int:
+    """Set `args.train_iters` for --train-samples. Return the number of sequences that the run will have read.
+
+    Megatron assumes that the steps before a resume had this run's batch size. With --step-batch-size-schedule, it
+    forgets the end of the last step.
+    """
+    end, steps = args.consumed_train_samples, args.iteration
+    if args.step_batch_size_schedule:
+        while end < args.train_samples:
+            update_num_microbatches(end, consistency_check=False)
+            end, steps = end + get_current_global_batch_size(), steps + 1
+        update_num_microbatches(args.consumed_train_samples, consistency_check=False)
+        args.train_iters = steps
+        return end
+    if args.train_samples:
+        args.train_iters = steps + max(args.train_samples - end, 0) // args.global_batch_size
+    return int(end + (args.train_iters - steps) * args.global_batch_size)
+
+
 def train_valid_test_datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> Any:
     """Build the training, validation and test sets; None for a set without sequences.
 
@@ -131,6 +152,8 @@ def train_valid_test_datasets_provider(num_samples: list[int], vp_stage: int | N
         vp_stage: virtual pipeline stage.
     """
     args = get_args()
+    if not args.skip_train:
+        num_samples = [max(num_samples[0], plan_training(args)), *num_samples[1:]]
     if not args.full_validation:
         # Megatron counts one too few with --start-eval-at-iter, and earlier evaluations may have had other settings.
         ends = (0, 0) if args.skip_train else (args.iteration, args.train_iters)

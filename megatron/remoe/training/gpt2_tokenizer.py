@@ -40,20 +40,18 @@ def use_local_gpt2_files(args: argparse.Namespace) -> None:
         args.vocab_file = args.merge_file = None
 
 
-def gpt2_tokenizer_folder(vocab_file: Place | None, merge_file: Place | None, cache_dir: Place | None = None) -> Path:
+def gpt2_tokenizer_folder(vocab_file: Place | None, merge_file: Place | None) -> Path:
     """Return a folder with these files for --tokenizer-type HuggingFaceTokenizer --tokenizer-model.
 
-    The folder's name is a hash of its contents. Several processes can call this at the same time.
+    It is in the user's cache ($XDG_CACHE_HOME or ~/.cache) or, if that cannot be written, in the temporary folder. Its
+    name is a hash of its contents. Several processes can call this at the same time.
 
     Args:
         vocab_file: GPT-2's encoder.json or vocab.json.
         merge_file: GPT-2's vocab.bpe or merges.txt.
-        cache_dir: parent of the folder; defaults to megatron-remoe in the user's cache ($XDG_CACHE_HOME or ~/.cache),
-            or to megatron-remoe-UID in the temporary folder if the cache cannot be written.
 
     Raises:
         DataError: a file is missing or wrong; the message names flag, path and remedy.
-        OSError: `cache_dir` was given and cannot be written.
     """
     read_gpt2_vocabulary(vocab_file, merge_file)
     assert vocab_file and merge_file, "it refuses them otherwise"
@@ -65,8 +63,6 @@ def gpt2_tokenizer_folder(vocab_file: Place | None, merge_file: Place | None, ca
     }
     digest = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents.values())).hexdigest()
     name = f"gpt2-{digest[:16]}"
-    if cache_dir is not None:
-        return _write_missing(contents, Path(cache_dir) / name)
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return _write_missing(contents, cache / "megatron-remoe" / name)

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.utils import get_model_config
 from megatron.remoe.baselines import ROUTERS
 from megatron.remoe.baselines.hash import pass_token_ids
+from megatron.remoe.files.errors import UsageError
 from megatron.remoe.kernels.backend import wants_kernels
 from megatron.remoe.layer.experts import GroupedExperts, SplitExperts, supports_grouped_experts
 from megatron.remoe.layer.specs import (
@@ -38,7 +39,6 @@ from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.controller import SparsityController
 from megatron.remoe.routing.router import ReLURouter
 from megatron.remoe.routing.warmup import WarmupTopKRouter
-from megatron.remoe.start.checks import check_local_layers
 from megatron.remoe.training.arguments import model_config_from_args
 from megatron.remoe.training.flips import FlipMeter
 from megatron.remoe.training.metrics import ReMoEMetricsTracker
@@ -166,7 +166,13 @@ def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> No
             _change_layers(model_cfg, lambda spec, _vp_stage: replace_classes(spec, REMOE_LAYER))
         return
     stacks_experts = args.num_experts and args.local_layer_fusion and supports_grouped_experts(model_cfg.transformer)
-    check_local_layers(args, stacks_experts)
+    # core/optimizer/emerging_optimizers.py: _is_nonlinear_or_embedding.
+    if stacks_experts and args.optimizer not in ("adam", "sgd"):
+        raise UsageError(
+            f"--optimizer {args.optimizer} would train the experts of --transformer-impl local with Adam: it takes "
+            "two-dimensional weights, and theirs are stacked. Add --no-local-layer-fusion, or use --optimizer adam.",
+            "REMOE-E209",
+        )
     is_hybrid = isinstance(model_cfg, HybridModelConfig)
     if args.local_layer_fusion and not args.reset_attention_mask:
         args.create_attention_mask_in_dataloader = False
