@@ -154,12 +154,23 @@ def test_a_checkpoint_after_nan_can_be_read() -> None:
 
 
 def test_a_schedule_of_batches_goes_on_with_more_processes(data: Path, tmp_path: Path) -> None:
-    schedule = ["--train-samples", "40", "--step-batch-size-schedule", "0:4 512:8"]
-    schedule += ["--micro-batch-size", "2", "--log-interval", "3"]
+    """The last step reads more sequences than --train-samples, and the blend has them."""
+    schedule = ["--train-samples", "37", "--step-batch-size-schedule", "0:4 512:8", "--data-path", "1", str(data), "1"]
+    schedule += [str(data), "--micro-batch-size", "2", "--log-interval", "3"]
     words = without(training(data, tmp_path / "run", *schedule), "--global-batch-size", "--train-iters")
     first, rest = run([*words, "--exit-interval", "3"]), run(words, processes=2)
     batches = [record["global batch size"] for output in (first, rest) for record in records(output).values()]
-    assert " steps of " not in first and "2,560 tokens in all" in first
+    assert " steps of " not in first and "2,368 tokens in all" in first
     assert [*records(rest)] == [4, 6] and batches == ["4", "8", "8", "8"]
     line = logged(tmp_path / "run", "log")[1]
     assert line["tokens_per_second"] * line["seconds_per_iteration"] * 3 == pytest.approx((4 + 4 + 8) * 64, rel=1e-3)
+
+
+def test_a_different_batch_reads_the_rest(data: Path, tmp_path: Path) -> None:
+    """The rest is what was not read, whatever the number of steps; an evaluation needs no rest."""
+    words = training(data, tmp_path / "run", "--train-samples", "40", "--data-path", "1", str(data), "1", str(data))
+    words = without(words, "--train-iters")
+    run([*words, "--global-batch-size", "4", "--exit-interval", "5"])
+    rest = run([*words, "--global-batch-size", "8", "--allow-changed-settings"])
+    assert [*records(rest)] == [6, 7]
+    assert "validation loss at iteration 7" in run([*words, "--skip-train", "--eval-iters", "1"])
