@@ -15,6 +15,8 @@ tokenizer = AutoTokenizer.from_pretrained(folder, config=model.config)
 ids = tokenizer(Path(text).read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]
 length = min(4096, model.config.max_position_embeddings)
 rows = ids[: len(ids) // length * length].view(-1, length)
+if not len(rows):
+    sys.exit(f"{text}: has {len(ids)} tokens, and a row needs {length}. Give a longer text.")
 
 trainer = Trainer(
     model,

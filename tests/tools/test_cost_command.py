@@ -47,8 +47,9 @@ def step_milliseconds(output: str) -> list[float]:
         ("8", ["--context-parallel-size", "2", *PLAIN], "--context-parallel-size 2 cannot be used with"),
         ("8", ["--micro-batch-size", "7"], "--micro-batch-size"),
         ("8", ["--train-iters", "0"], "--train-iters is missing"),
+        ("8", ["--hybrid-layer-pattern", "MEM*E"], "not for --hybrid-layer-pattern MEM*E"),
         ("8", ["--full-validation"], "--full-validation and --multiple-validation-sets"),
-        ("8", ["--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor"], "needs --no-gradient-accumulation-fusion"),
+        ("8", ["--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor"], "add --no-gradient-accumulation-fusion"),
     ],
 )
 def test_layouts_that_cannot_work(gpus: str, flags: list[str], message: str) -> None:
@@ -98,6 +99,12 @@ def test_layers_of_multi_token_prediction_count() -> None:
     size, tokens = 2, 1024
     more = (6 * 768 * size + 51200 * 4) * tokens / 2**30  # hidden states, and the softmax in fp32
     assert figures(predicting, "activations")[-1] == pytest.approx(figures(longer, "activations")[-1] + more, abs=0.011)
+    engine = ["--mtp-num-layers", "1", "--transformer-impl", "transformer_engine"]
+    cost("--gpus", "8", "--", *common, *engine, *TENSOR_PARALLEL, "2")
+    latent = (
+        " ".join(common).replace("--group-query-attention --num-query-groups 4", "--multi-latent-attention").split()
+    )
+    assert "--mtp-num-layers cannot be planned" in cost("--gpus", "8", "--", *latent, *engine, code=2)
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ def cluster(tmp_path: Path) -> Path:
     folder.mkdir()
     commands = {
         "sbatch": "n=$(cat count 2>/dev/null || echo 100)\necho $((n + 1)) | tee count\n"
-        '{ echo "$OUTPUT_DIR ${EP-}"; printf "%s\\n" "$@"; } >job.$((n + 1))',
+        '{ echo "$OUTPUT_DIR ${EP-} ${REHEARSE-}"; printf "%s\\n" "$@"; } >job.$((n + 1))',
         "squeue": '[[ -f queue ]] || { echo "Unable to contact slurm controller" >&2; exit 1; }\ncat queue',
     }
     for name, text in commands.items():
@@ -262,7 +262,7 @@ def test_slurm_jobs_are_submitted_once(cluster: Path, tmp_path: Path) -> None:
     options += ["--slurm=--nodes 2 --comment='a b'", "--", "--lr", "1e-3"]
 
     def submit(code: int = 0) -> tuple[str, str]:
-        return sweep(*options, code=code, PATH=path, EP="8", TP="2")
+        return sweep(*options, code=code, PATH=path, EP="8", TP="2", REHEARSE="1")
 
     (cluster / "queue").touch()
     output, _ = submit()
@@ -270,7 +270,7 @@ def test_slurm_jobs_are_submitted_once(cluster: Path, tmp_path: Path) -> None:
     assert f"{moe.name}: Slurm job 101\n" in output and f"{remoe.name}: Slurm job 102\n" in output
     scripts = REPOSITORY / "scripts"
     assert (cluster / "job.102").read_text().splitlines() == [
-        f"{remoe} 4",
+        f"{remoe} 4 0",
         *("--parsable", f"--job-name={remoe}", f"--output={remoe}/slurm-%j.out", "--gpus-per-node=8"),
         *("--nodes", "2", "--comment=a b", f"{scripts}/slurm/train.sbatch", f"{scripts}/train_llama_182m_remoe.sh"),
         *("8", "50", "", "4", "1", "--", "--seed", "1234", "--lr", "1e-3"),

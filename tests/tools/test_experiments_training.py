@@ -93,7 +93,7 @@ def test_launch_scripts_train_once(data: Path, tmp_path: Path) -> None:
     assert "failed with exit code" in output and "--moe-granularity" in output
     assert failing in errors and name not in errors and f"{name}: validation loss" in output
     assert list(records((tmp_path / name / "train.log").read_text())) == list(range(1, ITERATIONS + 1))
-    output, _ = sweep(*options, "1", "--", *FLAGS, DATA_PATH=str(data))
+    output, _ = sweep(*options, "1", "--", *FLAGS, DATA_PATH=str(data), REHEARSE="1")
     assert "1 finished; 0 to train" in output
     _, errors = sweep(*options, "1", "--", *FLAGS, "--lr", "1e-3", code=2, DATA_PATH=str(data))
     assert "--lr was 5e-4 and is now 1e-3" in errors and "a different --output-dir" in errors

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from megatron.core.transformer.enums import AttnBackend, InferenceCudaGraphScope
 from megatron.remoe.training.gpt2_tokenizer import use_local_gpt2_files
 from tests.hf.models import build_megatron, make, megatron_args, tokens
 from tests.tiny_model import RELU
@@ -112,6 +113,8 @@ def test_settings_of_a_gpu_and_noise() -> None:
     on_gpus = {"moe_kernels": "triton", "moe_permute_fusion": True, "fp8": "e4m3"}
     on_gpus |= {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}
     on_gpus |= {"overlap_moe_expert_parallel_comm": True, "delay_wgrad_compute": True, "use_te_activation_func": True}
+    on_gpus |= {"fp8_param_gather": True, "defer_embedding_wgrad_compute": True, "attention_backend": AttnBackend.flash}
+    on_gpus |= {"cuda_graph_impl": "local", "inference_cuda_graph_scope": InferenceCudaGraphScope.layer}
     megatron, _ = build_megatron(model, **on_gpus, moe_input_jitter_eps=0.1)
     torch.testing.assert_close(compute_logits(megatron, tokens()), model(tokens()).logits, rtol=1e-5, atol=1e-5)
 

@@ -22,6 +22,8 @@ from ..runs.training_display import ShownTraining, TrainingDisplay
 from .jobs import SAVES, TRACKER, Grid, Job, check_conflicts, find_shorter, may_continue, prepare
 from .run import Run
 
+TRAINS = {"DRY_RUN": "0", "REHEARSE": "0"}  # in the environment of a launch script
+
 
 def execute(console: Console, grid: Grid, jobs: Sequence[Job], processes: int, held: IO[str]) -> dict[str, int]:
     """Train the jobs that are not done, on this machine or as Slurm jobs.
@@ -80,7 +82,7 @@ def execute(console: Console, grid: Grid, jobs: Sequence[Job], processes: int, h
 def _train(job: Job, line: ShownTraining, display: TrainingDisplay) -> int | None:
     """Train a run to its end; return its exit code if it has no final loss."""
     began = time.monotonic()
-    environment = {"PYTHON": sys.executable} | {**os.environ, **job.environment, "DRY_RUN": "0"}
+    environment = {"PYTHON": sys.executable} | {**os.environ, **job.environment, **TRAINS}
     if job.run.is_tiny:
         with (job.folder / LOG).open("a", encoding="utf-8", buffering=1) as log:
             print(f"$ OMP_NUM_THREADS=1 {shlex.join(job.words)}", file=log)
@@ -127,7 +129,7 @@ def submit(console: Console, grid: Grid, jobs: Sequence[Job]) -> None:
             say(console, f"  {job.folder.name}: {state(job, queued)}")
             continue
         prepare(job, grid)
-        answer = _ask(sbatch_command(job, grid), {**os.environ, **job.environment})
+        answer = _ask(sbatch_command(job, grid), {**os.environ, **job.environment, **TRAINS})
         number = answer.strip().rpartition("\n")[2].partition(";")[0]
         say(console, f"  {job.folder.name}: Slurm job {number}")
 

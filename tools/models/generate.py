@@ -24,7 +24,8 @@ def read_prompts(args: argparse.Namespace) -> Iterator[str]:
     elif args.prompt_file is not None:
         yield args.prompt_file.read_text(encoding="utf-8", errors="replace")
     else:
-        yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
+        lines = (line.decode(errors="replace") for line in sys.stdin.buffer)
+        yield from (line.rstrip("\r\n") for line in lines if line.strip())
 
 
 def continue_text(

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from ..recipes.flops import flops_per_sequence
 from ..recipes.megatron_values import read_values
 from .gpus import parse_plan, plan_parser, planned_flags
 
@@ -28,6 +29,11 @@ def check_sizes(args: argparse.Namespace, layers: str) -> None:
     """
     if not (args.train_iters or args.train_samples):
         raise ValueError("--train-iters is missing. Give it or --train-samples.")
+    if args.mtp_num_layers and args.multi_latent_attention:
+        raise ValueError(
+            "--mtp-num-layers cannot be planned with --multi-latent-attention: plain PyTorch layers, of which the "
+            "parameters are counted, do not have both. Leave one of them out."
+        )
     if args.context_parallel_size > 1 and layers == "local":
         raise ValueError(
             f"--context-parallel-size {args.context_parallel_size} cannot be used with --transformer-impl local. "
@@ -74,7 +80,11 @@ def main(arguments: Sequence[str]) -> int:
         validate_args(args, {})
         check_settings(argparse.Namespace(**vars(args) | planned))
         check_sizes(args, planned.get("transformer_impl", args.transformer_impl))
+        if planned.get("transformer_impl") == "transformer_engine":
+            # Plain layers of multi-token prediction do not support it, and it does not change the parameters.
+            planned["sequence_parallel"], args.sequence_parallel = args.sequence_parallel, False
         set_global_variables(args)
+        flops_per_sequence(args)  # refuses other layers, such as Mamba
         stages, whole = parameters.count_stages(args), parameters.count_whole_model(args)
         # The estimate uses the GPUs' settings, some of which were switched off to build the model here.
         args = argparse.Namespace(**vars(args) | planned)

@@ -70,12 +70,7 @@ def _compute_lines(args: argparse.Namespace, sequences: int, total: int, experts
     yield f"  total parameters    {total:,}"
     used = experts * args.moe_router_topk // args.num_experts if args.num_experts else 0
     yield f"  active parameters   {total - experts + used:,} per token"
-    try:
-        per_sequence = flops.flops_per_sequence(args)
-    except ValueError as error:
-        yield f"  FLOPs, time         not known: {error}"
-        yield "                      The memory excludes other layers' activations."
-        return
+    per_sequence = flops.flops_per_sequence(args)
     yield f"  FLOPs               {per_sequence / args.seq_length / 1e9:.3f} G per token"
     yield f"                      {per_sequence / 1e9:,.0f} G per sequence of {args.seq_length} tokens"
     whole = f"{sequences * per_sequence:.3g} for the whole run of {sequences * args.seq_length:,} tokens"

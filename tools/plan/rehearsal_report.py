@@ -36,14 +36,14 @@ def _model_time(record: dict[str, Any], options: argparse.Namespace) -> dict[str
     host = host_seconds(record["calls"], record["launches"], options.rates)
     waiting = waiting_seconds(host, total["seconds"])
     time = StepTime(products, total["seconds"] - products, waiting, links, network, record["model"]["bubble"])
-    flops, peak = record["model"]["step_flops"], GPUS[options.gpu].tflops * 1e12  # FLOPs None: not counted
+    flops, peak = record["model"]["step_flops"], GPUS[options.gpu].tflops * 1e12
     return {name: record[name] for name in ("launches", "calls", "host_syncs")} | {
         "collectives": sorted(calls, key=lambda call: -call["seconds"]),
         "roofline": parts | {"all": total},
         "host_seconds": host,
         "time": vars(time),
-        "mfu": flops and flops / time.most / peak,
-        "mfu_at_best": flops and flops / time.least / peak,
+        "mfu": flops / time.most / peak,
+        "mfu_at_best": flops / time.least / peak,
     }
 
 

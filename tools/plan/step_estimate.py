@@ -40,12 +40,9 @@ class Overhead:
 TORCH, TRITON = Overhead(13.6, 69.0, 5.4, 870, 197), Overhead(7.1, 6.6, 3.4, 1260, 122)
 
 
-def step_flops(args: argparse.Namespace) -> float | None:
-    """Return the model's FLOPs per GPU and step; None if the model has layers that are not counted."""
-    try:
-        return flops_per_sequence(args) * args.global_batch_size / args.world_size
-    except ValueError:
-        return None
+def step_flops(args: argparse.Namespace) -> float:
+    """Return the model's FLOPs per GPU and step."""
+    return flops_per_sequence(args) * args.global_batch_size / args.world_size
 
 
 def bubble(args: argparse.Namespace) -> float:
@@ -56,7 +53,7 @@ def bubble(args: argparse.Namespace) -> float:
 
 def estimate_step(
     args: argparse.Namespace, stages: list[Stage], rates: dict[str, float], gpus_per_node: int
-) -> StepTime | None:
+) -> StepTime:
     """Estimate a step at the target sparsity, without a rehearsal.
 
     Args:
@@ -64,12 +61,7 @@ def estimate_step(
         stages: from `parameters.count_stages`.
         rates: from `gpus.rates`.
         gpus_per_node: number of GPUs with fast links to each other.
-
-    Returns:
-        None if the model has layers whose FLOPs are not counted.
     """
-    if step_flops(args) is None:
-        return None
     experts = args.moe_router_topk if args.num_experts else 0
     groups = [group for stage in stages for group in memory.group_activations(args, stage.layers, experts)]
     parts = _products(args, "".join(group.again for group in groups))
@@ -127,11 +119,12 @@ def estimate_collectives(args: argparse.Namespace, stages: list[Stage], gpus_per
             yield {"kind": kind, "ranks": ranks, "within_node": within, "times": times, "bytes": amount}
 
     mean = {name: sum(getattr(stage, name) for stage in stages) / len(stages) for name in ("shared", "experts")}
+    bucket = args.ddp_bucket_size or max(BUCKET, 1e6 * args.data_parallel_size)
     gradient, sharded = memory.gradient_size(args), memory.sharding(args)
     # FSDP gathers the weights for both passes of each micro-batch, and reduces each micro-batch's gradients.
     gathers, sums = 2 * micro_batches if "params" in sharded else 1, micro_batches if "grads" in sharded else 1
     for name, ranks in (("shared", per_stage // tp), ("experts", per_stage // expert_ranks)):
-        buckets = math.ceil(mean[name] / max(BUCKET, 1e6 * ranks))
+        buckets = math.ceil(mean[name] / bucket) if args.overlap_grad_reduce else 1
         if "optim" in sharded:
             yield from call("reduce_scatter_tensor", ranks, per_stage, sums * buckets, sums * gradient * mean[name])
             yield from call("all_gather_into_tensor", ranks, per_stage, gathers * buckets, gathers * size * mean[name])

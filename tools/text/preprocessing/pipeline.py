@@ -82,7 +82,7 @@ def preprocess(
     if job.append_eod and encoder.end_of_document is None:
         raise DataError("--append-eod: the tokenizer has no token that ends a document. Leave the flag out.")
     progress = Progress(sum(map(os.path.getsize, paths)))
-    Path(job.output_prefix).parent.mkdir(parents=True, exist_ok=True)
+    job.prefix(job.json_keys[0]).parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         dtype = token_type(encoder.vocabulary_size)
         writers = {key: stack.enter_context(IndexedWriter(job.prefix(key), dtype)) for key in job.json_keys}

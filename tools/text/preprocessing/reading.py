@@ -123,6 +123,6 @@ def _read_texts(line: bytes, keys: Sequence[str]) -> list[str]:
         raise ValueError("not a JSON object")
     for key in keys:
         if not isinstance(record.get(key), str):
-            raise ValueError(f"no text with the key {key!r} among {', '.join(map(repr, record)) or 'no keys'}")
+            raise ValueError(f"no text at the key {key!r}; keys: {', '.join(map(repr, record)) or 'none'}")
         record[key].encode()  # fails for a lone surrogate from an escape, which no tokenizer accepts
     return [record[key] for key in keys]
