@@ -80,7 +80,7 @@ def test_formats_do_not_mix(saved: Saved, data: Path) -> None:
     assert "REMOE-E413" in output and "--use-megatron-fsdp (on) in the checkpoint, False here" in output
 
 
-def test_tools_read_what_is_converted(saved: Saved, tmp_path: Path) -> None:
+def test_tools_read_what_is_converted(saved: Saved, data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="--from-fsdp"):
         find(saved.root, None)
     words = ["convert", "--from-fsdp", "--load", str(saved.root), "--save", str(tmp_path / "out")]
@@ -100,6 +100,8 @@ def test_tools_read_what_is_converted(saved: Saved, tmp_path: Path) -> None:
     for name in ("mlp.router.relu_weight", "mlp.router.l1_exponent"):
         assert torch.equal(actual[f"decoder.layers.{name}"][1], stored[f"{layer}{name}"])
     assert "decoder.layers.pre_mlp_layernorm.weight" in entries, "Transformer Engine's MoE layers look for it"
+    changed = ["--pretrained-checkpoint", str(tmp_path / "out"), "--moe-relu-l1-reg-coeff-init", "1e-2"]
+    assert "REMOE-E413" in run(training(data, tmp_path / "new", *changed), expect=2), "λ would jump"
 
 
 def test_norms_of_latent_attention_have_transformer_engines_names() -> None:
