@@ -78,7 +78,6 @@ BAD_VALUES = [
     (RELU, "--moe-relu-layer-floor 1", "--moe-relu-layer-floor 1.0", "below 1"),
     (TOPK, "--moe-granularity 0", "--moe-granularity 0", "at least 1"),
     ("", "--moe-granularity 2", "--moe-granularity 2", "--num-experts"),
-    (RELU, "--qk-layernorm-all-heads", "--qk-layernorm-all-heads", "needs --qk-layernorm,"),
     (RELU, "--moe-granularity 3", "--moe-ffn-hidden-size 128", "divisor"),
     (
         RELU,

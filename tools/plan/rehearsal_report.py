@@ -94,5 +94,4 @@ def _step_lines(figures: dict[str, Any], time: StepTime) -> Iterator[str]:
     yield f"  waits for the host: {time.waiting * 1e3:.0f} ms"
     if time.bubble > 1:
         yield f"  the pipeline idles: a step takes {time.bubble:.2f} times a rank's work"
-    if figures["mfu"] is not None:
-        yield f"  MFU {figures['mfu']:.1%} to {figures['mfu_at_best']:.1%}: the model's FLOPs in the step's time"
+    yield f"  MFU {figures['mfu']:.1%} to {figures['mfu_at_best']:.1%}: the model's FLOPs in the step's time"
