@@ -59,7 +59,7 @@ def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     group.add_argument(
         "--allow-changed-settings",
         action="store_true",
-        help="Resume from a checkpoint although the seed, data, batch size, routing or other settings that change the "
+        help="Resume from a checkpoint although the seed, data, batch size, k or other settings that change the "
         "result differ. Without it such a start is refused and the differences are listed.",
     )
     return parser
