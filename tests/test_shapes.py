@@ -67,9 +67,10 @@ def test_layouts_train_like_one_process(trained: Run, layout: str) -> None:
         assert series(output, field) == pytest.approx(series(trained.printed, field)[SAVED:], rel=relative), field
 
 
-def test_latent_attention_without_sequence_parallelism(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("queries", ["", "--q-lora-rank 24"])
+def test_latent_attention_without_sequence_parallelism(queries: str, data: Path, tmp_path: Path) -> None:
     more = "--make-vocab-size-divisible-by 192 --init-method-std 0.2"
-    flags = [*f"{COMMON[0]} {COMMON[2]} {LATENT} {more}".split(), *BYTES, "--data-path", str(data)]
+    flags = [*f"{COMMON[0]} {COMMON[2]} {LATENT} {queries} {more}".split(), *BYTES, "--data-path", str(data)]
     whole = run([*flags, "--save", str(tmp_path), "--save-interval", str(SAVED)])
     flags += ["--load", str(tmp_path), "--ckpt-step", str(SAVED), "--tensor-model-parallel-size", "2"]
     assert series(run(flags, 2), "grad norm") == pytest.approx(series(whole, "grad norm")[SAVED:], rel=5e-4)

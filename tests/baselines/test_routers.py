@@ -128,10 +128,10 @@ def test_normalized_top_k_balances(process_groups: None) -> None:
 
 @pytest.mark.parametrize("name", [name for name in ROUTERS if name != "hash"])
 def test_z_loss(name: str, process_groups: None) -> None:
-    """`deco` stands for `ReLURouter`, whose z-loss it inherits."""
-    router, tokens = make_layer(name, moe_z_loss_coeff=0.5).router, make_tokens()
+    """Per token, as `finalize_model_grads` divides. `deco` stands for `ReLURouter`, whose z-loss it inherits."""
+    router, tokens = make_layer(name, moe_z_loss_coeff=0.5, calculate_per_token_loss=True).router, make_tokens()
     (router(tokens)[0] * 0).sum().backward()
-    right = 0.5 * (tokens.detach() @ router.weight.T).logsumexp(dim=-1).square().mean()
+    right = 0.5 * (tokens.detach() @ router.weight.T).logsumexp(dim=-1).square().sum()
     torch.testing.assert_close(router.weight.grad, torch.autograd.grad(right, router.weight)[0])
 
 

@@ -41,6 +41,11 @@ def exported(folder: Path) -> dict[str, torch.Tensor]:
     return convert_model(run.model, run.config).state_dict()
 
 
+def test_a_stage_without_experts_and_the_z_loss(data: Path) -> None:
+    flags = "--hybrid-layer-pattern *-|*E --pipeline-model-parallel-size 2 --moe-z-loss-coeff 1e-3"
+    assert "z_loss" in train(data, *RUN, *flags.split())[END]
+
+
 SPLITS = ("", "--tensor-model-parallel-size 2 --sequence-parallel", "--pipeline-model-parallel-size 2")
 CASES = [("*E*E", "", RUN), ("*-*E", "--moe-layer-freq ([0,1])", RUN)]
 for split in SPLITS:  # 52 steps after the conversion

@@ -20,7 +20,10 @@ class ExpertChoiceRouter(TopKRouter):
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Route k · sequence / E tokens of each sequence to each expert; gates are the softmax over the experts."""
-        logits = self.apply_z_loss(logits, None if padding_mask is None else padding_mask.reshape(-1))
+        flat = self.apply_z_loss(
+            logits.view(-1, self.num_experts), None if padding_mask is None else padding_mask.view(-1)
+        )
+        logits = flat.view_as(logits)
         scores = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
         ranked = scores.detach()
         if padding_mask is not None:

@@ -74,11 +74,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("moe_enable_routing_replay", "replay records k experts per token"),
     Refusal("moe_routing_trace_path", "it records exactly k experts per token", refused=_given),
     # experts.py: TEGroupedMLP.forward
-    Refusal(
-        "moe_apply_probs_on_input",
-        "it assumes one expert per token",
-        "Leave it out: the gate scales the expert's output",
-    ),
+    Refusal("moe_apply_probs_on_input", "it assumes one expert per token", "Leave it out: gates scale the outputs"),
     Refusal("moe_aux_loss_coeff", IGNORED, refused=lambda value: any(as_list(value))),
     Refusal(
         "moe_router_load_balancing_type",
@@ -125,15 +121,10 @@ NOT_IN_CHUNKS = (
 RELU_VARIANTS = ("normalized_relu", "deco")  # values of --moe-baseline-router for --moe-relu-routing
 NOT_WITH_HASH = (
     Refusal("mtp_num_layers", "its layers embed different ids, which would overwrite those of all routers"),
-    Refusal(
-        "pipeline_model_parallel_size",
-        "only the first and the last stage have the tokens' ids",
-        refused=lambda stages: stages > 1,
-    ),
-    Refusal(
-        "overlap_moe_expert_parallel_comm",
-        "layers of two micro-batches take turns, and the router knows the ids of one",
-    ),
+    Refusal("pipeline_model_parallel_size", "only the first and last stage have the ids", refused=lambda n: n > 1),
+    Refusal("overlap_moe_expert_parallel_comm", "two micro-batches take turns, and the router has the ids of one"),
+    Refusal("moe_z_loss_coeff", "it has no logits"),
+    Refusal("moe_input_jitter_eps", "it does not read hidden states"),
 )
 
 

@@ -27,6 +27,10 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
         self.flips: FlipMeter | None = None
         self._args, self._counter, self._first = args, counter, True
 
+    def ensure_initialized(self, name: str, _num_layers: int, *others: Any) -> None:
+        """Use the routers' number of layers. For a HybridModel, Megatron's loop gives the number of MoE layers."""
+        super().ensure_initialized(name, self._args.num_layers + (self._args.mtp_num_layers or 0), *others)
+
     def totals(self) -> dict[str, int]:
         """Return the running sums of computed pairs and tokens; {} if nothing counts them. Waits for the device."""
         return self._counter.totals() if self._counter is not None else {}

@@ -27,9 +27,10 @@ def add_summary(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
         run_logger().info({"parameters": parameters})
         if not args.skip_train:
             samples = args.train_samples or args.train_iters * batch
+            device = torch.cuda.get_device_name().replace("cpu", "CPU process")
             steps = f"{samples // batch:,} steps of {batch * args.seq_length:,} tokens, "
             print_rank_0(
-                f"Training: {_model(args)}, {short(parameters)} parameters, on {_devices(args)}. "
+                f"Training: {_model(args)}, {short(parameters)} parameters, on {args.world_size} x {device}. "
                 f"{'' if args.step_batch_size_schedule else steps}{short(samples * args.seq_length)} tokens in all."
             )
         return model_chunks
@@ -43,11 +44,6 @@ def _model(args: argparse.Namespace) -> str:
     if args.moe_relu_routing:
         return "ReMoE"
     return "top-k MoE" if args.num_experts else "dense model"
-
-
-def _devices(args: argparse.Namespace) -> str:
-    name = torch.cuda.get_device_name()
-    return f"{args.world_size} x {'CPU process' if name == 'cpu' else name}"
 
 
 def short(number: int) -> str:

@@ -24,6 +24,12 @@ class LatentAttention(MLASelfAttention):
     Gradients are complete under tensor parallelism. Plain layers have Transformer Engine's names in checkpoints.
     """
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if self.config.q_lora_rank and not self.config.sequence_parallel:
+            for weight in self.q_layernorm.parameters():  # each rank has the whole gradient, and Megatron sums them
+                weight.register_hook(lambda gradient: gradient / self.tp_group.size())
+
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
         """Return the classes to build. Without --q-lora-rank, --qk-layernorm applies to keys and values only.
 
