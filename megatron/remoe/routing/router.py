@@ -33,7 +33,7 @@ class ReLURouter(TopKRouter):
     `moe_router_dtype` and z-loss stay Megatron's.
 
     Attributes:
-        l1_exponent: int64 scalar n of λ = init · multiplier^n, saved with the model. Half-precision wrappers cast
+        l1_exponent: int64 scalar n of λ = λ₀ · αⁿ, saved with the model. Half-precision wrappers cast
             floating-point buffers and leave integers, so λ stays exact.
         guarded: int64 scalar, 1 if the layer was almost off in the last optimizer step and is pushed up in this one.
         counts: sums since the last optimizer step, on the device.
