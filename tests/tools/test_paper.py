@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -131,6 +132,15 @@ def test_a_table_of_the_protocol(name: str, tmp_path: Path) -> None:
             assert f"| {' | '.join(cells)} |" in page
             if name in ("a1", "a2") and arm in ("dense", "moe", "moe-hash"):
                 assert interval(difference, digits=3).removeprefix("-") in (REPOSITORY / "README.md").read_text()
+
+
+def test_what_a_second_expert_gains() -> None:
+    page = (REPOSITORY / "docs" / "experiments.md").read_text()
+    one, two = (finished(read_results(DATA / name / "results.json")) for name in ("a1", "c1"))
+    for arm, words in (("moe", "top-k gains "), ("remoe-capped", "ReMoE with the bound "), ("moe-hash", "and hash ")):
+        runs = [run for run in two if run.arm == arm and run.steps == 3600 and not run.is_tuning]
+        gains = [one[replace(run, topk=1)].loss - two[run].loss for run in runs]
+        assert words + interval(gains, digits=3) in page
 
 
 def test_the_guard_of_each_expert() -> None:
