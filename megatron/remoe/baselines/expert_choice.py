@@ -20,10 +20,8 @@ class ExpertChoiceRouter(TopKRouter):
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Route k · sequence / E tokens of each sequence to each expert; gates are the softmax over the experts."""
-        flat = self.apply_z_loss(
-            logits.view(-1, self.num_experts), None if padding_mask is None else padding_mask.view(-1)
-        )
-        logits = flat.view_as(logits)
+        padding_mask_T = None if padding_mask is None else padding_mask.reshape(-1)
+        logits = self.apply_z_loss(logits.view(-1, self.num_experts), padding_mask_T).view_as(logits)
         scores = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
         ranked = scores.detach()
         if padding_mask is not None:

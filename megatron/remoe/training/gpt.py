@@ -152,7 +152,7 @@ def train_valid_test_datasets_provider(num_samples: list[int], vp_stage: int | N
         vp_stage: virtual pipeline stage.
     """
     args = get_args()
-    if not args.skip_train:
+    if not (args.skip_train or args.phase_transition_iterations):  # a phase has its own number
         num_samples = [max(num_samples[0], plan_training(args)), *num_samples[1:]]
     if not args.full_validation:
         # Megatron counts one too few with --start-eval-at-iter, and earlier evaluations may have had other settings.

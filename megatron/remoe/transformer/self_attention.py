@@ -26,7 +26,7 @@ class LatentAttention(MLASelfAttention):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        if self.config.q_lora_rank and not self.config.sequence_parallel:
+        if self.config.q_lora_rank and self.tp_group.size() > 1 and not self.config.sequence_parallel:
             for weight in self.q_layernorm.parameters():  # each rank has the whole gradient, and Megatron sums them
                 weight.register_hook(lambda gradient: gradient / self.tp_group.size())
 
