@@ -1,11 +1,11 @@
 """Measure a training step: ReMoE at its target sparsity, top-k, and top-k in Megatron's own local layers.
 
---variants adds the dense start, where half of the experts are active: unchanged, without a bound on memory, and with
-at most four experts per token.
+--variants adds the dense start, in which half of the experts are active: by default, without the activation limit, and
+with at most four experts per token.
 
-Each run is the training entry in a new process. The variants take turns. Each figure is the median over all steps of a
-variant. The table also has the share of the machine's measured matmul rate, with the true number of active experts,
-and the memory of a step: the most that PyTorch holds beyond weights, gradients and optimizer state.
+Each run is a new process, and the variants take turns. Figures are medians over all steps of a variant. The table also
+has the share of the measured matmul rate (FLOPs count the experts that were active), and the memory of a step: the
+most that PyTorch holds beyond weights, gradients and optimizer state.
 """
 
 import argparse

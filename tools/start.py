@@ -19,9 +19,9 @@ COMMANDS = {
     "rehearse": ("plan.rehearse", "rehearse a GPU training run without GPUs"),
     "generate": ("models.generate", "continue a text"),
     "evaluate": ("models.evaluate.command", "measure loss, speed or zero-shot tasks"),
-    "analyze": ("models.analyze.command", "show what the routers have learned"),
+    "analyze": ("models.analyze.command", "analyze how a model routes held-out text"),
     "report": ("report.command", "compare runs on one HTML page"),
-    "convert": ("models.convert.command", "make a ReMoE from a dense or top-k model, import one, change its class"),
+    "convert": ("models.convert.command", "make a ReMoE from a dense or top-k model, or import a public model"),
     "export": ("models.export", "write a model for transformers, or read one"),
 }
 BUILDS_ON_CPU = ("export", "convert")  # even if there is an accelerator

@@ -24,7 +24,7 @@ run_step() { # LABEL COMMAND...: the output goes to the log
   printf '  %-16s' "$1"
   "${@:2}" >>"$SETUP_LOG" 2>&1 </dev/null || {
     tail -n 15 "$SETUP_LOG" >&2
-    fail "setup failed at $1. Its log is $SETUP_LOG. Without a network, set PIP_INDEX_URL. Then run this again."
+    fail "setup failed at $1. Its log is $SETUP_LOG. If PyPI cannot be reached, set PIP_INDEX_URL. Then run this again."
   }
   printf '%4d s\n' $((SECONDS - start))
 }

@@ -15,6 +15,8 @@ from tests.training_runs import REPOSITORY
 from tools.experiments import compare
 from tools.experiments.arms import ARMS
 from tools.experiments.results import finished, read_results
+from tools.experiments.significance import MARGIN
+from tools.experiments.significance import compare as compare_gaps
 from tools.experiments.sweep import parse_arguments as sweep
 from tools.experiments.tables import EQUAL_STEPS, Line, gaps, interval, markdown
 from tools.models.arguments import parse_analyze as analyze
@@ -23,6 +25,7 @@ from tools.report.command import parse_arguments as report
 
 DATA = REPOSITORY / "docs" / "compare"
 PAGE = (REPOSITORY / "docs" / "paper.md").read_text()
+RESULT_ARMS = ("dense", "moe", "moe-hash", "remoe")  # columns of the table of results in docs/experiments.md
 PARSERS: dict[str, Callable[[list[str]], object]] = {
     "analyze": analyze, "evaluate": evaluate, "report": report, "sweep": sweep, "compare": compare.parse_arguments,
 }  # fmt: skip
@@ -108,11 +111,21 @@ def test_the_pilots_table() -> None:
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in DATA.glob("*/results.json")))
 def test_a_table_of_the_protocol(name: str, tmp_path: Path) -> None:
-    """The table's command reproduces its page, and its rows in the summary in docs/experiments.md."""
+    """The table's command reproduces its page, and its rows in docs/experiments.md."""
     page, published = (REPOSITORY / "docs" / "experiments.md").read_text(), DATA / name
-    command = re.search(rf"Table {name}: `remoe compare ([^`]+)`", page)
-    assert command is not None
-    words = [*command[1].split(), "--results", str(published / "results.json"), "--output-dir", str(tmp_path)]
+    command, flags = (
+        re.search(r"^`remoe compare ([^`]+)`$", page, re.M),
+        re.search(rf"^\| {name} \| `([^`]+)`", page, re.M),
+    )
+    assert command is not None and flags is not None
+    words = [
+        *command[1].split(),
+        *flags[1].split(),
+        "--results",
+        str(published / "results.json"),
+        "--output-dir",
+        str(tmp_path),
+    ]
     assert compare.main(words) == 0
     assert (tmp_path / "broad" / "results.md").read_text() == (published / "results.md").read_text()
     args = compare.parse_arguments(words)
@@ -120,6 +133,14 @@ def test_a_table_of_the_protocol(name: str, tmp_path: Path) -> None:
     for experts in args.experts:
         lines = compare.make_lines(args, results, experts)
         by_titles, differences = {line.titles: line for line in lines}, gaps(lines)
+        verdicts = compare_gaps(differences, MARGIN)
+        for steps in args.steps:
+            gaps_of_arms = [verdicts.get(((str(steps), arm), EQUAL_STEPS)) for arm in RESULT_ARMS]
+            shown = [f"{each.mean:+.3f}, {each.verdict}".replace("-", "−") if each else "" for each in gaps_of_arms]
+            cells = " | ".join(shown).replace("equivalent", "equal").replace(" within 0.01", "")
+            assert re.search(
+                rf"^\| \[{name}\]\(#.*\) \| {experts}\b.* \| {steps:,} \| {re.escape(cells)} \|$", page, re.M
+            )
         for arm in args.arms:
             cells = [ARMS[arm].title]
             for steps in map(str, args.steps):

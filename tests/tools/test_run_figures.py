@@ -99,7 +99,7 @@ def test_the_headline_compares_to_dense() -> None:
         return RunFigures(args, {"lm_loss": Curve(np.array([5]), np.array([loss]))}, last=5, name=name)
 
     runs = [run("dense", 1.79), run("fine", 1.678, num_experts=8, moe_relu_routing=True)]
-    assert headline(runs) == "fine 1.678, −0.112 to dense; dense 1.790 (training loss)"
+    assert headline(runs) == "fine 1.678, −0.112 vs. dense; dense 1.790 (training loss)"
     assert headline([RunFigures()]) == ""
     for place, each in enumerate(runs):
         each.evaluations[""] = [Evaluation(4 + place, 1.8, True, 0)]

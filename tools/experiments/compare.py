@@ -7,9 +7,9 @@ remoe compare --collect                                              # tables an
 The learning rate is constant and falls in the last fifth of each run. A longer run continues a shorter one from the
 step at which its rate began to fall, unless it reads the text more than once. At each length, an arm that used fewer
 FLOPs than the --equal-flops arm gets a longer run with as many FLOPs, within 1 % or 5 steps. First, the rate and the
-warm-up of each arm are tuned for each number of experts, on a different part of the text, with a different seed, and
-with the same number of runs for each arm. Run the same command again to continue after an interruption. Finished runs
-keep a checkpoint of the step at which the rate began to fall.
+warm-up of each arm are tuned for each number of experts: by the loss on a split of the training text, with a different
+seed, and with equally many runs for each arm. Run the same command again to continue after an interruption. Finished
+runs keep a checkpoint of the step at which the rate began to fall.
 """
 
 import argparse

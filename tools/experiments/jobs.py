@@ -46,10 +46,10 @@ class Grid:
 
     Attributes:
         output: folder of the runs' folders.
-        flags: Megatron's, for all runs, after each run's own.
-        text: of tiny runs.
-        gpus_per_node, micro_batch: of launch scripts.
-        sbatch_flags: for Slurm; None to train on this machine.
+        flags: Megatron flags for all runs, after the run's own.
+        text: text of tiny runs.
+        gpus_per_node, micro_batch: arguments of launch scripts.
+        sbatch_flags: flags for sbatch; None trains on this machine.
     """
 
     output: Path

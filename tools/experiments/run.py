@@ -18,7 +18,7 @@ CAP = 4  # largest number of experts per token of capped arms, for k = 1 and wit
 DECAY = 0.2  # share of a WSD schedule's steps in which the learning rate falls
 STEP = 5  # steps of a WSD schedule are multiples of it, so that a line of the log has their exact FLOPs
 SAVED = 200  # wanted number of steps between two checkpoints of a WSD schedule
-TUNING = "--split 95,5,0 --eval-iters 40"  # tuning runs are evaluated on a part of the training text
+TUNING = "--split 95,5,0 --eval-iters 40"  # tuning runs hold out 5 % of the training text
 TRAINED = 0.94  # at least this share of the text's tokens is for training: --split counts documents
 
 
@@ -65,7 +65,7 @@ class Run:
         rate: factor on the recipe's learning rate.
         warmup: steps in which the learning rate rises; None for the recipe's share.
         is_wsd: the rate is constant and falls linearly in the last fifth; else it follows a cosine.
-        is_tuning: evaluates a part of the training text instead of the held-out text.
+        is_tuning: evaluates on a split of the training text instead of the held-out text.
         is_tiny: one of `tiny.SIZES` on the CPU; else a launch script's model.
         tokens: key of `dataset.TOKENS`, for tiny runs.
     """

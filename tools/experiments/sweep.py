@@ -42,19 +42,19 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = grid_parser("sweep", __doc__, [tiny.SEED])
     base = f"{BASE.size}, E = {BASE.experts}, G = {BASE.granularity}"
     add = parser.add_argument_group("runs", f"Each figure varies one setting; the others are {base}.").add_argument
-    text = f"of {', '.join(FIGURES)} (default: the first three)"
+    text = f"of {', '.join(FIGURES)} (default: {' '.join(VALUES)})"
     add("--figures", nargs="+", choices=FIGURES, default=[*VALUES], metavar="FIGURE", help=text)
     add("--sizes", nargs="+", choices=VALUES["size"], dest="size", help="for the figure size")
     text = f"for the figure experts (default: {' '.join(map(str, VALUES['experts']))})"
     add("--experts", nargs="+", type=whole_number(2), metavar="N", help=text)
     text = f"for the figure granularity (default: {' '.join(map(str, VALUES['granularity']))}); if given, also for "
-    text += "all figures but the first three"
+    text += f"all figures but {', '.join(VALUES)}"
     add("--granularities", nargs="+", type=whole_number(1), dest="granularity", metavar="N", help=text)
     for name, setting in SETTINGS.items():
         text = f"for the figure {name}: {setting.label} (default: {' '.join(map('{:g}'.format, setting.values))})"
         add(f"--{name}s", nargs="+", type=above_zero, dest=name, metavar="N", help=text)
-    text = f"default: the first three; figure routing: all but {', '.join(LEFT_OUT)}; a setting: those of the first "
-    text += "three that have it, or all that have it"
+    text = f"default: {' '.join(COMPARED)}; figure routing: all but {', '.join(LEFT_OUT)}; a setting: those of the "
+    text += "default that have it, or all that have it"
     add("--routings", nargs="+", choices=ARMS, metavar="ROUTING", help=f"of {', '.join(ARMS)} ({text})")
     group = parser.add_argument_group("how to train", "Defaults of launch scripts are the paper's.")
     add = group.add_argument

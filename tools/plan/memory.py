@@ -59,7 +59,7 @@ def gradient_size(args: argparse.Namespace) -> int:
 
 
 def sharding(args: argparse.Namespace) -> str:
-    """Return what data parallel ranks split, as --data-parallel-sharding-strategy names it; "" for nothing."""
+    """Return the --data-parallel-sharding-strategy in effect; "" if nothing is sharded."""
     if args.use_megatron_fsdp:
         return str(args.data_parallel_sharding_strategy)
     # The second is Muon's.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from .models import Size, Training
 
-# The rate rises for longer than the dense start of about 100 steps, in which experts die at the full rate.
+# Warm up for longer than the dense start (about 100 steps): at the full rate, experts would die in it.
 TRAINING = Training(1200, 32, 32, "4e-3", "4e-4", 0.95, 0.1, warmup=0.25)
 NAMES = {"dense": "dense", "moe": "MoE (top-k)", "remoe": "ReMoE"}
 BASE_SIZE, QUICKSTART = "182m", "2x64"

@@ -48,7 +48,7 @@ def headline(runs: Sequence[RunFigures]) -> str:
     dense = [run.name for run in runs if run.routing == "dense" and run.name in known]
     parts = []
     for name, loss in sorted(known.items(), key=lambda item: item[1]):
-        difference = f", {loss - known[dense[0]]:+.3f} to dense" if len(dense) == 1 and name != dense[0] else ""
+        difference = f", {loss - known[dense[0]]:+.3f} vs. dense" if len(dense) == 1 and name != dense[0] else ""
         parts.append(f"{name} {loss:.3f}" + difference.replace("-", "−"))
     if len({_measured_iteration(run, kind) for run in runs}) > 1:
         kind += ", not after the same number of iterations"

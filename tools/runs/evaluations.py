@@ -9,7 +9,7 @@ from ..console.places import run_folder
 REPEATS, BY_LAYER = "repeats", "by layer"
 EXPLAINED = {
     REPEATS: "Repeats: loss of tokens that complete a pair seen before in the sequence.",
-    BY_LAYER: "By layer: experts per token; mean / most of 99 % of the tokens / largest.",
+    BY_LAYER: "By layer: experts per token (mean / 99th percentile / maximum).",
 }
 Results = tuple[tuple[str, ...], list[list[str]]]  # one kind of result: titles of the columns, and rows
 

@@ -12,7 +12,7 @@ from megatron.remoe.training.run_log import TOTALS, whole_number
 
 WITHIN = 0.01  # share of the target within which S counts as settled
 SMOOTHED = 0.03  # each point drawn is the mean over this share of the curve
-INACTIVE = 1 / 8  # of the even share: inactive experts get less; paper, figure 8b: 1/64 of the tokens with 8 experts
+INACTIVE = 1 / 8  # an expert below this share of the even load is inactive; paper, figure 8b: 1/64 with 8 experts
 
 
 class Curve(NamedTuple):

@@ -31,7 +31,7 @@ class RemoeConfig(LlamaConfig):
     v_head_dim: int = 0
     """Latent attention: size of a head's values."""
     rope_interleave: bool = True
-    """Latent attention: neighbours are rotated into each other."""
+    """Latent attention: rotate adjacent dimensions as pairs, instead of the two halves."""
     num_experts: int = 0
     """Experts of a layer, granularity included; 0: a dense model."""
     num_experts_per_tok: int = 1
@@ -55,7 +55,7 @@ class RemoeConfig(LlamaConfig):
     routed_scaling_factor: float = 1.0
     """Top-k routing: a factor on the gates."""
     router_expert_bias: bool = False
-    """Top-k of sigmoids: experts are chosen by score and a bias each, which balances them (arXiv 2408.15664)."""
+    """Top-k of sigmoids: add a bias to each score, only to choose the experts (arXiv 2408.15664)."""
     hash_routing: bool = False
     """The k experts follow from the token's id, with gates of 1 (arXiv 2106.04426); needs moe_relu_routing False."""
     router_dtype: str | None = None

@@ -26,7 +26,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_remoe import RemoeConfig
-from .routing_remoe import RemoeRouter, newest_tokens, routing_loss, share_of_items
+from .routing_remoe import RemoeRouter, newest_mask, routing_loss, share_of_items
 from .training_remoe import SparsityCallback
 
 
@@ -177,7 +177,7 @@ class RemoeModel(RemoePreTrainedModel, LlamaModel):
     ) -> BaseModelOutputWithPast:
         """Run the model as `LlamaModel` does. Experts get zeros at padding, where a 2D `attention_mask` is 0."""
         given = input_ids if inputs_embeds is None else inputs_embeds
-        if given is not None and (token_mask := newest_tokens(attention_mask, given.shape[1])) is not None:
+        if given is not None and (token_mask := newest_mask(attention_mask, given.shape[1])) is not None:
             kwargs["token_mask"] = token_mask
         if self.config.hash_routing:
             kwargs["token_ids"] = input_ids
@@ -248,7 +248,7 @@ class RemoeForCausalLM(RemoePreTrainedModel, LlamaForCausalLM):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if output_router_logits and outputs.router_logits:
-            token_mask = newest_tokens(attention_mask, outputs.last_hidden_state.shape[1])
+            token_mask = newest_mask(attention_mask, outputs.last_hidden_state.shape[1])
             aux_loss, pairs = routing_loss(self.config, outputs.router_logits, token_mask)
             lost = outputs.last_hidden_state.requires_grad and not aux_loss.requires_grad
             if lost and self.config.router_aux_loss_coef and self.model.gradient_checkpointing:

@@ -82,7 +82,7 @@ def score_experts(config: RemoeConfig, logits: torch.Tensor) -> torch.Tensor:
     return logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
 
 
-def newest_tokens(attention_mask: Any, length: int) -> torch.Tensor | None:
+def newest_mask(attention_mask: Any, length: int) -> torch.Tensor | None:
     """Return the last `length` columns of a two-dimensional mask as bool, False at padding; None for other masks.
 
     With a cache, the mask also covers earlier tokens.

@@ -14,7 +14,7 @@ BLOCK = 2048
 
 
 def gate(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute `pytorch.gate`; moves logits, gates and map once."""
+    """Compute `pytorch.gate`; reads the logits and writes gates and map once."""
     logits, (num_tokens, num_experts) = logits.contiguous(), logits.shape
     block, tile = choose_tile(num_tokens, num_experts)
     blocks = cdiv(max(num_tokens, 1), block)

@@ -78,7 +78,7 @@ def count_pairs(
 def read_pairs(
     map_TE: torch.Tensor, parts: list[torch.Tensor], dispatcher: MoETokenDispatcher
 ) -> tuple[torch.Tensor, int]:
-    """Read the pairs of all ranks by chunk and expert from the device; the only host wait.
+    """Copy the pair counts of all ranks, chunks and experts from the device; the only host wait.
 
     Args:
         map_TE, dispatcher: as in `count_pairs`.

@@ -192,7 +192,7 @@ def _prepare_experts(experts: torch.nn.Module) -> None:
 
 
 class _CopyGradient(torch.autograd.Function):
-    """Identity that copies its gradient: the allgather dispatcher writes it to a buffer that other layers use too."""
+    """Identity that copies its gradient: the allgather dispatcher keeps it in a buffer that other layers overwrite."""
 
     @staticmethod
     def forward(ctx: Any, tokens: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,7 @@ class SparsityController:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Add up the counts of all ranks, move λ by one factor α, choose the layers to guard, and reset the counts.
+        """Sum the counts of all ranks, move λ by at most one factor α, choose the layers to guard, reset the counts.
 
         Call it once per optimizer step on every rank, after the backward passes.
         """

@@ -25,7 +25,7 @@ class RoutingCounts:
     - `tokens_per_expert`: E columns, active (token, expert) pairs;
     - `tokens`: tokens that the router saw;
     - `l1_loss`: L_reg, summed over micro-batches;
-    - `micro_batches`: the ranks that share a sequence count one together;
+    - `micro_batches`: their number; each of n ranks that share a sequence adds 1/n;
     - `left_out`: active pairs that are not computed, because of `moe_relu_max_experts`.
 
     Attributes:

@@ -123,8 +123,8 @@ NOT_WITH_HASH = (
     Refusal("mtp_num_layers", "its layers embed different ids, which would overwrite those of all routers"),
     Refusal("pipeline_model_parallel_size", "only the first and last stage have the ids", refused=lambda n: n > 1),
     Refusal("overlap_moe_expert_parallel_comm", "two micro-batches take turns, and the router has the ids of one"),
-    Refusal("moe_z_loss_coeff", "it has no logits"),
-    Refusal("moe_input_jitter_eps", "it does not read hidden states"),
+    Refusal("moe_z_loss_coeff", "hash routing has no logits"),
+    Refusal("moe_input_jitter_eps", "hash routing does not read hidden states"),
 )
 
 

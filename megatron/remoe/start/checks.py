@@ -14,7 +14,7 @@ from megatron.remoe.routing.refusals import shown
 
 
 def check_required_flags(args: argparse.Namespace) -> None:
-    """Require the flags whose absence Megatron reports late, or without naming them."""
+    """Require the flags that Megatron misses only late, or does not name in its error."""
     needed = {
         "--seq-length": args.seq_length or args.encoder_seq_length,
         "--micro-batch-size": args.micro_batch_size,
@@ -42,8 +42,8 @@ def check_settings(args: argparse.Namespace) -> None:
         )
     if pattern and "*" in pattern and args.multi_latent_attention:
         raise UsageError(
-            f"--hybrid-layer-pattern {pattern} with --multi-latent-attention: * is attention without latents and "
-            "rotary embedding. Use + for multi-latent attention.",
+            f"--hybrid-layer-pattern {pattern} with --multi-latent-attention: * has neither latents nor rotary "
+            "embedding. Use + for multi-latent attention.",
             "REMOE-E202",
         )
     sets, layout = args.multiple_validation_sets, args.pipeline_model_parallel_layout or ""
@@ -55,7 +55,7 @@ def check_settings(args: argparse.Namespace) -> None:
         "--full-validation and --multiple-validation-sets: one does not work without the other. Give both.": (
             args.full_validation != sets
         ),
-        "--full-validation: Megatron confuses the sets with virtual pipeline stages. Leave one of them out.": (
+        "--full-validation with virtual pipeline stages: Megatron mixes up the sets. Leave one of the two out.": (
             args.full_validation and args.virtual_pipeline_model_parallel_size
         ),
         # training/global_vars.py: set_global_variables passes on only --step-batch-size-schedule.

@@ -56,7 +56,7 @@ def check_kernels(kernels: str, on_cpu: bool) -> None:
 
 
 def missing_for_triton() -> str:
-    """Return the name of what Triton's runtime/build.py needs and cannot find, or ""."""
+    """Return the name of a missing build dependency of Triton (its runtime/build.py), or ""."""
     names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     if not any(map(shutil.which, names)):
         return f"C compiler ({' or '.join(names)})"

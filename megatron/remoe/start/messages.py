@@ -20,8 +20,8 @@ from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, unwrap
 LOST_WORKER = r"DataLoader worker .*(exited unexpectedly|is killed by signal)"
 # Pattern of an error → remedy.
 REMEDIES = {
-    LOST_WORKER: "A signal, or a lack of memory, ended a process that reads data. The last whole checkpoint is still "
-    "there, and the same command resumes from it.",
+    LOST_WORKER: "A data loader process was killed, by a signal or for lack of memory. The last complete checkpoint is "
+    "intact; the same command resumes from it.",
     r"EADDRINUSE|address already in use": "The port is in use: choose a different MASTER_PORT, or unset RANK.",
     r"Connection (reset by peer|closed by peer|was likely closed)|remote process exited|"
     r"NCCL.*(abort|remote|unhandled system)": "Another rank has ended: its last lines, or its exit code in torchrun's "
@@ -35,8 +35,8 @@ REMEDIES = {
     r"No space left on device|Disk quota exceeded|File too large": "Free some space. The last whole "
     "checkpoint is still there, and the same command resumes from it.",
     "path_to_cache": "Give a writable folder with --data-cache-path.",
-    r"found (NaN|Inf) in|\bnan\b.*(loss|grad)|(loss|grad).*\bnan\b": "Lower --lr, or look at the data. To resume, go "
-    "back to an earlier iteration with --ckpt-step and --no-load-optim, only in the first start.",
+    r"found (NaN|Inf) in|\bnan\b.*(loss|grad)|(loss|grad).*\bnan\b": "Lower --lr, or check the data. To resume, add "
+    "--no-load-optim and --ckpt-step with an earlier iteration; leave both out of later starts.",
     r"OptimizerParamScheduler: class input value": "Give the checkpoint's values, or --override-opt_param-scheduler to "
     "follow the flags, or --use-checkpoint-opt_param-scheduler to follow the checkpoint.",
     r"Global shape mismatch|size mismatch|Missing key|not found in (the )?(checkpoint|sharded)|unexpected key|"

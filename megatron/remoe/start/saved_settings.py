@@ -50,7 +50,7 @@ SHOWN = 120  # most characters of a setting in a message, for example of a list 
 
 
 def check_loaded_run(args: argparse.Namespace, resume: Resume | None) -> bool:
-    """Refuse to continue a checkpoint silently as a different run, or to overwrite newer checkpoints.
+    """Refuse to resume with changed settings, and to overwrite newer checkpoints.
 
     Args:
         args: Megatron's arguments, validated and with the size of the tokenizer's vocabulary.
@@ -79,13 +79,13 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None) -> bool:
         fixed.add("local_layer_fusion")
     if different := differences(args, saved, fixed):
         raise UsageError(
-            f"{given}: {different}. Give the checkpoint's values, also with --finetune, or convert it (remoe convert).",
+            f"{given}: {different}. Give the checkpoint's values (--finetune needs them too), or run remoe convert.",
             "REMOE-E413",
         )
     if not goes_on:
         return False
     if (padding := differences(args, resume.saved, {"padded_vocab_size"})) and args.rank == 0:
-        print(f"{given}: the loss shifts a little, because of {padding}.", file=sys.stderr, flush=True)
+        print(f"{given}: different padding changes the loss slightly: {padding}.", file=sys.stderr, flush=True)
     names = RATES if args.allow_changed_settings else result_settings(args.multi_latent_attention)
     if different := differences(args, resume.saved, names - RATES if args.no_load_optim else names):
         raise UsageError(
@@ -190,8 +190,8 @@ def _refuse_overwriting(args: argparse.Namespace, start: int) -> None:
             print(given, file=sys.stderr, flush=True)
         return
     raise UsageError(
-        f"{given} Continue from it with --load {args.save} and without --finetune (--pretrained-checkpoint starts from "
-        "other weights and resumes), or choose a different folder.",
+        f"{given} To continue it, give --load {args.save} without --finetune. Otherwise give a different --save; "
+        "with --pretrained-checkpoint instead of --finetune, the same command starts and resumes.",
         "REMOE-E407",
     )
 

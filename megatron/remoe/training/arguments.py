@@ -44,10 +44,10 @@ def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "--moe-log-flips-interval",
         type=int,
         metavar="N",
-        help="Log flips at every Nth update: the routing decisions that the update changes on a fixed micro-batch of "
-        "validation text (share of all token-expert pairs, and number per token and layer). Costs two forward passes "
-        "of a micro-batch, about 2/(3NM) of the time with M micro-batches per step; results stay bit for bit the "
-        "same. Off by default. The log line shows them if N is a multiple of --log-interval.",
+        help="Log how many routing decisions every Nth update changes, on a fixed micro-batch of validation text: as a "
+        "share of all token-expert pairs, and per token and layer. Takes about 2/(3NM) of the time with M "
+        "micro-batches per step; results do not change (default: off). The log line shows them if N is a multiple "
+        "of --log-interval.",
     )
     group.add_argument(
         "--no-moe-router-pre-softmax",

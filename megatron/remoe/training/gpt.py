@@ -30,7 +30,8 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], vp_stage: int | 
 
     Returns:
         tokens, labels, loss_mask, attention_mask, position_ids: `[micro_batch, s]` with s = sequence / context parallel
-        size; the attention mask is `[micro_batch, 1, s, sequence]`. Each is None if this stage does not need it.
+        size. loss_mask is fp32; attention_mask is bool `[micro_batch, 1, s, sequence]`, True where masked; the others
+        are int64. Each is None if this stage does not need it.
     """
     if not is_first_or_last_pipeline_stage(vp_stage):
         return (None,) * len(BATCH_KEYS)

@@ -37,7 +37,7 @@ def show(results: dict[str, Any]) -> None:
         row += [f"{balance['imbalance']:.2f}" if balance["imbalance"] else ""]
         row += [str(len(balance["dead"])), str(len(balance["inactive"]))]
         rows.append([*row, f"{special[layer]['bits']:.4f}" if special else ""])
-    print("Experts per token: the mean, the share of tokens without any, the most of 99 % of the tokens, and of all.")
+    print("Experts per token: mean, share of tokens without an expert (none), 99th percentile, and maximum (most).")
     print_table(TITLES, rows, text=0)
 
 

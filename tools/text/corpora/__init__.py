@@ -1,1 +1,1 @@
-"""Build the two small corpora of real text on which tiny models are trained and compared."""
+"""Build the three corpora of real text on which tiny models are trained and compared."""
