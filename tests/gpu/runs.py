@@ -55,7 +55,9 @@ class Machine:
 
     def python(self, *words: object, share: float = 0.0, on_gpu: bool = True, limit: float = 240, **more: str) -> str:
         """Return a program's output; fail unless it exits with 0 within `limit` seconds (no limit in a rehearsal)."""
-        command, environment = [*map(str, words)], os.environ | (self.settings if on_gpu else {}) | more
+        # NGC's image rounds fp32 products to TF32.
+        environment = os.environ | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0"} | (self.settings if on_gpu else {}) | more
+        command = [*map(str, words)]
         if self.is_rehearsed and on_gpu:
             command = [str(HERE / "rehearsed.py"), str(share), *command]
         done = subprocess.run(

@@ -128,14 +128,15 @@ def _compiler() -> str:
 
 
 def _include_folders() -> list[Path]:
-    """Return the folders of CUDA's headers in PyPI's packages. torch does not install crt, and not always CCCL."""
+    """Return the folders of CUDA's headers: PyPI's (torch brings no crt, and not always CCCL), else the toolkit's."""
     nvidia = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
-    folders = sorted({path.parent for path in nvidia.glob("*/include/*.h")})
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
+    folders = sorted({path.parent for path in nvidia.glob("*/include/*.h")}) or [toolkit, toolkit / "cccl"]
     needed = {"crt/host_defines.h": "nvidia-cuda-crt", "nv/target": "nvidia-cuda-cccl"}
     missing = [name for file, name in needed.items() if not any((path / file).exists() for path in folders)]
     if missing:
         words = " ".join(f"'{name}=={torch.version.cuda}.*'" for name in missing)
-        raise ToolError(f"A rehearsal needs CUDA's headers: pip install {words}.")
+        raise ToolError(f"A rehearsal needs CUDA's headers: pip install {words}, next to PyTorch from PyPI.")
     return folders
 
 
