@@ -31,8 +31,9 @@ trainer = Trainer(
     ),
     train_dataset=[{"input_ids": row, "labels": row} for row in rows],
 )
-# First: TensorBoard and W&B read the logs to which this callback adds sparsity and l1_coefficient.
-trainer.callback_handler.callbacks.insert(0, model.sparsity_callback())
+if model.config.num_experts and model.config.moe_relu_routing:
+    # First: TensorBoard and W&B read the logs to which this callback adds sparsity and l1_coefficient.
+    trainer.callback_handler.callbacks.insert(0, model.sparsity_callback())
 trainer.train()
 trainer.save_model()
 trainer.save_state()

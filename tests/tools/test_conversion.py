@@ -106,8 +106,9 @@ def test_parts_of_some_layers(dense: tuple[Path, str], tmp_path: Path, monkeypat
     monkeypatch.setattr(fitting, "STEPS", 150)
     words = "--num-experts 4 --moe-granularity 2 --moe-layer-freq [0,1]"
     assert main("--load", dense[0], "--save", tmp_path / "remoe", *words.split(), "--loss-bound", "0.1") == 0
-    words = "--num-experts 4 --moe-router-topk 1 --moe-granularity 2 --moe-layer-freq '[0,1]'"
-    assert words in capfd.readouterr().out
+    size = checkpoints.find(dense[0], None).args.ffn_hidden_size
+    words = f"--moe-router-topk 1 --moe-granularity 2 --moe-ffn-hidden-size {size} --moe-layer-freq '[0,1]'"
+    assert f"--num-experts 4 {words}" in capfd.readouterr().out
     source, target = (open_run(folder, None).model.state_dict() for folder in (dense[0], tmp_path / "remoe"))
     mlp = "decoder.layers.1.mlp."
     parts = fitting.split_mlp({key.removeprefix(mlp): source[key] for key in source if key.startswith(mlp)}, 2, True)

@@ -81,8 +81,9 @@ def test_printed_command_trains_on(name: str, data: Path, tmp_path: Path, capfd:
     """The printed flags have the folder's precision: bfloat16 for Mixtral, float32 for DeepSeek."""
     model, is_half = saved_model(name, tmp_path / "hf"), name == "Mixtral"
     model.to(torch.bfloat16 if is_half else torch.float32).save_pretrained(tmp_path / "hf")
-    capfd.readouterr()
-    assert main(["--from-hf", str(tmp_path / "hf"), "--save", str(tmp_path / "topk")]) == 0
+    words = ["--from-hf", str(tmp_path / "hf"), "--save", str(tmp_path / "topk")]
+    assert main([*words, "--tokenizer-model", "/nowhere"]) == 1 and "E513" in capfd.readouterr().err
+    assert main(words) == 0
     assert checkpoints.find(tmp_path / "topk", None).args.params_dtype == model.dtype
     command = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("python pretrain_gpt.py"))
     places = {"DATA": str(data), "RUN": str(tmp_path / "run")}

@@ -137,6 +137,8 @@ def parse_convert(arguments: Sequence[str]) -> argparse.Namespace:
     add("--load", **FOLDER, help="checkpoints of a run (its --save)")
     add("--from-hf", **FOLDER, help="model saved by Hugging Face transformers")
     parser.add_argument("--save", **FOLDER, required=True, help="folder to write")
+    text = "with --from-hf: a Hugging Face tokenizer (default: the model's)"
+    parser.add_argument("--tokenizer-model", **FOLDER, help=text)
     text = "iteration to convert (default: the newest)"
     parser.add_argument("--ckpt-step", type=whole_number(0), metavar="N", help=text)
     add = parser.add_mutually_exclusive_group().add_argument
@@ -161,6 +163,8 @@ def parse_convert(arguments: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.from_hf and (args.from_fork or args.from_fsdp or args.model or args.ckpt_step is not None):
         parser.error("--from-hf is not the folder of a run: leave out --from-fork, --from-fsdp, --model, --ckpt-step.")
+    if args.tokenizer_model and not args.from_hf:
+        parser.error("--tokenizer-model is for --from-hf: a run's checkpoint names its tokenizer. Leave it out.")
     refused = [f"--{name.replace('_', '-')}" for name in ONLY_FOR_REMOE if getattr(args, name) is not None]
     if refused and (args.from_hf or args.from_fork or args.from_fsdp or args.model):
         parser.error(f"only a conversion to a ReMoE takes {', '.join(refused)}: leave it out, and convert the result.")

@@ -110,7 +110,7 @@ def training_flags(args: argparse.Namespace, output: Path) -> str:
     flags = f"--pretrained-checkpoint {quote(str(output))} --moe-relu-routing"
     flags += f" --num-experts {args.num_experts // granularity} --moe-router-topk {args.moe_router_topk // granularity}"
     if granularity > 1:
-        flags += f" --moe-granularity {granularity}"
+        flags += f" --moe-granularity {granularity} --moe-ffn-hidden-size {args.moe_ffn_hidden_size * granularity}"
     if args.moe_layer_freq != 1:
         flags += f" --moe-layer-freq '{str(args.moe_layer_freq).replace(' ', '')}'"
     return f"{flags} {GENTLE}"
@@ -121,7 +121,7 @@ def run(options: argparse.Namespace) -> None:
     check_output(options.save)
     if options.from_hf:
         with one_process(options.seed):
-            write_checkpoint(options.from_hf, FAMILIES, options.save)
+            write_checkpoint(options.from_hf, FAMILIES, options.save, options.tokenizer_model)
     elif options.from_fork:
         convert_fork(options)
     elif options.from_fsdp:

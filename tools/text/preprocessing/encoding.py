@@ -208,7 +208,7 @@ def load_encoder(
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_model)
+        tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_model, trust_remote_code=False)
         reference = tokenizer.backend_tokenizer
     except Exception as error:  # transformers raises many types; tokenizers without a fast version have no backend
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
