@@ -55,6 +55,7 @@ def main(kind: str) -> None:
         for kernels in ["torch", "triton"] if find_spec("triton") else ["torch"]:
             for per_token, guarded in itertools.product((False, True), (0, 1)):
                 check(guarded, moe_kernels=kernels, calculate_per_token_loss=per_token)
+        check(0, moe_relu_l1_reg_load_balancing=False)
         check(0, moe_baseline_router="deco")
     print(f"rank {torch.distributed.get_rank()} ok", flush=True)
 
@@ -98,6 +99,9 @@ def check(guarded: int, **changes: Any) -> None:
     torch.testing.assert_close(split.l1_loss, counts["l1_loss"].item(), rtol=1e-6, atol=0.0)
     assert exponent == (1 if active > num_tokens else -1)
     assert controller.totals() == {"total_active_pairs": active, "total_layer_tokens": num_tokens}  # each token once
+    router.weight.grad = torch.full_like(router.weight, float("nan") if rank else 0.0)
+    controller.update()
+    assert not router.l1_exponent, "a gradient of one rank is not finite, so no rank moves λ"
 
 
 def check_chunks() -> None:

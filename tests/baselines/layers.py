@@ -12,6 +12,8 @@ from tests.kernels import DEVICE
 from tests.layers import HIDDEN, make_config
 
 SEQUENCE, BATCH = 8, 3
+PADDING = torch.zeros(SEQUENCE, BATCH, dtype=torch.bool, device=DEVICE)
+PADDING[-3:, 0] = True  # the last tokens of the first sequence
 
 
 def make_layer(name: str, fused: bool = False, **changes: Any) -> ReMoELayer:

@@ -11,7 +11,7 @@ from megatron.remoe.baselines import ROUTERS
 from megatron.remoe.baselines.hash import pass_token_ids
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.refusals import RELU_VARIANTS
-from tests.baselines.layers import BATCH, DEVICE, SEQUENCE, make_layer, make_tokens
+from tests.baselines.layers import BATCH, DEVICE, PADDING, SEQUENCE, make_layer, make_tokens
 from tests.layers import HIDDEN, expert_weights, make_config
 from tests.tiny_model import TOPK
 from tests.training_runs import REPOSITORY, TINY, logged, run, step_losses
@@ -28,10 +28,8 @@ def test_the_flag_names_all_routers() -> None:
 
 def test_expert_choice_by_brute_force(process_groups: None) -> None:
     router, tokens = make_layer("expert_choice").router, make_tokens()
-    padding = torch.zeros(SEQUENCE, BATCH, dtype=torch.bool, device=DEVICE)
-    padding[-3:, 0] = True
     scores = (tokens.detach() @ router.weight.detach().T).softmax(dim=-1)
-    for mask in (None, padding):
+    for mask in (None, PADDING):
         probs, routing_map = router(tokens, mask)
         expected = torch.zeros(SEQUENCE, BATCH, 4, dtype=torch.bool, device=DEVICE)
         for sequence in range(BATCH):
@@ -85,15 +83,15 @@ def test_normalized_gates(name: str, process_groups: None) -> None:
 def test_deco_lowers_the_entropy(per_token: bool, process_groups: None) -> None:
     """The router's weight gets the gradient of λ times the entropy of the gates' shares. Here the loss adds none."""
     router, tokens = make_layer("deco", calculate_per_token_loss=per_token).router, make_tokens()
+    assert router.scale.eq(0.1).all()
     router.l1_exponent.fill_(100)
-    padding = torch.zeros(SEQUENCE, BATCH, dtype=torch.bool, device=DEVICE)
-    padding[-3:, 0] = True
     weight = router.weight.detach().clone().requires_grad_()
-    gates = (tokens.detach()[~padding] @ weight.T).relu()
+    gates = (tokens.detach()[~PADDING] @ weight.T).relu()
     shares = gates / (gates.sum(dim=-1, keepdim=True) + 1e-5)  # the small numbers are those of DECO's code
     entropy = -(shares * (shares + 1e-5).log()).sum(dim=-1)
     (router.l1_coefficient() * (entropy.sum() if per_token else entropy.mean())).backward()
-    (router(tokens, padding)[0] * 0).sum().backward()
+    (router(tokens, PADDING)[0] * 0).sum().backward()
+    (router(tokens, torch.ones_like(PADDING))[0] * 0).sum().backward()  # padding alone adds nothing
     assert weight.grad.abs().max() > 0.01
     torch.testing.assert_close(router.weight.grad, weight.grad)
 
@@ -115,11 +113,9 @@ def test_normalized_top_k_balances(process_groups: None) -> None:
     """
     settings = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.5}
     router, tokens = make_layer("normalized_top_k", **settings).router, make_tokens()
-    padding = torch.zeros(SEQUENCE, BATCH, dtype=torch.bool, device=DEVICE)
-    padding[-3:, 0] = True
-    probs, routing_map = router(tokens, padding)
+    probs, routing_map = router(tokens, PADDING)
     (probs * 0).sum().backward()
-    logits = tokens.detach()[~padding] @ router.weight.T
+    logits = tokens.detach()[~PADDING] @ router.weight.T
     gates = router.start * logits.relu() / logits.norm(dim=1, keepdim=True)
     shares = routing_map.sum(dim=0) / routing_map.sum()
     expected = torch.autograd.grad(0.5 * 4 * (shares * gates.mean(dim=0)).sum(), router.weight)[0]
@@ -130,8 +126,8 @@ def test_normalized_top_k_balances(process_groups: None) -> None:
 def test_z_loss(name: str, process_groups: None) -> None:
     """Per token, as `finalize_model_grads` divides. `deco` stands for `ReLURouter`, whose z-loss it inherits."""
     router, tokens = make_layer(name, moe_z_loss_coeff=0.5, calculate_per_token_loss=True).router, make_tokens()
-    (router(tokens)[0] * 0).sum().backward()
-    right = 0.5 * (tokens.detach() @ router.weight.T).logsumexp(dim=-1).square().sum()
+    (router(tokens, PADDING)[0] * 0).sum().backward()
+    right = 0.5 * (tokens.detach()[~PADDING] @ router.weight.T).logsumexp(dim=-1).square().sum()
     torch.testing.assert_close(router.weight.grad, torch.autograd.grad(right, router.weight)[0])
 
 

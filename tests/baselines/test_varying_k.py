@@ -3,7 +3,7 @@
 import torch
 
 from megatron.remoe.training.pairs import PairCounter
-from tests.baselines.layers import BATCH, DEVICE, SEQUENCE, make_layer, make_tokens
+from tests.baselines.layers import BATCH, DEVICE, PADDING, SEQUENCE, make_layer, make_tokens
 
 
 def assert_micro_batches_are_routed_alike(router: torch.nn.Module, micro_batches: list[torch.Tensor]) -> None:
@@ -63,6 +63,10 @@ def test_top_p_takes_the_fewest_experts_and_holds_their_number(process_groups: N
         averages.append(router(tokens)[1].double().sum(dim=1).mean())
         router.end_step()
     assert abs(float(sum(averages[-20:])) / 20 - 2) < 0.1, "k = 2, where 24 tokens allow no finer steps than 1/24"
+    for _ in range(9):  # with all 8 experts per token, p and the sum of errors stop at their bounds
+        router.seen.copy_(torch.tensor([8, 1]))
+        router.end_step()
+    assert router.threshold == 1 and router.errors == -2.5 * 2**32
     router.eval()
     kept = router.threshold.clone()
     padding = torch.ones(SEQUENCE, BATCH, dtype=torch.bool, device=DEVICE)
@@ -73,14 +77,14 @@ def test_pairs_are_counted_once(process_groups: None) -> None:
     """Only training passes with gradients count, without padding. A second update does not count them again."""
     layer, tokens = make_layer("expert_threshold"), make_tokens()
     counter = PairCounter([layer])
-    padding = torch.zeros(SEQUENCE, BATCH, dtype=torch.bool, device=DEVICE)
-    padding[-3:, 0] = True
     with torch.no_grad():
         layer.router(tokens)
-    pairs = [int(layer.router(tokens, given)[1].sum()) for given in (None, padding)]
+    pairs = [int(layer.router(tokens, given)[1].sum()) for given in (None, PADDING)]
     layer.router.eval()
     layer.router(tokens)
     assert counter.totals() == {"total_active_pairs": 0, "total_layer_tokens": 0}
+    counter.running_sums += 2**25  # sums of whole numbers stay exact
+    expected = {"total_active_pairs": 2**27 + sum(pairs), "total_layer_tokens": 2**25 + 2 * SEQUENCE * BATCH - 3}
     for _ in range(2):
         counter.update()
-        assert counter.totals() == {"total_active_pairs": sum(pairs), "total_layer_tokens": 2 * SEQUENCE * BATCH - 3}
+        assert counter.totals() == expected

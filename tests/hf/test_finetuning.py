@@ -147,3 +147,13 @@ def test_reentrant_checkpointing_is_refused(tmp_path: Path) -> None:
     without_term.gradient_checkpointing_enable(options["gradient_checkpointing_kwargs"])
     ids = torch.arange(8)[None]
     without_term(ids, labels=ids).loss.backward()
+
+
+def test_the_coefficient_has_a_lower_bound_and_stays_at_the_target() -> None:
+    model = make("relu", router_aux_loss_coef=0.0)
+    callback = model.sparsity_callback()
+    callback.on_train_begin(SimpleNamespace(n_gpu=0), TrainerState(), TrainerControl(), model=model)
+    for active, coefficient in ((0, 1e-8), (8, 1.2e-8), (2, 1.2e-8)):  # of 8 pairs; the target is 2
+        callback.model.routing_counts += torch.tensor([active, 8])
+        callback.on_step_end(None, None, None)
+        assert model.config.router_aux_loss_coef == pytest.approx(coefficient)

@@ -106,6 +106,8 @@ def test_received_pairs_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None
     dispatcher = SimpleNamespace(ep_size=2, tp_size=1, ep_rank=0, tp_rank=0, tp_ep_group=group)
     map_TE = torch.tensor([[True, False, False, False]] * 8)
     assert len(counting.count_pairs(map_TE, None, dispatcher, PYTORCH, 1.0)) == 2
+    dispatcher.ep_size, dispatcher.tp_size = 1, 2  # both ranks have a half of each expert: a pair takes half as much
+    assert len(counting.count_pairs(map_TE, None, dispatcher, PYTORCH, 1.0)) == 1
 
 
 def test_at_the_target_nothing_is_computed_twice() -> None:
@@ -130,4 +132,5 @@ def test_evaluation_is_bounded() -> None:
     dispatched = dispatched_pairs(layer)
     with torch.no_grad():
         layer(torch.ones(8, 1, HIDDEN, dtype=torch.float64, device=layer.router.weight.device))
-    assert dispatched == [8] * 4
+        layer(torch.ones(1, 1, HIDDEN, dtype=torch.float64, device=layer.router.weight.device))  # cannot be cut
+    assert dispatched == [*[8] * 4, 4]

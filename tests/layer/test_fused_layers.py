@@ -122,14 +122,6 @@ def test_megatrons_hook_runs_once_for_all_chunks() -> None:
     layer(tokens)[0].pow(2).sum().backward()
     assert len(calls) >= 4 and ran == [True, True], "at least two chunks, each twice"
     assert all(weight.grad_added_to_main_grad for weight in weights)
-    results = [weight.main_grad for weight in weights]
-    for weight in weights:
-        del weight.main_grad, weight.grad_added_to_main_grad
-        weight.grad = None
-    layer.pairs_limit = 0.0
-    layer(tokens)[0].pow(2).sum().backward()
-    for mine, weight in zip(results, weights, strict=True):
-        torch.testing.assert_close(mine, weight.grad, rtol=1e-10, atol=1e-10)
 
 
 @needs_groups

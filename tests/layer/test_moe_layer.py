@@ -1,6 +1,7 @@
 """Test router, L1 term, dispatch and experts together against an oracle in float64."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,6 +143,7 @@ def test_steps_called_one_by_one_give_the_same(fused: bool) -> None:
     layer = make_layer(make_config(), fused=fused)
     tokens = torch.randn(7, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
     right = results(layer, tokens, layer(tokens)[0])
+    layer(tokens[:3])  # its counts are not kept
     dispatched, gates = layer.preprocess(tokens, *layer.route(tokens))
     output, _ = layer.routed_experts_compute(*layer.dispatch(dispatched, gates))
     output = layer.postprocess(layer.combine(output), None)
@@ -157,6 +159,13 @@ def test_shared_experts_beside_dispatch() -> None:
     tokens = torch.randn(7, 2, HIDDEN, dtype=torch.float64, device=plain.router.weight.device, requires_grad=True)
     for mine, right in zip(*(results(layer, tokens, layer(tokens)[0]) for layer in (beside, plain)), strict=True):
         torch.testing.assert_close(mine, right)
+
+
+def test_tensor_parallelism_needs_sequence_parallelism() -> None:
+    layer = make_layer(make_config())
+    layer.attn_tp_group = SimpleNamespace(size=lambda: 2)
+    with pytest.raises(ValueError, match="need sequence parallelism"):
+        layer(torch.ones(1, 1, HIDDEN, dtype=torch.float64, device=layer.router.weight.device))
 
 
 def test_megatron_dispatches_what_a_plan_cannot() -> None:

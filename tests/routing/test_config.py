@@ -25,10 +25,7 @@ def test_flags_are_the_fields() -> None:
 
 
 def test_without_relu_routing_nothing_is_changed() -> None:
-    settings = vars(make_topk_config(moe_router_topk=2, moe_router_pre_softmax=False))
-    given = {name: settings[name] for name in ("num_layers", "hidden_size", "num_attention_heads", "num_moe_experts")}
-    config = ReMoEConfig(**given, moe_router_topk=2)
-    assert not config.moe_router_pre_softmax
+    assert not make_config(moe_relu_routing=False, moe_router_topk=2).moe_router_pre_softmax
 
 
 def test_deprecated_names_are_refused_too() -> None:

@@ -60,6 +60,8 @@ def test_padding_is_neither_routed_counted_nor_guarded(make_router, guarded: int
     (probs.sum() * 0).backward()
     torch.testing.assert_close(router.counts.table, counts.table)
     torch.testing.assert_close(router.weight.grad, l1_gradient, rtol=1e-6, atol=1e-8)
+    router(tokens, torch.ones_like(padding))
+    assert router.counts.table.isfinite().all(), "after a micro-batch of padding alone"
 
 
 def test_evaluation_and_no_grad_count_nothing(make_router) -> None:
@@ -82,8 +84,8 @@ def test_gradients_follow_the_loss_scale_and_those_of_l1_the_coefficient(make_ro
     tokens = random_tokens(router)
 
     def l1_gradient(scale: float) -> torch.Tensor:
+        probs, _ = router(tokens)  # before the scale is set, as in Megatron's schedules
         MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), scale, dtype=torch.float64, device=tokens.device))
-        probs, _ = router(tokens)
         return torch.autograd.grad(probs.sum() * 0, router.weight)[0]
 
     once = l1_gradient(1.0)

@@ -96,7 +96,6 @@ ENTRY = {
         on("text", "--optimizer sgd --async-save --use-persistent-ckpt-worker --save {new} --save-interval 1"),
         "E203|--optimizer sgd|--async-save",
     ),
-    "whole validation": Case(on("text", "--full-validation"), "E203|--full-validation|--multiple-validation-sets"),
     "kernels without a GPU": Case(
         on("text", "--moe-kernels triton"), "E102|--moe-kernels triton|no GPU", unset=("TRITON_INTERPRET",)
     ),

@@ -19,6 +19,7 @@ from tests.layers import make_config
 from tools.plan import memory
 from tools.plan.parameters import Stage
 from tools.plan.step_time import experts_by_phase
+from tools.recipes.megatron_values import make_parser
 
 LATENT: dict[str, object] = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_head_dim": 12, "qk_pos_emb_head_dim": 6}
 LATENT |= {"v_head_dim": 10, "qk_layernorm": True, "rope_type": "rope"}
@@ -27,21 +28,13 @@ ROTARY: dict[str, object] = {"position_embedding_type": "rope", "micro_batch_siz
 
 def arguments(**changes: object) -> argparse.Namespace:
     """Return the arguments that activations depend on, for a layer in fp32 on plain PyTorch."""
-    off = """bf16 fp16 moe_permute_fusion moe_pad_expert_input_to_capacity sequence_parallel bias_swiglu_fusion
-        bias_gelu_fusion local_layer_fusion multi_latent_attention qk_layernorm qk_layernorm_all_heads
-        moe_shared_expert_gate use_megatron_fsdp use_precision_aware_optimizer use_layer_wise_distributed_optimizer
-        optimizer_cpu_offload"""
-    none = """moe_shared_expert_overlap moe_shared_expert_intermediate_size recompute_granularity recompute_modules
-        recompute_method mtp_num_layers virtual_pipeline_model_parallel_size moe_warmup_topk hybrid_layer_pattern"""
-    one = """tensor_model_parallel_size context_parallel_size expert_tensor_parallel_size expert_model_parallel_size
-        moe_router_topk num_distributed_optimizer_instances"""
-    settings: dict[str, object] = dict.fromkeys(off.split(), False) | dict.fromkeys(none.split())
-    settings |= dict.fromkeys(one.split(), 1) | {"moe_token_dispatcher_type": "alltoall", "transformer_impl": "local"}
-    settings |= {"hidden_size": 64, "ffn_hidden_size": 96, "moe_ffn_hidden_size": 48, "num_attention_heads": 4}
-    settings |= {"num_query_groups": 2, "kv_channels": 16, "micro_batch_size": 3, "seq_length": 32, "num_experts": 4}
-    settings |= {"swiglu": True, "moe_relu_routing": True, "moe_relu_activation_limit": 0.0}
-    settings |= {"group_query_attention": True, "position_embedding_type": "none", "optimizer": "adam"}
-    return argparse.Namespace(**settings | changes)
+    flags = """--transformer-impl local --no-local-layer-fusion --no-bias-swiglu-fusion --no-bias-gelu-fusion
+        --hidden-size 64 --ffn-hidden-size 96 --moe-ffn-hidden-size 48 --num-attention-heads 4 --num-query-groups 2
+        --kv-channels 16 --micro-batch-size 3 --seq-length 32 --num-experts 4 --moe-router-topk 1 --swiglu
+        --moe-relu-routing --moe-relu-activation-limit 0 --group-query-attention --position-embedding-type none
+        --moe-token-dispatcher-type alltoall --expert-tensor-parallel-size 1"""
+    validated = {"virtual_pipeline_model_parallel_size": None, "use_layer_wise_distributed_optimizer": False}
+    return argparse.Namespace(**vars(make_parser().parse_args(flags.split())) | validated | changes)
 
 
 SIZES = """hidden_size ffn_hidden_size moe_ffn_hidden_size num_attention_heads qk_layernorm

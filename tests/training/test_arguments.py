@@ -31,13 +31,12 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
 
 
 @pytest.fixture
-def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def refusal(parse: Parse, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Return a function that parses flags which must be refused, and returns the message."""
 
     def refused(*flags: str | list[str]) -> str:
-        monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *TINY, *select_words(*flags)])
         with pytest.raises(SystemExit) as stop, usage_errors():
-            arguments.parse_args()
+            parse(*flags)
         assert stop.value.code == 2
         message = capsys.readouterr().err
         assert message.count("\n") <= 4, "a message of a few lines"
@@ -55,12 +54,10 @@ def test_help_explains_all_flags(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "--moe-relu-routing " in output and "--num-layers " in output and "%%" not in output
 
 
-@pytest.mark.parametrize(
-    ("kind", "ffn"), [(TOPK, 32), (RELU, 32), ("--num-experts 8", 32)], ids=["top-k", "relu", "the dense size"]
-)
-def test_granularity(kind: list[str] | str, ffn: int, parse: Parse) -> None:
+@pytest.mark.parametrize("kind", [TOPK, RELU, "--num-experts 8"], ids=["top-k", "relu", "the dense size"])
+def test_granularity(kind: list[str] | str, parse: Parse) -> None:
     args = parse(kind, "--moe-granularity 4 --moe-router-topk 2")
-    assert (args.num_experts, args.moe_router_topk, args.moe_ffn_hidden_size) == (32, 8, ffn)
+    assert (args.num_experts, args.moe_router_topk, args.moe_ffn_hidden_size) == (32, 8, 32)
 
 
 # Flags in two parts, then two parts of the message: flag and value, and the remedy.

@@ -5,6 +5,7 @@ import argparse
 import pytest
 import torch
 
+from megatron.core import mpu
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 from megatron.remoe.training.flips import FlipMeter, _evaluation_state
@@ -41,7 +42,7 @@ def test_random_routing_draws_the_same_and_leaves_no_trace() -> None:
 
 @pytest.mark.usefixtures("process_groups")
 @pytest.mark.parametrize("kind", ["relu", "top-k"])
-def test_what_an_update_changes_is_counted(kind: str) -> None:
+def test_what_an_update_changes_is_counted(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make_layer(make_config() if kind == "relu" else make_topk_config())
     weight, model = layer.router.weight.data, Model(layer)
     weight.zero_()
@@ -68,3 +69,6 @@ def test_what_an_update_changes_is_counted(kind: str) -> None:
     assert meter.after_update(8) is None
     again = meter.after_update(9)
     assert again is not None and again["rate"] == 0.0
+    monkeypatch.setattr(mpu, "get_data_parallel_rank", lambda: 1)
+    meter.calibrate([[{"number": number} for number in range(3)], None])
+    assert meter._batches[-1]["number"].tolist() == [2, 0], "the second rank's part, from the start again at the end"

@@ -84,6 +84,7 @@ def test_each_router_has_a_row_of_its_own(pattern: str | None) -> None:
     assert summary is not None
     assert summary.layer_sparsity == dict(zip(layers, (0.75, 0.5, 0.25, 0.0), strict=True))
     assert summary.sparsity == 0.375, "those of multi-token prediction among them"
+    assert summary.l1_loss == sum(summary.layer_l1_loss.values()) == 64 * (1 + 2 + 3 + 4), "each gate is 16, each f_e 4"
     assert [int(router.l1_exponent) for router in controller.routers] == [1] * 4
     counter.update()
     assert [sum(loads) for loads in counter.loads().values()] == [1, 2, 3, 4] and list(counter.loads()) == layers

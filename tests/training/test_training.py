@@ -48,11 +48,8 @@ def test_log_line_tells_the_routing(one_process: str) -> None:
     assert "ReMoE, 468,288 parameters" in summary(one_process)
     for record in actual.values():
         assert set(ROUTING) <= set(record)
-        assert (
-            float(record["lowest layer sparsity"])
-            <= float(record["sparsity"])
-            <= float(record["highest layer sparsity"])
-        )
+        lowest, mean, highest = (float(record[f"{which}sparsity"]) for which in ("lowest layer ", "", "highest layer "))
+        assert lowest <= mean <= highest
         assert float(record["target sparsity"]) == 0.875
     coefficients = series(one_process, "l1 coefficient")
     for before, after, sparsity in zip(coefficients, coefficients[1:], series(one_process, "sparsity"), strict=False):
@@ -157,7 +154,7 @@ def test_tensorboard_and_wandb_get_the_same_figures(data: Path, tmp_path: Path) 
     scalars = tmp_path / "scalars"
     output = train(
         data,
-        *RELU,
+        *[*RELU, *FLIPS],
         *f"--tensorboard-dir {scalars} --tensorboard-log-interval 2 --moe-per-layer-logging".split(),
         *f"--wandb-project remoe --wandb-exp-name test --wandb-save-dir {tmp_path}".split(),
         WANDB_MODE="offline",
@@ -172,8 +169,10 @@ def test_tensorboard_and_wandb_get_the_same_figures(data: Path, tmp_path: Path) 
     load = [events.Scalars(f"moe_relu/tokens_per_expert_layer_1_expert_{e}")[-1].value for e in range(8)]
     layer = events.Scalars("moe_relu/sparsity_layer_1")[-1].value
     assert 1 - sum(load) / 8 == pytest.approx(layer, abs=1e-6)
+    flips = float(records(output)[8]["flip rate"])
+    assert events.Scalars("moe/flip_rate")[-1].value == pytest.approx(flips, abs=1e-6)
     (run,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    assert b"moe_relu/sparsity" in run.read_bytes()
+    assert all(name in run.read_bytes() for name in (b"moe_relu/sparsity", b"moe/flip_rate"))
 
 
 @pytest.mark.parametrize("kind", ["context", "sequence"])
