@@ -24,7 +24,8 @@ from tools.models.arguments import parse_evaluate as evaluate
 from tools.report.command import parse_arguments as report
 
 DATA = REPOSITORY / "docs" / "compare"
-PAGE = (REPOSITORY / "docs" / "paper.md").read_text()
+PAGE, EXPERIMENTS = ((REPOSITORY / "docs" / f"{name}.md").read_text() for name in ("paper", "experiments"))
+TEXT = " ".join(EXPERIMENTS.split())
 RESULT_ARMS = ("dense", "moe", "moe-hash", "remoe")  # columns of the table of results in docs/experiments.md
 PARSERS: dict[str, Callable[[list[str]], object]] = {
     "analyze": analyze, "evaluate": evaluate, "report": report, "sweep": sweep, "compare": compare.parse_arguments,
@@ -94,38 +95,27 @@ def test_gaps_of_byte_models(corpus: str, experts: int, factors: dict[str, float
         for arm, factor in factors.items()
     )
     assert interval([topk[seed] - bounded[seed] for seed in topk if seed in bounded], digits=3) == shown
-    assert shown in " ".join((REPOSITORY / "docs" / "experiments.md").read_text().split())
+    assert shown in TEXT
 
 
 def test_the_pilots_table() -> None:
-    page = (REPOSITORY / "docs" / "experiments.md").read_text()
     results = {(run.size, run.arm): result for run, result in read_results(DATA / "pilot.json") if result}
     for hidden in ("64", "128", "256"):
         topk, hashed, bounded = (results[f"2x{hidden}", arm] for arm in ("moe", "moe-hash", "remoe-capped"))
         losses = " | ".join(f"{one.loss:.4f}" for one in (topk, hashed, bounded))
         inactive = ", ".join(map(str, bounded.inactive))
-        assert f"| {hidden} | {losses} | {inactive} | {bounded.experts_per_token:.2f} |" in page
+        assert f"| {hidden} | {losses} | {inactive} | {bounded.experts_per_token:.2f} |" in TEXT
     [(_, floor)] = read_results(DATA / "pilot-floor.json")
-    assert f"{floor.inactive[0]} and {floor.inactive[1]} experts are inactive, and the loss is {floor.loss:.4f}" in page
+    assert f"{floor.inactive[0]} and {floor.inactive[1]} experts are inactive, and the loss is {floor.loss:.4f}" in TEXT
 
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in DATA.glob("*/results.json")))
 def test_a_table_of_the_protocol(name: str, tmp_path: Path) -> None:
     """The table's command reproduces its page, and its rows in docs/experiments.md."""
-    page, published = (REPOSITORY / "docs" / "experiments.md").read_text(), DATA / name
-    command, flags = (
-        re.search(r"^`remoe compare ([^`]+)`$", page, re.M),
-        re.search(rf"^\| {name} \| `([^`]+)`", page, re.M),
-    )
-    assert command is not None and flags is not None
-    words = [
-        *command[1].split(),
-        *flags[1].split(),
-        "--results",
-        str(published / "results.json"),
-        "--output-dir",
-        str(tmp_path),
-    ]
+    published = DATA / name
+    command, *_ = re.findall(r"^`remoe compare ([^`]+)`$", EXPERIMENTS, re.M)
+    [flags] = re.findall(rf"^\| {name} \| `([^`]+)`", EXPERIMENTS, re.M)
+    words = [*f"{command} {flags}".split(), "--results", f"{published}/results.json", "--output-dir", str(tmp_path)]
     assert compare.main(words) == 0
     assert (tmp_path / "broad" / "results.md").read_text() == (published / "results.md").read_text()
     args = compare.parse_arguments(words)
@@ -138,9 +128,8 @@ def test_a_table_of_the_protocol(name: str, tmp_path: Path) -> None:
             gaps_of_arms = [verdicts.get(((str(steps), arm), EQUAL_STEPS)) for arm in RESULT_ARMS]
             shown = [f"{each.mean:+.3f}, {each.verdict}".replace("-", "−") if each else "" for each in gaps_of_arms]
             cells = " | ".join(shown).replace("equivalent", "equal").replace(" within 0.01", "")
-            assert re.search(
-                rf"^\| \[{name}\]\(#.*\) \| {experts}\b.* \| {steps:,} \| {re.escape(cells)} \|$", page, re.M
-            )
+            row = rf"^\| \[{name}\]\(#.*\) \| {experts}\b.* \| {steps:,} \| {re.escape(cells)} \|$"
+            assert re.search(row, EXPERIMENTS, re.M)
         for arm in args.arms:
             cells = [ARMS[arm].title]
             for steps in map(str, args.steps):
@@ -150,44 +139,40 @@ def test_a_table_of_the_protocol(name: str, tmp_path: Path) -> None:
             layers = zip(*(each["inactive"] for each in seeds), strict=True)
             cells.append(f"{fmean(each['experts_per_token'] for each in seeds):.2f}" if arm != "dense" else "")
             cells.append(", ".join(f"{fmean(counts):.0f}" for counts in layers))
-            assert f"| {' | '.join(cells)} |" in page
+            assert f"| {' | '.join(cells)} |" in EXPERIMENTS
             if name in ("a1", "a2") and arm in ("dense", "moe", "moe-hash"):
                 assert interval(difference, digits=3).removeprefix("-") in (REPOSITORY / "README.md").read_text()
 
 
 def test_what_a_second_expert_gains() -> None:
-    page = (REPOSITORY / "docs" / "experiments.md").read_text()
     one, two = (finished(read_results(DATA / name / "results.json")) for name in ("a1", "c1"))
     for arm, words in (("moe", "top-k gains "), ("remoe-capped", "ReMoE with the bound "), ("moe-hash", "and hash ")):
         runs = [run for run in two if run.arm == arm and run.steps == 3600 and not run.is_tuning]
         gains = [one[replace(run, topk=1)].loss - two[run].loss for run in runs]
-        assert words + interval(gains, digits=3) in page
+        assert words + interval(gains, digits=3) in TEXT
 
 
 def test_the_guard_of_each_expert() -> None:
-    page = " ".join((REPOSITORY / "docs" / "experiments.md").read_text().split())
     guarded, alone = (finished(read_results(DATA / "b2" / name)) for name in ("guard.json", "results.json"))
     assert sorted(run.seed for run in guarded) == [1, 2, 3]
     difference = interval([guarded[run].loss - alone[run].loss for run in guarded], "+", digits=3).replace("-", "−")
     experts = fmean(result.experts_per_token for result in guarded.values())
     layers = zip(*(result.inactive for result in guarded.values()), strict=True)
     inactive = " and ".join(f"{fmean(layer):.0f}" for layer in layers)
-    assert f"{inactive} of 128 experts are inactive" in page and f"{difference} from the same runs without it" in page
-    assert f"{experts:.2f} computed experts per token" in page
+    assert f"{inactive} of 128 experts are inactive" in TEXT and f"{difference} from the same runs without it" in TEXT
+    assert f"{experts:.2f} computed experts per token" in TEXT
 
 
 def test_when_the_runs_of_table_a2_part() -> None:
     training = json.loads((DATA / "a2" / "training.json").read_text())
     runs = [means for seeds in training.values() for means in seeds.values()]
-    page = " ".join((REPOSITORY / "docs" / "experiments.md").read_text().split())
     before, last = (max(values) - min(values) for values in [*zip(*runs, strict=True)][8::7])
     assert len(runs) == 12
-    assert f"within {before:.3f} nats per token of each other; in the last 750 steps, within {last:.3f}" in page
+    assert f"within {before:.3f} nats per token of each other; in the last 750 steps, within {last:.3f}" in TEXT
 
 
 def test_what_the_runs_of_table_a2_copy() -> None:
     data = json.loads((DATA / "a2" / "repeats.json").read_text())
-    page = " ".join((REPOSITORY / "docs" / "experiments.md").read_text().split())
     arms, share = ["moe", "remoe", "remoe-capped", "moe-hash"], data["repeats"] / data["tokens"]
     cells: list[numpy.ndarray] = []
     for step in ("2880", "9600"):
@@ -195,14 +180,14 @@ def test_what_the_runs_of_table_a2_copy() -> None:
         others = (loss - share * repeats) / (1 - share)
         cells += [repeats.mean(axis=1), others.mean(axis=1)]
     for arm, values in zip(arms, numpy.array(cells)[[0, 2, 1, 3]].T, strict=True):
-        assert f"| {ARMS[arm].title} | {' | '.join(f'{value:.3f}' for value in values)} |" in page
+        assert f"| {ARMS[arm].title} | {' | '.join(f'{value:.3f}' for value in values)} |" in TEXT
     correlation = numpy.corrcoef(loss.flatten(), repeats.flatten())[0, 1]
-    assert f"{100 * share:.0f} % of the held-out" in page and f"(r = {correlation:.2f})" in page
+    assert f"{100 * share:.0f} % of the held-out" in TEXT and f"(r = {correlation:.2f})" in TEXT
     assert (others.argmin(axis=0) == arms.index("moe-hash")).all()
     for arm in ("moe", "moe-hash"):
         whole, *parts = ((each[arms.index(arm)] - each[2]) for each in (loss, share * repeats, (1 - share) * others))
         texts = [f"{whole.mean():+.3f}", *(interval([*part], "+", digits=3) for part in parts)]
-        assert all(text.replace("-", "−") in page for text in texts), texts
+        assert all(text.replace("-", "−") in TEXT for text in texts), texts
 
 
 def test_the_quickstarts_seeds() -> None:
