@@ -157,3 +157,5 @@ def test_the_coefficient_has_a_lower_bound_and_stays_at_the_target() -> None:
         callback.model.routing_counts += torch.tensor([active, 8])
         callback.on_step_end(None, None, None)
         assert model.config.router_aux_loss_coef == pytest.approx(coefficient)
+    with pytest.raises(ValueError, match="TRL"):
+        callback.on_step_end(None, None, None)

@@ -113,7 +113,7 @@ def export(options: argparse.Namespace) -> None:
         check_bound(f"--load {options.load}", config, bound)
         set_bound(config, bound)
     elif config.num_experts and config.moe_relu_routing and config.max_experts_per_token is None:
-        print("vLLM and SGLang need a fixed number of experts per token: give --max-experts-per-token.", flush=True)
+        print("vLLM needs a fixed number of experts per token: give --max-experts-per-token.", flush=True)
     model = convert_model(run.model, config)
     checkpoint, parameters = run.name, model.num_parameters()
     del run

@@ -56,13 +56,15 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self.model.routing_counts = torch.zeros(2, dtype=torch.int64, device=self.model.device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add up the counts of all ranks, and move λ."""
+        """Add up the counts of all ranks, and move λ. Raise a ValueError if the trainer does not call the model."""
         counts, config = self.model.routing_counts, self.model.config
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)
         active, pairs = counts.tolist()
+        if not pairs:
+            raise ValueError("SparsityCallback saw no forward pass: TRL's trainers compute the loss without the model.")
         counts.zero_()
-        self.figures = {"sparsity": 1.0 - active / max(pairs, 1), "l1_coefficient": self.coefficient}
+        self.figures = {"sparsity": 1.0 - active / pairs, "l1_coefficient": self.coefficient}
         # target − S has the sign of active − k · tokens.
         distance = active * config.num_experts - config.mean_experts_per_token * pairs
         if distance:
