@@ -143,7 +143,7 @@ def checked_arguments(
     exit_stack.enter_context(lock_save_folder(args))
     if (resume := checkpoint_files.choose_checkpoint(args)) is not None:
         resume.apply(args)
-    load_saved_args(args)
+    load_saved_args(args, resume)
     checks.check_required_flags(args)
     validate_args(args, {})
     checks.check_settings(args)

@@ -57,6 +57,7 @@ def main(arguments: Sequence[str]) -> int:
 
     megatron_on_cpu()  # even on a machine with GPUs
     from megatron.remoe import cpu
+    from megatron.remoe.start.checkpoint_files import choose_checkpoint
     from megatron.remoe.start.checks import check_settings
     from megatron.remoe.start.messages import usage_errors
     from megatron.remoe.training.arguments import load_saved_args, parse_args
@@ -76,7 +77,10 @@ def main(arguments: Sequence[str]) -> int:
             vars(args).update(dict.fromkeys(fp4))
         with contextlib.redirect_stderr(io.StringIO()):
             cpu.adapt_arguments(args, trains=args.cpu)
-        load_saved_args(args)
+        resume = choose_checkpoint(args) if args.use_checkpoint_args else None
+        if resume:
+            resume.apply(args)
+        load_saved_args(args, resume)
         validate_args(args, {})
         check_settings(argparse.Namespace(**vars(args) | planned))
         check_sizes(args, planned.get("transformer_impl", args.transformer_impl))

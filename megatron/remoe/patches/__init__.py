@@ -10,7 +10,7 @@ import warnings
 import megatron.remoe
 from megatron.remoe.patches import checkpoints, fsdp, fusions, log_lines, optimizer, start, validation, waits
 
-VERSIONS = ("0.19.0", "0.19.1", "0.19.2")  # versions of megatron-core with the same patched code
+VERSIONS = ("0.19.2",)  # versions of megatron-core with the same patched code
 
 PATCHES = (
     start.use_shipped_helpers,

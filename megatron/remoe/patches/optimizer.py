@@ -74,14 +74,15 @@ def share_optimizer_steps() -> None:
     def load_state_dict(stock: Any, self: ChainedOptimizer, loaded: Any) -> None:
         if len(self.chained_optimizers) > 1 and isinstance(loaded, dict):
             optimizers = [each.get("optimizer", each) for each in loaded.values()]
-            for places, name in (
-                ([each["state"] for each in optimizers if "state" in each], "common_step"),
-                ([group for each in optimizers for group in each.get("param_groups", ())], "step"),
-            ):
-                if steps := [place[name] for place in places if name in place]:
-                    for place in places:
-                        place[name] = max(steps)
+            _share_largest("common_step", [each["state"] for each in optimizers if "state" in each])
+            _share_largest("step", [group for each in optimizers for group in each.get("param_groups", ())])
         stock(self, loaded)
+
+
+def _share_largest(name: str, places: list[dict[str, Any]]) -> None:
+    if steps := [place[name] for place in places if name in place]:
+        for place in places:
+            place[name] = max(steps)
 
 
 @patch(

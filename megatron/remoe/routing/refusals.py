@@ -174,13 +174,9 @@ def _combinations(settings: Settings, given: str) -> Iterator[str]:
     graphs = getattr(settings, "cuda_graph_impl", None)
     modules = as_list(getattr(settings, "cuda_graph_modules", None) or "full")  # by default, whole layers are captured
     has_moe = any(str(getattr(module, "name", module)).startswith(("moe", "full")) for module in modules)
-    captures = {
-        "full_iteration": True,
-        # GPTModel's layers hold attention and experts, and attn captures all of it: create_mcore_cudagraph_manager.
-        "local": has_moe or not is_hybrid,
-        "transformer_engine": has_moe,
-    }
-    if captures.get(graphs or "none"):
+    # GPTModel's layers hold attention and experts, and attn captures all of it: create_mcore_cudagraph_manager.
+    captures_experts = has_moe or (graphs == "local" and not is_hybrid)
+    if graphs == "full_iteration" or (graphs in ("local", "transformer_engine") and captures_experts):
         yield (
             f"--cuda-graph-impl {graphs} with --cuda-graph-modules {shown(modules)} cannot be used with {given}: the "
             "number of routed pairs changes from step to step. Use --cuda-graph-impl none, or local with "

@@ -141,13 +141,13 @@ def differences(args: argparse.Namespace, saved: argparse.Namespace, names: set[
     divisors = ("make_vocab_size_divisible_by", "tensor_model_parallel_size")
     if "seed" in names and all(getattr(args, name) == getattr(saved, name, None) for name in divisors):
         names = names | {"padded_vocab_size"}  # Megatron would cut or fill the embeddings
-    shared = [name for name in sorted(names) if hasattr(args, name) and hasattr(saved, name)]
-    values = {name: (_comparable(getattr(saved, name)), _comparable(getattr(args, name))) for name in shared}
-    return "; ".join(
-        f"{flag_name(name)} {_short(there)} in the checkpoint, {_short(here)} here"
-        for name, (there, here) in values.items()
-        if not _is_same(here, there)
-    )
+    lines = []
+    for name in sorted(names):
+        if hasattr(args, name) and hasattr(saved, name):
+            there, here = _comparable(getattr(saved, name)), _comparable(getattr(args, name))
+            if not _is_same(here, there):
+                lines.append(f"{flag_name(name)} {_short(there)} in the checkpoint, {_short(here)} here")
+    return "; ".join(lines)
 
 
 def _samples(args: argparse.Namespace) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ from megatron.remoe.files.gpt2_files import GPT2_TOKENIZER
 from megatron.remoe.kernels.backend import wants_kernels
 from megatron.remoe.routing.config import MEGATRON_FIELDS, ReMoEConfig, ReMoEMLAConfig
 from megatron.remoe.routing.refusals import as_list, routing_problems, shown
-from megatron.remoe.start.checkpoint_files import choose_checkpoint
+from megatron.remoe.start.checkpoint_files import Resume
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
 from megatron.remoe.start.messages import explain_flag_errors
 from megatron.remoe.training.gpt2_tokenizer import use_local_gpt2_files
@@ -96,19 +96,18 @@ def parse_args(extra_args_provider: ArgumentsProvider | None = None) -> argparse
     return args
 
 
-def load_saved_args(args: argparse.Namespace) -> None:
-    """With --use-checkpoint-args, read the model's shape from the checkpoint and check it. Call this before validation.
+def load_saved_args(args: argparse.Namespace, resume: Resume | None) -> None:
+    """With --use-checkpoint-args, before validation, read the model's shape from the applied `resume` and check it.
 
     Raises:
         ValueError, DataError: as in `parse_args`; or no complete checkpoint exists (`BrokenCheckpointError`).
     """
     if not args.use_checkpoint_args:
         return
-    tokenizer, resume = args.tokenizer_type, choose_checkpoint(args)  # refuses a checkpoint with code
+    tokenizer = args.tokenizer_type
     if resume is None:
         problem = "--use-checkpoint-args: there is no checkpoint in --load or --pretrained-checkpoint."
         raise BrokenCheckpointError(problem, "REMOE-E404")
-    resume.apply(args)
     load_args_from_checkpoint(args, load_arg=resume.flag.removeprefix("--").replace("-", "_"))
     saved = resume.saved
     files = getattr(saved, "gpt2_files", None) if args.use_tokenizer_model_from_checkpoint_args else None

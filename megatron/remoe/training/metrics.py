@@ -51,13 +51,9 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
         is_printed = self._first or iteration % self._args.log_interval == 0
         is_recorded = iteration % self._args.tensorboard_log_interval == 0 and (writer or wandb_writer)
         self._first = False
-        line: dict[str, Any] = {}
-        if self.flips is not None and (flips := self.flips.after_update(iteration)) is not None:
-            run_logger().info({"kind": "flips", "iteration": iteration, **flips})
-            line = {f"flip_{name}": flips[name] for name in ("rate", "count")}
-            self._record({f"moe/{name}": value for name, value in line.items()}, iteration, writer, wandb_writer)
-            text += "".join(f" {name.replace('_', ' ')}: {value:.6f} |" for name, value in line.items())
-            line["changed_tokens"] = flips["changed_tokens"]
+        line = self._measure_flips(iteration, writer, wandb_writer)
+        if line:
+            text += f" flip rate: {line['flip_rate']:.6f} | flip count: {line['flip_count']:.6f} |"
         controller = self._counter if isinstance(self._counter, SparsityController) else None
         if controller and (is_printed or is_recorded) and (summary := controller.summary()) is not None:
             figures = asdict(summary)
@@ -72,6 +68,15 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
         if is_printed and (line := line | self.totals()):
             run_logger().info(line)
         return text
+
+    def _measure_flips(self, iteration: int, writer: Any, wandb_writer: Any) -> dict[str, Any]:
+        """Measure and record the flips if they are due. Return their figures for the log line, or {}."""
+        if self.flips is None or (flips := self.flips.after_update(iteration)) is None:
+            return {}
+        run_logger().info({"kind": "flips", "iteration": iteration, **flips})
+        line = {f"flip_{name}": flips[name] for name in ("rate", "count")}
+        self._record({f"moe/{name}": value for name, value in line.items()}, iteration, writer, wandb_writer)
+        return line | {"changed_tokens": flips["changed_tokens"]}
 
     def _record(self, scalars: dict[str, float], iteration: int, writer: Any, wandb_writer: Any) -> None:
         """Write scalars to TensorBoard and Weights & Biases; either may be None."""
