@@ -28,9 +28,8 @@ env --ignore-environment PATH="$PATH" HOME="$folder/home" PIP_NO_INDEX=1 REHEARS
 echo "The acceptance ended with $status (124: at its limit). CPU time of the shell, and of all that it started:"
 times
 missing=()
-for name in environment launch-{182m-{remoe-{triton,torch},dense-triton,moe-triton},978m-remoe-triton-num-layers-12,469m-remoe-triton}; do
-  [[ $name == environment ]] || name+=-steady
-  compgen -G "$folder/figures/*/$name.json" >/dev/null || missing+=("$name")
+for name in launch-{182m-{remoe-{triton,torch},dense-triton,moe-triton},978m-remoe-triton-num-layers-12,469m-remoe-triton}; do
+  compgen -G "$folder/figures/*/$name-steady.json" >/dev/null || missing+=("$name-steady")
 done
 echo "First figures that are missing: ${missing[*]:-none}"
 [[ ${#missing[@]} == 0 && ( $status == 0 || $status == 124 ) ]]

@@ -1,5 +1,7 @@
 """Fixtures for the GPU tests: the machine that runs them, and the report of their figures."""
 
+import re
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -20,11 +22,20 @@ def machine(tmp_path: Path) -> Machine:
 @pytest.fixture
 def report(request: pytest.FixtureRequest, machine: Machine) -> Report:
     """Return the report for the test's figures; skip the test if its figures are already there."""
-    name = request.node.name.removeprefix("test_").replace("[", "-").rstrip("]")
+    name = re.sub(r"\W+", "-", request.node.name.removeprefix("test_")).strip("-")
     kept = Report(request.config.getoption("--gpu-report") or machine.folder, machine.card, name)
     if kept.path.exists():
         pytest.skip(f"its figures are in {kept.path}")
     return kept
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Print a failure at once: a time limit can end the session before its summary."""
+    result = yield
+    if result.failed:
+        item.config.get_terminal_writer().line(f"\n{item.name}: {result.longreprtext}"[-3000:], flush=True)
+    return result
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

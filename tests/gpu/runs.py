@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.golden_run import FLAGS, Figures, read_figures, write_data
+from tests.golden_run import EARLY, FLAGS, Figures, read_figures, write_data
 from tests.scripts.launching import Launch
 from tools.console.places import ROOT
 from tools.plan.rehearse import rehearsal_flags
@@ -128,7 +129,7 @@ def profile(machine: Machine, case: Case, trace: Path) -> dict[str, Any]:
     place = ["--tensorboard-dir", str(machine.folder / "profile" / "tensorboard")]
     environment |= {"BENCHMARK_RECORD": str(machine.folder / "record.json"), "BENCHMARK_AT_TARGET": "1"}
     machine.python(TIMED_ENTRY, *flags, *AT_TARGET, *start.split(), *place, share=SHARES["steady"], **environment)
-    (machine.folder / "profile" / "torch_profile" / "rank-0.json.gz").replace(trace)
+    shutil.move(machine.folder / "profile" / "torch_profile" / "rank-0.json.gz", trace)
     with gzip.open(trace) as file:
         events = [one for one in json.load(file)["traceEvents"] if "dur" in one]
     kernels = [one for one in events if one.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
@@ -144,11 +145,11 @@ def profile(machine: Machine, case: Case, trace: Path) -> dict[str, Any]:
 
 
 def train_golden(machine: Machine, name: str, flags: Sequence[str], more: Sequence[str] = ()) -> Figures:
-    """Train the golden run's model in fp32 from weights that the CPU draws; return its figures."""
+    """Train the golden run's model in fp32 from weights that the CPU draws; return its figures until EARLY."""
     weights, text = machine.folder / f"{name}.pt", machine.folder / "text"
     if not text.with_suffix(".bin").exists():
         write_data(text)
-    words = [HERE / "golden_entry.py", *flags, "--data-path", text]
+    words = [HERE / "golden_entry.py", *flags, "--data-path", text, "--exit-interval", EARLY]
     if not weights.exists():
         machine.python(*words, "--cpu", on_gpu=False, OMP_NUM_THREADS="1", GOLDEN_WEIGHTS=str(weights))
     return read_figures(machine.python(*words, *FP32_GPU, *more, share=0.125, GOLDEN_WEIGHTS=str(weights)))

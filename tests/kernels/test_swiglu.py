@@ -15,13 +15,9 @@ from tests.kernels import DEVICE, rounding
 )
 def test_values_and_gradients(pairs: int, ffn: int, dtype: torch.dtype) -> None:
     torch.manual_seed(ffn)
-    hidden = 3 * torch.randn(pairs, 2 * ffn, device=DEVICE)
-    hidden, gates, d_activated = (
-        hidden.to(dtype),
-        torch.rand(pairs, device=DEVICE),
-        torch.randn(pairs, ffn, device=DEVICE),
-    )
-    d_activated = d_activated.to(dtype)
+    hidden = (3 * torch.randn(pairs, 2 * ffn, device=DEVICE)).to(dtype)
+    d_activated = torch.randn(pairs, ffn, device=DEVICE).to(dtype)
+    gates = torch.rand(pairs, device=DEVICE)
     exact_hidden, exact_gates = hidden.double().requires_grad_(), gates.double().requires_grad_()
     left, right = exact_hidden.chunk(2, dim=-1)
     exact = torch.nn.functional.silu(left) * right * exact_gates[:, None]
@@ -32,12 +28,8 @@ def test_values_and_gradients(pairs: int, ffn: int, dtype: torch.dtype) -> None:
     assert torch.equal(again, activated) and again.data_ptr() == d_activated.data_ptr()
     # The sum of a gate's gradient can be smaller than the rounding of its terms.
     terms = (torch.nn.functional.silu(left) * right * d_activated).abs().sum(dim=-1)
-    results = (
-        (activated, exact, exact),
-        (d_hidden, exact_hidden.grad, exact_hidden.grad),
-        (d_gates, exact_gates.grad, terms),
-    )
-    for actual, expected, scale in results:
+    values, scales = (exact, exact_hidden.grad, exact_gates.grad), (exact, exact_hidden.grad, terms)
+    for actual, expected, scale in zip((activated, d_hidden, d_gates), values, scales, strict=True):
         allowed = (rounding(actual.dtype) + 2e-6) * scale.abs() + 3e-6
         assert ((actual.double() - expected).abs() <= allowed).all()
     assert activated.dtype == d_hidden.dtype == dtype and d_gates.dtype == gates.dtype

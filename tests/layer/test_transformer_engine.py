@@ -63,12 +63,12 @@ def test_only_router_and_layer_are_replaced(engine_spec: ModuleSpec) -> None:
 def test_kernels_are_for_any_routing(engine_spec: ModuleSpec) -> None:
     """Top-k layers use a plan too, with sizes on the host. Their results equal those of Megatron's layer."""
     stock, planned = (
-        spec.submodules.mlp(config=make_topk_config(moe_router_topk=2, moe_grouped_gemm=True), layer_number=1)
+        spec.submodules.mlp(config=make_topk_config(moe_router_topk=2, moe_grouped_gemm=True), layer_number=1).cuda()
         for spec in (engine_spec, replace_classes(engine_spec, REMOE_LAYER))
     )
     assert (type(stock), type(planned)) == (MoELayer, ReMoELayer) and type(planned.router) is type(stock.router)
     planned.load_state_dict(stock.state_dict())
-    tokens, results = torch.randn(9, 2, HIDDEN, dtype=torch.float64), []
+    tokens, results = torch.randn(9, 2, HIDDEN, dtype=torch.float64, device=planned.router.weight.device), []
     for layer in (stock, planned):
         layer.set_layer_number(1)
         copy = tokens.clone().requires_grad_()

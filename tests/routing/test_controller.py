@@ -147,7 +147,7 @@ def test_large_gradients_of_half_precision_are_finite(name: str, make_controller
 def test_gradients_that_are_not_finite_move_nothing_though_the_router_is_off() -> None:
     """A router that is off for all tokens has a gradient of 0, whatever the loss is."""
     config = make_config(moe_relu_layer_floor=1e-3)
-    layer = torch.nn.ModuleDict({"input_layernorm": torch.nn.RMSNorm(HIDDEN), "mlp": make_layer(config)})
+    layer = torch.nn.ModuleDict({"input_layernorm": torch.nn.RMSNorm(HIDDEN).cuda(), "mlp": make_layer(config)})
     controller = SparsityController([layer], config)
     norm, router = layer["input_layernorm"].weight, controller.routers[0]
     route(controller, active=0, tokens=8)

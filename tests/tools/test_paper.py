@@ -12,11 +12,9 @@ import numpy
 import pytest
 
 from tests.training_runs import REPOSITORY
-from tools.experiments import compare
+from tools.experiments import compare, significance
 from tools.experiments.arms import ARMS
 from tools.experiments.results import finished, read_results
-from tools.experiments.significance import MARGIN
-from tools.experiments.significance import compare as compare_gaps
 from tools.experiments.sweep import parse_arguments as sweep
 from tools.experiments.tables import EQUAL_STEPS, Line, gaps, interval, markdown
 from tools.models.arguments import parse_analyze as analyze
@@ -26,7 +24,7 @@ from tools.report.command import parse_arguments as report
 DATA = REPOSITORY / "docs" / "compare"
 PAGE, EXPERIMENTS = ((REPOSITORY / "docs" / f"{name}.md").read_text() for name in ("paper", "experiments"))
 TEXT = " ".join(EXPERIMENTS.split())
-RESULT_ARMS = ("dense", "moe", "moe-hash", "remoe")  # columns of the table of results in docs/experiments.md
+RESULTS = ("dense", "moe", "moe-hash", "remoe")  # columns of docs/experiments.md#results
 PARSERS: dict[str, Callable[[list[str]], object]] = {
     "analyze": analyze, "evaluate": evaluate, "report": report, "sweep": sweep, "compare": compare.parse_arguments,
 }  # fmt: skip
@@ -123,9 +121,9 @@ def test_a_table_of_the_protocol(name: str, tmp_path: Path) -> None:
     for experts in args.experts:
         lines = compare.make_lines(args, results, experts)
         by_titles, differences = {line.titles: line for line in lines}, gaps(lines)
-        verdicts = compare_gaps(differences, MARGIN)
+        verdicts = significance.compare(differences, significance.MARGIN)
         for steps in args.steps:
-            gaps_of_arms = [verdicts.get(((str(steps), arm), EQUAL_STEPS)) for arm in RESULT_ARMS]
+            gaps_of_arms = [verdicts.get(((str(steps), arm), EQUAL_STEPS)) for arm in RESULTS]
             shown = [f"{each.mean:+.3f}, {each.verdict}".replace("-", "−") if each else "" for each in gaps_of_arms]
             cells = " | ".join(shown).replace("equivalent", "equal").replace(" within 0.01", "")
             row = rf"^\| \[{name}\]\(#.*\) \| {experts}\b.* \| {steps:,} \| {re.escape(cells)} \|$"

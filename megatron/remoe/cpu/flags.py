@@ -46,7 +46,7 @@ def adapt_arguments(args: argparse.Namespace, trains: bool = True) -> None:
     if not os.path.isdir("/proc/self/fd"):  # missing on macOS; Megatron's data loader workers read it
         args.num_workers = 0
     if trains and args.rank == 0 and not getattr(args, "cpu", True):
-        print(f"No GPU with a driver for PyTorch's CUDA ({torch.version.cuda}): training on the CPU.", file=sys.stderr)
+        print(f"No GPU with a driver for PyTorch's CUDA {torch.version.cuda}: training on the CPU.", file=sys.stderr)
     changed = {name: reason for name, (value, reason) in CPU_VALUES.items() if getattr(args, name, value) != value}
     vars(args).update({name: CPU_VALUES[name][0] for name in changed})
     named = [f"--{name.replace('_', '-')} ({changed[name]})" for name in changed if name not in SILENT]
