@@ -57,9 +57,11 @@ def test_launch(case: Case, stage: str, machine: Machine, report: Report) -> Non
 
 def test_profile(machine: Machine, report: Report) -> None:
     """The trace has kernels, also of attention. It is kept because it shows where the host delays the GPU."""
+    if machine.is_rehearsed:
+        pytest.skip("PyTorch's profiler needs a real CUDA")
     figures = profile(machine, Case(kernels=TRITON), report.folder / "trace.json.gz")
     report(figures)
-    assert machine.is_rehearsed or (figures["kernel_seconds"] > 0 and figures["attention"])
+    assert figures["kernel_seconds"] > 0 and figures["attention"]
 
 
 @pytest.mark.usefixtures("process_groups")
