@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.golden_run import EARLY, FLAGS, Figures, read_figures, write_data
+from tests.golden_run import EXACT, FLAGS, Figures, read_figures, write_data
 from tests.scripts.launching import Launch
 from tools.console.places import ROOT
 from tools.plan.rehearse import rehearsal_flags
@@ -145,11 +145,11 @@ def profile(machine: Machine, case: Case, trace: Path) -> dict[str, Any]:
 
 
 def train_golden(machine: Machine, name: str, flags: Sequence[str], more: Sequence[str] = ()) -> Figures:
-    """Train the golden run's model in fp32 from weights that the CPU draws; return its figures until EARLY."""
+    """Train the golden run's model in fp32 from weights that the CPU draws; return its figures until EXACT."""
     weights, text = machine.folder / f"{name}.pt", machine.folder / "text"
     if not text.with_suffix(".bin").exists():
         write_data(text)
-    words = [HERE / "golden_entry.py", *flags, "--data-path", text, "--exit-interval", EARLY]
+    words = [HERE / "golden_entry.py", *flags, "--data-path", text, "--exit-interval", EXACT]
     if not weights.exists():
         machine.python(*words, "--cpu", on_gpu=False, OMP_NUM_THREADS="1", GOLDEN_WEIGHTS=str(weights))
     return read_figures(machine.python(*words, *FP32_GPU, *more, share=0.125, GOLDEN_WEIGHTS=str(weights)))

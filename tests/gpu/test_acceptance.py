@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron.remoe.layer import counting
-from tests.golden_run import EARLY, FLAGS, committed, differences
+from tests.golden_run import EXACT, FLAGS, committed, differences
 from tests.gpu.report import Report
 from tests.gpu.runs import FUSED_FLAGS, Case, Machine, profile, train_golden, train_launched
 from tests.layers import make_config, make_layer
@@ -110,7 +110,7 @@ def test_golden_run(machine: Machine, report: Report) -> None:
     """GPU and CPU agree as well as two CPUs, because PyTorch's fp32 products on a GPU do not use TF32."""
     figures = train_golden(machine, "golden", FLAGS)
     report({"figures": figures})
-    expected = {iteration: one for iteration, one in committed().items() if iteration <= EARLY}
+    expected = {iteration: one for iteration, one in committed().items() if iteration <= EXACT}
     assert machine.is_rehearsed or differences(figures, expected) == []
 
 

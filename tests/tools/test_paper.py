@@ -24,7 +24,6 @@ from tools.report.command import parse_arguments as report
 DATA = REPOSITORY / "docs" / "compare"
 PAGE, EXPERIMENTS = ((REPOSITORY / "docs" / f"{name}.md").read_text() for name in ("paper", "experiments"))
 TEXT = " ".join(EXPERIMENTS.split())
-RESULTS = ("dense", "moe", "moe-hash", "remoe")  # columns of docs/experiments.md#results
 PARSERS: dict[str, Callable[[list[str]], object]] = {
     "analyze": analyze, "evaluate": evaluate, "report": report, "sweep": sweep, "compare": compare.parse_arguments,
 }  # fmt: skip
@@ -123,8 +122,8 @@ def test_a_table_of_the_protocol(name: str, tmp_path: Path) -> None:
         by_titles, differences = {line.titles: line for line in lines}, gaps(lines)
         verdicts = significance.compare(differences, significance.MARGIN)
         for steps in args.steps:
-            gaps_of_arms = [verdicts.get(((str(steps), arm), EQUAL_STEPS)) for arm in RESULTS]
-            shown = [f"{each.mean:+.3f}, {each.verdict}".replace("-", "−") if each else "" for each in gaps_of_arms]
+            known = [verdicts.get(((str(steps), arm), EQUAL_STEPS)) for arm in ("dense", "moe", "moe-hash", "remoe")]
+            shown = [f"{each.mean:+.3f}, {each.verdict}".replace("-", "−") if each else "" for each in known]
             cells = " | ".join(shown).replace("equivalent", "equal").replace(" within 0.01", "")
             row = rf"^\| \[{name}\]\(#.*\) \| {experts}\b.* \| {steps:,} \| {re.escape(cells)} \|$"
             assert re.search(row, EXPERIMENTS, re.M)
