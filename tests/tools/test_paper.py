@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -141,11 +140,13 @@ def test_a_table_of_the_protocol(name: str, tmp_path: Path) -> None:
                 assert interval(difference, digits=3).removeprefix("-") in (REPOSITORY / "README.md").read_text()
 
 
-def test_what_a_second_expert_gains() -> None:
-    one, two = (finished(read_results(DATA / name / "results.json")) for name in ("a1", "c1"))
+@pytest.mark.parametrize("names", [("a1", "c1"), ("b1", "c2")])
+def test_what_more_experts_per_token_gain(names: tuple[str, str]) -> None:
+    one, more = (finished(read_results(DATA / name / "results.json")) for name in names)
+    losses = {(run.arm, run.seed, run.steps): result.loss for run, result in one.items() if not run.is_tuning}
     for arm, words in (("moe", "top-k gains "), ("remoe-capped", "ReMoE with the bound "), ("moe-hash", "and hash ")):
-        runs = [run for run in two if run.arm == arm and run.steps == 3600 and not run.is_tuning]
-        gains = [one[replace(run, topk=1)].loss - two[run].loss for run in runs]
+        runs = [run for run in more if run.arm == arm and run.steps == 3600 and not run.is_tuning]
+        gains = [losses[arm, run.seed, run.steps] - more[run].loss for run in runs]
         assert words + interval(gains, digits=3) in TEXT
 
 
