@@ -1,5 +1,6 @@
 """Configure pytest. Layers are tested in one process, on the GPU if there is one; training runs test the layouts."""
 
+import functools
 import os
 import signal
 import sys
@@ -69,6 +70,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not any(item.path.is_relative_to(folder / fast) for fast in FAST):
             item.add_marker("slow")
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    if (megatron := sys.modules.get("megatron.training.argument_utils")) is not None:
+        # Megatron's parser reads its help texts from the sources of 40 classes; here 300 parsers read them once.
+        factory, read = megatron.ArgumentGroupFactory, megatron.ArgumentGroupFactory._get_field_docstrings
+        factory._get_field_docstrings = staticmethod(functools.cache(functools.partial(read, factory)))
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,13 @@ END_OF_DOCUMENT = 256
 def write_documents(prefix: Path, documents: list[bytes]) -> None:
     """Write documents to `{prefix}.bin` and `.idx`; empty ones have no token at all."""
     tokens = [numpy.array([*text, END_OF_DOCUMENT] if text else [], dtype=numpy.uint16) for text in documents]
-    with IndexedWriter(prefix, numpy.dtype(numpy.uint16)) as writer:
-        writer.add(numpy.concatenate(tokens), numpy.array([len(document) for document in tokens]))
+    write_tokens(prefix, numpy.concatenate(tokens), [len(document) for document in tokens])
+
+
+def write_tokens(prefix: Path, ids: numpy.ndarray, lengths: list[int]) -> None:
+    """Write token ids, in their own type, as documents of these lengths."""
+    with IndexedWriter(prefix, ids.dtype) as writer:
+        writer.add(ids, numpy.array(lengths))
         writer.finish()
         writer.publish()
 

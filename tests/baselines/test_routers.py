@@ -14,7 +14,7 @@ from megatron.remoe.routing.refusals import RELU_VARIANTS
 from tests.baselines.layers import BATCH, DEVICE, PADDING, SEQUENCE, make_layer, make_tokens
 from tests.layers import HIDDEN, expert_weights, make_config
 from tests.tiny_model import TOPK
-from tests.training_runs import REPOSITORY, TINY, logged, run, step_losses
+from tests.training_runs import TINY, logged, run, step_losses
 
 # So that top-p's number of experts varies, and DECO's entropy changes the losses.
 MORE = {"top_p": "--moe-router-topk 2", "deco": "--moe-relu-l1-reg-coeff-init 1e-2"}
@@ -182,12 +182,6 @@ def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         make_config(**{"moe_relu_routing": False, "moe_baseline_router": "hash"} | changes)
     assert message in str(error.value)
-
-
-@pytest.mark.slow
-def test_parts_of_a_sequence_are_routed_as_the_whole() -> None:
-    output = run(["baselines"], 2, script=REPOSITORY / "tests" / "split_sequence.py")
-    assert output.count(" ok") == 2
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ from megatron.remoe import patches
 from megatron.remoe.kernels.pytorch import PYTORCH
 from megatron.remoe.layer import counting
 from tests.layers import HIDDEN, make_config, make_layer
-from tests.training_runs import REPOSITORY, run
 
 pytestmark = pytest.mark.usefixtures("process_groups")
 
@@ -119,11 +118,6 @@ def test_at_the_target_nothing_is_computed_twice() -> None:
     tokens = torch.rand(6, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device) + 0.1
     layer(tokens.requires_grad_())[0].sum().backward()
     assert dispatched == [24]
-
-
-def test_ranks_with_different_numbers_of_tokens_work_in_the_same_number_of_chunks() -> None:
-    output = run(["experts"], 2, script=REPOSITORY / "tests" / "split_sequence.py")
-    assert "rank 0 ok" in output and "rank 1 ok" in output
 
 
 def test_evaluation_is_bounded() -> None:

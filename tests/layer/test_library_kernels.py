@@ -10,7 +10,6 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.remoe import patches
 from megatron.remoe.transformer.cross_entropy import vocab_parallel_cross_entropy
 from tests.kernels import DEVICE
-from tests.training_runs import REPOSITORY, run
 
 pytest.importorskip("triton")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -38,12 +37,6 @@ def test_cross_entropy(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(given.grad.double(), exact.grad, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] / 10)
     assert torch.equal(kept_logits, given.grad), "the gradient lies where the logits were"
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="interpreted, on two processes of the CPU")
-def test_cross_entropy_over_a_shared_vocabulary() -> None:
-    output = run(["vocabulary"], 2, script=REPOSITORY / "tests" / "split_sequence.py")
-    assert "rank 0 ok" in output and "rank 1 ok" in output
 
 
 def test_megatrons_flag_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:

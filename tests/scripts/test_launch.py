@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.remoe.files.indexed import IndexedWriter, token_type
+from tests.data_sets import write_tokens
 from tests.scripts.launching import launch, main, planned, value
 from tools.recipes.models import PAPER, ROUTINGS
 
@@ -26,10 +26,7 @@ def test_missing_and_double_shards_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("documents", "split"), [(1000, "969,30,1"), (100, "98,1,1"), (5, "34,33,33")])
 def test_few_documents_have_a_split_that_leaves_no_part_empty(documents: int, split: str, tmp_path: Path) -> None:
-    with IndexedWriter(tmp_path / "a_document", token_type(300)) as writer:
-        writer.add(np.arange(documents) % 300, np.ones(documents, int))
-        writer.finish()
-        writer.publish()
+    write_tokens(tmp_path / "a_document", np.arange(documents, dtype=np.uint16) % 300, [1] * documents)
     data = {"DATA_PATH": "", "DATA_DIR": str(tmp_path)}
     result = planned("182m_moe", **data)
     assert value(shlex.split(result.stdout), "--split") == split, result.stderr

@@ -120,6 +120,11 @@ ENTRY = {
     "truncated checkpoint": Case(on("text", "--finetune --load {cut}"), "E401|--load|truncated"),
     "no such iteration": Case(resumed("--ckpt-step 7"), "E402|--ckpt-step 7|Iteration 2 "),
     # places
+    "srun without ranks": Case(on("text"), "E203|srun|torchrun|--nnodes", environment={"SLURM_STEP_NUM_TASKS": "2"}),
+    "--save-retain-interval with a release": Case(
+        on("text", "--save {release} --save-interval 1 --save-retain-interval 4"),
+        "E203|--save-retain-interval|--save|release",
+    ),
     "--save below a file": Case(on("text", "--save {file}/x --save-interval 1"), "E105|--save|file/x|Not a directory"),
     "a loss that is not finite": Case(
         on("text", "--init-method-std inf"), "found NaN in local forward loss calculation|Lower --lr", code=1

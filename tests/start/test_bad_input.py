@@ -1,6 +1,5 @@
 """Test mistakes in flags, files and environment: each ends at once with a short message, and changes no file."""
 
-import hashlib
 import os
 import shutil
 import socket
@@ -10,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.remoe.files.indexed import IndexedWriter, bin_path, idx_path
-from tests.data_sets import write_documents
+from megatron.remoe.files.indexed import bin_path, idx_path
+from tests.data_sets import write_documents, write_tokens
 from tests.entry import LIMIT, shared_entry
 from tests.start.mistakes import ENTRY, HYBRID, User, on, plain
 from tests.tiny_model import RELU
@@ -20,11 +19,9 @@ from tests.training_runs import last_error
 LINES = 3
 
 
-def contents(folder: Path) -> dict[str, str]:
-    """Return path → hash of each file."""
-    return {
-        str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+def changes(folder: Path) -> dict[Path, int]:
+    """Return each file → when the system last changed it; programs cannot set this time."""
+    return {path: path.stat().st_ctime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 def make_data_sets(user: User, source: Path) -> None:
@@ -34,11 +31,10 @@ def make_data_sets(user: User, source: Path) -> None:
     os.truncate(user.folder / "short_bin.bin", 1000)
     write_documents(user.folder / "few", [b"abc"])
     write_documents(user.folder / "one", [b"abc" * 1000])
-    with IndexedWriter(user.folder / "negative", np.dtype(np.int32)) as writer:
-        writer.add(np.array([5, -7, *[6] * 1000]), np.array([1002]))
-        writer.finish()
-        writer.publish()
+    write_tokens(user.folder / "negative", np.array([5, -7, *[6] * 1000], dtype=np.int32), [1002])
     (user.folder / "file").write_text("a regular file\n")
+    (user.folder / "release").mkdir()
+    (user.folder / "release" / "latest_checkpointed_iteration.txt").write_text("release")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +62,7 @@ def used_port() -> Iterator[str]:
 @pytest.mark.timeout(3 * LIMIT)
 @pytest.mark.parametrize("name", ENTRY)
 def test_entry(name: str, user: User, used_port: str) -> None:
-    case, before = ENTRY[name], contents(user.folder)
+    case, before = ENTRY[name], changes(user.folder)
     environment = {key: value or used_port for key, value in (case.environment or {}).items()}
     code, output = shared_entry().run(case.arguments(user), environment, list(case.unset))
     assert code is not None, f"hangs: {output[-2000:]}"
@@ -76,7 +72,7 @@ def test_entry(name: str, user: User, used_port: str) -> None:
         assert part in message
     if code == 2 or "REMOE-E" in message:
         assert "Traceback" not in output
-    after = contents(user.folder)
+    after = changes(user.folder)
     assert {path: after.get(path) for path in before} == before, "a file of the user's has changed"
 
 

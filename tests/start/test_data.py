@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from megatron.remoe.files.errors import DataError
-from megatron.remoe.files.indexed import HEADER, IndexedWriter, idx_path
+from megatron.remoe.files.indexed import HEADER, idx_path
 from megatron.remoe.start.data import check_data, check_vocabulary
+from tests.data_sets import write_tokens
 from tools.recipes.megatron_values import make_parser
 
 
@@ -24,10 +25,7 @@ def parse_data_flags(prefix: Path) -> argparse.Namespace:
 def test_samples_come_from_all_over_the_data(place: int, tmp_path: Path) -> None:
     ids = np.full(4_000_000, 6, np.int32)
     ids[place] = 70_000
-    with IndexedWriter(tmp_path / "large", np.dtype(np.int32)) as writer:
-        writer.add(ids, np.array([len(ids)]))
-        writer.finish()
-        writer.publish()
+    write_tokens(tmp_path / "large", ids, [len(ids)])
     args = parse_data_flags(tmp_path / "large")
     args.padded_vocab_size = 384
     with pytest.raises(DataError, match="has token 70000"):

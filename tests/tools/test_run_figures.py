@@ -25,7 +25,7 @@ def test_stages_of_a_run_that_continues_another(tmp_path: Path) -> None:
     args |= {"global_batch_size": 2, "train_iters": 40, "log_interval": 10}
     rows: list[dict[str, object]] = [
         {"kind": "log", "iteration": at, "sparsity": 0.5, "target_sparsity": 31 / 32, "seconds_per_iteration": 0.1}
-        | {"layer_sparsity": {"1": 0.5}}
+        | {"layer_sparsity": {"1": 0.5}, "tokens_per_expert": {"1": [at] + [1] * 31}}
         for at in (30, 40)
     ]
     folder = write_metrics(tmp_path / "run", args, *rows)
@@ -37,6 +37,8 @@ def test_stages_of_a_run_that_continues_another(tmp_path: Path) -> None:
     assert training_flops(figures) is None
     [experts] = (panel for panel in panels([figures])["Routing"] if panel.title == "Experts per token")
     layers, mean, *_ = (renderer.data_source.data for renderer in experts.plot.renderers)
+    [load] = panels([figures])["Load of the experts"]
+    assert load.plot.renderers[0].glyph.x == 20 and load.plot.x_range.start == 20
     assert [*layers["ys"][0]] == [16.0] * 2 and [*mean["y"]] == [4.0] * 2, "positive gates, and computed experts"
 
 
@@ -92,6 +94,12 @@ def test_what_differs_are_flags_that_act(tmp_path: Path) -> None:
         for n, group in enumerate(more)
     ]
     assert differences(runs).rows == [["--lr", "0", "1"], ["--num-experts", "", "8"]]
+    for n, run in enumerate(runs):
+        run.args["data_path"] = ["shared/" * 20, f"end{n}"]
+    [shown, *_] = differences(runs).rows
+    assert shown[0] == "--data-path" and "end0" in shown[1] and "end1" in shown[2], (
+        "the difference is late in the value"
+    )
 
 
 def test_the_headline_compares_to_dense() -> None:

@@ -176,8 +176,8 @@ def test_tensorboard_and_wandb_get_the_same_figures(data: Path, tmp_path: Path) 
     assert all(text in content for text in (b"moe_relu/sparsity", b"moe/flip_rate", value))
 
 
-@pytest.mark.parametrize("kind", ["context", "sequence"])
-def test_tokens_of_one_sequence_on_two_ranks(kind: str) -> None:
-    """L1, its gradient, S and λ on two context or tensor parallel ranks equal those of one with the whole sequence."""
+@pytest.mark.parametrize("kind", ["context", "tensor_model", "expert_model"])
+def test_two_ranks_compute_what_one_does(kind: str) -> None:
+    """Routers, L1, S, λ, dispatch and cross entropy of two ranks equal those of one; ranks agree on their chunks."""
     output = run([kind], 2, script=REPOSITORY / "tests" / "split_sequence.py")
     assert "rank 0 ok" in output and "rank 1 ok" in output

@@ -2,7 +2,7 @@
 
 remoe compare --experts 8 --arms moe --steps 400 1200 --seeds 1 2 3
 remoe compare                                                        # everything: days
-remoe compare --collect                                              # tables and picture so far
+remoe compare [the same options] --collect                           # tables and picture so far
 
 The learning rate is constant and falls in the last fifth of each run. A longer run continues a shorter one from the
 step at which its rate began to fall, unless it reads the text more than once. At each length, an arm that used fewer
@@ -127,8 +127,8 @@ def planned_runs(args: argparse.Namespace, tuned: Tuned, experts: int) -> Iterat
     for seed in args.seeds:
         for arm in sorted(args.arms, key=lambda arm: arm != args.equal_flops):
             for steps in args.steps:
-                matched = arm if args.equal_flops == NONE else args.equal_flops
-                run, reference = (tuned_run(each, seed, steps) for each in (arm, matched))
+                run = tuned_run(arm, seed, steps)
+                reference = run if args.equal_flops == NONE else tuned_run(args.equal_flops, seed, steps)
                 if run is not None and reference is not None:
                     yield run, reference
 
@@ -171,6 +171,12 @@ def make_lines(args: argparse.Namespace, results: Results, experts: int) -> list
             matched = None if args.equal_flops == NONE else run_of_equal_flops(run, matching, results)
             if matched is not None and matched in results:
                 line.matched[run.seed] = vars(results[matched])
+    for (steps, _), line in lines.items():  # seeds that need no longer run, if others do
+        seeds = lines[steps, args.equal_flops].seeds if line.matched else {}
+        for seed in seeds.keys() & line.seeds.keys() - line.matched.keys():
+            wanted, flops = seeds[seed]["flops"], line.seeds[seed]["flops"]
+            if wanted and flops and abs(wanted - flops) <= EQUAL * wanted:
+                line.matched[seed] = line.seeds[seed]
     return sorted(lines.values(), key=lambda line: (int(line.titles[0]), args.arms.index(line.titles[1])))
 
 
@@ -183,7 +189,7 @@ def tuning_lines(args: argparse.Namespace, results: Results, experts: int) -> It
 
 
 def show(args: argparse.Namespace, rows: Sequence[Row]) -> None:
-    """Write the tables and the picture of the finished runs. Raise ToolError if --results has none of them."""
+    """Write the tables and the picture of the finished runs. Raise ToolError if there are none to collect."""
     results, text, panels = finished(rows), list[str](), dict[str, dict[str, dict[int, float]]]()
     for experts in args.experts:
         if lines := make_lines(args, results, experts):
@@ -196,9 +202,8 @@ def show(args: argparse.Namespace, rows: Sequence[Row]) -> None:
         arms = {run.arm for run in results if run.experts in (0, experts) and not run.is_tuning}
         if missing := arms.intersection(args.arms) - {line.titles[1] for line in lines}:
             text += ["", f"E = {experts}: the runs of {', '.join(sorted(missing))} have different flags; not shown."]
-    if args.results and not panels:
-        files = " ".join(map(str, args.results))
-        raise ToolError(f"--results {files}: no run has these flags. Give those that the runs had.")
+    if (args.results or args.collect) and not panels:
+        raise ToolError("No finished run has these flags. Give those that the runs had.")
     picture = partial(draw_final_losses, panels=panels, base=args.reference)
     write_page(args, rows, text, picture if panels else None)
 
@@ -217,7 +222,7 @@ def main(arguments: Sequence[str]) -> int:
         while runs:
             yield runs
             results = finished(read_folder(args.output_dir))
-            tried.update(runs, results)
+            tried.update(runs)
             matched = (run_of_equal_flops(*pair, results) for pair in pairs)
             runs = [*dict.fromkeys(run for run in matched if run is not None and run not in tried)]
 

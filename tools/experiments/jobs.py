@@ -35,7 +35,8 @@ NOT_COMPARED = {
     --wandb-save-dir --data-cache-path --log-interval --exit-interval --exit-duration-in-mins
     --tensor-model-parallel-size --pipeline-model-parallel-size --context-parallel-size --expert-model-parallel-size
     --num-virtual-stages-per-pipeline-rank --sequence-parallel
-    --moe-grouped-gemm --no-gradient-accumulation-fusion --no-rope-fusion
+    --moe-grouped-gemm --no-gradient-accumulation-fusion --no-rope-fusion --num-workers --distributed-timeout-minutes
+    --expert-tensor-parallel-size --recompute-granularity --recompute-method --recompute-num-layers --recompute-modules
     """.split(),
 }
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,15 +24,15 @@ class Panel:
     Attributes:
         title, label: of the panel, and of its horizontal axis.
         lines: arm and a note → place on the horizontal axis → losses of the seeds.
-        ticks: place → label; if empty, Matplotlib chooses them.
+        ticks: place → label.
         is_log: whether the horizontal axis is logarithmic.
     """
 
     title: str
     label: str
     lines: Mapping[tuple[str, str], Mapping[float, Sequence[float]]]
-    ticks: Mapping[float, str] = field(default_factory=dict)
-    is_log: bool = False
+    ticks: Mapping[float, str]
+    is_log: bool
 
 
 def color_key(arm: str) -> str:
@@ -59,9 +59,8 @@ def draw(path: Path, panels: Sequence[Panel], label: str) -> None:
                 for x, seeds in points:
                     axes.plot([x] * len(seeds), seeds, ".", color=colors[name], alpha=0.6)
             axes.set(title=panel.title, xlabel=panel.label, xscale="log" if panel.is_log else "linear")
-            if panel.ticks:
-                axes.set_xticks([*panel.ticks], [*panel.ticks.values()])
-                axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_xticks([*panel.ticks], [*panel.ticks.values()])
+            axes.xaxis.set_minor_locator(NullLocator())
             if place % columns == 1 or columns == 1:
                 axes.set_ylabel(label)
         legends = [axes.get_legend_handles_labels() for axes in figure.axes]

@@ -88,7 +88,7 @@ def summarize(jobs: Sequence[Job], runs: Mapping[str, RunFigures]) -> dict[str, 
     for job, (model, figures) in zip(jobs, runs.items(), strict=True):
         result, total = job.result(), figures.parameters or 0
         assert result is not None
-        unused = (experts - size.topk) * size.layers * 3 * size.hidden * size.ffn if job.run.experts else 0
+        unused = (experts - job.run.topk) * size.layers * 3 * size.hidden * size.ffn if job.run.experts else 0
         summary[model] = {
             "val_loss": result.loss,
             "val_loss_by_domain": result.losses,

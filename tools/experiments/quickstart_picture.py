@@ -25,7 +25,7 @@ def draw(path: Path, runs: Mapping[str, RunFigures], summary: Mapping[str, Any])
         _draw_sparsity(sparsity, remoe, summary)
         coefficient.plot(*remoe.curve("l1_coefficient"), color=routing_color("remoe"), linewidth=1.5)
         coefficient.set(title="ReMoE: coefficient λ of the L1 term", xlabel="iteration", ylabel="λ", yscale="log")
-        _draw_load(load, late_load(remoe, iterations), tiny.SIZE.topk / summary["experts"])
+        _draw_load(load, late_load(remoe, iterations), remoe.topk / summary["experts"])
 
 
 def late_load(figures: RunFigures, last: int) -> dict[int, NDArray[np.float64]]:

@@ -16,7 +16,7 @@ from typing import Any
 from ..console.flags import above_zero, whole_number
 from ..recipes import tiny
 from ..recipes.layout import RecipeError
-from ..recipes.models import PAPER, Training
+from ..recipes.models import PAPER, ROUTINGS, Training
 from .arms import ARMS, SETTINGS
 from .grids import grid_parser, parse_words, run_grid, write_page
 from .pictures import Panel, draw
@@ -31,7 +31,6 @@ VALUES: Mapping[str, Sequence[Any]] = {
     "granularity": (1, 2, 4, 8, 16, 32, 64),
 }
 WIDE = 8  # the paper's Dense x 8, as wide as 8 experts
-COMPARED = ("dense", "moe", "remoe")
 # Not in the figure over routings by default. With k = 1, top-p always chooses one expert.
 LEFT_OUT = ("moe-topp", "moe-expert-threshold", "moe-normalized", "remoe-normalized", "remoe-deco")
 FIGURES = (*VALUES, "routing", *SETTINGS)
@@ -53,7 +52,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     for name, setting in SETTINGS.items():
         text = f"for the figure {name}: {setting.label} (default: {' '.join(map('{:g}'.format, setting.values))})"
         add(f"--{name}s", nargs="+", type=above_zero, dest=name, metavar="N", help=text)
-    text = f"default: {' '.join(COMPARED)}; figure routing: all but {', '.join(LEFT_OUT)}; a setting: those of the "
+    text = f"default: {' '.join(ROUTINGS)}; figure routing: all but {', '.join(LEFT_OUT)}; a setting: those of the "
     text += "default that have it, or all that have it"
     add("--routings", nargs="+", choices=ARMS, metavar="ROUTING", help=f"of {', '.join(ARMS)} ({text})")
     group = parser.add_argument_group("how to train", "Defaults of launch scripts are the paper's.")
@@ -94,7 +93,7 @@ def plan_runs(args: argparse.Namespace) -> dict[str, list[tuple[Run, float, str]
 def _plan_figure(figure: str, args: argparse.Namespace, base: Run) -> Iterator[tuple[Run, float, str]]:
     setting = SETTINGS.get(figure)
     fitting = setting.arms if setting else tuple(ARMS)
-    usual = [arm for arm in ARMS if arm not in LEFT_OUT] if figure == "routing" else COMPARED
+    usual = [arm for arm in ARMS if arm not in LEFT_OUT] if figure == "routing" else ROUTINGS
     arms = [arm for arm in args.routings or usual if arm in fitting]
     if not arms and not args.routings:
         arms = [*fitting]

@@ -22,7 +22,7 @@ from .hf.tokenizer import find_folder_tokenizer, find_training_tokenizer, genera
 from .hf.weights import convert_model, fill_megatron
 from .measuring import (
     compare_models,
-    compute_logits,
+    compute_all_logits,
     count_experts,
     describe_difference,
     mean_experts,
@@ -106,8 +106,7 @@ def export(options: argparse.Namespace) -> None:
         print("no tokenizer: the run had none (NullTokenizer). Give one with --tokenizer-model.", flush=True)
     text, name = choose_text(args, options.data_path, config)
     ids = text[:, :-1]
-    with torch.no_grad():
-        logits = [compute_logits(run.model, batch) for batch in split_batches(ids)]
+    logits = compute_all_logits(run.model, ids)
     trained_bound = config.max_experts_per_token or config.num_experts
     if (bound := options.max_experts_per_token) is not None:
         check_bound(f"--load {options.load}", config, bound)
@@ -175,9 +174,7 @@ def write_card(folder: Path, args: argparse.Namespace, config: RemoeConfig, resu
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def write_checkpoint(
-    folder: Path, families: Collection[str], output: Path, tokenizer_model: Path | None = None
-) -> None:
+def write_checkpoint(folder: Path, families: Collection[str], output: Path, tokenizer_model: Path | None) -> None:
     """Write a folder's model as a checkpoint, if the logits of both models agree on random tokens.
 
     Prints the command to continue training.
@@ -200,7 +197,7 @@ def write_checkpoint(
     model = build(args)
     fill_megatron(model, source, config)
     ids = _random_tokens(config, 1, min(RANDOM_TOKENS, config.max_position_embeddings))
-    print(describe_difference(compare_models(source, model, ids), ids, RANDOM))
+    print(describe_difference(compare_models(source, compute_all_logits(model, ids), ids), ids, RANDOM))
     del source
     save(model, args, output)
     words = ["--data-path", "DATA", "--pretrained-checkpoint", str(output), *flags]

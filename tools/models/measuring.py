@@ -43,6 +43,12 @@ def compute_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return logits.float()
 
 
+@torch.no_grad()
+def compute_all_logits(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Return the logits for each batch of `split_batches`, as `compute_logits` does for one."""
+    return [compute_logits(model, batch) for batch in split_batches(ids)]
+
+
 def split_batches(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Split sequences `[sequences, length]` into batches of at most `TOKENS_PER_FORWARD` tokens, or of one sequence."""
     return ids.split(max(1, TOKENS_PER_FORWARD // ids.shape[1]))
@@ -101,23 +107,22 @@ def measure_loss(
 
 
 @torch.no_grad()
-def compare_models(model: Any, other: Any, ids: torch.Tensor) -> float:
+def compare_models(model: Any, expected: list[torch.Tensor], ids: torch.Tensor) -> float:
     """Return the largest difference between two models' logits for a text, as a share of the largest logit.
 
     Args:
         model: of Megatron or of transformers, on the CPU in float32, in evaluation mode.
-        other: another such model, or its logits: a list with one tensor for each batch of `split_batches`.
+        expected: the other model's logits, from `compute_all_logits`.
         ids: int64 `[sequences, length]`.
 
     Raises:
         ConversionError: the difference is above `MAX_LOGIT_DIFFERENCE`, so it is not just rounding.
     """
     difference = largest = torch.zeros(())
-    for number, batch in enumerate(split_batches(ids)):
-        logits = compute_logits(model, batch)
-        expected = other[number] if isinstance(other, list) else compute_logits(other, batch)
-        difference = torch.maximum(difference, (logits - expected).abs().max())  # keeps NaN, as `max` does not
-        largest = torch.maximum(largest, expected.abs().max())
+    for batch, logits in zip(split_batches(ids), expected, strict=True):
+        differences = (compute_logits(model, batch) - logits).abs()
+        difference = torch.maximum(difference, differences.max())  # keeps NaN, as `max` does not
+        largest = torch.maximum(largest, logits.abs().max())
     share = float(difference / largest)
     if not share <= MAX_LOGIT_DIFFERENCE:
         raise ConversionError(

@@ -213,8 +213,8 @@ def describe_model(chunks: list[torch.nn.Module], args: argparse.Namespace, phas
         phases: from `experts_by_phase`.
 
     Returns:
-        "forecast_gib": GiB by phase; "step_flops": the model's FLOPs per GPU and step, None if some layers are not
-        counted; "bubble": see `step_estimate.bubble`.
+        "forecast_gib": GiB by phase; "step_flops": the model's FLOPs per GPU and step; "bubble": see
+        `step_estimate.bubble`.
     """
     from megatron.core import parallel_state
 

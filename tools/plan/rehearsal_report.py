@@ -30,9 +30,8 @@ def _model_time(record: dict[str, Any], options: argparse.Namespace) -> dict[str
     parts, names = record["roofline"], ("operations", "bytes", "flops", "seconds")
     total = {name: sum(part[name] for part in parts.values()) for name in names}
     products = sum(part["seconds"] for part in parts.values() if part["flops"])
-    links, network = (
-        sum(call["seconds"] for call in calls if call["within_node"] is within) for within in (True, False)
-    )
+    links = sum(call["seconds"] for call in calls if call["within_node"])
+    network = sum(call["seconds"] for call in calls if not call["within_node"])
     host = host_seconds(record["calls"], record["launches"], options.rates)
     waiting = waiting_seconds(host, total["seconds"])
     time = StepTime(products, total["seconds"] - products, waiting, links, network, record["model"]["bubble"])

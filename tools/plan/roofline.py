@@ -8,11 +8,12 @@ import ctypes
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .step_time import attention_share, grouped_share
 
@@ -78,8 +79,8 @@ class Roofline(TorchDispatchMode):
         if name in FREE or "c10d" in function._schema.name:
             return result
         given = [*args, *(value for key, value in (kwargs or {}).items() if key not in ("out", "grad_input"))]
-        inputs, outputs = list(iterate_tensors(given)), list(iterate_tensors(result))
-        outputs = outputs or inputs[:1]
+        inputs = find_tensors(given)
+        outputs = find_tensors(result) or inputs[:1]
         if any(tensor.is_cuda for tensor in (*inputs, *outputs)):
             flops, rate = _flops(name, inputs)
             share = grouped_share(self._args) if rate == "grouped" else 1.0
@@ -181,7 +182,7 @@ def _replace_attention(functions: Any) -> None:
 def call_tensors(name: str, arguments: Sequence[Any], options: dict[str, Any], result: Any) -> list[torch.Tensor]:
     """Return a call's tensors, each once, without a product's workspace."""
     given = [*arguments[:WORKSPACE], *arguments[WORKSPACE + 1 :]] if name in ENGINE_PRODUCTS else arguments
-    tensors = iterate_tensors([given, list(options.values()), result])
+    tensors = find_tensors([given, options, result])
     return list({id(tensor): tensor for tensor in tensors}.values())
 
 
@@ -194,15 +195,15 @@ def measure_work(name: str, arguments: Sequence[Any], tensors: list[torch.Tensor
         return moved, passes * _heads(arguments)[0].numel() * arguments[1], "attention"
     if name in ENGINE_PRODUCTS:
         if arguments[ACCUMULATE]:
-            moved += sum(tensor.nbytes for tensor in iterate_tensors([arguments[4]]))
+            moved += sum(tensor.nbytes for tensor in find_tensors(arguments[4]))
         flops = 0.0
-        for left, right in zip(iterate_tensors([arguments[0]]), iterate_tensors([arguments[2]]), strict=True):
+        for left, right in zip(find_tensors(arguments[0]), find_tensors(arguments[2]), strict=True):
             common = left.shape[-1] if arguments[1] else left.numel() // left.shape[-1]
             flops += 2.0 * left.numel() * right.numel() / max(common, 1)
         return moved, flops, ENGINE_PRODUCTS[name]
     if name.startswith("multi_tensor_adam"):
         # All but the gradients are also written.
-        moved += sum(tensor.nbytes for tensor in iterate_tensors(arguments[2][1:]))
+        moved += sum(tensor.nbytes for tensor in find_tensors(arguments[2][1:]))
     return moved, 0.0, ""
 
 
@@ -230,10 +231,6 @@ def _launch() -> None:
     ctypes.CDLL("libcuda.so.1").rehearsal_launched()
 
 
-def iterate_tensors(values: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors in `values`, also in nested lists and tuples."""
-    if isinstance(values, torch.Tensor):
-        yield values
-    elif isinstance(values, list | tuple):
-        for value in values:
-            yield from iterate_tensors(value)
+def find_tensors(values: Any) -> list[torch.Tensor]:
+    """Return the tensors in `values`, also in nested lists, tuples and dictionaries."""
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]

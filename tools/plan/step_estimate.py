@@ -80,13 +80,10 @@ def estimate_step(
     launched = micro_batches * len("".join(layers)) / 2 / len(stages)  # a layer has two sublayers
     host = host_seconds(overhead.calls * launched, overhead.launches * launched, rates)
     waiting = waiting_seconds(host, products + traffic)
-    links, network = 0.0, 0.0
+    seconds = {True: 0.0, False: 0.0}  # of collectives within a node, and between nodes
     for call in estimate_collectives(args, stages, gpus_per_node):
-        if call["within_node"]:
-            links += collective_seconds(call, rates)
-        else:
-            network += collective_seconds(call, rates)
-    return StepTime(products, traffic, waiting, links, network, bubble(args))
+        seconds[call["within_node"]] += collective_seconds(call, rates)
+    return StepTime(products, traffic, waiting, seconds[True], seconds[False], bubble(args))
 
 
 def _products(args: argparse.Namespace, recomputed: str = "") -> dict[str, float]:
@@ -118,18 +115,18 @@ def estimate_collectives(args: argparse.Namespace, stages: list[Stage], gpus_per
             within = span <= gpus_per_node
             yield {"kind": kind, "ranks": ranks, "within_node": within, "times": times, "bytes": amount}
 
-    mean = {name: sum(getattr(stage, name) for stage in stages) / len(stages) for name in ("shared", "experts")}
     bucket = args.ddp_bucket_size or max(BUCKET, 1e6 * args.data_parallel_size)
     gradient, sharded = memory.gradient_size(args), memory.sharding(args)
     # FSDP gathers the weights for both passes of each micro-batch, and reduces each micro-batch's gradients.
     gathers, sums = 2 * micro_batches if "params" in sharded else 1, micro_batches if "grads" in sharded else 1
     for name, ranks in (("shared", per_stage // tp), ("experts", per_stage // expert_ranks)):
-        buckets = math.ceil(mean[name] / bucket) if args.overlap_grad_reduce else 1
+        mean = sum(getattr(stage, name) for stage in stages) / len(stages)  # parameters of a stage
+        buckets = math.ceil(mean / bucket) if args.overlap_grad_reduce else 1
         if "optim" in sharded:
-            yield from call("reduce_scatter_tensor", ranks, per_stage, sums * buckets, sums * gradient * mean[name])
-            yield from call("all_gather_into_tensor", ranks, per_stage, gathers * buckets, gathers * size * mean[name])
+            yield from call("reduce_scatter_tensor", ranks, per_stage, sums * buckets, sums * gradient * mean)
+            yield from call("all_gather_into_tensor", ranks, per_stage, gathers * buckets, gathers * size * mean)
         else:
-            yield from call("all_reduce", ranks, per_stage, buckets, gradient * mean[name])
+            yield from call("all_reduce", ranks, per_stage, buckets, gradient * mean)
     sublayers = [part for stage in stages for layer in stage.layers for part in layer]
     split = sum(part in "*-" for part in sublayers) / len(stages) * micro_batches
     # With sequence parallelism: two gathers or scatters forward, three backward. Without: one sum in each pass.

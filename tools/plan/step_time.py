@@ -62,7 +62,7 @@ class StepTime:
     waiting: float
     links: float
     network: float
-    bubble: float = 1.0
+    bubble: float
 
     @property
     def least(self) -> float:

@@ -15,6 +15,8 @@ import numpy as np
 from ..models.hybrid import moe_layer_pattern
 from ..runs.run_figures import TOTALS, WITHIN, RunFigures
 
+# Raised for arguments of an unknown type or layers that are not counted.
+UNCOUNTED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 RISING = 0.1  # the dense stage ends after this share of the way from the first S to the target
 
 CONVENTION = (
@@ -104,8 +106,8 @@ class Flops:
         """Count the FLOPs of a model with these arguments of Megatron.
 
         Raises:
-            ArithmeticError, AttributeError, LookupError, TypeError, ValueError: an argument that the count needs is
-                missing or has a different type, or the model has layers that are not counted.
+            UNCOUNTED: an argument that the count needs is missing or has a different type, or the model has layers that
+                are not counted.
         """
         named = argparse.Namespace(**args)
         sequence = flops_per_sequence(named)
@@ -170,7 +172,7 @@ def training_flops(figures: RunFigures) -> float | None:
     """
     try:
         flops = Flops.count(figures.args)
-    except (ValueError, TypeError, AttributeError, ArithmeticError):  # uncounted layers, or a log without arguments
+    except UNCOUNTED:
         return None
     stages_found = stages(figures, flops)
     if not stages_found or figures.began:

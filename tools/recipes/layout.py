@@ -27,12 +27,12 @@ class Layout:
     """Processes (one per GPU), and parallel sizes: tensor, pipeline, virtual stages of each, expert, context."""
 
     gpus_per_node: int
-    nodes: int = 1
-    tp: int = 1
-    pp: int = 1
-    vpp: int = 1
-    ep: int = 1
-    cp: int = 1
+    nodes: int
+    tp: int
+    pp: int
+    vpp: int
+    ep: int
+    cp: int
 
     @classmethod
     def read(cls, gpus_per_node: int, environment: Mapping[str, str]) -> "Layout":

@@ -100,7 +100,8 @@ def run_training(command: Sequence[str], log: Path) -> int:
             signal.signal(number, stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     code = job.wait()
-    tee.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        tee.wait(60)  # --async-save's worker outlives a killed rank, and keeps the pipe open
     error = ""
     if code:
         with log.open("rb") as file:

@@ -16,7 +16,6 @@ class TinySize(Size):
     """Dimensions of a model, with its experts and the sequences in a batch."""
 
     experts: int = 8
-    topk: int = 1
     batch: int = TRAINING.micro_batch
 
 

@@ -56,7 +56,8 @@ class RunCurves:
 
 def panels(runs: Sequence[RunFigures]) -> dict[str, list[Panel]]:
     """Return the figures of each section of the page; those with nothing to show are left out."""
-    x_range = Range1d(0, max(run.last for run in runs) * 1.01 or 1)
+    first, last = min(run.began for run in runs), max(run.last for run in runs)
+    x_range = Range1d(first, last + 0.01 * (last - first) or 1)
     draw = partial(overlay, runs, x_range)
 
     def logged(name: str, title: str, note: str = "", **settings: Any) -> Iterator[Panel]:
@@ -70,7 +71,7 @@ def panels(runs: Sequence[RunFigures]) -> dict[str, list[Panel]]:
         "Loss": [
             *draw(
                 _training_loss, "Training", "smoothed; faint: as logged. Zoom out for the first steps",
-                unit="nats per token", **_range_of_losses(runs, FIRST_SHARE * x_range.end),
+                unit="nats per token", **_range_of_losses(runs, first + FIRST_SHARE * (last - first)),
             ),
             *(
                 panel
@@ -140,7 +141,7 @@ def _load(run: RunFigures, x_range: Range1d) -> Iterator[Panel]:
     layers = [*loads[iterations[-1]]]
     experts = len(loads[iterations[-1]][layers[0]])
     rows = len(layers) * (experts + 1) - 1  # with an empty row between two layers
-    edges = np.linspace(0, iterations[-1], 1 + min(COLUMNS, len(iterations)))
+    edges = np.linspace(run.began, iterations[-1], 1 + min(COLUMNS, len(iterations)))
     chosen = np.searchsorted(iterations, (edges[1:] + edges[:-1]) / 2)  # a log line covers the iterations before it
     blocks = []
     for layer in layers:
@@ -150,7 +151,9 @@ def _load(run: RunFigures, x_range: Range1d) -> Iterator[Panel]:
     plot = new_figure(x_range, "layer", height=int(np.clip(8 * rows, 200, 900)), y_range=Range1d(rows, 0))
     # Even load is in the middle of the colors.
     mapper = LinearColorMapper(palette=interp_palette(RdBu[11], 255), low=0, high=2, nan_color="rgba(0, 0, 0, 0)")
-    glyph = plot.image([image], x=0, y=0, dw=iterations[-1], dh=rows, color_mapper=mapper, name=run.name)
+    glyph = plot.image(
+        [image], x=run.began, y=0, dw=iterations[-1] - run.began, dh=rows, color_mapper=mapper, name=run.name
+    )
     ticks = {block * (experts + 1) + experts / 2: str(layer) for block, layer in enumerate(layers)}
     plot.yaxis.ticker, plot.yaxis.major_label_overrides = FixedTicker(ticks=list(ticks)), ticks
     plot.grid.visible = False

@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from ..console.picture_style import line_styles
-from ..recipes.flops import Flops, TrainingStage, stages
+from ..recipes.flops import UNCOUNTED, Flops, TrainingStage, stages
 from ..runs.run_figures import RunFigures
 from . import tables
 from .figures import panels
@@ -46,6 +46,6 @@ def page(runs: Sequence[RunFigures], reload_after: int | None) -> str:
 def _stages(run: RunFigures) -> list[TrainingStage]:
     try:
         return stages(run, Flops.count(run.args))
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except UNCOUNTED as error:
         run.notes.append(f"{run.name}: FLOPs are not counted, since its arguments are not all known ({error}).")
         return []

@@ -1,6 +1,7 @@
 """Make the tables of the page, and its headline."""
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -62,14 +63,12 @@ def _measured_iteration(figures: RunFigures, kind: str) -> int:
 
 def summary(runs: Sequence[RunFigures]) -> Table:
     """Return a row for each figure that any run has, and a column for each run."""
+    sets = dict.fromkeys(name for run in runs for name in run.evaluations)
     cells: dict[str, tuple[Callable[[RunFigures], float | None], str]] = {
         "last iteration": (lambda run: run.last, ","),
         "iterations": (lambda run: run.whole("train_iters") or None, ","),
         "training loss, nats per token": (lambda run: run.newest("lm_loss"), ".4f"),
-        **{
-            f"validation loss {name}".strip(): (partial(_validation, name), ".4f")
-            for name in dict.fromkeys(name for run in runs for name in run.evaluations)
-        },
+        **{f"validation loss {name}".strip(): (partial(_validation, name), ".4f") for name in sets},
         "sparsity S": (lambda run: run.newest("sparsity"), ".4f"),
         "target": (lambda run: run.target_sparsity, ".4f"),
         "first within 1 % of the target, at iteration": (lambda run: run.first_near, ","),
@@ -120,7 +119,9 @@ def differences(runs: Sequence[RunFigures]) -> Table:
     for name in names:
         cells = [_format_flag(run, name) for run in logged]
         if len({cell for cell in cells if cell is not None}) > 1:
-            rows.append([f"--{name.replace('_', '-')}", *(cell or "" for cell in cells)])
+            start = max(0, len(os.path.commonprefix([cell for cell in cells if cell])) - SHOWN // 2)
+            shown = ("…" * (start > 0 and bool(cell)) + (cell or "")[start:][:SHOWN] for cell in cells)
+            rows.append([f"--{name.replace('_', '-')}", *shown])
     return Table("Flags that differ", ["", *(run.name for run in logged)], rows)
 
 
@@ -131,4 +132,4 @@ def _format_flag(run: RunFigures, name: str) -> str | None:
     value: Any = run.args.get(name)
     if value is None or value is False:
         return ""
-    return "yes" if value is True else str(value)[:SHOWN]
+    return "yes" if value is True else str(value)

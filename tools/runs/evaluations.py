@@ -1,5 +1,6 @@
 """Tabulate the results of remoe evaluate, with short names of models and data sets."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,9 @@ def name_models(places: Sequence[Path]) -> list[str]:
 
 
 def name_data_sets(prefixes: Sequence[str]) -> list[str]:
-    """Return short names for Megatron's data sets; prefixes if two would be equal."""
+    """Return short names for Megatron's data sets; with their folders if two would be equal."""
     short = [Path(prefix).name.removesuffix("_text_document") for prefix in prefixes]
-    return short if len(set(short)) == len(short) else [*prefixes]
+    if len(set(short)) == len(short):
+        return short
+    folder = os.path.commonpath(map(os.path.abspath, prefixes))
+    return [os.path.relpath(prefix.removesuffix("_text_document"), folder) for prefix in prefixes]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from time import monotonic
 from typing import IO, Self
@@ -53,10 +54,9 @@ class TrainingDisplay:
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self._plain: Callable[[str], None] = (lambda _: None) if console.is_terminal else self.say
         self._trainings, self._keep_open = trainings, keep_open
-        self._bars = {
-            title: self._progress.add_task(title, total=total, note="", visible=False)
-            for title, total in [*((shown.title, shown.iterations) for shown in trainings), ("all", 1)]
-        }
+        add_bar = partial(self._progress.add_task, note="", visible=False)
+        self._bars = {shown.title: add_bar(shown.title, total=shown.iterations) for shown in trainings}
+        self._bars["all"] = add_bar("all", total=1)
         self._began, self._worked = monotonic(), 0.0  # start, and cost of the iterations that were trained since then
         self._started: list[subprocess.Popen[str]] = []
         self._stopped, self._starting = False, Lock()
@@ -167,8 +167,8 @@ class TrainingDisplay:
             speed = shown.tokens_per_iteration / max(float(fields[MILLISECONDS]), 1e-6)  # thousands of tokens a second
             loss = f"loss {float(fields['lm loss']):.3f}  " if "lm loss" in fields else ""
             note = f"{iteration}/{shown.iterations}  {loss}{speed:,.1f}k tokens/s"
-            costs = [(run.cost, run.cost * run.done / run.iterations) for run in self._trainings]
-            total, done = map(sum, zip(*costs, strict=True))
+            total = sum(run.cost for run in self._trainings)
+            done = sum(run.cost * run.done / run.iterations for run in self._trainings)
             left = f"{duration((total - done) * (monotonic() - self._began) / max(self._worked, 1e-9))} left"
             self._progress.update(self._bars[shown.title], completed=iteration, note=note)
             self._progress.update(self._bars["all"], completed=done / total, note=left)

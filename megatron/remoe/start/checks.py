@@ -7,10 +7,12 @@ written. `args` are Megatron's arguments: parsed for `check_required_flags`, val
 import argparse
 import os
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from megatron.remoe.files.errors import DataError, UsageError
 from megatron.remoe.routing.refusals import shown
+from megatron.remoe.start.checkpoint_files import RELEASE, newest_iteration
 
 
 def check_required_flags(args: argparse.Namespace) -> None:
@@ -52,6 +54,12 @@ def check_settings(args: argparse.Namespace) -> None:
     fsdp, interval = args.use_megatron_fsdp, args.moe_log_flips_interval
     ignored = args.fim_data or args.sft or args.dataloader_inter_document_masking or args.logits_load_dir
     problems: dict[str, Any] = {
+        "srun started several tasks, and each would train alone: start torchrun once per node, with --nnodes.": (
+            args.world_size == 1 and int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1
+        ),
+        f"--save-retain-interval: Megatron fails to save, as --save {args.save} holds a release. Give a new --save.": (
+            args.save and args.save_retain_interval and newest_iteration(Path(args.save)) == RELEASE
+        ),
         "--full-validation and --multiple-validation-sets: one does not work without the other. Give both.": (
             args.full_validation != sets
         ),

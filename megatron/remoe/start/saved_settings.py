@@ -37,9 +37,8 @@ ALWAYS_COMPARED |= {"global_batch_size", "step_batch_size_schedule"}
 # Matches the names of settings that change only speed or memory, or repeat a different setting.
 WITHOUT_EFFECT = re.compile(
     "recompute|fus(ed|ion|er)|offload|overlap|dispatcher|deepep|hybridep|ncclep|stash|gemm|cuda_graph|inference|"
-    "backend|_impl|kernels?$|comm_|comm$|num_sms|pipeline|meta_device|tracker|logging|logger|deterministic|"
-    "saved_activations|num_workers|threads|mmap|cache|in_dataloader|activation_limit|launch_ahead|_use_te_|valid_|test_|"
-    "encoder_|decoder_|is_hybrid"
+    "backend|_impl|kernels?$|comm_|pipeline|meta_device|tracker|logging|logger|saved_activations|num_workers|threads|"
+    "mmap|cache|in_dataloader|activation_limit|valid_|test_|encoder_|decoder_|is_hybrid"
 )
 L1 = {"moe_relu_l1_reg_coeff_init", "moe_relu_l1_reg_coeff_multiplier"}  # a checkpoint has n of λ = λ₀ · αⁿ
 RATES = {"lr", "min_lr"}  # Megatron identifies parameter groups in a checkpoint by these

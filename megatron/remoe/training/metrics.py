@@ -58,7 +58,7 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
         if controller and (is_printed or is_recorded) and (summary := controller.summary()) is not None:
             figures = asdict(summary)
             if is_recorded:
-                self._record(_scalars(figures, per_layer_logging), iteration, writer, wandb_writer)
+                self._log_scalars(_scalars(figures, per_layer_logging), iteration, writer, wandb_writer)
             text += "".join(f" {name.replace('_', ' ')}: {figures[name]:{form}} |" for name, form in PRINTED.items())
             if summary.guarded_layers:
                 text += f" guarded layers: {','.join(map(str, summary.guarded_layers))} |"
@@ -75,16 +75,8 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
             return {}
         run_logger().info({"kind": "flips", "iteration": iteration, **flips})
         line = {f"flip_{name}": flips[name] for name in ("rate", "count")}
-        self._record({f"moe/{name}": value for name, value in line.items()}, iteration, writer, wandb_writer)
+        self._log_scalars({f"moe/{name}": value for name, value in line.items()}, iteration, writer, wandb_writer)
         return line | {"changed_tokens": flips["changed_tokens"]}
-
-    def _record(self, scalars: dict[str, float], iteration: int, writer: Any, wandb_writer: Any) -> None:
-        """Write scalars to TensorBoard and Weights & Biases; either may be None."""
-        for name, value in scalars.items():
-            if writer is not None:
-                writer.add_scalar(name, value, iteration)
-        if wandb_writer is not None:
-            wandb_writer.log(scalars, iteration)
 
 
 def _scalars(figures: dict[str, Any], per_layer: bool) -> dict[str, float]:

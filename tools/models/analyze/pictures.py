@@ -136,9 +136,9 @@ def _draw_dots(axes: Any, layers: Layers, drawn: Sequence[tuple[str, str, str]])
         layers: layer → key → value; None is not drawn.
         drawn: key, color and label of each kind of value.
     """
-    for key, color, label in drawn:
+    for number, (key, color, label) in enumerate(drawn):
         values = [numpy.nan if layer[key] is None else layer[key] for layer in layers.values()]
-        axes.plot(values, range(len(layers)), "o", color=color, label=label)
+        axes.plot(values, range(len(layers)), "os^Dv"[number // len(DOMAINS) % 5], color=color, label=label)
     axes.set_yticks(*_ticks([*layers]))
     axes.set(ylim=(len(layers) - 0.5, -0.5), ylabel="layer")
     if any(label for *_, label in drawn):
@@ -147,7 +147,8 @@ def _draw_dots(axes: Any, layers: Layers, drawn: Sequence[tuple[str, str, str]])
 
 def _add_legend(axes: Any) -> None:
     """Add a legend below the axes."""
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=3.5, ncols=3)
+    columns = max(1, min(3, 90 // (6 + max(map(len, axes.get_legend_handles_labels()[1])))))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=3.5, ncols=columns)
 
 
 def _ticks(labels: Sequence[int], limit: int = 24) -> tuple[Sequence[int], Sequence[int]]:

@@ -135,13 +135,11 @@ def _convert_optimizer(saved: dict[Any, Any], args: argparse.Namespace) -> dict[
     """Return the optimizer's settings. Experts have separate groups here, even without expert parallelism."""
     parts = [saved[number] for number in sorted(saved)] if 0 in saved else [saved]
     inner = [part.get("optimizer", part) for part in parts]
-    groups = [
-        {name: value for name, value in group.items() if name != "params"}
-        # PyTorch's and the fork's Adam read these names.
-        | {"default_config": True, "bias_correction": True, "decoupled_weight_decay": True, "fused": True}
-        for part in inner
-        for group in part["param_groups"]
-    ]
+    # PyTorch's and the fork's Adam read these names.
+    added = {"default_config": True, "bias_correction": True, "decoupled_weight_decay": True, "fused": True}
+    groups = [group | added for part in inner for group in part["param_groups"]]
+    for group in groups:
+        group.pop("params", None)
     states = [value for part in inner for value in (part.get("state") or {}).values()]
     steps = [value["step"] if isinstance(value, dict) and "step" in value else value for value in states]
     step = float(groups[0].get("step", next(filter(torch.is_tensor, steps), 0)))
