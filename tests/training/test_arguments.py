@@ -56,6 +56,8 @@ def test_help_explains_all_flags(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 @pytest.mark.parametrize("kind", [TOPK, RELU, "--num-experts 8"], ids=["top-k", "relu", "the dense size"])
 def test_granularity(kind: list[str] | str, parse: Parse) -> None:
+    loaded = parse("", "--moe-granularity 4 --moe-relu-max-experts 3 --use-checkpoint-args --load x")
+    assert (loaded.num_experts, loaded.moe_relu_max_experts) == (None, 12), "the checkpoint has the split experts"
     args = parse(kind, "--moe-granularity 4 --moe-router-topk 2")
     assert (args.num_experts, args.moe_router_topk, args.moe_ffn_hidden_size) == (32, 8, 32)
 

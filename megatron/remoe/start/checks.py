@@ -55,7 +55,7 @@ def check_settings(args: argparse.Namespace) -> None:
     ignored = args.fim_data or args.sft or args.dataloader_inter_document_masking or args.logits_load_dir
     problems: dict[str, Any] = {
         "srun started several tasks, and each would train alone: start torchrun once per node, with --nnodes.": (
-            args.world_size == 1 and int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1
+            os.environ.get("WORLD_SIZE") == "1" and int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1
         ),
         f"--save-retain-interval: Megatron fails to save, as --save {args.save} holds a release. Give a new --save.": (
             args.save and args.save_retain_interval and newest_iteration(Path(args.save)) == RELEASE
@@ -81,8 +81,8 @@ def check_settings(args: argparse.Namespace) -> None:
         f"--pipeline-model-parallel-layout {layout}: only the first and the last stage get tokens. Put all m into the "
         "last stage.": "m" in layout.rpartition("|")[0],
         # core/models/common/language_module/language_module.py: tie_embeddings_and_output_weights_state_dict
-        "--mtp-num-layers with pipeline stages: Megatron cannot save tied embeddings. Add "
-        "--untie-embeddings-and-output-weights.": args.mtp_num_layers and is_tied and args.save,
+        "--mtp-num-layers with pipeline stages: Megatron cannot save or load tied embeddings. Add "
+        "--untie-embeddings-and-output-weights.": args.mtp_num_layers and is_tied and (args.save or args.load),
         "--recompute-modules layernorm: needs Transformer Engine. Leave it out.": (
             args.transformer_impl == "local" and "layernorm" in (args.recompute_modules or ())
         ),

@@ -13,6 +13,7 @@ UNHELPFUL_WARNINGS = (
     r"'pin_memory' argument is set as true but no accelerator is found",
     r"Could not determine rank from torch\.distributed",
     r"torch\.distributed is disabled, unavailable or uninitialized",
+    r"The argument order of load has been changed",
     r"Please use DTensor instead and we are deprecating ShardedTensor",
     r"`torch\.distributed\.distributed_c10d\._set_pg_timeout` is deprecated",
     r".*invalid escape sequence",  # when Python first compiles Megatron's kv_block_allocator.py

@@ -168,18 +168,17 @@ def apply_granularity(args: argparse.Namespace) -> None:
     given, wrong = f"--moe-granularity {granularity}", ""
     if granularity < 1:
         wrong = f"{given}: must be a whole number of at least 1."
-    elif not args.num_experts:
+    elif not (args.num_experts or args.use_checkpoint_args):
         wrong = f"{given}: there are no experts to split. Add --num-experts."
-    elif size is None:
+    elif not (size or args.use_checkpoint_args):
         wrong = f"{given}: the experts' size is unknown. Add --moe-ffn-hidden-size."
-    elif size % granularity:
+    elif size and size % granularity:
         wrong = f"{size_flag} {size}: not divisible by {given}. Choose a divisor of {size}."
     if wrong:
         raise UsageError(wrong, "REMOE-E205")
-    args.moe_ffn_hidden_size = size // granularity
-    args.num_experts *= granularity
-    args.moe_router_topk *= granularity
-    for name in ("moe_warmup_topk", "moe_relu_max_experts"):
+    if size:  # else, as other missing values, the checkpoint's, already split
+        args.moe_ffn_hidden_size = size // granularity
+    for name in ("num_experts", "moe_router_topk", "moe_warmup_topk", "moe_relu_max_experts"):
         if getattr(args, name) is not None:
             setattr(args, name, getattr(args, name) * granularity)
 
