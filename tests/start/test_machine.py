@@ -98,6 +98,7 @@ FSDP = {"use_megatron_fsdp": True, "gradient_accumulation_fusion": False, "exper
         ({"dataloader_inter_document_masking": True}, "E203 --dataloader-inter-document-masking"),
         ({"inprocess_restart": True}, "E203 --inprocess-restart"),
         ({"mtp_num_layers": 1, "pipeline_model_parallel_size": 2, "save": "x"}, "E203 --mtp-num-layers --untie-emb"),
+        ({"mtp_num_layers": 1, "pipeline_model_parallel_size": 2, "load": "x"}, "E203 --mtp-num-layers --untie-emb"),
         ({"transformer_impl": "local", "recompute_modules": ["layernorm"]}, "E203 --recompute-modules layernorm"),
         (FLIPS | {"moe_log_flips_interval": 0}, "E203 --moe-log-flips-interval 0"),
         (FLIPS | {"num_experts": None}, "E203 --moe-log-flips-interval 1"),

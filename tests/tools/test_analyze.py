@@ -19,6 +19,7 @@ from tools.models.analyze.command import main
 from tools.models.checkpoints import save
 from tools.models.measuring import find_blocks
 from tools.models.text import read_batches, read_sequences, sample
+from tools.runs.evaluations import name_data_sets
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 
@@ -172,6 +173,10 @@ def test_reads_checkpoints(domains: list[Path], tmp_path: Path, capfd: pytest.Ca
             make("relu").save_pretrained(wrong[1])
         assert main([*words, *wrong]) == 1
         assert f"[REMOE-{code}]" in capfd.readouterr().err
+
+
+def test_sets_of_equal_names_are_told_apart_by_folder() -> None:
+    assert name_data_sets(["pile/arxiv/val_text_document", "pile/code/val"]) == ["arxiv/val_text_document", "code/val"]
 
 
 def test_information() -> None:

@@ -94,9 +94,11 @@ def test_what_differs_are_flags_that_act(tmp_path: Path) -> None:
         for n, group in enumerate(more)
     ]
     assert differences(runs).rows == [["--lr", "0", "1"], ["--num-experts", "", "8"]]
+    runs[0].args["aux_data"] = "a" * 50
+    assert ["--aux-data", "a" * 50, ""] in differences(runs).rows
     for n, run in enumerate(runs):
         run.args["data_path"] = ["shared/" * 20, f"end{n}"]
-    [shown, *_] = differences(runs).rows
+    _, shown, *_ = differences(runs).rows
     assert shown[0] == "--data-path" and "end0" in shown[1] and "end1" in shown[2], (
         "the difference is late in the value"
     )

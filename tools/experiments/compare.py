@@ -203,7 +203,8 @@ def show(args: argparse.Namespace, rows: Sequence[Row]) -> None:
         if missing := arms.intersection(args.arms) - {line.titles[1] for line in lines}:
             text += ["", f"E = {experts}: the runs of {', '.join(sorted(missing))} have different flags; not shown."]
     if (args.results or args.collect) and not panels:
-        raise ToolError("No finished run has these flags. Give those that the runs had.")
+        places = " ".join(map(str, args.results or [args.output_dir]))
+        raise ToolError(f"{places}: no run has these flags. Give those that the runs had.")
     picture = partial(draw_final_losses, panels=panels, base=args.reference)
     write_page(args, rows, text, picture if panels else None)
 

@@ -57,7 +57,7 @@ class RunCurves:
 def panels(runs: Sequence[RunFigures]) -> dict[str, list[Panel]]:
     """Return the figures of each section of the page; those with nothing to show are left out."""
     first, last = min(run.began for run in runs), max(run.last for run in runs)
-    x_range = Range1d(first, last + 0.01 * (last - first) or 1)
+    x_range = Range1d(first, last + (0.01 * (last - first) or 1))
     draw = partial(overlay, runs, x_range)
 
     def logged(name: str, title: str, note: str = "", **settings: Any) -> Iterator[Panel]:
@@ -151,9 +151,7 @@ def _load(run: RunFigures, x_range: Range1d) -> Iterator[Panel]:
     plot = new_figure(x_range, "layer", height=int(np.clip(8 * rows, 200, 900)), y_range=Range1d(rows, 0))
     # Even load is in the middle of the colors.
     mapper = LinearColorMapper(palette=interp_palette(RdBu[11], 255), low=0, high=2, nan_color="rgba(0, 0, 0, 0)")
-    glyph = plot.image(
-        [image], x=run.began, y=0, dw=iterations[-1] - run.began, dh=rows, color_mapper=mapper, name=run.name
-    )
+    glyph = plot.image([image], x=run.began, y=0, dw=edges[-1] - run.began, dh=rows, color_mapper=mapper, name=run.name)
     ticks = {block * (experts + 1) + experts / 2: str(layer) for block, layer in enumerate(layers)}
     plot.yaxis.ticker, plot.yaxis.major_label_overrides = FixedTicker(ticks=list(ticks)), ticks
     plot.grid.visible = False

@@ -118,8 +118,9 @@ def differences(runs: Sequence[RunFigures]) -> Table:
     rows = []
     for name in names:
         cells = [_format_flag(run, name) for run in logged]
-        if len({cell for cell in cells if cell is not None}) > 1:
-            start = max(0, len(os.path.commonprefix([cell for cell in cells if cell])) - SHOWN // 2)
+        common = os.path.commonprefix([cell for cell in cells if cell is not None])
+        if any(cell not in (None, common) for cell in cells):
+            start = max(0, len(common) - SHOWN // 2)
             shown = ("…" * (start > 0 and bool(cell)) + (cell or "")[start:][:SHOWN] for cell in cells)
             rows.append([f"--{name.replace('_', '-')}", *shown])
     return Table("Flags that differ", ["", *(run.name for run in logged)], rows)

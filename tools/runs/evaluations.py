@@ -68,4 +68,4 @@ def name_data_sets(prefixes: Sequence[str]) -> list[str]:
     if len(set(short)) == len(short):
         return short
     folder = os.path.commonpath(map(os.path.abspath, prefixes))
-    return [os.path.relpath(prefix.removesuffix("_text_document"), folder) for prefix in prefixes]
+    return [os.path.relpath(prefix, folder) for prefix in prefixes]

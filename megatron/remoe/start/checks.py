@@ -57,6 +57,7 @@ def check_settings(args: argparse.Namespace) -> None:
         "srun started several tasks, and each would train alone: start torchrun once per node, with --nnodes.": (
             os.environ.get("WORLD_SIZE") == "1" and int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1
         ),
+        # training/checkpointing.py: iter_finalize_fn reads the tracker's content as a number.
         f"--save-retain-interval: Megatron fails to save, as --save {args.save} holds a release. Give a new --save.": (
             args.save and args.save_retain_interval and newest_iteration(Path(args.save)) == RELEASE
         ),
