@@ -1,7 +1,6 @@
 """Test the quickstart: its figures, resuming after an interrupt, and a few iterations end to end."""
 
 import json
-import os
 import re
 import shlex
 import signal
@@ -40,8 +39,8 @@ def test_sparsity_and_load_of_the_last_quarter() -> None:
 
 def start(*arguments: str, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "tools"), "quickstart", *arguments], cwd=folder, text=True,
-        env=os.environ | {"QUICKSTART_ITERS": str(ITERATIONS)},
+        [sys.executable, str(ROOT / "tools"), "quickstart", "--iterations", str(ITERATIONS), *arguments],
+        cwd=folder, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 

@@ -73,7 +73,7 @@ def test_time_of_a_run_started_twice(tmp_path: Path) -> None:
 
 
 def test_no_dense_stage_where_s_starts_at_its_target(tmp_path: Path) -> None:
-    for first, second, names in ((0.5, 0.51, "way steady"), (0.512, 0.51, "way steady"), (0.499, 0.501, "steady")):
+    for first, second, names in ((0.5, 0.51, "steady"), (0.512, 0.504, "way steady"), (0.499, 0.501, "steady")):
         path = {1: first, 10: second, 20: 0.5, 30: 0.5}
         lines = [line(at, sparsity=s, target_sparsity=0.5) for at, s in path.items()]
         write_run(tmp_path, 30, *lines, num_experts=4, moe_router_topk=2)
@@ -100,9 +100,9 @@ def test_stages_of_a_remoe(tmp_path: Path) -> None:
     write_run(tmp_path, 50, *lines, num_experts=8, moe_router_topk=2)
     assert (read(tmp_path).first_near, read(tmp_path).settled) == (25, 35)
     dense, way, steady = stages.stages(read_figures(tmp_path), stages.Flops(sequence=100.0, expert=10.0))
-    assert (dense.first, dense.last, way.first, way.last, steady.first, steady.last) == (1, 10, 11, 35, 36, 50)
+    assert (dense.first, dense.last, way.first, way.last, steady.first, steady.last) == (1, 10, 11, 25, 26, 50)
     assert dense.experts == pytest.approx(8 * (0.50 + 0.49) / 2)
-    assert way.hours == pytest.approx(25 * 0.1 / 3600)
+    assert way.hours == pytest.approx(15 * 0.1 / 3600)
     assert dense.flops == pytest.approx(4 * 5 * ((100 + 10 * (4 - 2)) + (100 + 10 * (3.92 - 2))))
 
 

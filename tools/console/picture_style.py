@@ -34,8 +34,8 @@ STYLE: dict[Any, Any] = {
 
 
 def routing_color(name: str) -> str:
-    """Return the color of a routing; "moe" is a synonym of "topk", and routings without a color share one."""
-    return ROUTING_COLORS.get("topk" if name == "moe" else name, OTHER)
+    """Return the color of a routing; routings without a color share one."""
+    return ROUTING_COLORS.get(name, OTHER)
 
 
 def line_styles(routings: Iterable[str]) -> Iterator[tuple[str, str]]:

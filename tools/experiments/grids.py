@@ -42,9 +42,8 @@ def grid_parser(name: str, description: str | None, seeds: Sequence[int]) -> arg
     add("--tokens", choices=dataset.TOKENS, default=dataset.BYTES, help=f"{text} {default}")
     text = "number of tiny models to train at once, with one thread each (default: the number of cores)"
     add("--processes", type=whole_number(1), default=number_of_cores(), metavar="N", help=text)
-    text = f"for the runs and the results (default: OUTPUT_DIR, or runs/{name})"
-    output = Path(os.environ.get("OUTPUT_DIR") or home() / "runs" / name)
-    add("--output-dir", type=Path, default=output, metavar="FOLDER", help=text)
+    text = f"for the runs and the results (default: runs/{name})"
+    add("--output-dir", type=Path, default=home() / "runs" / name, metavar="FOLDER", help=text)
     add = parser.add_argument_group("instead of training").add_mutually_exclusive_group().add_argument
     add("--collect", action="store_true", help="only write the table of the output folder, and the picture")
     text = "make the page of one or more results.json, with the flags of their runs"

@@ -36,8 +36,9 @@ class Panel:
 
 
 def color_key(arm: str) -> str:
-    """Return the name of an arm's routing for `routing_color`."""
-    return ARMS[arm].router or arm.partition("-")[0]
+    """Return the name of an arm's color in `picture_style`."""
+    routing = arm.partition("-")[0]
+    return ARMS[arm].router or ("topk" if routing == "moe" else routing)
 
 
 def draw(path: Path, panels: Sequence[Panel], label: str) -> None:

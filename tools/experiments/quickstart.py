@@ -1,6 +1,5 @@
 """Train a dense, a top-k MoE and a ReMoE language model of equal active size on real text, and compare them."""
 
-import os
 import shlex
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -27,23 +26,20 @@ from .quickstart_picture import draw
 from .run import Run, Text
 
 ARMS = {"dense": "dense", "moe": "moe", "remoe": "remoe-capped"}  # name of the folder → arm
-SIZE = tiny.SIZES[tiny.QUICKSTART]
+SIZE, EXPERTS = tiny.SIZES[tiny.QUICKSTART], 32
 ITERATIONS, WARMUP = 900, 300  # steps
 
 
 def parse_arguments(arguments: Sequence[str]) -> Namespace:
-    """Parse the command line; defaults come from the environment."""
+    """Parse the command line."""
     parser = tool_parser("quickstart", __doc__)
     add = parser.add_argument
     text = "mixed: code, documents, drama, 15 MB; technical: web services, 43 MB; broad: both, and Python, 225 MB"
     add("--corpus", choices=dataset.CORPORA, default=dataset.MIXED, help=f"{text} (default: %(default)s)")
     text = f"folder for all files (default: {' or '.join(map(str, dataset.FOLDERS.values()))} in the project's folder)"
     add("--output-dir", type=Path, metavar="FOLDER", help=text)
-    text = f"optimizer steps of each run (default: QUICKSTART_ITERS, or {ITERATIONS})"
-    iterations = os.environ.get("QUICKSTART_ITERS") or ITERATIONS
-    add("--iterations", type=whole_number(10), default=iterations, metavar="N", help=text)
-    text = "experts per layer (default: %(default)s)"
-    add("--experts", type=whole_number(2), default=SIZE.experts, metavar="E", help=text)
+    text = "optimizer steps of each run (default: %(default)s)"
+    add("--iterations", type=whole_number(10), default=ITERATIONS, metavar="N", help=text)
     add("--seed", type=whole_number(1), default=tiny.SEED, metavar="N", help="seed of the runs (default: %(default)s)")
     args = parser.parse_args(arguments)
     args.output_dir = (args.output_dir or home() / dataset.FOLDERS[args.corpus]).expanduser().resolve()
@@ -57,8 +53,7 @@ def run(args: Namespace) -> None:
         ToolError: a run failed; the display has shown the end of its log.
     """
     console, output = Console(), args.output_dir
-    runs = output if args.experts == SIZE.experts else output / f"experts-{args.experts}"
-    runs = runs if args.iterations == ITERATIONS else runs / f"iterations-{args.iterations}"
+    runs = output if args.iterations == ITERATIONS else output / f"iterations-{args.iterations}"
     runs = runs if args.seed == tiny.SEED else runs / f"seed-{args.seed}"
     with lock(output, "quickstart") as held:
         title = f"Dense, top-k MoE and ReMoE of equal active size: {args.iterations} iterations each, side by side"
@@ -69,7 +64,7 @@ def run(args: Namespace) -> None:
         say(console, f"  training text in subword tokens: {domains}")
         grid = Grid(runs, text=text)
         base = Run("dense", args.seed, args.iterations, tiny.QUICKSTART, warmup=warmup, tokens=tokens)
-        runs_by_name = {name: replace(base, arm=arm, experts=args.experts, topk=1) for name, arm in ARMS.items()}
+        runs_by_name = {name: replace(base, arm=arm, experts=EXPERTS, topk=1) for name, arm in ARMS.items()}
         jobs = [make_job(each, grid, name) for name, each in runs_by_name.items()]
         if execute(console, grid, jobs, len(jobs), held):
             raise ToolError("A run failed; see above. Fix the cause and run the same command: it continues.")

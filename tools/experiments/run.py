@@ -72,7 +72,7 @@ class Run:
 
     arm: str
     seed: int = tiny.SEED
-    steps: int = tiny.ITERATIONS
+    steps: int = tiny.TRAINING.iterations
     size: str = tiny.BASE_SIZE
     experts: int = 8
     granularity: int = 1

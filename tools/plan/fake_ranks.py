@@ -77,9 +77,6 @@ class _StoreOfOne(torch.distributed.Store):
     def wait(self, *_arguments: Any) -> None:
         pass
 
-    def set_timeout(self, _timeout: Any) -> None:
-        pass
-
 
 class FakePairCounts:
     """Made-up counts that replace those that the host would read from routing maps.

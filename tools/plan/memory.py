@@ -66,11 +66,6 @@ def sharding(args: argparse.Namespace) -> str:
     return "optim" * (args.use_distributed_optimizer or args.use_layer_wise_distributed_optimizer)
 
 
-def recomputed_modules(args: argparse.Namespace) -> list[str]:
-    """Return --recompute-modules or its default if recomputation is selective, else an empty list."""
-    return args.recompute_modules or ["core_attn"] if args.recompute_granularity == "selective" else []
-
-
 def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: float) -> dict[str, float]:
     """Return part of a layer → bytes that it keeps of one micro-batch, if nothing is recomputed.
 
@@ -169,7 +164,8 @@ def layer_activations(args: argparse.Namespace, sublayers: str, experts_per_toke
     in_chunks = 0.0 < limit < experts_per_token
     parts = layer_parts(args, sublayers, limit if in_chunks else experts_per_token)
     everything = sum(parts.values())
-    dropped = {part for module in recomputed_modules(args) for part in RECOMPUTED_PARTS.get(module, ())}
+    modules = args.recompute_modules or ["core_attn"] if args.recompute_granularity == "selective" else []
+    dropped = {part for module in modules for part in RECOMPUTED_PARTS.get(module, ())}
     if in_chunks:
         dropped |= {"expert inputs", "expert hidden", "expert activations"}
     recomputed = sum(size for part, size in parts.items() if part in dropped)

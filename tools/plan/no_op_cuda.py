@@ -19,8 +19,7 @@ MANAGEMENT = FOLDER / "management.cpp"
 SOURCES = sorted(set(FOLDER.glob("*.cpp")) - {MANAGEMENT})
 NAME, MANAGEMENT_NAME = "libcuda.so.1", "libnvidia-ml.so.1"
 # Symbols of CUDA's family in the libraries of PyTorch.
-FAMILY = re.compile(r"(cuda[A-Z]|__cuda|cublas|nccl[A-Z]|cu[A-Z]|nvrtc[A-Z])\w*")
-OTHERS = re.compile(r"cuFile|cudnn")
+FAMILY = re.compile(r"(cuda[A-Z]|__cuda|cublas|nccl[A-Z]|cu(?!File)[A-Z]|nvrtc[A-Z])\w*")
 # These functions only look up names, so the real ones in torch's libraries are used.
 REAL = {"cudaGetErrorName", "cudaGetErrorString", "cublasGetStatusString", "ncclGetErrorString", "cublasLtGetVersion"}
 # Functions that the C++ files do not define: parameters and body → their names. All others return 0.
@@ -162,4 +161,4 @@ def _imported() -> set[str]:
         if result.returncode:
             raise ToolError(f"nm, of the package binutils, cannot read {path}: {result.stderr[:300]}")
         names |= {line.split()[-1] for line in result.stdout.splitlines()}
-    return {name for name in names if FAMILY.fullmatch(name) and not OTHERS.match(name)}
+    return {name for name in names if FAMILY.fullmatch(name)}

@@ -23,6 +23,7 @@ import torch
 from megatron.remoe import pretrain
 
 from ..console.files import write_json
+from ..recipes.flops import flops_per_sequence
 from . import fake_ranks
 from .roofline import EngineCalls, Roofline
 from .step_time import experts_by_phase
@@ -226,7 +227,7 @@ def describe_model(chunks: list[torch.nn.Module], args: argparse.Namespace, phas
         "forecast_gib": {
             phase: sum(memory.stage_memory(args, stages, stage, experts)) / GIB for phase, experts in phases.items()
         },
-        "step_flops": step_estimate.step_flops(args),
+        "step_flops": flops_per_sequence(args) * args.global_batch_size / args.world_size,
         "bubble": step_estimate.bubble(args),
     }
 

@@ -90,8 +90,8 @@ def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
     if options.stage and options.stage not in (phases := experts_by_phase(values)):
         raise ToolError(f"--stage {options.stage}: this run has only {', '.join(phases)}.", "REMOE-E501")
     simulated = rehearsal_flags(flags, values, MOST_STEPS)
-    batch = read_values(simulated).global_batch_size
-    options.iterations = values.train_iters or (values.train_samples // batch if values.train_samples and batch else 0)
+    batch = read_values(simulated).global_batch_size if values.train_samples else None
+    options.iterations = values.train_iters or (values.train_samples // batch if batch else 0)
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for rank, kind in choose_ranks(values.pipeline_model_parallel_size, options.gpus).items():

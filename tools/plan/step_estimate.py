@@ -40,11 +40,6 @@ class Overhead:
 TORCH, TRITON = Overhead(13.6, 69.0, 5.4, 870, 197), Overhead(7.1, 6.6, 3.4, 1260, 122)
 
 
-def step_flops(args: argparse.Namespace) -> float:
-    """Return the model's FLOPs per GPU and step."""
-    return flops_per_sequence(args) * args.global_batch_size / args.world_size
-
-
 def bubble(args: argparse.Namespace) -> float:
     """Return the pipeline's slowdown (m v + p - 1) / (m v): m micro-batches, v virtual stages per rank, p ranks."""
     steps = get_num_microbatches() * (args.virtual_pipeline_model_parallel_size or 1)

@@ -94,8 +94,8 @@ def show(launch: Launch) -> int:
 
 def machine_flags(launch: Launch) -> list[str]:
     """Return the flags of `remoe cost` and `remoe rehearse` for the launch's machine."""
-    layout, gpu = launch.layout, os.environ.get("GPU") or "h100"
-    return ["--gpus", str(layout.world), "--gpus-per-node", str(layout.gpus_per_node), "--gpu", gpu]
+    nodes, gpus, gpu = launch.layout.nodes, launch.layout.gpus_per_node, os.environ.get("GPU") or "h100"
+    return ["--gpus", str(nodes * gpus), "--gpus-per-node", str(gpus), "--gpu", gpu]
 
 
 def rehearse(launch: Launch) -> int:

@@ -95,7 +95,8 @@ def choose_split(data_path: Sequence[str]) -> str:
     from megatron.remoe.files.indexed import IndexedReader
 
     try:
-        counts = [len(IndexedReader(Path(word), thorough=False).lengths) for word in data_path if not _is_weight(word)]
+        prefixes = [Path(word) for word in data_path if not re.fullmatch(_WEIGHT, word)]
+        counts = [len(IndexedReader(prefix, thorough=False).lengths) for prefix in prefixes]
     except (DataError, OSError):
         return SPLITS[0]
     for split in SPLITS:
@@ -105,10 +106,6 @@ def choose_split(data_path: Sequence[str]) -> str:
         if all(0 < round(ends[0] * count) < round(ends[1] * count) < count for count in counts):
             return split
     return SPLITS[0]
-
-
-def _is_weight(word: str) -> bool:
-    return bool(re.fullmatch(_WEIGHT, word))
 
 
 def find_vocabulary(environment: Mapping[str, str], flags: Sequence[str], planned: bool) -> list[str]:

@@ -128,7 +128,7 @@ class TrainingStage:
 
 
 def stages(figures: RunFigures, flops: Flops) -> list[TrainingStage]:
-    """Return the dense stage, the way to the target and the steady stage, as far as the log has them.
+    """Return the dense stage, the way to the target (within 1 %) and the steady stage, as far as the log has them.
 
     Models without ReLU routing have one stage, "all". A line of the log covers the iterations since the previous line.
     """
@@ -152,7 +152,7 @@ def stages(figures: RunFigures, flops: Flops) -> list[TrainingStage]:
         risen = sparsity - sparsity[0] > RISING * (target - sparsity[0])
         dense = int(iterations[risen.argmax() - 1]) if risen.any() else last  # the first line has not risen
         dense = 0 if sparsity[0] >= (1 - WITHIN) * target else dense
-        way = 0 if figures.settled == iterations[0] else figures.settled or last
+        way = 0 if figures.first_near == iterations[0] else figures.first_near or last
         ends = [("dense", dense), ("way", way), ("steady", last)]
     cost = steps * batches * (flops.sequence + (experts - figures.topk) * flops.expert)
     stages_found, before = [], figures.began

@@ -45,11 +45,6 @@ class Layout:
         sizes = {field: whole_number(name, environment.get(name) or "1") for name, field in NAMES.items()}
         return cls(gpus_per_node, whole_number("NNODES", nodes), **sizes)
 
-    @property
-    def world(self) -> int:
-        """Return the number of processes on all nodes."""
-        return self.gpus_per_node * self.nodes
-
     def flags(self, has_experts: bool) -> list[str]:
         """Return Megatron's flags for these sizes, except for the virtual stages."""
         words = ["--tensor-model-parallel-size", str(self.tp), "--pipeline-model-parallel-size", str(self.pp)]

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 
 from ..console.places import ROOT, is_clone
 
-PARSER = "megatron.training.arguments"
-
 
 def make_parser() -> argparse.ArgumentParser:
     """Return Megatron's parser with ReMoE's flags. Call `megatron_on_cpu` first, unless Megatron is imported."""
@@ -35,7 +33,7 @@ def read_values(words: Sequence[str]) -> argparse.Namespace:
     Raises:
         SystemExit: Megatron's parser refuses a value and has printed why.
     """
-    if PARSER in sys.modules:
+    if "megatron.training.arguments" in sys.modules:
         return make_parser().parse_known_args(words)[0]
     command = [sys.executable, "-P", "-m", __name__, *words]
     result = subprocess.run(command, env=child_environment(), stdout=subprocess.PIPE, text=True)

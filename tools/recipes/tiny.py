@@ -13,9 +13,8 @@ BASE_SIZE, QUICKSTART = "182m", "2x64"
 
 @dataclass(frozen=True)
 class TinySize(Size):
-    """Dimensions of a model, with its experts and the sequences in a batch."""
+    """Dimensions of a model, and the sequences in a batch."""
 
-    experts: int = 8
     batch: int = TRAINING.micro_batch
 
 
@@ -26,12 +25,11 @@ SIZES: Mapping[str, TinySize] = {
     "469m": replace(SIZE, layers=4, hidden=80, ffn=160),
     "978m": replace(SIZE, layers=4, hidden=128, ffn=256),
     # For subwords. Their output layer needs most of a step's time, so a step has half of the tokens.
-    QUICKSTART: replace(SIZE, experts=32, batch=16),
+    QUICKSTART: replace(SIZE, batch=16),
     "2x128": replace(SIZE, hidden=128, ffn=256, batch=16),
     "2x256": replace(SIZE, hidden=256, ffn=512, batch=16),
     "4x256": replace(SIZE, layers=4, hidden=256, ffn=512, batch=16),
 }
-ITERATIONS = TRAINING.iterations
 SEED = 1234
 
 

@@ -66,7 +66,7 @@ def panels(runs: Sequence[RunFigures]) -> dict[str, list[Panel]]:
         )
 
     sets = (name for run in runs for name, losses in run.evaluations.items() if len(losses) > 1)
-    pairs = "share of token–expert pairs that are off; thin: layers, dashed: target, mark: settled within 1 % of it"
+    pairs = "share of token–expert pairs that are off; thin: layers, dashed: target, mark: first within 1 % of it"
     sections: dict[str, list[Panel]] = {
         "Loss": [
             *draw(
@@ -119,8 +119,8 @@ def _validation(name: str, figures: RunFigures) -> RunCurves:
 
 
 def _sparsity(figures: RunFigures) -> RunCurves:
-    settled = np.array([figures.settled] if figures.settled else [], np.int64)
-    marks = Curve(settled, figures.values("sparsity", settled))
+    near = np.array([figures.first_near] if figures.first_near else [], np.int64)
+    marks = Curve(near, figures.values("sparsity", near))
     return RunCurves(figures.curve("sparsity"), figures.layers.get("layer_sparsity", {}), marks=marks)
 
 

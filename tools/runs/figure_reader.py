@@ -35,23 +35,19 @@ def read_figures(place: Path, name: str = "") -> RunFigures:
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise ToolError(f"{place}: no {METRICS}, nor in checkpoints. Give a run's folder or its --save.", "REMOE-E502")
-    figures, has_records = RunFigures(name=name), False
+    figures, has_records, unread = RunFigures(name=name), False, list[object]()
     curves: Points = defaultdict(lambda: (array("q"), array("d")))
-
-    def count(_: str) -> None:
-        figures.unread += 1
-
-    for record in read_run_log(path, count):
+    for record in read_run_log(path, unread.append):
         try:
             _add(figures, curves, record)
             has_records = True
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            figures.unread += 1
-    if not has_records and (figures.unread or place.is_file()):
+            unread.append(record)
+    if not has_records and (unread or place.is_file()):
         raise ToolError(f"{path} is not the log of a run: no line has a kind and an iteration.", "REMOE-E502")
     _set_curves(figures, curves)
-    if figures.unread:
-        figures.notes.append(f"{name}: {figures.unread:,} lines of its log cannot be read and are left out.")
+    if unread:
+        figures.notes.append(f"{name}: {len(unread):,} lines of its log cannot be read and are left out.")
     return figures
 
 

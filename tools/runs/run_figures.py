@@ -63,7 +63,6 @@ class RunFigures:
         evaluations: validation set ("" for the only one, "test") → evaluations in the order of the file.
         last: the last logged iteration; 0 before the first.
         parameters: number of the whole model's parameters; None if unknown.
-        unread: number of lines that could not be read.
         starts: iterations at which sessions started.
         name: the run's name in a comparison.
         notes: messages about data that could not be read or counted.
@@ -76,7 +75,6 @@ class RunFigures:
     evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
     last: int = 0
     parameters: int | None = None
-    unread: int = 0
     starts: list[int] = field(default_factory=list)
     name: str = ""
     notes: list[str] = field(default_factory=list)

@@ -25,11 +25,11 @@ class ReMoEConfig(TransformerConfig):
     adaptive L1 term keeps the sparsity at 1 - topk/experts."""
 
     moe_relu_l1_reg_coeff_init: float = 1e-8
-    """Initial coefficient of the L1 term (default %(default)s). A larger one, up to 1e-4, settles sooner."""
+    """Initial coefficient of the L1 term (default %(default)s). A larger one, up to 1e-4, reaches the target sooner."""
 
     moe_relu_l1_reg_coeff_multiplier: float = 1.2
-    """Factor by which the coefficient grows or shrinks once per step (default %(default)s). A larger one settles sooner
-    and swings more."""
+    """Factor by which the coefficient grows or shrinks once per step (default %(default)s). A larger one, up to 1.3,
+    reaches the target sooner and swings more."""
 
     moe_relu_l1_reg_load_balancing: bool = True
     """Weigh each expert's gates in the L1 term by its share of the tokens, which balances the load (default); otherwise
