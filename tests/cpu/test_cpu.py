@@ -1,7 +1,6 @@
-"""Test the CPU support: what it replaces and leaves alone, the flags it changes, its collectives and products."""
+"""Test the CPU support: what it replaces and leaves alone, the flags it changes, and its collectives."""
 
 import argparse
-import functools
 import os
 import types
 from pathlib import Path
@@ -10,10 +9,8 @@ import pytest
 import torch
 
 from megatron.remoe import cpu
-from megatron.remoe.cpu import matmul
 from megatron.remoe.cpu.collectives import with_padding
 from megatron.remoe.cpu.flags import CPU_VALUES, adapt_arguments
-from megatron.remoe.cpu.matmul import ZEN_5
 from tests.training_runs import in_another_process
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="an accelerator is in use: the CPU part is inactive")
@@ -104,42 +101,3 @@ def test_unequal_parts_are_gathered_and_scattered(sizes: list[int]) -> None:
     padded_gather, padded_reduce_scatter = with_padding(gather, reduce_scatter)
     assert torch.equal(padded_gather(second, group, sizes), whole)
     assert torch.equal(padded_reduce_scatter(whole, group, sizes), 2 * second)
-
-
-@pytest.mark.parametrize(
-    ("family", "is_transposed", "sizes", "dtype", "calls"),
-    [
-        (ZEN_5, True, (1024, 64, 1100), torch.float32, 5),
-        (ZEN_5, False, (0, 8, 8), torch.float32, 0),
-        (ZEN_5, False, (300, 128, 600), torch.float32, 0),  # the shape would hardly recur
-        (ZEN_5, False, (1024, 64, 1100), torch.bfloat16, 0),
-        (ZEN_5 - 1, False, (1024, 64, 1100), torch.float32, 4),
-        (ZEN_5 - 1, True, (1024, 64, 1100), torch.float32, 0),
-        (0, False, (1024, 64, 1100), torch.float32, 0),
-    ],
-)
-def test_products(
-    family: int, is_transposed: bool, sizes: tuple[int, int, int], dtype: torch.dtype, calls: int, monkeypatch
-) -> None:
-    """Products with transposed operands, `out` or a sum are right, with oneDNN (on some AMD processors) or without."""
-    monkeypatch.setattr(matmul, "amd_family_with_avx512", lambda: family)
-    seen, linear = [], torch.ops.mkldnn._linear_pointwise
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *given: seen.append(1) or linear(*given))
-    kept = matmul.use_onednn()
-    assert (kept is not None) == (family > 0 and torch.backends.mkldnn.is_available())
-    torch.manual_seed(1)
-    rows, inner, columns = sizes
-    left = torch.randn(inner, rows, dtype=dtype).T if is_transposed else torch.randn(rows, inner, dtype=dtype)
-    right = torch.randn(inner, columns, dtype=dtype)
-    exact = left.double() @ right.double()
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype] * max(1.0, inner**0.5)
-    close = functools.partial(torch.testing.assert_close, rtol=0, atol=3 * tolerance, check_dtype=False)
-    close(torch.mm(left, right), exact)
-    close(torch.mm(left, right, out=torch.empty(rows, columns, dtype=dtype)), exact)
-    start = torch.ones(rows, columns, dtype=dtype)
-    close(start.clone().addmm_(left, right), exact + 1)
-    close(start.clone().addmm_(left, right, beta=0.5, alpha=2.0), 2 * exact + 0.5)
-    weight = right.T.contiguous().requires_grad_()
-    torch.nn.functional.linear(left.unsqueeze(1), weight).sum().backward()
-    close(weight.grad, left.double().sum(dim=0).expand(columns, inner))
-    assert len(seen) == (calls if kept is not None else 0)

@@ -3,7 +3,9 @@
 import argparse
 import os
 import re
+import sys
 import sysconfig
+import types
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,16 @@ def test_what_compiling_needs(
         assert torch.compile(double) is double, "the setting that the installed torch reads"
 
 
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_packages_that_megatron_must_not_find(on_cpu: bool, without: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    add_program(tmp_path, "gcc")
+    for name in ("apex", "transformer_engine"):
+        without.setitem(sys.modules, name, types.ModuleType(name))
+    machine.disable_unavailable(on_cpu)
+    found = {name for name in ("apex", "transformer_engine") if sys.modules[name] is not None}
+    assert found == (set() if on_cpu else {"transformer_engine"})
+
+
 @pytest.mark.parametrize(
     ("on_cpu", "program", "interpreted", "words"),
     [
@@ -97,6 +109,9 @@ FSDP = {"use_megatron_fsdp": True, "gradient_accumulation_fusion": False, "exper
         *(({name: "x"}, "E203 --sft --logits-load-dir") for name in ("fim_data", "sft", "logits_load_dir")),
         ({"dataloader_inter_document_masking": True}, "E203 --dataloader-inter-document-masking"),
         ({"inprocess_restart": True}, "E203 --inprocess-restart"),
+        ({"reset_attention_mask": True, "pipeline_model_parallel_size": 3}, "E203 --reset-attention-mask"),
+        ({"iterations_to_skip": [3], "pipeline_model_parallel_size": 3}, "E203 --iterations-to-skip"),
+        ({"iterations_to_skip": [3, 4], "save": "x", "save_interval": 2}, "E203 --iterations-to-skip --save-interval"),
         ({"mtp_num_layers": 1, "pipeline_model_parallel_size": 2, "save": "x"}, "E203 --mtp-num-layers --untie-emb"),
         ({"mtp_num_layers": 1, "pipeline_model_parallel_size": 2, "load": "x"}, "E203 --mtp-num-layers --untie-emb"),
         ({"transformer_impl": "local", "recompute_modules": ["layernorm"]}, "E203 --recompute-modules layernorm"),

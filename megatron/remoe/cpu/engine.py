@@ -11,7 +11,6 @@ from torch.distributed import DeviceMesh
 
 from megatron.remoe.cpu import facade
 from megatron.remoe.cpu.collectives import with_padding
-from megatron.remoe.cpu.matmul import use_onednn
 
 # Parameters of glibc's mallopt, from malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -25,9 +24,7 @@ def install() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # Use huge pages for large tensors. Without them, steps took up to four times as long on a virtual machine.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    put = facade.install_facade()
-    if put is not None:
-        put.kernels = use_onednn()  # type: ignore[attr-defined]
+    if facade.install_facade():
         # Adam's averages for inactive experts decay to denormal numbers, which make its step five times as slow.
         torch.set_flush_denormal(True)
         _keep_freed_memory()

@@ -149,20 +149,17 @@ def replace_torch(module: types.ModuleType, facade: types.ModuleType) -> None:
         module.torch = facade  # type: ignore[attr-defined]
 
 
-def install_facade() -> types.ModuleType | None:
-    """Replace `torch` in all modules of Megatron, including those imported later.
+def install_facade() -> bool:
+    """Replace `torch` in all modules of Megatron, including those imported later. Return False if it has been replaced.
 
     The facade equals torch except for `cuda` and the tensor factories.
-
-    Returns:
-        The facade; None if it is in place already.
     """
     if any(isinstance(finder, _FacadeFinder) for finder in sys.meta_path):
-        return None
+        return False
     factories = {name: _on_cpu(getattr(torch, name)) for name in FACTORIES}
     facade = _copy(_Facade("torch"), torch, **factories, cuda=_cuda())
     sys.meta_path.insert(0, _FacadeFinder(facade))
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.") and not name.startswith("megatron.remoe.cpu"):
             replace_torch(module, facade)
-    return facade
+    return True

@@ -49,6 +49,7 @@ def check_settings(args: argparse.Namespace) -> None:
             "REMOE-E202",
         )
     sets, layout = args.multiple_validation_sets, args.pipeline_model_parallel_layout or ""
+    stages = args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)
     size, parts = args.moe_ffn_hidden_size, args.expert_tensor_parallel_size
     is_tied = args.pipeline_model_parallel_size > 1 and not args.untie_embeddings_and_output_weights
     fsdp, interval = args.use_megatron_fsdp, args.moe_log_flips_interval
@@ -90,6 +91,16 @@ def check_settings(args: argparse.Namespace) -> None:
         # core/optimizer/__init__.py sets init_state_fn = None for sgd.
         "--optimizer sgd with --save: Megatron cannot load its state. Add --no-load-optim, or --ckpt-format torch.": (
             args.optimizer == "sgd" and args.save and args.ckpt_format != "torch" and not args.no_load_optim
+        ),
+        # training/training.py: a skipped step continues before the save; dummy_train_step needs one data iterator.
+        "--iterations-to-skip: Megatron does not save in these steps, and fails with more than two pipeline stages, or "
+        "virtual ones. Leave out multiples of --save-interval, or the flag.": (
+            args.iterations_to_skip
+            and (stages > 2 or (args.save and any(step % args.save_interval == 0 for step in args.iterations_to_skip)))
+        ),
+        # training/gpt.py: get_batch, as in Megatron
+        "--reset-attention-mask: only the first and the last pipeline stage get the mask. Leave it out.": (
+            args.reset_attention_mask and stages > 2
         ),
         "--inprocess-restart: this program does not restart in its process. Leave it out.": args.inprocess_restart,
         # Hooks do not see routers in a CUDA graph.

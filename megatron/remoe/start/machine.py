@@ -11,7 +11,7 @@ from megatron.remoe.files.errors import UsageError
 
 
 def disable_unavailable(on_cpu: bool) -> None:
-    """Turn off compilation and Transformer Engine if they cannot work here. Call this before Megatron is imported.
+    """Turn off apex, and what cannot work here: compilation, Transformer Engine. Call this before Megatron is imported.
 
     Megatron decorates small functions with torch.compile when it is imported, and calls them before it reads
     --disable-jit-fuser. Triton generates their kernels, and needs a C compiler and Python.h for a part of itself.
@@ -26,8 +26,9 @@ def disable_unavailable(on_cpu: bool) -> None:
             reason = f"There is no {missing}, so torch.compile is off"
             effect = "SwiGLU, biases, dropout and residuals run as several kernels instead of one"
             print(f"{reason}: {effect}, which takes some time and memory.", file=sys.stderr, flush=True)
-    if on_cpu:
-        sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # Python's mark of a missing module
+    # Without Transformer Engine, Megatron prefers apex's norms to PyTorch's, but they have no RMSNorm.
+    for name in ("apex", "transformer_engine") if on_cpu else ("apex",):
+        sys.modules[name] = None  # type: ignore[assignment]  # Python's mark of a missing module
 
 
 def check_kernels(kernels: str, on_cpu: bool) -> None:
