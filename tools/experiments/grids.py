@@ -4,8 +4,9 @@ import argparse
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from rich.console import Console
 
@@ -97,46 +98,24 @@ def run_grid(
         rounds: returns lists of runs; each list is requested when the runs of the previous list are done.
         show: writes the page of all runs.
     """
-    console, folder = Console(), args.output_dir
 
     def work() -> int:
+        console, folder = Console(), args.output_dir
         if args.collect or args.results:
-            files = args.results or []
-            rows = [row for file in files for row in read_results(file)] if files else read_folder(folder)
+            rows = [row for file in args.results for row in read_results(file)] if args.results else read_folder(folder)
             if not rows:
                 raise ToolError(f"--output-dir {folder}: there are no runs. Give the folder of the runs.")
             show(rows)
             return 0
         text = prepare_text(args, console) if args.tiny else None
         grid = Grid(folder, args.flags, text, args.gpus_per_node, args.micro_batch_size, args.slurm)
-
-        def make_jobs(runs: Sequence[Run]) -> list[Job]:
-            check_flags(args.flags, runs)
-            return [make_job(run, grid) for run in runs]
-
-        if args.dry_run:  # list the first unfinished round: later rounds depend on its results
-            for jobs in map(make_jobs, rounds()):
-                check_conflicts(jobs)
-                if any(job.loss is None for job in jobs):
-                    break
-            list_commands(jobs, grid)
+        jobs_by_round = make_jobs(rounds(), grid)
+        if args.dry_run:
+            list_unfinished_round(jobs_by_round, grid)
             return 0
-        failed: dict[str, int] = {}
         with lock(folder, name) as held:
             try:
-                for jobs in map(make_jobs, rounds()):
-                    done = sum(job.loss is not None for job in jobs)
-                    doing = "train" if args.slurm is None else "submit or wait for"
-                    say(console, f"{len(jobs)} runs in {folder}: {done} finished; {len(jobs) - done} to {doing}.")
-                    if ended := execute(console, grid, jobs, args.processes, held):
-                        tuned = {(job.run.experts, job.run.arm) for job in jobs if job.run.is_tuning and job.loss}
-                        wanted = {(job.run.experts, job.run.arm) for job in jobs if job.run.is_tuning}
-                        is_cut = tuned < wanted or not {*ended.values()} <= NOT_FINITE
-                        if is_cut or not wanted:
-                            failed |= ended
-                        if is_cut:
-                            break  # later runs depend on these
-                        say(console, f"NaN or Inf; continues without {', '.join(ended)}.", "red")
+                failed = train(jobs_by_round, grid, args.processes, held, console)
             finally:
                 show(read_folder(folder))
         if failed:
@@ -145,6 +124,48 @@ def run_grid(
         return 1 if failed else 0
 
     return run_tool(name, work, "stopped. The same command continues from here")
+
+
+def make_jobs(rounds: Iterable[Sequence[Run]], grid: Grid) -> Iterator[list[Job]]:
+    """Yield the jobs of each round. A round is requested when the previous one has been used."""
+    for runs in rounds:
+        check_flags(grid.flags, runs)
+        yield [make_job(run, grid) for run in runs]
+
+
+def train(rounds: Iterable[Sequence[Job]], grid: Grid, processes: int, held: IO[str], console: Console) -> list[str]:
+    """Train the jobs of all rounds, and return the names of those that failed.
+
+    A tuning run may end with NaN or Inf if other runs of its arm do not. After other failures no round follows, because
+    it would depend on them.
+    """
+    failed: list[str] = []
+    for jobs in rounds:
+        done = sum(job.loss is not None for job in jobs)
+        doing = "train" if grid.sbatch_flags is None else "submit or wait for"
+        say(console, f"{len(jobs)} runs in {grid.output}: {done} finished; {len(jobs) - done} to {doing}.")
+        ended = execute(console, grid, jobs, processes, held)
+        if not ended:
+            continue
+        tuning = [job for job in jobs if job.run.is_tuning]
+        arms = {(job.run.experts, job.run.arm) for job in tuning}
+        tuned = {(job.run.experts, job.run.arm) for job in tuning if job.loss}
+        must_stop = tuned < arms or not {*ended.values()} <= NOT_FINITE
+        if must_stop or not tuning:
+            failed += ended
+        if must_stop:
+            break
+        say(console, f"NaN or Inf; continues without {', '.join(ended)}.", "red")
+    return failed
+
+
+def list_unfinished_round(rounds: Iterable[Sequence[Job]], grid: Grid) -> None:
+    """List the commands of the first unfinished round, or else of the last: later rounds depend on its results."""
+    for jobs in rounds:
+        check_conflicts(jobs)
+        if any(job.loss is None for job in jobs):
+            break
+    list_commands(jobs, grid)
 
 
 def list_commands(jobs: Sequence[Job], grid: Grid) -> None:

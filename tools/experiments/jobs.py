@@ -138,25 +138,30 @@ def make_job(run: Run, grid: Grid, name: str = "") -> Job:
         saves += ["--data-cache-path", str(folder / "cache")]  # runs side by side must not read a half-written one
         words, environment = [sys.executable, *entry(), *flags, *saves], {"OMP_NUM_THREADS": "1"}
         text, per_byte = grid.text.inputs, dict(grid.text.per_byte)
-    elif not is_clone():
-        raise RecipeError("launch scripts need a clone of the project. Run this there, or give --tiny.")
     else:
         arguments = run.script_words(grid.gpus_per_node, grid.micro_batch, grid.flags)
         environment = {"OUTPUT_DIR": str(folder)} | run.script_environment(os.environ)
-        given = os.environ | environment | {"DRY_RUN": "command"}
-        if grid.sbatch_flags is not None:  # the layout is checked where the job starts
-            given = {variable: value for variable, value in given.items() if variable not in LAYOUT}
-        try:
-            find_data(given, planned=False)
-            flags = plan(run.size, run.routing, arguments, given, look_for_packages=False).flags
-        except RecipeError as error:
-            raise RecipeError(f"{run.name}: {error}") from error
+        flags = [*_plan_script(run, arguments, environment, grid)]
         words = ["bash", str(ROOT / "scripts" / f"train_llama_{run.size}_{run.routing}.sh"), *arguments]
     # On a CPU, --bf16 is the user's choice, and changes the result.
     left_out = NOT_COMPARED - {"--bf16"} | PLACES if run.is_tiny else NOT_COMPARED
     settings = {flag: [*values] for flag, values in group_by_flag(flags).items() if flag not in left_out}
     stamp = {"run": asdict(run), "per_byte": per_byte, "text": text, "settings": settings}
     return Job(run, folder, stamp, words, environment)
+
+
+def _plan_script(run: Run, arguments: Sequence[str], environment: Mapping[str, str], grid: Grid) -> Sequence[str]:
+    """Return the Megatron flags of a launch script. Raise RecipeError if the script would refuse to start."""
+    if not is_clone():
+        raise RecipeError("launch scripts need a clone of the project. Run this there, or give --tiny.")
+    given = os.environ | environment | {"DRY_RUN": "command"}
+    if grid.sbatch_flags is not None:  # the layout is checked where the job starts
+        given = {variable: value for variable, value in given.items() if variable not in LAYOUT}
+    try:
+        find_data(given, planned=False)
+        return plan(run.size, run.routing, arguments, given, look_for_packages=False).flags
+    except RecipeError as error:
+        raise RecipeError(f"{run.name}: {error}") from error
 
 
 def check_conflicts(jobs: Sequence[Job]) -> None:

@@ -78,34 +78,18 @@ def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: flo
     tokens = tokens_per_gpu(args)
     split = tokens / tp if args.sequence_parallel else tokens
     hidden = args.hidden_size
-    query = args.kv_channels * args.num_attention_heads
-    key_value = 2 * args.kv_channels * key_value_heads(args)
-    local = args.transformer_impl == "local"
-    fused = local and args.local_layer_fusion
-
     parts = dict.fromkeys(("residual", "norms"), len(sublayers) * hidden * split * size)  # before each sublayer
     if "*" in sublayers and args.multi_latent_attention:
         parts |= _latent_attention(args, tokens / tp * size, split * size)
     elif "*" in sublayers:
-        parts["attention"] = (query + key_value) * tokens * size / tp
-        parts["attention output"] = query * tokens * size / tp
-        parts["scores"] = args.num_attention_heads * tokens * 4 / tp  # the log-sum-exp of flash attention
-        rotated = args.position_embedding_type in ("rope", "yarn") and not args.qk_layernorm
-        if fused:  # values are views; rotary embeddings copy queries and keys, query groups and norms only queries
-            copied = rotated or args.group_query_attention or args.qk_layernorm
-            parts["attention"] += (query * copied + key_value / 2 * rotated) * tokens * size / tp
-        elif local:  # keys and values are repeated to all heads; the softmax's output is kept
-            parts["attention"] = 3 * query * tokens * size / tp
-            parts["scores"] = args.num_attention_heads * tokens * args.seq_length * size / tp
-        if args.qk_layernorm:  # queries before the norm, and copied keys; norms over all heads add fp32 and normed ones
-            normed = (query + key_value / 2) * (4 / size + 1) if args.qk_layernorm_all_heads else query
-            parts["attention"] += (normed + key_value / 2) * tokens * size / tp
+        parts |= _attention(args, tokens / tp * size)
     if "-" in sublayers:
         parts["mlp"] = sum(_mlp_tensors(args)) * args.ffn_hidden_size * tokens * size / tp
     if "E" not in sublayers:
         return parts
 
     pairs = experts_per_token * split
+    fused = _has_local_fusion(args)
     # Grouped experts recompute everything after the first product. If possible, they index tokens without a copy.
     gathers = (
         args.expert_model_parallel_size == args.expert_tensor_parallel_size == 1
@@ -125,6 +109,34 @@ def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: flo
         if args.moe_shared_expert_gate:
             parts["shared experts"] += hidden * split * size
     return parts
+
+
+def _has_local_fusion(args: argparse.Namespace) -> bool:
+    return args.transformer_impl == "local" and args.local_layer_fusion
+
+
+def _attention(args: argparse.Namespace, bytes_per_element: float) -> dict[str, float]:
+    """Return part → bytes of attention on this rank.
+
+    Args:
+        args: Megatron's validated arguments.
+        bytes_per_element: bytes of one element per token of the heads, divided by the tensor parallel size.
+    """
+    query, key = args.kv_channels * args.num_attention_heads, args.kv_channels * key_value_heads(args)
+    elements = query + 2 * key
+    scores = args.num_attention_heads * 4 / element_size(args)  # the log-sum-exp of flash attention
+    rotated = args.position_embedding_type in ("rope", "yarn") and not args.qk_layernorm
+    if _has_local_fusion(
+        args
+    ):  # values are views; rotary embeddings copy queries and keys, query groups and norms only queries
+        copied = rotated or args.group_query_attention or args.qk_layernorm
+        elements += query * copied + key * rotated
+    elif args.transformer_impl == "local":  # keys and values are repeated to all heads; the softmax's output is kept
+        elements, scores = 3 * query, args.num_attention_heads * args.seq_length
+    if args.qk_layernorm:  # queries before the norm, and copied keys; norms over all heads add fp32 and normed ones
+        elements += key + ((query + key) * (4 / element_size(args) + 1) if args.qk_layernorm_all_heads else query)
+    parts = {"attention": elements, "attention output": query, "scores": scores}
+    return {part: number * bytes_per_element for part, number in parts.items()}
 
 
 def _latent_attention(args: argparse.Namespace, bytes_per_head: float, bytes_per_token: float) -> dict[str, float]:
