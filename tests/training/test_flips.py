@@ -19,7 +19,9 @@ class Model(torch.nn.Module):
 
     def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
-        self.layer, self.config = layer, layer.config
+        self.layer, self.decoder = layer, torch.nn.Module()
+        self.decoder.layers = torch.nn.ModuleList([layer])
+        self.config = layer.config
 
     def set_input_tensor(self, _inputs: object) -> None: ...
 

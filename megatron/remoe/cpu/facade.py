@@ -24,34 +24,22 @@ FACTORIES = tuple(
 )
 # Megatron 0.19 imports flash-linear-attention here if it is installed. That takes a second, and its kernels need a GPU.
 IMPORTS_FLA = "megatron.core.ssm.gated_delta_net.common"
-MEMORY = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
+
+
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
+    pass
 
 
 class Stream:
     """A CUDA stream or event on a device that runs everything in order: all methods do nothing."""
 
-    cuda_stream = 0
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def _done(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    synchronize = wait = wait_event = wait_stream = record = __exit__ = _done
+    __init__ = synchronize = wait = wait_event = wait_stream = record = _nothing
 
     def record_event(self, event: "Stream | None" = None) -> "Stream":
         return event or self
 
     def elapsed_time(self, _end: "Stream") -> float:
         return 0.0
-
-    def __enter__(self) -> "Stream":
-        return self
-
-
-def _nothing(*_args: Any, **_kwargs: Any) -> None:
-    pass
 
 
 def _cuda() -> types.ModuleType:
@@ -76,7 +64,6 @@ def _cuda() -> types.ModuleType:
             major=9, minor=0, name="cpu", total_memory=0, multi_processor_count=1
         ),
         synchronize=_nothing,
-        empty_cache=_nothing,
         Stream=Stream,
         Event=Stream,
         stream=lambda _stream=None: contextlib.nullcontext(),
@@ -84,7 +71,6 @@ def _cuda() -> types.ModuleType:
         current_stream=lambda *_args: stream,
         default_stream=lambda *_args: stream,
         memory_stats=lambda *_args: defaultdict(int),
-        **dict.fromkeys(MEMORY, lambda *_args: 0),
         reset_peak_memory_stats=_nothing,
     )
 

@@ -120,8 +120,10 @@ class ReMoELayer(MoELayer):
 
     def preprocess(self, hidden_states: torch.Tensor, *routed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Prepare the dispatch of tokens `[sequence, batch, H]` as Megatron does; `routed` are probs and map."""
-        if self.config.moe_token_dispatcher_type == "allgather":
-            hidden_states = _CopyGradient.apply(hidden_states)
+        if self.config.moe_token_dispatcher_type == "allgather" and hidden_states.requires_grad:
+            hidden_states = hidden_states.view_as(hidden_states)
+            # Copy the gradient: the dispatcher keeps it in a buffer that other layers overwrite.
+            hidden_states.register_hook(torch.clone)
         return super().preprocess(hidden_states, *routed)
 
     def _run_experts(
@@ -189,18 +191,6 @@ def _prepare_experts(experts: torch.nn.Module) -> None:
                 # Megatron adds the bias in place to the result of a reduction. With one rank, the result is the input
                 # itself, which autograd does not allow to be changed. Skip this reduction.
                 expert.linear_fc2.explicit_expert_comm = True
-
-
-class _CopyGradient(torch.autograd.Function):
-    """Identity that copies its gradient: the allgather dispatcher keeps it in a buffer that other layers overwrite."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens.view_as(tokens)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient.clone()
 
 
 class _ZeroGradients(torch.autograd.Function):

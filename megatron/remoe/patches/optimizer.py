@@ -32,12 +32,13 @@ def enable_torch_adam_resume() -> None:
 
     @replace(DistributedOptimizer, "state_dict")
     def state_dict(stock: Any, self: DistributedOptimizer) -> Any:
-        if not any(group["params"] for group in self.optimizer.param_groups) and _is_torchs_adam(self):
+        is_adam = isinstance(self.optimizer, torch.optim.Adam)  # or AdamW, a subclass
+        if is_adam and not any(group["params"] for group in self.optimizer.param_groups):
             self.optimizer.state["no parameter"] = {"step": torch.zeros(())}
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 state = self.optimizer.state[parameter]
-                if not state and _is_torchs_adam(self):
+                if is_adam and not state:
                     state["step"] = _step(0.0, group, parameter)
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
@@ -109,10 +110,6 @@ def keep_padding_of_buckets() -> None:
                 part.numel_unpadded = unpadded
 
 
-def _is_torchs_adam(optimizer: MegatronOptimizer) -> bool:
-    return isinstance(optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW)
-
-
 def _step(number: float, group: dict[str, Any], parameter: torch.Tensor) -> torch.Tensor:
     """Return PyTorch's step counter, an fp32 scalar: on the device if fused or capturable, else on the host."""
     return torch.tensor(float(number), device=parameter.device if group["fused"] or group["capturable"] else "cpu")
@@ -131,6 +128,6 @@ def use_fused_adam() -> None:
     @replace(MegatronOptimizer, "__init__")
     def initialize(stock: Any, self: MegatronOptimizer, *arguments: Any, **options: Any) -> None:
         stock(self, *arguments, **options)
-        if _is_torchs_adam(self):
+        if isinstance(self.optimizer, torch.optim.Adam):
             for group in self.optimizer.param_groups:
                 group["fused"] = True

@@ -3,7 +3,6 @@
 import logging
 import re
 import warnings
-from functools import partial
 
 # These repeat at every start, on every rank. docs/design.md lists the optional packages.
 UNHELPFUL_WARNINGS = (
@@ -30,13 +29,13 @@ UNHELPFUL_LOGS = {
 }
 
 
-def _is_shown(hidden: str, record: logging.LogRecord) -> bool:
-    return not re.search(hidden, record.getMessage())
+def _is_shown(record: logging.LogRecord) -> bool:
+    return not re.search(UNHELPFUL_LOGS[record.name], record.getMessage())
 
 
 def hide_unhelpful_warnings() -> None:
     """Hide `UNHELPFUL_WARNINGS` and `UNHELPFUL_LOGS`. Call it before Megatron is imported."""
     for message in UNHELPFUL_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    for name, pattern in UNHELPFUL_LOGS.items():
-        logging.getLogger(name).addFilter(partial(_is_shown, pattern))
+    for name in UNHELPFUL_LOGS:
+        logging.getLogger(name).addFilter(_is_shown)

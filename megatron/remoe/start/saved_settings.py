@@ -197,12 +197,11 @@ def _refuse_overwriting(args: argparse.Namespace, start: int) -> None:
 
 def _check_checkpoint_exists(args: argparse.Namespace) -> None:
     """Refuse to start from random weights if a checkpoint is missing, except at a first start with --load as --save."""
-    places = {"--pretrained-checkpoint": args.pretrained_checkpoint, "--load": args.load}
-    given = {flag: folder for flag, folder in places.items() if folder}
-    is_elsewhere = any("://" in folder for folder in given.values())
-    if not given or is_elsewhere or args.non_persistent_save_interval or args.non_persistent_global_ckpt_dir:
+    flag = "--pretrained-checkpoint" if args.pretrained_checkpoint else "--load"
+    folder = args.pretrained_checkpoint or args.load
+    is_elsewhere = "://" in f"{args.pretrained_checkpoint} {args.load}"
+    if not folder or is_elsewhere or args.non_persistent_save_interval or args.non_persistent_global_ckpt_dir:
         return
-    flag, folder = next(iter(given.items()))
     first_start = flag == "--load" and args.save and Path(args.save).resolve() == Path(folder).resolve()
     if not first_start or args.finetune or args.exit_on_missing_checkpoint:
         raise BrokenCheckpointError(

@@ -109,8 +109,7 @@ def load_saved_args(args: argparse.Namespace, resume: Resume | None) -> None:
         problem = "--use-checkpoint-args: there is no checkpoint in --load or --pretrained-checkpoint."
         raise BrokenCheckpointError(problem, "REMOE-E404")
     load_args_from_checkpoint(args, load_arg=resume.flag.removeprefix("--").replace("-", "_"))
-    saved = resume.saved
-    files = getattr(saved, "gpt2_files", None) if args.use_tokenizer_model_from_checkpoint_args else None
+    files = getattr(resume.saved, "gpt2_files", None) if args.use_tokenizer_model_from_checkpoint_args else None
     if args.vocab_file:  # this file belongs to the tokenizer of the flags, not to that of the checkpoint
         args.tokenizer_type = tokenizer
     elif files and (all(map(os.path.isfile, files)) or not os.path.isdir(args.tokenizer_model)):

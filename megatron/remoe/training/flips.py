@@ -12,8 +12,7 @@ from megatron.core import mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.utils import get_model_config
-from megatron.remoe.routing.counts import layer_numbers
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from megatron.training.training import disable_forward_pre_hook, enable_forward_pre_hook
 
 Maps = list[tuple[int, torch.Tensor]]  # layer number (from 1) and routing map, bool [tokens, experts]
@@ -84,14 +83,9 @@ class FlipMeter:
         def keep(router: TopKRouter, _inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
             maps.append((router.layer_number, output[1].bool()))
 
-        modules = [module for chunk in self.chunks for module in chunk.modules()]
-        routers = [module for module in modules if isinstance(module, TopKRouter)]
-        numbers = layer_numbers(routers, modules, config.num_layers)
-        hooks = [
-            router.register_forward_hook(keep)
-            for router, number in zip(routers, numbers, strict=True)
-            if number <= config.num_layers  # leave out multi-token prediction
-        ]
+        decoders = [get_attr_wrapped_model(chunk, "decoder") for chunk in self.chunks]  # without multi-token prediction
+        modules = [module for decoder in decoders for module in decoder.modules()]
+        hooks = [module.register_forward_hook(keep) for module in modules if isinstance(module, TopKRouter)]
         with _evaluation_state(self.chunks, args.seed):
             get_forward_backward_func()(
                 forward_step_func=lambda data, model: (self._forward_step(data, model)[0], None),

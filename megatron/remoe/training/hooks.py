@@ -199,7 +199,7 @@ def _change_layers(model_cfg: ModelConfig, change: Callable[[LayerSpec, int | No
             spec = local_hybrid_stack_spec(model_cfg.transformer, model_cfg.hybrid_layer_pattern)
         model_cfg.hybrid_stack_spec = change(spec or hybrid_stack_spec, None)
         return
-    model_cfg.transformer_layer_spec = _changed_spec(model_cfg.transformer_layer_spec, change)
+    model_cfg.transformer_layer_spec = _changed_spec(model_cfg.transformer_layer_spec or default_layer_spec, change)
     if model_cfg.transformer.mtp_num_layers:
         model_cfg.pre_wrap_hooks.append(partial(rebuild_prediction_layers, change))
 
@@ -236,12 +236,10 @@ def rebuild_prediction_layers(change: Callable[[Any, int | None], Any], model_ch
 
 
 def _changed_spec(given: Any, change: Callable[[LayerSpec, int | None], LayerSpec]) -> Callable[..., LayerSpec]:
-    """Return a builder of the specification `given` (Megatron's default if None) with `change` applied."""
+    """Return a builder of the specification `given`, or of the one that it builds, with `change` applied."""
 
     def build(model_cfg: ModelConfig, vp_stage: int | None = None) -> LayerSpec:
-        if given is None:
-            spec = default_layer_spec(model_cfg, vp_stage)
-        elif isinstance(given, ModuleSpec | TransformerBlockSubmodules):
+        if isinstance(given, ModuleSpec | TransformerBlockSubmodules):
             spec = given
         elif "vp_stage" in inspect.signature(given).parameters:
             spec = given(model_cfg, vp_stage=vp_stage)
