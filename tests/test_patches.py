@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron import core
 from megatron.core import optimizer as core_optimizer
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 from megatron.core.optimizer import clip_grads
@@ -59,7 +60,7 @@ def test_another_version_is_left_alone(monkeypatch: pytest.MonkeyPatch, recwarn:
     monkeypatch.delenv("REMOE_TRY_MEGATRON", raising=False)
     counted = [replace(patch, apply=partial(applied.append, patch.changes)) for patch in patches.PATCHES]
     monkeypatch.setattr(patches, "PATCHES", counted)
-    monkeypatch.setattr(importlib.metadata, "version", lambda _name: "0.99.0")
+    monkeypatch.setattr(core, "__version__", "0.99.0+2b1ee606")
     patches.apply_patches(saves=False)
     warning = str(recwarn.pop(UserWarning).message)
     assert applied == [] and "megatron-core 0.99.0" in warning and not recwarn
@@ -68,7 +69,7 @@ def test_another_version_is_left_alone(monkeypatch: pytest.MonkeyPatch, recwarn:
     monkeypatch.setenv("RANK", "1")
     patches.apply_patches()
     assert applied == [] and not recwarn, "one warning, not one for each rank"
-    monkeypatch.setattr(importlib.metadata, "version", lambda _name: patches.VERSIONS[0])
+    monkeypatch.setattr(core, "__version__", patches.VERSIONS[0])
     patches.apply_patches()
     assert applied == [patch.changes for patch in patches.PATCHES] and not recwarn
 

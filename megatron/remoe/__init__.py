@@ -4,7 +4,7 @@ Read the method in routing/router.py and routing/controller.py, and the MoE laye
 the functions and classes for your own training script. Each is imported on first use.
 """
 
-import importlib.metadata
+import importlib
 from typing import Any
 
 __version__ = "0.1.0"
@@ -33,8 +33,9 @@ __all__ = sorted(_MODULES)
 
 
 def megatron_version() -> str:
-    """Return the version of megatron-core."""
-    return importlib.metadata.version("megatron-core")
+    """Return the version of the megatron-core that is imported. It can be that of a clone."""
+    version = str(importlib.import_module("megatron.core").__version__)
+    return version.partition("+")[0]  # after the +, Megatron names the commit of a repository around its folder
 
 
 def __getattr__(name: str) -> Any:

@@ -121,6 +121,7 @@ ENTRY = {
     "no such iteration": Case(resumed("--ckpt-step 7"), "E402|--ckpt-step 7|Iteration 2 "),
     # places
     "srun without ranks": Case(on("text"), "E203|srun|torchrun|--nnodes", environment={"SLURM_STEP_NUM_TASKS": "2"}),
+    "mpirun": Case(on("text"), "E203|mpirun|torchrun|--nnodes", environment={"OMPI_COMM_WORLD_SIZE": "2"}),
     "--save-retain-interval with a release": Case(
         on("text", "--save {release} --save-interval 1 --save-retain-interval 4"),
         "E203|--save-retain-interval|--save|release",

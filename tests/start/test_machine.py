@@ -69,6 +69,19 @@ def test_packages_that_megatron_must_not_find(on_cpu: bool, without: pytest.Monk
     assert found == (set() if on_cpu else {"transformer_engine"})
 
 
+def test_a_broken_transformer_engine_is_not_used(without, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Megatron would end with the error of its import, also with --transformer-impl local."""
+    add_program(tmp_path, "gcc")
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("raise RuntimeError('curand not found')")
+    without.syspath_prepend(tmp_path)
+    for name in ("apex", "transformer_engine"):
+        without.setitem(sys.modules, name, None)  # so that it is restored after the test
+    del sys.modules["transformer_engine"]
+    machine.disable_unavailable(on_cpu=False)
+    assert sys.modules["transformer_engine"] is None and "curand not found" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("on_cpu", "program", "interpreted", "words"),
     [

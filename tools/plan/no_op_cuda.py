@@ -127,10 +127,10 @@ def _compiler() -> str:
 
 
 def _include_folders() -> list[Path]:
-    """Return the folders of CUDA's headers: PyPI's (torch brings no crt, and not always CCCL), else the toolkit's."""
+    """Return the folders of CUDA's headers: PyPI's (torch brings no crt, and not always CCCL), then the toolkit's."""
     nvidia = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
     toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
-    folders = sorted({path.parent for path in nvidia.glob("*/include/*.h")}) or [toolkit, toolkit / "cccl"]
+    folders = [*sorted({path.parent for path in nvidia.glob("*/include/*.h")}), toolkit, toolkit / "cccl"]
     needed = {"crt/host_defines.h": "nvidia-cuda-crt", "nv/target": "nvidia-cuda-cccl"}
     missing = [name for file, name in needed.items() if not any((path / file).exists() for path in folders)]
     if missing:

@@ -14,6 +14,8 @@ from megatron.remoe.files.errors import DataError, UsageError
 from megatron.remoe.routing.refusals import shown
 from megatron.remoe.start.checkpoint_files import RELEASE, newest_iteration
 
+TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # variables of srun and mpirun: the number of tasks
+
 
 def check_required_flags(args: argparse.Namespace) -> None:
     """Require the flags that Megatron misses only late, or does not name in its error."""
@@ -55,8 +57,8 @@ def check_settings(args: argparse.Namespace) -> None:
     fsdp, interval = args.use_megatron_fsdp, args.moe_log_flips_interval
     ignored = args.fim_data or args.sft or args.dataloader_inter_document_masking or args.logits_load_dir
     problems: dict[str, Any] = {
-        "srun started several tasks, and each would train alone: start torchrun once per node, with --nnodes.": (
-            os.environ.get("WORLD_SIZE") == "1" and int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1
+        "srun or mpirun started several tasks, which would train alone: start one torchrun per node, with --nnodes.": (
+            os.environ.get("WORLD_SIZE") == "1" and any(int(os.environ.get(name) or 1) > 1 for name in TASKS)
         ),
         # training/checkpointing.py: iter_finalize_fn reads the tracker's content as a number.
         f"--save-retain-interval: Megatron fails to save, as --save {args.save} holds a release. Give a new --save.": (

@@ -1,5 +1,6 @@
 """Disable features that this machine does not have, and print the cost."""
 
+import importlib
 import os
 import shutil
 import sys
@@ -26,9 +27,23 @@ def disable_unavailable(on_cpu: bool) -> None:
             reason = f"There is no {missing}, so torch.compile is off"
             effect = "SwiGLU, biases, dropout and residuals run as several kernels instead of one"
             print(f"{reason}: {effect}, which takes some time and memory.", file=sys.stderr, flush=True)
-    # Without Transformer Engine, Megatron prefers apex's norms to PyTorch's, but they have no RMSNorm.
-    for name in ("apex", "transformer_engine") if on_cpu else ("apex",):
+    hidden = ["apex"]  # without Transformer Engine, Megatron prefers its norms to PyTorch's, but they have no RMSNorm
+    if on_cpu or _is_engine_broken():
+        hidden.append("transformer_engine")
+    for name in hidden:
         sys.modules[name] = None  # type: ignore[assignment]  # Python's mark of a missing module
+
+
+def _is_engine_broken() -> bool:
+    """Return whether an installed Transformer Engine fails, with a message. Megatron expects only an ImportError."""
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except ImportError:
+        return False
+    except Exception as error:  # a library is missing, or versions differ
+        print(f"Transformer Engine is not used: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return True
+    return False
 
 
 def check_kernels(kernels: str, on_cpu: bool) -> None:
