@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.datasets import utils
+from megatron.remoe.files.errors import UsageError
 from megatron.remoe.patches.patch import patch, replace
 from megatron.training import get_args, training
 
@@ -20,7 +21,14 @@ _LINE = re.compile(r" iteration +(\d+)/ *(\d+) \|.* elapsed time per iteration \
 def use_shipped_helpers() -> None:
     """Use the compiled data helpers of the wheel instead of running `make`, which ends the process if it fails."""
     if not (Path(utils.__file__).parent / "Makefile").exists():
-        importlib.import_module("megatron.core.datasets.helpers_cpp")
+        try:
+            importlib.import_module("megatron.core.datasets.helpers_cpp")
+        except ImportError as error:
+            raise UsageError(
+                "megatron-core was built without its C++ part. Install a C++ compiler and Python's headers, then: "
+                "pip install --force-reinstall --no-deps --no-cache-dir megatron-core",
+                "REMOE-E102",
+            ) from error
         utils.compile_helpers = lambda: None
 
 
