@@ -30,8 +30,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # The slowest test files, the slowest first. They start first, so that none is left to run when all others are done.
 LONG = """
 test_rehearse test_quickstart test_training test_parity test_experiments_training test_shapes test_conversion
-test_static_checks test_hybrid test_fsdp test_checkpoints test_resharding test_finetuning test_export
-test_rehearsed test_faults test_launch_training test_run_lock test_megatron_changes
+test_hybrid test_fsdp test_checkpoints test_resharding test_finetuning test_export test_golden test_rehearsed
+test_faults test_launch_training test_run_lock test_megatron_changes test_wheel test_slurm test_evaluate test_report
+test_preprocess
 """.split()
 
 

@@ -58,15 +58,15 @@ def run(
 
     Args:
         expect: the exit code to assert; None: any.
-        fresh: start a new process, as a user does, instead of a fork that has imported Megatron. The process is always
-            new with `environment`, because imports may read it, and on a GPU, because forks cannot use it.
+        fresh: start a new process, as a user does, instead of a fork that has imported Megatron. Imports read some
+            variables of `environment` only then. On a GPU the process is always new, because forks cannot use it.
     """
-    if fresh or environment or torch.cuda.is_available():
+    if fresh or torch.cuda.is_available():
         process = start(arguments, processes, script, **environment)
         output, _ = communicate(process, 240)
         code: int | None = process.returncode
     else:
-        code, output = shared_entry().run(arguments, processes=processes, script=script, limit=240)
+        code, output = shared_entry().run(arguments, environment, processes=processes, script=script, limit=240)
     assert expect is None or code == expect, f"exit code {code}\n{output[-4000:]}"
     return output
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron.remoe.files.errors import UsageError
+from megatron.remoe.start import run_lock
 from megatron.remoe.start.run_lock import LOCK, lock_save_folder
 from tests.training_runs import REPOSITORY, TINY, last_error, records, run, start
 
@@ -70,11 +71,12 @@ LEASE_LINES = "filelock/2\npid=12\nhost=node7\nmode={}\ntoken=ab\nduration={}\n"
     [("busy\n", False), (LEASE_LINES.format("lease", SHORT), False), (LEASE_LINES.format("shared", SHORT), True)],
     ids=["no lock at all", "a machine that is gone", "a mode of the future"],
 )
-def test_a_lock_left_behind(content: str, is_refused: bool, tmp_path: Path) -> None:
+def test_a_lock_left_behind(content: str, is_refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / LOCK).write_text(content)
     if not is_refused:
         seconds_to_take(tmp_path, lease=SHORT)
         return
+    monkeypatch.setattr(run_lock, "SPARE_SECONDS", 0.0)
     with pytest.raises(UsageError, match=f"remove {tmp_path / LOCK}"):
         seconds_to_take(tmp_path, lease=SHORT)
 

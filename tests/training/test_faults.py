@@ -1,7 +1,6 @@
 """Test faults in real training runs: a dead rank, a full disk, and a far too large λ."""
 
 import math
-import resource
 import time
 from pathlib import Path
 
@@ -15,6 +14,12 @@ from tests.tiny_model import RELU
 from tests.training_runs import TINY, last_error, records, run, series, start
 
 ENDS_WITHIN = 60.0  # seconds, as in docs/checkpoints.md: torchrun waits 30 s for the other ranks, then kills them
+LIMITED = """
+import resource
+from megatron.remoe.pretrain import main
+resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))
+main()
+"""
 LOADERS = ["--num-workers", "2"]  # the default; data loader processes must end with their rank
 
 
@@ -48,12 +53,10 @@ def test_file_that_cannot_grow(data: Path, tmp_path: Path) -> None:
     """A limit on file sizes makes the save of iteration 4 fail where a full disk would. The run can then resume."""
     words = training(data, tmp_path, *LOADERS)
     run([*words, "--exit-interval", "2"])
-    process = start(words)
     half = max(file.stat().st_size for file in (tmp_path / "iter_0000002").iterdir()) // 2
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (half, half))
-    output, _ = process.communicate(timeout=100)
-    message = last_error(output)
-    assert process.returncode == 1 and "File too large" in message and "Free some space" in message
+    (script := tmp_path / "pretrain_gpt.py").write_text(LIMITED.format(half))
+    message = last_error(run(words, expect=1, script=script))
+    assert "File too large" in message and "Free some space" in message
     with pytest.raises(BrokenCheckpointError):
         check_complete(tmp_path / "iter_0000004")
     assert list(records(run(words))) == [3, 4, 5, 6]

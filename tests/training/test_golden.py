@@ -11,7 +11,7 @@ from tools.console.files import write_json
 
 def test_golden_run(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     write_data(tmp_path / "text")
-    actual = read_figures(run([*FLAGS, "--data-path", str(tmp_path / "text"), "--cpu"], **ROUNDING))
+    actual = read_figures(run([*FLAGS, "--data-path", str(tmp_path / "text"), "--cpu"], fresh=True, **ROUNDING))
     if request.config.getoption("--update-golden"):
         write_json(GOLDEN, actual)
     assert differences(actual, committed()) == []
