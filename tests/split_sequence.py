@@ -145,7 +145,7 @@ def check_baseline(name: str) -> None:
     if name == "top_p":
         router.end_step()
         assert after["threshold"] == router.threshold != before["threshold"]
-    assert counter.loads() == {1: [round(share, 5) for share in wholes[1].double().mean(dim=0).tolist()]}
+    assert counter.tokens_per_expert() == {1: [round(share, 5) for share in wholes[1].double().mean(dim=0).tolist()]}
 
 
 def check_dispatchers() -> None:

@@ -87,7 +87,8 @@ def test_each_router_has_a_row_of_its_own(pattern: str | None) -> None:
     assert summary.l1_loss == sum(summary.layer_l1_loss.values()) == 64 * (1 + 2 + 3 + 4), "each gate is 16, each f_e 4"
     assert [int(router.l1_exponent) for router in controller.routers] == [1] * 4
     counter.update()
-    assert [sum(loads) for loads in counter.loads().values()] == [1, 2, 3, 4] and list(counter.loads()) == layers
+    loads = counter.tokens_per_expert()
+    assert [sum(layer) for layer in loads.values()] == [1, 2, 3, 4] and list(loads) == layers
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -40,10 +40,10 @@ class DecoRouter(ReLURouter):
         gates_TE, map_TE = super().routing(logits, padding_mask)
         return gates_TE * self.scale.to(gates_TE.dtype), map_TE
 
-    def count_and_regularize(self, *counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Count as `ReLURouter` does and keep its guard, but drop the gradient of L1, which is only logged."""
-        on_E, off = super().count_and_regularize(*counted)
-        return torch.zeros_like(on_E), off
+    def l1_gradients(self, f_E: torch.Tensor, num_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep the guard's gradient, but drop that of L1, which is only logged."""
+        d_l1_E, d_guard = super().l1_gradients(f_E, num_tokens)
+        return torch.zeros_like(d_l1_E), d_guard
 
     def _entropy_loss(self, logits: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
         """Return λ times this rank's part of the mean entropy, or of its sum with losses per token; 0 if guarded."""

@@ -25,7 +25,16 @@ class Order(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """The functions of one backend. Those of `pytorch.py` are the reference; their docstrings state the contract."""
+    """The functions of one backend. Those of `pytorch.py` are the reference; their docstrings state the contract.
+
+    Attributes:
+        gate: logits_TE → probs_TE, map_TE, counts_EB, sums_E.
+        gate_backward: d_probs_TE, map_TE, on_E, off → d_logits_TE.
+        count: map_TE → counts_EB.
+        plan: probs_TE, map_TE, counts_EB, num_pairs → order, gates_P.
+        activate: hidden, gates_P → activated.
+        activate_backward: hidden, gates_P, d_activated → activated, d_hidden, d_gates.
+    """
 
     gate: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]
     gate_backward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

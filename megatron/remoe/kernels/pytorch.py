@@ -32,7 +32,7 @@ def gate(logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 def gate_backward(
     d_probs_TE: torch.Tensor, map_TE: torch.Tensor, on_E: torch.Tensor, off: torch.Tensor
 ) -> torch.Tensor:
-    """Return the gradient of the logits, `[T, E]`.
+    """Return the gradient of the logits, `[T, E]`: d_probs + on_e for active pairs, off for the others.
 
     Args:
         d_probs_TE: `[T, E]`, the gradient of the probs.

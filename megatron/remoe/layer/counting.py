@@ -59,20 +59,21 @@ def count_pairs(
     Returns:
         The `ChunkCounts` of each chunk. Chunks are cut as `tensor_split` does.
     """
-    parts, chunks = [backend.count(map_TE) if counts_EB is None else counts_EB], 1
+    num_chunks, parts = 1, [backend.count(map_TE) if counts_EB is None else counts_EB]
     while True:
         pairs_CRE, num_tokens = read_pairs(map_TE, parts, dispatcher)
-        bound = limit * num_tokens
-        if not bound or chunks == num_tokens:
+        max_pairs = limit * num_tokens
+        if not max_pairs or num_chunks == num_tokens:
             break
-        # A rank has the experts of one slice, and the tokens of its tensor parallel partners.
-        received = pairs_CRE.sum(dim=1).view(chunks, dispatcher.ep_size, -1).sum(dim=2) / dispatcher.tp_size
-        most = max(pairs_CRE.sum(dim=2).flatten().tolist() + received.flatten().tolist())
-        if most <= bound:
+        sent = pairs_CRE.sum(dim=2)  # [C, R]
+        # [C, ep]: a rank has the experts of one slice, and the tokens of its tensor parallel partners.
+        received = pairs_CRE.sum(dim=1).view(num_chunks, dispatcher.ep_size, -1).sum(dim=2) / dispatcher.tp_size
+        largest = max(sent.flatten().tolist() + received.flatten().tolist())
+        if largest <= max_pairs:
             break
-        chunks = min(num_tokens, max(chunks + 1, math.ceil(chunks * most / bound)))
-        parts = [backend.count(part) for part in map_TE.tensor_split(chunks)]
-    return [_sizes(pairs_RE, part, dispatcher) for pairs_RE, part in zip(pairs_CRE, parts, strict=True)]
+        num_chunks = min(num_tokens, max(num_chunks + 1, math.ceil(num_chunks * largest / max_pairs)))
+        parts = [backend.count(part) for part in map_TE.tensor_split(num_chunks)]
+    return [_chunk_counts(pairs_RE, part, dispatcher) for pairs_RE, part in zip(pairs_CRE, parts, strict=True)]
 
 
 def read_pairs(
@@ -96,11 +97,12 @@ def read_pairs(
     return table[..., :-1], int(table[..., -1].max())
 
 
-def _sizes(pairs_RE: torch.Tensor, counts_EB: torch.Tensor, dispatcher: MoETokenDispatcher) -> ChunkCounts:
+def _chunk_counts(pairs_RE: torch.Tensor, counts_EB: torch.Tensor, dispatcher: MoETokenDispatcher) -> ChunkCounts:
+    """Derive a chunk's counts from the pairs of all ranks, int64 `[R, E]` on the host."""
     # Neighboring ranks of the group are tensor parallel partners.
-    sent = pairs_RE.view(dispatcher.ep_size, dispatcher.tp_size, -1).transpose(0, 1)
+    sent = pairs_RE.view(dispatcher.ep_size, dispatcher.tp_size, -1).transpose(0, 1)  # [tp, ep, E], by sending rank
+    received = sent.unflatten(2, (dispatcher.ep_size, -1))[:, :, dispatcher.ep_rank]  # [tp, ep, L], for experts here
     own_E = sent[dispatcher.tp_rank, dispatcher.ep_rank]
-    received = sent.unflatten(2, (dispatcher.ep_size, -1))[:, :, dispatcher.ep_rank]
     return ChunkCounts(
         num_pairs=sum(own_E.tolist()),
         tokens_per_expert=received.sum(dim=(0, 1)),

@@ -69,18 +69,18 @@ class OneByOne:
             torch.mm(part, weight, out=place)
         return out
 
-    def outers(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """Return each expert's `left.T @ right`: `[P, out]`, `[P, in]` → `[L, out, in]`."""
-        outs = left.new_empty(len(self.sizes), left.shape[1], right.shape[1])
-        for out, a, b in zip(outs, left.split(self.sizes), right.split(self.sizes), strict=True):
-            torch.mm(a.T, b, out=out)
+    def outers(self, gradient: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Return each expert's weight gradient `gradient.T @ rows`: `[P, out]`, `[P, in]` → `[L, out, in]`."""
+        outs = gradient.new_empty(len(self.sizes), gradient.shape[1], rows.shape[1])
+        for out, d_part, part in zip(outs, gradient.split(self.sizes), rows.split(self.sizes), strict=True):
+            torch.mm(d_part.T, part, out=out)
         return outs
 
-    def add_outers(self, outs: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    def add_outers(self, outs: torch.Tensor, gradient: torch.Tensor, rows: torch.Tensor) -> None:
         """Add the results of `outers` to `outs`, in the dtype of `outs`."""
-        for out, a, b in zip(outs, left.split(self.sizes), right.split(self.sizes), strict=True):
-            if len(a):
-                add_outer(b, a, out)
+        for out, d_part, part in zip(outs, gradient.split(self.sizes), rows.split(self.sizes), strict=True):
+            if len(part):
+                add_outer(part, d_part, out)
 
 
 class OneKernel:
@@ -93,17 +93,17 @@ class OneKernel:
         """Multiply as `OneByOne.multiply` does."""
         return functional.grouped_mm(rows, weights, offs=self.ends)
 
-    def outers(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    def outers(self, gradient: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Multiply as `OneByOne.outers` does."""
-        outers = functional.grouped_mm(left.T, right, offs=self.ends)
+        outers = functional.grouped_mm(gradient.T, rows, offs=self.ends)
         if _generation(self.ends.device) == SM100:
             # The kernel does not write zeros for experts without pairs: pytorch/pytorch#172439.
             outers.masked_fill_((self.ends.diff(prepend=self.ends.new_zeros(1)) == 0)[:, None, None], 0.0)
         return outers
 
-    def add_outers(self, outs: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    def add_outers(self, outs: torch.Tensor, gradient: torch.Tensor, rows: torch.Tensor) -> None:
         """Add as `OneByOne.add_outers` does."""
-        outs.add_(self.outers(left, right))
+        outs.add_(self.outers(gradient, rows))
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
@@ -153,11 +153,11 @@ def _stacked(weights: tuple[torch.nn.Parameter, ...]) -> tuple[torch.Tensor, tor
 
 
 def _weight_gradient(
-    weight: torch.Tensor, products: OneByOne | OneKernel, left: torch.Tensor, right: torch.Tensor
+    weight: torch.Tensor, products: OneByOne | OneKernel, gradient: torch.Tensor, rows: torch.Tensor
 ) -> torch.Tensor:
-    """Return each expert's `left.T @ right`, or an empty tensor if it was added to Megatron's buffer."""
+    """Return each expert's `gradient.T @ rows`, or an empty tensor if it was added to Megatron's buffer."""
     main_grad = find_main_grad(weight)
     if main_grad is None:
-        return products.outers(left, right)
-    products.add_outers(main_grad, left, right)
+        return products.outers(gradient, rows)
+    products.add_outers(main_grad, gradient, rows)
     return mark_as_added(weight)

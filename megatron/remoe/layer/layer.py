@@ -59,6 +59,7 @@ class ReMoELayer(MoELayer):
             # With local graphs, Megatron recomputes only in graphs of MoE modules.
             self.moe_layer_recompute = config.recompute_granularity == "selective" and "moe" in config.recompute_modules
         self.backend = choose_backend(config)
+        # Megatron's top-k router never has more than k pairs per token.
         self.pairs_limit = 0.0 if type(self.router) is TopKRouter else _pairs_limit(config)
         self.is_planned = supports_plans(config)
         if self.is_planned:
@@ -93,7 +94,7 @@ class ReMoELayer(MoELayer):
             ValueError: the layer trains with tensor parallelism but without sequence parallelism.
         """
         in_graphs = intermediate_tensors is not None or self.config.cuda_graph_impl != "none"
-        if not self.pairs_limit and (in_graphs or not self.is_planned):
+        if not self.pairs_limit and (in_graphs or not self.is_planned):  # nothing to bound, and nothing to plan
             return super().forward(hidden_states, intermediate_tensors, padding_mask)
         if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
             raise ValueError("MoE layers with tensor parallelism need sequence parallelism to train.")
@@ -107,15 +108,16 @@ class ReMoELayer(MoELayer):
         return self._forward(hidden_states, padding_mask), None
 
     def _forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+        """Return the output, `[sequence, batch, H]`; `padding_mask` is `[sequence, batch]` here."""
         shared_expert_output = self.shared_experts_compute(hidden_states)
         probs_TE, map_TE = self.route(hidden_states, padding_mask)
-        counts_EB = getattr(self.router, "counts_EB", None)
-        counts = count_pairs(map_TE, counts_EB, self.token_dispatcher, self.backend, self.pairs_limit)
-        if len(counts) == 1:
+        counts_EB = getattr(self.router, "last_counts_EB", None)
+        chunks = count_pairs(map_TE, counts_EB, self.token_dispatcher, self.backend, self.pairs_limit)
+        if len(chunks) == 1:
             self._free_activations(True)
-            output = self._run_experts(hidden_states, probs_TE, map_TE, counts[0])
+            output = self._run_experts(hidden_states, probs_TE, map_TE, chunks[0])
         else:
-            output = self._run_chunks(hidden_states, probs_TE, map_TE, counts)
+            output = self._run_chunks(hidden_states, probs_TE, map_TE, chunks)
         return output if shared_expert_output is None else output + shared_expert_output
 
     def preprocess(self, hidden_states: torch.Tensor, *routed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

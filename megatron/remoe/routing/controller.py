@@ -1,12 +1,15 @@
 """Hold the sparsity S at its target with an adaptive L1 coefficient λ (paper section 3.3).
 
-After every optimizer step, with k experts per token as the target and α slightly above 1:
+Once per optimizer step, after its backward passes (training/hooks.py calls `update`), with k experts per token as the
+target and α slightly above 1:
 
     target = 1 - k/E
     S      = 1 - active pairs / (tokens · E)      over all MoE layers and the global batch
     λ      ← λ · α^sign(target - S)
 
 The routers keep λ = λ₀ · α^n as the integer n, so the update adds -1, 0 or 1 to n.
+
+L layers, dense ones included.
 """
 
 from collections.abc import Iterable
@@ -20,7 +23,7 @@ from megatron.remoe.routing.router import ReLURouter
 
 
 class SparsityController:
-    """Moves λ, and guards layers that are almost off, once per optimizer step.
+    """Move λ, and guard layers that are almost off, once per optimizer step.
 
     One small all-reduce adds up the counts of all layers, and every rank makes the same decision from the result.
     `update` does not wait for the device; `summary` and `totals` do.
@@ -56,22 +59,22 @@ class SparsityController:
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             # In every layout, each rank has counted different tokens or different layers.
             torch.distributed.all_reduce(sums.buffer)
-        topk, active, tokens = self.config.moe_router_topk, sums.counts.active, sums.counts["tokens"]
-        computed = active - sums.counts["left_out"] if self.config.moe_relu_max_experts else active
-        torch._foreach_add_([*self.running_sums.unbind()], [computed, tokens])
+        topk, active_L, tokens_L = self.config.moe_router_topk, sums.counts.active, sums.counts["tokens"]
+        computed_L = active_L - sums.counts["left_out"] if self.config.moe_relu_max_experts else active_L
+        torch._foreach_add_(list(self.running_sums), [computed_L, tokens_L])
         if not self.routers:
             return
         # Megatron skips a step that is not finite, or stops. Such a step leaves λ and the guarded layers unchanged.
-        finite = torch.isfinite(sums.buffer).all()
-        # target - S has the sign of active - k · tokens, which is exact in whole numbers.
-        direction = torch.where(finite, torch.sign((active - topk * tokens).sum()), 0.0)
+        is_finite = torch.isfinite(sums.buffer).all()
+        # target - S = (active - k · tokens) / (tokens · E). The sign of the whole number active - k · tokens is exact.
+        direction = torch.where(is_finite, torch.sign((active_L - topk * tokens_L).sum()), 0.0)
         exponent = self.routers[0].l1_exponent + direction.to(torch.int64)
-        dying = active < self.config.moe_relu_layer_floor * topk * tokens
-        guarded = torch.where(finite, dying, sums.guarded > 0).to(torch.int64).unbind()
+        is_almost_off_L = active_L < self.config.moe_relu_layer_floor * topk * tokens_L
+        guarded_L = torch.where(is_finite, is_almost_off_L, sums.guarded > 0).to(torch.int64)
         # One launch for all routers.
         torch._foreach_copy_(
             [*(router.l1_exponent for router in self.routers), *(router.guarded for router in self.routers)],
-            [exponent] * len(self.routers) + [guarded[row] for row in self._rows],
+            [exponent] * len(self.routers) + [guarded_L[row] for row in self._rows],
         )
 
     def _collect(self) -> StepSums:
@@ -88,7 +91,8 @@ class SparsityController:
         gradients = [_reduced_gradient(parameter) for parameter in self._watched]
         flat = [gradient.reshape(-1) for gradient in gradients if gradient is not None]
         if flat:
-            # Sum in fp32: a loss scale makes fp16 gradients large, and their sum could overflow.
+            # 0 · sum is 0, or NaN if a gradient is not finite; the all-reduce spreads NaN to all ranks. Sum in fp32: a
+            # loss scale makes fp16 gradients large, and their sum could overflow.
             torch.mul(torch.cat(flat).sum(dtype=torch.float32), 0.0, out=sums.not_finite)
         return sums
 

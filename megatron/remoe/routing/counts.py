@@ -63,6 +63,11 @@ class RoutingCounts:
         """Active (token, expert) pairs, `[...]`."""
         return self["tokens_per_expert"].sum(dim=-1)
 
+    @property
+    def sparsity(self) -> torch.Tensor:
+        """S = 1 - active pairs / (tokens · E), `[...]`; NaN without tokens."""
+        return 1.0 - self.active / (self["tokens"] * self["tokens_per_expert"].shape[-1])
+
 
 @dataclass(frozen=True)
 class StepSums:
@@ -129,16 +134,15 @@ class RoutingSummary:
     @classmethod
     def compute(cls, sums: StepSums, config: ReMoEConfig) -> "RoutingSummary":
         """Compute the figures from a step's sums, which must be on the host."""
-        numbered = {number: RoutingCounts(row) for number, row in enumerate(sums.counts.table, start=1)}
-        layers = {number: row for number, row in numbered.items() if row["tokens"] > 0}
+        rows = {number: RoutingCounts(row) for number, row in enumerate(sums.counts.table, start=1)}
+        layers = {number: row for number, row in rows.items() if row["tokens"] > 0}  # dense layers count nothing
+        all_layers = RoutingCounts(sums.counts.table.sum(dim=0))
+        exponent = (sums.l1_exponent / sums.ranks.clamp(min=1.0)).item()
         l1_losses = {number: (row["l1_loss"] / row["micro_batches"]).item() for number, row in layers.items()}
-        experts, exponent = config.num_moe_experts, (sums.l1_exponent / sums.ranks.clamp(min=1.0)).item()
-        assert experts is not None
-        pairs = sums.counts["tokens"].sum().item() * experts
-        sparsities = {n: 1.0 - (row.active / (row["tokens"] * experts)).item() for n, row in layers.items()}
+        sparsities = {number: row.sparsity.item() for number, row in layers.items()}
         shares = {number: (row["tokens_per_expert"] / row["tokens"]).tolist() for number, row in layers.items()}
         return cls(
-            sparsity=1.0 - sums.counts.active.sum().item() / pairs if pairs else 1.0,
+            sparsity=all_layers.sparsity.item() if layers else 1.0,
             target_sparsity=config.target_sparsity,
             l1_coefficient=config.moe_relu_l1_reg_coeff_init * config.moe_relu_l1_reg_coeff_multiplier**exponent,
             l1_loss=sum(l1_losses.values()),
@@ -152,7 +156,12 @@ class RoutingSummary:
 
 
 def count_layers(modules: Iterable[torch.nn.Module], config: TransformerConfig) -> int:
-    """Return the highest number that `layer_numbers` can return on any rank; `modules` is the model on this one."""
+    """Return the number of layers, MoE or dense, of the decoder and multi-token prediction on all ranks.
+
+    Args:
+        modules: the whole model on this rank.
+        config: the model's configuration.
+    """
     # Each depth of multi-token prediction is one layer, or in a hybrid model a pattern of layers that all ranks know.
     patterns = [pattern for module in modules if (pattern := getattr(module, "mtp_pattern", None))]
     return config.num_layers + (config.mtp_num_layers or 0) * max(map(len, patterns), default=1)
@@ -171,5 +180,5 @@ def layer_numbers(routers: Iterable[TopKRouter], modules: Iterable[torch.nn.Modu
     blocks = [module for module in modules if isinstance(module, MultiTokenPredictionBlock)]
     # In a hybrid model, routers do not know that they belong to multi-token prediction.
     predicting = {id(module) for block in blocks for module in block.modules()}
-    after = itertools.count(num_layers + 1)
-    return [next(after) if id(router) in predicting else router.layer_number for router in routers]
+    next_numbers = itertools.count(num_layers + 1)
+    return [next(next_numbers) if id(router) in predicting else router.layer_number for router in routers]

@@ -56,7 +56,7 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _given(_value: Any) -> bool:
+def _any_value(_value: Any) -> bool:
     return True
 
 
@@ -65,14 +65,14 @@ IGNORED = "it acts on top-k only"  # router.py: TopKRouter.routing
 
 REFUSALS: tuple[Refusal, ...] = (
     # moe_utils.py: apply_router_token_dropping, pad_routing_map; token_dispatcher.py: _HybridEPManager.setup_metadata
-    Refusal("moe_expert_capacity_factor", DROPS, DROPLESS, _given),
-    Refusal("moe_expert_rank_capacity_factor", DROPS, DROPLESS, _given),
+    Refusal("moe_expert_capacity_factor", DROPS, DROPLESS, _any_value),
+    Refusal("moe_expert_rank_capacity_factor", DROPS, DROPLESS, _any_value),
     Refusal("moe_router_padding_for_quantization", "it adds token-expert pairs that were not routed"),
     # moe_utils.py: permute
     Refusal("moe_permute_fusion", "Transformer Engine's permutation fails if a layer routes no token"),
     # moe_utils.py: topk_routing_with_score_function; router_trace.py: RouterTracer._record
     Refusal("moe_enable_routing_replay", "replay records k experts per token"),
-    Refusal("moe_routing_trace_path", "it records exactly k experts per token", refused=_given),
+    Refusal("moe_routing_trace_path", "it records exactly k experts per token", refused=_any_value),
     # experts.py: TEGroupedMLP.forward
     Refusal("moe_apply_probs_on_input", "it assumes one expert per token", "Leave it out: gates scale the outputs"),
     Refusal("moe_aux_loss_coeff", IGNORED, refused=lambda value: any(as_list(value))),
@@ -83,15 +83,15 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda value: not set(as_list(value)) <= {"none", "aux_loss"},
     ),
     Refusal("moe_router_score_function", IGNORED, refused=lambda value: value != "softmax"),
-    Refusal("moe_router_topk_scaling_factor", IGNORED, refused=_given),
-    Refusal("moe_router_num_groups", IGNORED, refused=_given),
+    Refusal("moe_router_topk_scaling_factor", IGNORED, refused=_any_value),
+    Refusal("moe_router_num_groups", IGNORED, refused=_any_value),
     Refusal("moe_router_fusion", "the fused kernel computes top-k"),
     # moe_utils.py: apply_biased_logits, apply_random_logits
-    Refusal("moe_router_force_biased", "its random bias changes the number of experts", refused=_given),
+    Refusal("moe_router_force_biased", "its random bias changes the number of experts", refused=_any_value),
     Refusal("moe_router_force_load_balancing", "random logits do not activate k experts"),
     # upcycling_utils.py: _convert_to_moe_state_dict
     Refusal("moe_use_upcycling", "it scales the experts for a softmax", "Use remoe convert, which fits the gates"),
-    Refusal("moe_latent_size", "the planned dispatch does not project to the latent size", refused=_given),
+    Refusal("moe_latent_size", "the planned dispatch does not project to the latent size", refused=_any_value),
     # transformer_layer.py: _forward_mlp
     Refusal("mlp_chunks_for_training", "it routes and balances parts of a sequence", refused=lambda parts: parts > 1),
     # training/models/dist_utils.py: _ddp_wrap, to_empty_if_meta_device

@@ -8,7 +8,7 @@
 
 The paper also divides L_reg by the number of layers; its code does not, and λ adapts to either.
 
-T tokens (sequence x batch), E experts, B blocks of tokens.
+T tokens (sequence x batch), E experts, B blocks of tokens that a backend counts separately (PyTorch: 1).
 """
 
 from typing import Any
@@ -37,7 +37,7 @@ class ReLURouter(TopKRouter):
             floating-point buffers and leave integers, so λ stays exact.
         guarded: int64 scalar, 1 if the layer was almost off in the last optimizer step and is pushed up in this one.
         counts: sums since the last optimizer step, on the device.
-        counts_EB: integers `[E, B]`, the pairs in the last returned routing map, which the layer reads; None if
+        last_counts_EB: integers `[E, B]`, the pairs in the last returned routing map, which the layer reads; None if
             `moe_relu_max_experts` changed the map.
 
     Raises:
@@ -55,7 +55,7 @@ class ReLURouter(TopKRouter):
         for name in ("l1_exponent", "guarded"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
         self.counts = RoutingCounts.zeros(self.num_experts, self.l1_exponent.device)
-        self.counts_EB: torch.Tensor | None = None
+        self.last_counts_EB: torch.Tensor | None = None
         self.backend = choose_backend(config)
 
     def routing(
@@ -80,16 +80,18 @@ class ReLURouter(TopKRouter):
         # Count once: recomputation runs the forward pass twice, the first time without gradients.
         is_counted = self.training and torch.is_grad_enabled()
         if is_counted:
-            probs_TE, map_TE, self.counts_EB = _RegularizedReLU.apply(logits_TE, padding_mask_T, self)
+            probs_TE, map_TE, self.last_counts_EB = _RegularizedReLU.apply(logits_TE, padding_mask_T, self)
         else:
-            probs_TE, map_TE, self.counts_EB, _ = self.backend.gate(logits_TE)
-        if (most := self.config.moe_relu_max_experts) is None:
+            probs_TE, map_TE, self.last_counts_EB, _ = self.backend.gate(logits_TE)
+        max_experts = self.config.moe_relu_max_experts
+        if max_experts is None:
             return probs_TE, map_TE
-        self.counts_EB = None
-        # Gates that are left out still have the gradient of λ · L_reg.
-        computed_TE = map_TE & torch.zeros_like(map_TE).scatter_(1, probs_TE.detach().topk(most, dim=1).indices, True)
+        self.last_counts_EB = None
+        largest_TE = torch.zeros_like(map_TE).scatter_(1, probs_TE.detach().topk(max_experts, dim=1).indices, True)
+        computed_TE = map_TE & largest_TE
         if is_counted:
             self.counts["left_out"].add_((map_TE & ~computed_TE).sum())
+        # Gates that are left out still get the gradient of λ · L_reg: `_RegularizedReLU` has the whole map.
         return torch.where(computed_TE, probs_TE, 0.0), computed_TE
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
@@ -105,63 +107,78 @@ class ReLURouter(TopKRouter):
 
     def l1_coefficient(self) -> torch.Tensor:
         """Return λ = λ₀ · αⁿ as a float64 scalar on the device."""
+        # A Python number to the power of an integer tensor would be computed in fp32.
         alpha = torch.full_like(self.l1_exponent, self.config.moe_relu_l1_reg_coeff_multiplier, dtype=torch.float64)
         return self.config.moe_relu_l1_reg_coeff_init * alpha**self.l1_exponent
 
-    def count_and_regularize(
-        self, pairs_E: torch.Tensor, tokens: torch.Tensor, sums_E: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add a micro-batch to the counts, and return the gradients of its L1 term and of the guard.
+    def relative_loads(self, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return f_e = E / (k T) · tokens of e, or 1 without load balancing, and T, both for whole sequences.
 
-        No gradient flows through f_e, so each gate of expert e gets the gradient λ · f_e / T. A guarded layer
+        Args:
+            counts: int64 `[E + 1]`, this rank's tokens of each expert, then all its tokens without padding.
+
+        Returns:
+            f_E: fp32 `[E]`.
+            T: int64 `[1]`, at least 1.
+        """
+        if self.tp_cp_group.size() > 1:  # tensor (sequence) and context parallelism split a sequence
+            counts = reduce_from_tensor_model_parallel_region(counts.clone(), self.tp_cp_group)
+        tokens_per_expert_E, num_tokens = counts[:-1], counts[-1:].clamp(min=1)
+        if not self.config.moe_relu_l1_reg_load_balancing:
+            return torch.ones_like(tokens_per_expert_E, dtype=torch.float32), num_tokens
+        return tokens_per_expert_E * (self.num_experts / (self.config.moe_router_topk * num_tokens)), num_tokens
+
+    def l1_gradients(self, f_E: torch.Tensor, num_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gradients of λ · L_reg and of the guard.
+
+        No gradient flows through f_e, so each active gate of expert e gets the gradient λ · f_e / T. A guarded layer
         has no L1, but the loss -0.1 · mean(logits) where its gates are off: a router that is off for every token has
         no other gradient, and would stay off.
 
         Args:
-            pairs_E: integers `[E]`, the tokens of each expert.
-            tokens: int64 `[1]`, the number of tokens without padding.
-            sums_E: fp32 `[E]`, each expert's sum of gates over this rank's tokens.
+            f_E, num_tokens: f_e and T, as `relative_loads` returns them.
 
         Returns:
-            on: fp32 `[E]`, the gradient of each active gate.
-            off: fp32 `[1]`, the gradient of each inactive logit.
+            d_l1_E: fp32 `[E]`, the gradient of each active gate.
+            d_guard: fp32 `[1]`, the gradient of each inactive logit.
         """
-        # Tensor (sequence) and context parallel ranks can share the tokens of one sequence.
-        own_counts = torch.cat([pairs_E, tokens])
-        ranks, sequence_counts = self.tp_cp_group.size(), own_counts
-        if ranks > 1:
-            sequence_counts = reduce_from_tensor_model_parallel_region(own_counts.clone(), self.tp_cp_group)
-        active_E, sequence_tokens = sequence_counts[:-1], sequence_counts[-1:].clamp(min=1)
-
-        if self.config.moe_relu_l1_reg_load_balancing:  # f_e / T = active_E · weight
-            weight = self.num_experts / (self.config.moe_router_topk * sequence_tokens * sequence_tokens)
-        else:
-            active_E, weight = torch.ones_like(active_E), 1 / sequence_tokens
-        l1_loss = (sums_E * active_E).sum() * weight
-
         coefficient = self.l1_coefficient() * (1 - self.guarded)
-        off = 0.0 - GUARD_COEFFICIENT * self.guarded / (sequence_tokens * self.num_experts)  # never -0.0
+        d_l1_E = coefficient.float() * f_E / num_tokens
+        d_guard = 0.0 - GUARD_COEFFICIENT * self.guarded / (num_tokens * self.num_experts)  # never -0.0
         if self.calculate_per_token_loss:
             # finalize_model_grads divides every gradient by the number of tokens of the global batch.
-            coefficient, off = coefficient * sequence_tokens, off * sequence_tokens
-        self.counts.add(own_counts, l1_loss, 1.0 / ranks)
-        return coefficient.float() * weight * active_E, off
+            d_l1_E, d_guard = d_l1_E * num_tokens, d_guard * num_tokens
+        return d_l1_E, d_guard
 
 
 class _RegularizedReLU(torch.autograd.Function):
-    """ReLU whose backward pass adds the gradient of λ · L_reg: logits, padding mask, router → probs, map, counts."""
+    """Compute the gates, and count the micro-batch; its L1 term and the guard are only in the gradient.
+
+    d_logits = d_probs + λ · f_e / T where the gate is positive, and the guard's gradient elsewhere.
+
+    Args:
+        logits_TE: `[T, E]`.
+        padding_mask_T: bool `[T]`, True at padding; or None.
+        router: has the counts, λ and the backend.
+
+    Returns:
+        probs, routing map and counts, as `Backend.gate` returns them.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, logits_TE: torch.Tensor, padding_mask_T: torch.Tensor | None, router: ReLURouter
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        probs_TE, map_TE, counts_EB, sums_E = router.backend.gate(logits_TE)
+        probs_TE, map_TE, counts_EB, gate_sums_E = router.backend.gate(logits_TE)
         if padding_mask_T is None:
-            tokens = counts_EB.new_full((1,), len(logits_TE), dtype=torch.int64)
+            num_tokens = counts_EB.new_full((1,), len(logits_TE), dtype=torch.int64)
         else:
-            tokens = (~padding_mask_T).sum(dim=0, keepdim=True)
-        gradients = router.count_and_regularize(counts_EB.sum(dim=1), tokens, sums_E)
-        ctx.save_for_backward(map_TE, *gradients)
+            num_tokens = (~padding_mask_T).sum(dim=0, keepdim=True)
+        counts = torch.cat([counts_EB.sum(dim=1), num_tokens])
+        f_E, sequence_tokens = router.relative_loads(counts)
+        l1_loss = (f_E * gate_sums_E).sum() / sequence_tokens  # L_reg = 1/T · Σ_e f_e · Σ_t R(x_t)_e
+        router.counts.add(counts, l1_loss, 1.0 / router.tp_cp_group.size())
+        ctx.save_for_backward(map_TE, *router.l1_gradients(f_E, sequence_tokens))
         ctx.backend, ctx.dtype = router.backend, probs_TE.dtype
         ctx.mark_non_differentiable(map_TE, counts_EB)
         ctx.set_materialize_grads(False)  # otherwise PyTorch writes zeros for the map
@@ -169,10 +186,10 @@ class _RegularizedReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_probs_TE: torch.Tensor | None, *_: None) -> tuple[torch.Tensor, None, None]:
-        map_TE, on_E, off = ctx.saved_tensors
+        map_TE, d_l1_E, d_guard = ctx.saved_tensors
         if d_probs_TE is None:  # λ · L_reg has a gradient even if the gates have none
             d_probs_TE = torch.zeros_like(map_TE, dtype=ctx.dtype)
         scale = MoEAuxLossAutoScaler.main_loss_backward_scale  # set by Megatron between forward and backward
         if scale is not None:
-            on_E, off = on_E * scale, off * scale
-        return ctx.backend.gate_backward(d_probs_TE, map_TE, on_E, off), None, None
+            d_l1_E, d_guard = d_l1_E * scale, d_guard * scale
+        return ctx.backend.gate_backward(d_probs_TE, map_TE, d_l1_E, d_guard), None, None

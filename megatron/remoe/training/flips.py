@@ -44,12 +44,15 @@ class FlipMeter:
                 of several validation sets.
         """
         train, valid, *_ = data_sets
-        data = valid[0] if isinstance(valid, list) and valid else valid or train
+        if isinstance(valid, list):
+            valid = valid[0] if valid else None
+        data = valid or train
+        if not data:
+            self._batches.append(None)
+            return
         size, rank = self._args.eval_micro_batch_size, mpu.get_data_parallel_rank()
-        numbers = range(rank * size, (rank + 1) * size)
-        self._batches.append(
-            data and torch.utils.data.default_collate([data[number % len(data)] for number in numbers])
-        )
+        sequences = [data[number % len(data)] for number in range(rank * size, (rank + 1) * size)]
+        self._batches.append(torch.utils.data.default_collate(sequences))
 
     def after_update(self, iteration: int) -> dict[str, Any] | None:
         """Measure the flips of an update if it is due. Call this on every rank after each update.
@@ -103,8 +106,10 @@ class FlipMeter:
         return maps
 
     def _compare(self, before: Maps, after: Maps) -> dict[str, Any]:
+        """Return the figures of `after_update` from the maps before and after it."""
         config = get_model_config(self.chunks[0])
         device = next(self.chunks[0].parameters()).device
+        # A row per layer: flipped pairs, all pairs, tokens with a flipped pair.
         table = torch.zeros(config.num_layers, 3, dtype=torch.float64, device=device)
         for (number, was), (_, now) in zip(before, after, strict=True):
             changed = was != now
@@ -114,12 +119,13 @@ class FlipMeter:
         if torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(table)  # ranks route different tokens, or different layers
         rows = {number: row for number, row in enumerate(table.tolist(), start=1) if row[1]}
-        flipped, pairs, tokens = (sum(column) for column in zip(*rows.values(), strict=True))
+        flipped, pairs, changed_tokens = map(sum, zip(*rows.values(), strict=True))
+        tokens = pairs / config.num_moe_experts
         return {
             "rate": flipped / pairs,
-            "count": flipped / pairs * config.num_moe_experts,
-            "layer_rate": {number: flipped / pairs for number, (flipped, pairs, _) in rows.items()},
-            "changed_tokens": tokens / pairs * config.num_moe_experts,
+            "count": flipped / tokens,
+            "layer_rate": {number: row[0] / row[1] for number, row in rows.items()},
+            "changed_tokens": changed_tokens / tokens,
         }
 
 

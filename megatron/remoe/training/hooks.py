@@ -66,18 +66,18 @@ def install_routing(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
         TypeError: the configuration's class is wrong, or, at the latest when they are built, MoE layers do not fit.
     """
     router: type[TopKRouter]
-    prepare: Callable[[list[torch.nn.Module]], list[torch.nn.Module]]
+    post_wrap_hook: Callable[[list[torch.nn.Module]], list[torch.nn.Module]]
     config = model_cfg.transformer
     if args.moe_relu_routing:
         router = ROUTERS[args.moe_baseline_router] if args.moe_baseline_router else ReLURouter
-        prepare = partial(_install_counter, args, partial(SparsityController, config=config))
+        post_wrap_hook = partial(_update_each_step, args, partial(SparsityController, config=config))
     elif args.moe_warmup_topk is not None:
-        router, prepare = WarmupTopKRouter, partial(_install_warmup, args)
+        router, post_wrap_hook = WarmupTopKRouter, partial(_install_warmup, args)
     elif args.moe_baseline_router is not None:
-        router, prepare = ROUTERS[args.moe_baseline_router], partial(_install_counter, args, PairCounter)
+        router, post_wrap_hook = ROUTERS[args.moe_baseline_router], partial(_update_each_step, args, PairCounter)
     else:
         if args.num_experts and args.moe_per_layer_logging and args.cuda_graph_impl == "none":
-            model_cfg.post_wrap_hooks.append(partial(_install_counter, args, PairCounter))
+            model_cfg.post_wrap_hooks.append(partial(_update_each_step, args, PairCounter))
         return
     if not isinstance(config, ReMoEConfig):
         raise TypeError(
@@ -88,15 +88,18 @@ def install_routing(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
     _change_layers(model_cfg, lambda spec, _vp_stage: with_router(spec, router))
     if args.moe_baseline_router == "hash":
         model_cfg.pre_wrap_hooks.append(pass_token_ids)
-    model_cfg.post_wrap_hooks.append(prepare)
+    model_cfg.post_wrap_hooks.append(post_wrap_hook)
 
 
-def _install_counter(
+def _update_each_step(
     args: argparse.Namespace,
     make: Callable[[list[torch.nn.Module]], SparsityController | PairCounter],
     model_chunks: list[torch.nn.Module],
 ) -> list[torch.nn.Module]:
-    """Update the counter of the routers' pairs after each step, and log its figures."""
+    """Build the counter of the routers' pairs, call its `update` after each step, and log its figures.
+
+    `SparsityController.update` moves λ.
+    """
     counter, config = make(model_chunks), get_model_config(model_chunks[0])
     finalize = config.finalize_model_grads_func or finalize_model_grads  # Megatron's default, set later
 
@@ -131,6 +134,8 @@ def _restore_for_reruns(counter: SparsityController | PairCounter) -> None:
 
 
 def _install_warmup(args: argparse.Namespace, model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Let the routers choose the step's k before each of their forward passes."""
+
     def begin_step(router: WarmupTopKRouter, _inputs: Any) -> None:
         # Megatron sets `iteration` when it loads a checkpoint, and `curr_iteration` at each step. An evaluation uses
         # the k of the step before it.
@@ -204,21 +209,19 @@ def _change_layers(model_cfg: ModelConfig, change: Callable[[LayerSpec, int | No
         model_cfg.pre_wrap_hooks.append(partial(rebuild_prediction_layers, change))
 
 
-def build_model(args: argparse.Namespace) -> Any:
-    """Build the model that the flags describe, in one part and without Megatron's wrappers.
+def _changed_spec(given: Any, change: Callable[[LayerSpec, int | None], LayerSpec]) -> Callable[..., LayerSpec]:
+    """Return a builder of the specification `given`, or of the one that it builds, with `change` applied."""
 
-    Args:
-        args: Megatron's arguments, for one pipeline stage without virtual ones.
+    def build(model_cfg: ModelConfig, vp_stage: int | None = None) -> LayerSpec:
+        if isinstance(given, ModuleSpec | TransformerBlockSubmodules):
+            spec = given
+        elif "vp_stage" in inspect.signature(given).parameters:
+            spec = given(model_cfg, vp_stage=vp_stage)
+        else:
+            spec = given(model_cfg)
+        return change(spec, vp_stage)
 
-    Raises:
-        TypeError, UsageError: see `install_routing` and `install_local_layers`.
-    """
-    model_cfg = model_config_from_args(args)
-    install_routing(args, model_cfg)
-    install_local_layers(args, model_cfg)
-    stock = model_cfg.get_builder_cls()(model_cfg).build_model(ProcessGroupCollection.use_mpu_process_groups())
-    (model,) = compose_hooks(model_cfg.pre_wrap_hooks)([stock])
-    return model
+    return build
 
 
 def rebuild_prediction_layers(change: Callable[[Any, int | None], Any], model_chunks: list[Any]) -> list[Any]:
@@ -235,25 +238,10 @@ def rebuild_prediction_layers(change: Callable[[Any, int | None], Any], model_ch
     return model_chunks
 
 
-def _changed_spec(given: Any, change: Callable[[LayerSpec, int | None], LayerSpec]) -> Callable[..., LayerSpec]:
-    """Return a builder of the specification `given`, or of the one that it builds, with `change` applied."""
-
-    def build(model_cfg: ModelConfig, vp_stage: int | None = None) -> LayerSpec:
-        if isinstance(given, ModuleSpec | TransformerBlockSubmodules):
-            spec = given
-        elif "vp_stage" in inspect.signature(given).parameters:
-            spec = given(model_cfg, vp_stage=vp_stage)
-        else:
-            spec = given(model_cfg)
-        return change(spec, vp_stage)
-
-    return build
-
-
 def with_flips(
     args: argparse.Namespace, model_cfg: ModelConfig, provider: Callable[..., Any], forward_step: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Return `provider`, extended to keep the calibration set of --moe-log-flips-interval.
+    """Install the meter of --moe-log-flips-interval. Return `provider`, extended to keep its calibration set.
 
     Call it after `install_routing`. Without the flag, return `provider` unchanged.
 
@@ -283,3 +271,20 @@ def with_flips(
         return data_sets
 
     return calibrating
+
+
+def build_model(args: argparse.Namespace) -> Any:
+    """Build the model that the flags describe, in one part and without Megatron's wrappers.
+
+    Args:
+        args: Megatron's arguments, for one pipeline stage without virtual ones.
+
+    Raises:
+        TypeError, UsageError: see `install_routing` and `install_local_layers`.
+    """
+    model_cfg = model_config_from_args(args)
+    install_routing(args, model_cfg)
+    install_local_layers(args, model_cfg)
+    stock = model_cfg.get_builder_cls()(model_cfg).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    (model,) = compose_hooks(model_cfg.pre_wrap_hooks)([stock])
+    return model

@@ -51,32 +51,37 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
         is_printed = self._first or iteration % self._args.log_interval == 0
         is_recorded = iteration % self._args.tensorboard_log_interval == 0 and (writer or wandb_writer)
         self._first = False
-        line = self._measure_flips(iteration, writer, wandb_writer)
-        if line:
-            text += f" flip rate: {line['flip_rate']:.6f} | flip count: {line['flip_count']:.6f} |"
-        controller = self._counter if isinstance(self._counter, SparsityController) else None
-        if controller and (is_printed or is_recorded) and (summary := controller.summary()) is not None:
-            figures = asdict(summary)
-            if is_recorded:
-                self._log_scalars(_scalars(figures, per_layer_logging), iteration, writer, wandb_writer)
-            text += "".join(f" {name.replace('_', ' ')}: {figures[name]:{form}} |" for name, form in PRINTED.items())
-            if summary.guarded_layers:
-                text += f" guarded layers: {','.join(map(str, summary.guarded_layers))} |"
-            line |= figures
+        record = self._measure_flips(iteration, writer, wandb_writer)
+        if record:
+            text += f" flip rate: {record['flip_rate']:.6f} | flip count: {record['flip_count']:.6f} |"
+        if isinstance(self._counter, SparsityController) and (is_printed or is_recorded):
+            summary = self._counter.summary()
+            if summary is not None:
+                figures = asdict(summary)
+                if is_recorded:
+                    self._log_scalars(_scalars(figures, per_layer_logging), iteration, writer, wandb_writer)
+                text += "".join(
+                    f" {name.replace('_', ' ')}: {figures[name]:{form}} |" for name, form in PRINTED.items()
+                )
+                if summary.guarded_layers:
+                    text += f" guarded layers: {','.join(map(str, summary.guarded_layers))} |"
+                record |= figures
         elif isinstance(self._counter, PairCounter) and is_printed:
-            line["tokens_per_expert"] = self._counter.loads()
-        if is_printed and (line := line | self.totals()):
-            run_logger().info(line)
+            record["tokens_per_expert"] = self._counter.tokens_per_expert()
+        if is_printed:
+            record |= self.totals()
+            if record:
+                run_logger().info(record)
         return text
 
     def _measure_flips(self, iteration: int, writer: Any, wandb_writer: Any) -> dict[str, Any]:
-        """Measure and record the flips if they are due. Return their figures for the log line, or {}."""
+        """Measure and log the flips if they are due. Return their figures for the step's record, or {}."""
         if self.flips is None or (flips := self.flips.after_update(iteration)) is None:
             return {}
         run_logger().info({"kind": "flips", "iteration": iteration, **flips})
-        line = {f"flip_{name}": flips[name] for name in ("rate", "count")}
-        self._log_scalars({f"moe/{name}": value for name, value in line.items()}, iteration, writer, wandb_writer)
-        return line | {"changed_tokens": flips["changed_tokens"]}
+        record = {f"flip_{name}": flips[name] for name in ("rate", "count")}
+        self._log_scalars({f"moe/{name}": value for name, value in record.items()}, iteration, writer, wandb_writer)
+        return record | {"changed_tokens": flips["changed_tokens"]}
 
 
 def _scalars(figures: dict[str, Any], per_layer: bool) -> dict[str, float]:

@@ -29,12 +29,14 @@ class PairCounter:
         for router, number in zip(self.routers, layer_numbers(self.routers, modules, config.num_layers), strict=True):
             router.register_forward_hook(partial(self._count, number - 1), with_kwargs=True)
 
-    def _count(self, row: int, router: torch.nn.Module, given: Any, named: Any, routed: Any) -> None:
+    def _count(self, row: int, router: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Add a micro-batch to a row of `_step`, in a hook after the router's forward pass."""
         # Recomputation runs the forward pass twice, the first time without gradients.
         if router.training and torch.is_grad_enabled():
-            padding = named.get("padding_mask", given[1] if len(given) > 1 else None)
-            self._step[row, :-1] += routed[1].sum(dim=0)
-            self._step[row, -1] += len(routed[1]) - (0 if padding is None else padding.sum())
+            _, map_TE = output
+            padding_mask = kwargs.get("padding_mask", args[1] if len(args) > 1 else None)
+            self._step[row, :-1] += map_TE.sum(dim=0)
+            self._step[row, -1] += len(map_TE) - (0 if padding_mask is None else padding_mask.sum())
 
     @torch.no_grad()
     def update(self) -> None:
@@ -53,7 +55,7 @@ class PairCounter:
         sums = self.running_sums.sum(dim=0)
         return {"total_active_pairs": int(sums[:-1].sum()), "total_layer_tokens": int(sums[-1])}
 
-    def loads(self) -> dict[int, list[float]]:
+    def tokens_per_expert(self) -> dict[int, list[float]]:
         """Return layer (from 1) → share of its tokens that each expert got in the last step; waits for the device."""
         table = self._last.cpu()
         return {
