@@ -49,7 +49,7 @@ make_environment() {
   run_step "torch" pip_install ${TORCH_INDEX_URL:+--no-deps --index-url "$TORCH_INDEX_URL"} torch # deps: from PyPI
   run_step "megatron-core" pip_install "megatron-core[training]"
   compgen -G "$VENV/lib/python3*/site-packages/megatron/core/datasets/helpers_cpp*" >/dev/null || {
-    "$VENV/bin/python" -m pip cache remove megatron_core >>"$SETUP_LOG" 2>&1
+    "$VENV/bin/python" -m pip cache remove megatron_core >>"$SETUP_LOG" 2>&1 || true # there may be no cache
     fail "megatron-core has no wheel for this system, and was built without its C++ part. Install a C++ compiler and \
 Python's headers, or use Python 3.12 or 3.13 on Linux. Then run this again."
   }

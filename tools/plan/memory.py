@@ -126,9 +126,8 @@ def _attention(args: argparse.Namespace, bytes_per_element: float) -> dict[str, 
     elements = query + 2 * key
     scores = args.num_attention_heads * 4 / element_size(args)  # the log-sum-exp of flash attention
     rotated = args.position_embedding_type in ("rope", "yarn") and not args.qk_layernorm
-    if _has_local_fusion(
-        args
-    ):  # values are views; rotary embeddings copy queries and keys, query groups and norms only queries
+    if _has_local_fusion(args):
+        # Values are views. Rotary embeddings copy queries and keys; query groups and norms copy only queries.
         copied = rotated or args.group_query_attention or args.qk_layernorm
         elements += query * copied + key * rotated
     elif args.transformer_impl == "local":  # keys and values are repeated to all heads; the softmax's output is kept

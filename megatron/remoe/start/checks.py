@@ -95,8 +95,8 @@ def check_settings(args: argparse.Namespace) -> None:
             args.optimizer == "sgd" and args.save and args.ckpt_format != "torch" and not args.no_load_optim
         ),
         # training/training.py: a skipped step continues before the save; dummy_train_step needs one data iterator.
-        "--iterations-to-skip: Megatron does not save in these steps, and fails with more than two pipeline stages, or "
-        "virtual ones. Leave out multiples of --save-interval, or the flag.": (
+        f"--iterations-to-skip {shown(args.iterations_to_skip)}: Megatron does not save in these steps, and fails with "
+        "more than two pipeline stages, or virtual ones. Give a --save-interval that divides none, or leave it out.": (
             args.iterations_to_skip
             and (stages > 2 or (args.save and any(step % args.save_interval == 0 for step in args.iterations_to_skip)))
         ),

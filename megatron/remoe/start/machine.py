@@ -28,22 +28,24 @@ def disable_unavailable(on_cpu: bool) -> None:
             effect = "SwiGLU, biases, dropout and residuals run as several kernels instead of one"
             print(f"{reason}: {effect}, which takes some time and memory.", file=sys.stderr, flush=True)
     hidden = ["apex"]  # without Transformer Engine, Megatron prefers its norms to PyTorch's, but they have no RMSNorm
-    if on_cpu or _is_engine_broken():
+    problem = "" if on_cpu else find_engine_problem()
+    if on_cpu or problem:
         hidden.append("transformer_engine")
+    if problem and os.environ.get("RANK", "0") == "0":
+        print(f"Transformer Engine is not used: {problem}", file=sys.stderr, flush=True)
     for name in hidden:
         sys.modules[name] = None  # type: ignore[assignment]  # Python's mark of a missing module
 
 
-def _is_engine_broken() -> bool:
-    """Return whether an installed Transformer Engine fails, with a message. Megatron expects only an ImportError."""
+def find_engine_problem() -> str:
+    """Return why Transformer Engine cannot be imported, or "". Megatron handles an ImportError, and no other error."""
     try:
         importlib.import_module("transformer_engine.pytorch")
     except ImportError:
-        return False
+        return ""
     except Exception as error:  # a library is missing, or versions differ
-        print(f"Transformer Engine is not used: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return True
-    return False
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def check_kernels(kernels: str, on_cpu: bool) -> None:
