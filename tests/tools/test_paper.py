@@ -141,12 +141,12 @@ def test_a_table_of_the_protocol(name: str, tmp_path: Path) -> None:
                 assert shown in (REPOSITORY / "README.md").read_text()
 
 
-@pytest.mark.parametrize("names", [("a1", "c1"), ("b1", "c2")])
-def test_what_more_experts_per_token_gain(names: tuple[str, str]) -> None:
+@pytest.mark.parametrize(("names", "steps"), [(("a1", "c1"), 3600), (("b1", "c2"), 3600), (("a1", "d256"), 1200)])
+def test_what_a_larger_model_gains(names: tuple[str, str], steps: int) -> None:
     one, more = (finished(read_results(DATA / name / "results.json")) for name in names)
     losses = {(run.arm, run.seed, run.steps): result.loss for run, result in one.items() if not run.is_tuning}
     for arm, words in (("moe", "top-k gains "), ("remoe-capped", "ReMoE with the bound "), ("moe-hash", "and hash ")):
-        runs = [run for run in more if run.arm == arm and run.steps == 3600 and not run.is_tuning]
+        runs = [run for run in more if run.arm == arm and run.steps == steps and not run.is_tuning]
         gains = [losses[arm, run.seed, run.steps] - more[run].loss for run in runs]
         assert words + interval(gains, digits=3) in TEXT
 
