@@ -11,7 +11,6 @@ import numpy
 from megatron.remoe.files.indexed import IndexedWriter
 from tools.console.errors import ToolError
 from tools.text.corpora import corpus
-from tools.text.corpora.dataset import MIXED
 
 END_OF_DOCUMENT = 256
 
@@ -44,4 +43,4 @@ def write_small_corpus(folder: Path) -> None:
     sources = {"code": corpus.code_documents, "docs": corpus.docs_documents}
     few = {name: partial(itertools.islice, source(), 50) for name, source in sources.items()}
     folder.parent.mkdir(parents=True)
-    corpus.build(folder, print, MIXED, {**few, "drama": _unavailable})
+    corpus.build(folder, {**few, "drama": _unavailable})

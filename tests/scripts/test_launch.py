@@ -31,7 +31,10 @@ def test_few_documents_have_a_split_that_leaves_no_part_empty(documents: int, sp
     result = planned("182m_moe", **data)
     assert value(shlex.split(result.stdout), "--split") == split, result.stderr
     assert (f"Split: {split}" in result.stderr) == (split != "969,30,1")
+    cache = value(shlex.split(result.stdout), "--data-cache-path")
+    write_tokens(tmp_path / "a_document", np.arange(7, dtype=np.uint16), [1] * 7)
     result = planned("182m_moe", "8", "--", "--split", "8,1,1", **data)
+    assert value(shlex.split(result.stdout), "--data-cache-path") != cache, "an index of other data"
     assert "Split" not in result.stderr and value(shlex.split(result.stdout), "--split") == "8,1,1"
 
 

@@ -12,7 +12,7 @@ import pytest
 from megatron.remoe.files.files import write_atomically
 from tests.training_runs import REPOSITORY
 from tools.console.errors import ToolError
-from tools.console.files import fingerprint_of_code, lock, new_folder, write_json
+from tools.console.files import lock, new_folder, write_json
 from tools.start import COMMANDS, IMPORT_TORCH
 
 TOOLS = REPOSITORY / "tools"
@@ -140,15 +140,3 @@ def test_results_go_to_the_file_while_the_bar_is_on_the_terminal() -> None:
 
 def test_a_tool_under_nohup_continues_after_a_hangup() -> None:
     assert run("-c", NOHUP, cwd=REPOSITORY).returncode == 0
-
-
-def test_fingerprint_of_code_leaves_out_comments(tmp_path: Path) -> None:
-    prints = []
-    for text in (
-        "def f():\n    return 1\n",
-        'def f():\n    """Return 1."""\n\n    return 1  # one\n',
-        "def f():\n    return 2\n",
-    ):
-        (tmp_path / "f.py").write_text(text)
-        prints.append(fingerprint_of_code([tmp_path / "f.py"]))
-    assert prints[0] == prints[1] != prints[2]

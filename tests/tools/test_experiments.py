@@ -72,6 +72,7 @@ def test_narrowed_lists(words: str, names: str) -> None:
         ("--train-iters many", "'many'"),
         ("--l1-inits 0", "--l1-inits: '0'"),
         ("--slurm --tiny", "--slurm --tiny"),
+        ("--tokens subwords", "--tokens --tiny"),
         ("-- --num-experts 4", "--num-experts"),
         ("--figures gate -- --moe-router-topk-scaling-factor 2", "--moe-router-topk-scaling-factor _gate2"),
         ("--figures lr --lrs 2 -- --lr 1e-3", "--lr _lr2"),
@@ -235,6 +236,14 @@ def test_each_arm_has_its_own_rate_and_warmup(capsys: pytest.CaptureFixture[str]
     (tmp_path / "old.json").write_text('{"a": 1}')
     for wrong in ("--collect --corpus broad", f"--results {files[1]} --size 4x256", f"--results {tmp_path}/old.json"):
         assert compare.main([*given, *wrong.split()]) == 1
+
+
+def test_a_layout_is_no_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA_PATH", "pile")
+    monkeypatch.setenv("MODEL", "hybrid")
+    one = jobs.make_job(Run("remoe", size="182m", is_tiny=False), jobs.Grid(tmp_path)).stamp
+    monkeypatch.setenv("PP", "2")
+    assert jobs.make_job(Run("remoe", size="182m", is_tiny=False), jobs.Grid(tmp_path)).stamp == one
 
 
 # ---------------------------------------------------------------- Slurm

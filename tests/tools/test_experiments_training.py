@@ -164,7 +164,7 @@ VARIED |= {"moe-sigmoid": "aux-coeff", "moe-lossfree": "gate"}
 @pytest.mark.parametrize("arm", [arm for arm in ARMS if arm not in TRAINED])
 def test_each_arm_and_each_setting_trains(arm: str, text: Path) -> None:
     assert {*VARIED.values(), RATE} == SETTINGS.keys()
-    run, known = Run(arm), Text.read(make_text(text, MIXED, print))
+    run, known = Run(arm), Text.read(make_text(text, MIXED))
     if arm in VARIED:
         run = run.vary(VARIED[arm], SETTINGS[VARIED[arm]].values[-1])
     few = "--exit-interval 2 --eval-iters 1 --seq-length 32 --max-position-embeddings 32 --log-interval 1".split()

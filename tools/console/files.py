@@ -1,15 +1,12 @@
-"""Write folders under a temporary name and rename them when complete, lock them, and stamp them.
+"""Write folders under a temporary name and rename them when complete, and lock them.
 
-A stamp is a file with a fingerprint of the inputs. It is written after the results, so a later call with the same
-inputs can reuse them. For single files see `megatron/remoe/files/files.py`.
+For single files see `megatron/remoe/files/files.py`.
 """
 
-import ast
-import hashlib
 import json
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,8 +14,6 @@ from typing import Any, TextIO
 from megatron.remoe.files.files import take_lock, write_text
 
 from .errors import ToolError
-
-DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @contextmanager
@@ -59,32 +54,10 @@ def lock(folder: Path, tool: str) -> TextIO:
     return file
 
 
-def fingerprint(*parts: Any) -> str:
-    """Return the SHA-256 hash, in hexadecimal, of values that JSON can hold."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def fingerprint_of_code(paths: Iterable[Path]) -> str:
-    """Return a hash of Python files without their comments and docstrings, in the order of their paths."""
-    trees = [ast.parse(path.read_bytes()) for path in sorted(paths)]
-    for tree in trees:
-        for node in ast.walk(tree):
-            if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
-                del node.body[0]
-    return fingerprint([ast.dump(tree) for tree in trees])
-
-
-def read_stamp(path: Path, inputs: str) -> dict[str, Any] | None:
-    """Return the stamp at `path`, or None if it cannot be read or its fingerprint is not `inputs`."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the mapping in a file of JSON, empty if the file cannot be read or holds something else."""
     try:
-        stamp = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return stamp if isinstance(stamp, dict) and stamp.get("inputs") == inputs else None
-
-
-def recreate_folder(folder: Path) -> None:
-    """Create a folder, or remove its content."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+        return {}
+    return value if isinstance(value, dict) else {}

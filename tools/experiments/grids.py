@@ -66,12 +66,14 @@ def parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> argpar
 def prepare_text(args: argparse.Namespace, console: Console) -> Text:
     """Return the text of tiny runs; make a missing one. Raise ToolError for a wrong one, or none in a dry run."""
     folder = (args.text_dir or home() / dataset.FOLDERS[args.corpus]).expanduser().resolve()
-    place = folder / dataset.TOKENS[args.tokens]
-    if not args.dry_run and not (place / "manifest.json").exists():
+    place, corpus = folder / dataset.TOKENS[args.tokens], folder / "corpus" / "manifest.json"
+    if not args.dry_run and not (corpus.exists() and (place / "manifest.json").exists()):
         with lock(folder, "quickstart"):
-            dataset.make_text(folder, args.corpus, lambda line: say(console, line), args.tokens)
+            dataset.make_text(folder, args.corpus, args.tokens)
+    for line in dataset.missing_domains(folder):
+        say(console, line)
     try:
-        text, made = Text.read(place), json.loads((folder / "corpus" / "manifest.json").read_text(encoding="utf-8"))
+        text, made = Text.read(place), json.loads(corpus.read_text(encoding="utf-8"))
         domains = {*made["domains"], *made["missing"]}
     except FileNotFoundError as error:
         raise ToolError(f"{error.filename}: there is no text yet. Run this without --dry-run first.") from None

@@ -13,7 +13,7 @@ from typing import Any
 from megatron.remoe.files.files import write_text
 
 from ..console.errors import ToolError
-from ..console.files import read_stamp, write_json
+from ..console.files import read_json, write_json
 from ..console.flags import group_by_flag
 from ..console.places import ROOT, entry, is_clone
 from ..recipes.data import find_data
@@ -145,7 +145,9 @@ def make_job(run: Run, grid: Grid, name: str = "") -> Job:
         words = ["bash", str(ROOT / "scripts" / f"train_llama_{run.size}_{run.routing}.sh"), *arguments]
     # On a CPU, --bf16 is the user's choice, and changes the result.
     left_out = NOT_COMPARED - {"--bf16"} | PLACES if run.is_tiny else NOT_COMPARED
-    settings = {flag: [*values] for flag, values in group_by_flag(flags).items() if flag not in left_out}
+    groups = {flag: values for flag, values in group_by_flag(flags).items() if flag not in left_out}
+    # The stages of --hybrid-layer-pattern, between |, are a layout: they do not change the result.
+    settings = {flag: [value.replace("|", "") for value in values] for flag, values in groups.items()}
     stamp = {"run": asdict(run), "per_byte": per_byte, "text": text, "settings": settings}
     return Job(run, folder, stamp, words, environment)
 
@@ -184,7 +186,7 @@ def prepare(job: Job, grid: Grid) -> None:
     Raises:
         ToolError: the text's folder no longer holds the text that the grid has read.
     """
-    if grid.text is not None and read_stamp(grid.text.folder / "manifest.json", grid.text.inputs) is None:
+    if grid.text is not None and read_json(grid.text.folder / "manifest.json").get("inputs") != grid.text.inputs:
         raise ToolError(f"{grid.text.folder}: the text was replaced. Give a different --text-dir and --output-dir.")
     job.folder.mkdir(parents=True, exist_ok=True)
     write_json(job.folder / STAMP, job.stamp)

@@ -59,7 +59,9 @@ def run(args: Namespace) -> None:
         title = f"Dense, top-k MoE and ReMoE of equal active size: {args.iterations} iterations each, side by side"
         say(console, f"{title}, in {short(output)}")
         tokens, warmup = dataset.SUBWORDS, min(WARMUP, args.iterations // 2)
-        text = Text.read(dataset.make_text(output, args.corpus, lambda line: say(console, f"  {line}"), tokens))
+        text = Text.read(dataset.make_text(output, args.corpus, tokens))
+        for line in dataset.missing_domains(output):
+            say(console, f"  {line}")
         domains = ", ".join(f"{name} {number:,}" for name, number in text.train_tokens.items())
         say(console, f"  training text in subword tokens: {domains}")
         grid = Grid(runs, text=text)

@@ -29,7 +29,7 @@ class Text:
     Attributes:
         folder: of the data sets and their vocabulary.
         train_tokens: domain → tokens of its training text.
-        inputs: fingerprint of the sources of the data sets.
+        inputs: fingerprint of the data sets.
         per_byte: set ("" for a part of the training text, else a domain's held-out text) → tokens per byte.
     """
 
@@ -195,7 +195,7 @@ SCHEDULE = {
     "--lr-decay-style", "--lr-decay-iters", "--lr-warmup-iters", "--lr-warmup-fraction", "--lr-wsd-decay-style",
     "--lr-wsd-decay-iters", "--log-interval", "--save-interval", "--save-retain-interval", "--split", "--eval-iters",
 }  # fmt: skip
-# A tiny run's text is compared by the fingerprint of its sources, not by its path.
+# A tiny run's text is compared by its fingerprint, not by its path.
 PLACES = {"--data-path", "--train-data-path", "--valid-data-path", "--vocab-file", "--merge-file"}
 
 

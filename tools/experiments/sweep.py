@@ -68,6 +68,9 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     text = 'submit each run as a job of scripts/slurm/train.sbatch, with flags for sbatch: --slurm="--nodes 2"'
     add("--slurm", nargs="?", type=shlex.split, const=[], metavar='"FLAGS"', help=text)
     args = parse_words(parser, words)
+    for option in ("corpus", "text_dir", "tokens"):
+        if not args.tiny and getattr(args, option) != parser.get_default(option):
+            parser.error(f"--{option.replace('_', '-')} is for tiny models: give --tiny, or set DATA_PATH")
     args.steps = args.steps or (tiny.TRAINING if args.tiny else Training()).iterations
     args.processes = args.processes if args.tiny else 1  # one run takes all GPUs
     return args

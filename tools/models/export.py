@@ -37,7 +37,7 @@ SEQUENCE = 4096  # sequence length for training, if the model has more positions
 RANDOM_TOKENS = 512
 RANDOM = "random tokens"
 # Batch size, steps and learning rate are for the user to choose.
-PROGRAM = "python pretrain_gpt.py --micro-batch-size 1 --global-batch-size 8 --train-iters 100 --lr 1e-4"
+PROGRAM = "remoe-pretrain --micro-batch-size 1 --global-batch-size 8 --train-iters 100 --lr 1e-4"
 PROGRAM += " --eval-interval 100 --save RUN --load RUN --save-interval 100"
 CARD = """\
 ---

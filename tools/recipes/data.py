@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -78,11 +77,22 @@ def find_data_sets(folder: str) -> list[str]:
     if twice := sorted({number for number in numbers if numbers.count(number) > 1}):
         raise RecipeError(f"DATA_DIR={folder} has shard {twice[0]} twice, and both would be trained on: move one away")
     pile = [name for name, number in shards.items() if number != "00"]
-    if 0 < len(pile) < 29:
-        missing = sorted({f"{number:02}" for number in range(1, 30)} - {*numbers})
-        print(f"Shards missing: {' '.join(missing)}; all data sets are used, shard 00 too.", file=sys.stderr)
     prefixes = [f"{folder}/{name}" for name in (pile if len(pile) == 29 else names)]
     return prefixes if len(prefixes) == 1 else [word for prefix in prefixes for word in ("1.0", prefix)]
+
+
+def missing_shards(data_path: Sequence[str]) -> list[str]:
+    """Return the numbers of the Pile's shards 01 to 29 that are not there, if some are."""
+    there = {match[1] for word in data_path if (match := _SHARD.fullmatch(Path(word).name))}
+    missing = [number for number in map("{:02}".format, range(1, 30)) if number not in there]
+    return missing if there and len(missing) < 29 else []
+
+
+def cache_name(data_path: Sequence[str]) -> str:
+    """Return a name for Megatron's cache of indices: it has the data's size, because Megatron's names do not."""
+    files = [Path(f"{word}.{end}") for word in data_path for end in ("bin", "idx")]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    return f"cache-{size}" if size else "cache"
 
 
 def choose_split(data_path: Sequence[str]) -> str:

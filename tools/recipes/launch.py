@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ..console.flags import group_by_flag, split, without
 from ..console.places import entry, home
@@ -114,15 +115,17 @@ def plan(
         "--save", f"{output}/checkpoints", "--load", f"{output}/checkpoints",
         "--save-interval", str(SAVE_INTERVALS[size]), "--exit-signal-handler",
         # Runs side by side on one data set must not read the other's half-written index.
-        "--data-cache-path", f"{output}/cache",
+        "--data-cache-path", f"{output}/{data.cache_name(data_path)}",
         "--tensorboard-dir", f"{output}/tensorboard", *"--log-interval 10 --log-throughput".split(),
         *kind.flags(model.ffn), *layout.flags(has_experts), *suited, *fast,
     ]  # fmt: skip
     if environment.get("WANDB_API_KEY"):
-        flags += ["--wandb-project", project, "--wandb-exp-name", name, "--wandb-save-dir", output]
+        flags += ["--wandb-project", project, "--wandb-exp-name", Path(output).name, "--wandb-save-dir", output]
     replaced = {REPLACED[flag] for flag in group_by_flag(extra) if flag in REPLACED}
     flags = [*without(flags, replaced), *extra]
     notes = []
+    if not environment.get("DATA_PATH") and (missing := data.missing_shards(data_path)):
+        notes.append(f"Shards missing: {' '.join(missing)}; all data sets are used, shard 00 too.")
     if parts != data.SPLITS[0]:
         notes.append(f"Split: {parts}, because the paper's {data.SPLITS[0]} leaves a part without documents")
     if engine:

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ...console.errors import ToolError
-from ...console.files import fingerprint, fingerprint_of_code, new_folder, read_stamp, recreate_folder, write_json
+from ...console.files import new_folder, read_json, write_json
 
 CODE_BYTES = 5_000_000
 SKIPPED_CODE = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages", "__pycache__"}
@@ -200,49 +201,39 @@ def _id_hash(document_id: str) -> bytes:
     return hashlib.sha256(document_id.encode()).digest()
 
 
-def inputs(name: str) -> str:
-    """Return a fingerprint of the packages and the code that determine a corpus."""
-    versions = {package: importlib.metadata.version(package) for package in DOCUMENTED_PACKAGES}
-    code = [Path(__file__).with_name(f"{part}.py") for part in ("corpus", "technical", "python_packages")]
-    return fingerprint(name, sys.version, versions, fingerprint_of_code(code))
-
-
-def build(folder: Path, say: Callable[[str], None], name: str, sources: Sources) -> Any:
-    """Write {folder}/{train,heldout}/{domain}.jsonl and a manifest, or reuse them.
+def build(folder: Path, sources: Sources) -> dict[str, Any]:
+    """Write {folder}/{train,heldout}/{domain}.jsonl and a manifest, or keep those of the same domains.
 
     Args:
         folder: for the corpus; replaced when the new one is complete.
-        say: prints a line.
-        name: the corpus's name.
         sources: domain → its documents.
 
     Returns:
-        The manifest: "inputs", "domains" (name → "train" and "heldout" → "documents" and "bytes"), "missing"
-        (name → reason), "reused".
+        The manifest: "domains" (name → "train" and "heldout" → "documents" and "bytes") and "missing" (name → reason).
 
     Raises:
         ToolError: fewer than two domains are available.
     """
-    stamp = read_stamp(folder / "manifest.json", inputs(name))
-    if stamp is not None:
-        return stamp | {"reused": True}
-    manifest: dict[str, Any] = {"inputs": inputs(name), "domains": {}, "missing": {}, "reused": False}
+    manifest = read_json(folder / "manifest.json")
+    if sources.keys() == {*manifest.get("domains", ()), *manifest.get("missing", ())}:
+        return manifest
+    manifest = {"domains": {}, "missing": {}}
     with new_folder(folder) as aside:
         for domain, source in sources.items():
             try:
                 parts = split(source())
             except ToolError as error:
                 manifest["missing"][domain] = str(error)
-                say(f"No {domain}: {error} To try again, remove {folder}.")
                 continue
             manifest["domains"][domain] = {
                 part: _write(aside / part, domain, documents)
                 for part, documents in zip(("train", "heldout"), parts, strict=True)
             }
         if len(manifest["domains"]) < 2:
-            raise ToolError("Fewer than two domains of text are available; see above. Run this again with a network.")
+            reasons = " ".join(manifest["missing"].values())
+            raise ToolError(f"Fewer than two domains of text are available: {reasons} Run this again with a network.")
         write_json(aside / "manifest.json", manifest)
-        recreate_folder(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     return manifest
 
 

@@ -1,6 +1,8 @@
 """Convert a corpus to Megatron data sets, with bytes or subwords as tokens."""
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,7 @@ from typing import Any
 from megatron.remoe.files.files import write_text
 
 from ...console.errors import ToolError
-from ...console.files import fingerprint, fingerprint_of_code, read_stamp, recreate_folder, write_json
-from ...console.places import PACKAGE
+from ...console.files import read_json, write_json
 from . import corpus, python_packages, technical
 
 MIXED, TECHNICAL, BROAD = "mixed", "technical", "broad"
@@ -28,14 +29,11 @@ FOLDERS = {
 }
 
 
-def inputs(text: dict[str, Any]) -> str:
-    """Return a fingerprint of the text and the code that the data sets are made from."""
-    sources = [Path(__file__), *Path(__file__).parents[1].glob("preprocessing/*.py"), *PACKAGE.glob("files/*.py")]
-    return fingerprint(text["inputs"], text["domains"], fingerprint_of_code(sources))
+def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int, tokens: str = BYTES) -> None:
+    """Write {folder}/{train,heldout}_{domain}_text_document.bin and .idx and a manifest, or keep those of this text.
 
-
-def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int, tokens: str = BYTES) -> dict[str, Any]:
-    """Write {folder}/{train,heldout}_{domain}_text_document.bin and .idx, or reuse them.
+    The manifest has "inputs" (SHA-256 of the data sets), "tokens" (part → domain → number of tokens) and "bytes" (the
+    same for bytes, with one more for the end of each document).
 
     Args:
         folder: for the data sets and their vocabulary.
@@ -44,29 +42,25 @@ def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int,
         threads: number of threads for encoding.
         tokens: one of `TOKENS`.
 
-    Returns:
-        The manifest: "inputs", "reused", "tokens" (part → domain → number of tokens) and "bytes" (the same for bytes,
-        with one more for the end of each document).
-
     Raises:
         ToolError: preprocessing failed.
     """
-    stamp = read_stamp(folder / "manifest.json", inputs(text))
-    if stamp is not None:
-        return stamp | {"reused": True}
+    manifest: dict[str, Any] = {"tokens": {"train": {}, "heldout": {}}}
+    manifest["bytes"] = {
+        part: {name: sum(of_domain[part].values()) for name, of_domain in text["domains"].items()}
+        for part in manifest["tokens"]
+    }
+    if read_json(folder / "manifest.json").get("bytes") == manifest["bytes"]:
+        return
     from megatron.remoe.files.errors import DataError
 
     from ..preprocessing.encoding import gpt2_encoder
     from ..preprocessing.pipeline import Job, preprocess
 
-    recreate_folder(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     files = byte_level_vocabulary(folder) if tokens == BYTES else train_subwords(folder, corpus_folder / "train")
     encoder = gpt2_encoder(*files)
-    manifest: dict[str, Any] = {"inputs": inputs(text), "tokens": {"train": {}, "heldout": {}}, "reused": False}
-    manifest["bytes"] = {
-        part: {name: sum(of_domain[part].values()) for name, of_domain in text["domains"].items()}
-        for part in manifest["tokens"]
-    }
     for part, of_part in manifest["tokens"].items():
         for domain in text["domains"]:
             source = str(corpus_folder / part / f"{domain}.jsonl")
@@ -76,8 +70,10 @@ def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int,
             except DataError as error:
                 raise ToolError(f"Preprocessing {domain}: {error}") from error
             of_part[domain] = done.tokens
-    write_json(folder / "manifest.json", manifest)
-    return manifest
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*_text_document.*")):
+        digest.update(path.read_bytes())
+    write_json(folder / "manifest.json", {"inputs": digest.hexdigest()} | manifest)
 
 
 def byte_level_vocabulary(folder: Path) -> tuple[Path, Path]:
@@ -86,7 +82,6 @@ def byte_level_vocabulary(folder: Path) -> tuple[Path, Path]:
 
     from megatron.remoe.files.gpt2_files import END_OF_TEXT
 
-    folder.mkdir(parents=True, exist_ok=True)
     tokens = {token: i for i, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), END_OF_TEXT])}
     files = {"vocab.json": json.dumps(tokens, ensure_ascii=False), "merges.txt": "#version: 0.2"}
     for name, text in files.items():
@@ -111,11 +106,17 @@ def train_subwords(folder: Path, texts: Path) -> tuple[Path, Path]:
     return Path(vocabulary), Path(merges)
 
 
-def make_text(folder: Path, name: str, say: Callable[[str], None], tokens: str = BYTES) -> Path:
-    """Build a corpus and its data sets, or reuse them, and return the data sets' folder."""
-    text = corpus.build(folder / "corpus", say, name, CORPORA[name]())
+def make_text(folder: Path, name: str, tokens: str = BYTES) -> Path:
+    """Build a corpus and its data sets, or keep those of any version, and return the data sets' folder."""
+    text = corpus.build(folder / "corpus", CORPORA[name]())
     build(folder / TOKENS[tokens], folder / "corpus", text, threads=1, tokens=tokens)
     return folder / TOKENS[tokens]
+
+
+def missing_domains(folder: Path) -> list[str]:
+    """Return a sentence for each domain that the corpus in a folder lacks: the reason, and the remedy."""
+    missing = read_json(folder / "corpus" / "manifest.json").get("missing", {})
+    return [f"No {name}: {reason} To try again, remove {folder / 'corpus'}." for name, reason in missing.items()]
 
 
 def data_prefix(data: Path, part: str, domain: str) -> str:
