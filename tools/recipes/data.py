@@ -89,10 +89,10 @@ def missing_shards(data_path: Sequence[str]) -> list[str]:
 
 
 def cache_name(data_path: Sequence[str]) -> str:
-    """Return a name for Megatron's cache of indices: it has the data's size, because Megatron's names do not."""
+    """Return the folder of Megatron's indices: it has the data's size, because Megatron's names do not."""
     files = [Path(f"{word}.{end}") for word in data_path for end in ("bin", "idx")]
     size = sum(file.stat().st_size for file in files if file.is_file())
-    return f"cache-{size}" if size else "cache"
+    return f"cache/{size}" if size else "cache"
 
 
 def choose_split(data_path: Sequence[str]) -> str:

@@ -82,6 +82,7 @@ def byte_level_vocabulary(folder: Path) -> tuple[Path, Path]:
 
     from megatron.remoe.files.gpt2_files import END_OF_TEXT
 
+    folder.mkdir(parents=True, exist_ok=True)
     tokens = {token: i for i, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), END_OF_TEXT])}
     files = {"vocab.json": json.dumps(tokens, ensure_ascii=False), "merges.txt": "#version: 0.2"}
     for name, text in files.items():
