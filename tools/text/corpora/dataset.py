@@ -29,7 +29,7 @@ FOLDERS = {
 }
 
 
-def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int, tokens: str = BYTES) -> None:
+def build(folder: Path, corpus_folder: Path, text: dict[str, Any], tokens: str = BYTES) -> None:
     """Write {folder}/{train,heldout}_{domain}_text_document.bin and .idx and a manifest, or keep those of this text.
 
     The manifest has "inputs" (SHA-256 of the data sets), "tokens" (part → domain → number of tokens) and "bytes" (the
@@ -39,7 +39,6 @@ def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int,
         folder: for the data sets and their vocabulary.
         corpus_folder: the corpus.
         text: the corpus's manifest.
-        threads: number of threads for encoding.
         tokens: one of `TOKENS`.
 
     Raises:
@@ -66,7 +65,7 @@ def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int,
             source = str(corpus_folder / part / f"{domain}.jsonl")
             prefix = data_prefix(folder, part, domain).removesuffix("_text_document")
             try:
-                done = preprocess(Job([source], prefix, append_eod=True, workers=threads), encoder)
+                done = preprocess(Job([source], prefix, append_eod=True, workers=1), encoder)
             except DataError as error:
                 raise ToolError(f"Preprocessing {domain}: {error}") from error
             of_part[domain] = done.tokens
@@ -110,7 +109,7 @@ def train_subwords(folder: Path, texts: Path) -> tuple[Path, Path]:
 def make_text(folder: Path, name: str, tokens: str = BYTES) -> Path:
     """Build a corpus and its data sets, or keep those of any version, and return the data sets' folder."""
     text = corpus.build(folder / "corpus", CORPORA[name]())
-    build(folder / TOKENS[tokens], folder / "corpus", text, threads=1, tokens=tokens)
+    build(folder / TOKENS[tokens], folder / "corpus", text, tokens)
     return folder / TOKENS[tokens]
 
 
