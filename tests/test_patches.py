@@ -24,7 +24,7 @@ from megatron.core.rerun_state_machine import RerunMode, RerunState, RerunStateM
 from megatron.core.tensor_parallel import ColumnParallelLinear, layers
 from megatron.core.utils import local_multi_tensor_l2_norm
 from megatron.remoe import patches
-from megatron.remoe.patches import fusions, log_lines, start, waits
+from megatron.remoe.patches import fusions, log_lines, start
 from megatron.remoe.patches import optimizer as adam_patches
 from megatron.remoe.patches.patch import replace as replace_once
 from megatron.training import training
@@ -140,20 +140,20 @@ def test_megatron_still_waits_for_each_gradients_norm(monkeypatch: pytest.Monkey
     without_values = [torch.empty(shape, device="meta") for shape in shapes]
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         local_multi_tensor_l2_norm(0, None, [without_values], False)
-    assert waits._norm_of_all(without_values).shape == (1,)
 
-    torch.manual_seed(1)
-    tensors = [torch.randn(shape) for shape in shapes]
-    actual = waits._norm_of_all(tensors)
-    torch.testing.assert_close(actual, torch.cat([tensor.flatten() for tensor in tensors]).norm().reshape(1))
-    assert actual.dtype == torch.float32
+    class OnGPU(torch.Tensor):
+        is_cuda = True  # type: ignore[assignment]
 
     monkeypatch.setattr(clip_grads, "l2_norm_impl", local_multi_tensor_l2_norm)
     patches.waits.keep_norms_on_device()
     patched = clip_grads.l2_norm_impl
-    on_gpu = [SimpleNamespace(is_cuda=True)] * 3
-    monkeypatch.setattr(waits, "_norm_of_all", lambda given: given)
-    assert patched(0, None, [on_gpu], False) == (on_gpu, None)
+    assert patched(0, None, [[tensor.as_subclass(OnGPU) for tensor in without_values]], False)[0].shape == (1,)
+    torch.manual_seed(1)
+    tensors = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
+    actual = patched(0, None, [[tensor.as_subclass(OnGPU) for tensor in tensors]], False)[0]
+    assert actual.dtype == torch.float32 and actual.shape == (1,)
+    expected = torch.cat([tensor.flatten() for tensor in tensors]).float().norm()
+    torch.testing.assert_close(actual.as_subclass(torch.Tensor)[0], expected, rtol=1e-2, atol=0)
     on_cpu = patched(0, None, [tensors], False)[0]
     assert torch.equal(on_cpu, local_multi_tensor_l2_norm(0, None, [tensors], False)[0]), "to the last digit"
 

@@ -149,7 +149,7 @@ def test_reentrant_checkpointing_is_refused(tmp_path: Path) -> None:
     without_term(ids, labels=ids).loss.backward()
 
 
-def test_the_coefficient_has_a_lower_bound_and_stays_at_the_target() -> None:
+def test_the_coefficient_has_bounds_and_stays_at_the_target() -> None:
     model = make("relu", router_aux_loss_coef=0.0)
     callback = model.sparsity_callback()
     callback.on_train_begin(SimpleNamespace(n_gpu=0), TrainerState(), TrainerControl(), model=model)
@@ -157,5 +157,9 @@ def test_the_coefficient_has_a_lower_bound_and_stays_at_the_target() -> None:
         callback.model.routing_counts += torch.tensor([active, 8])
         callback.on_step_end(None, None, None)
         assert model.config.router_aux_loss_coef == pytest.approx(coefficient)
+    callback.coefficient = 900.0
+    callback.model.routing_counts += torch.tensor([8, 8])
+    callback.on_step_end(None, None, None)
+    assert model.config.router_aux_loss_coef == 1e3
     with pytest.raises(ValueError, match="TRL"):
         callback.on_step_end(None, None, None)

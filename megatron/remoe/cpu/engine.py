@@ -42,6 +42,7 @@ def _keep_freed_memory() -> None:
 def _adapt_tensors() -> None:
     # Megatron moves tensors to the accelerator with this method; here they stay.
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.Tensor.record_stream = lambda *_args: None  # type: ignore[method-assign]
     stock_type = torch.Tensor.type
 
     def type_name_or_cast(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-SMALLEST = 1e-8  # lower bound of λ: the default of λ₀ in training with Megatron
+SMALLEST, LARGEST = 1e-8, 1e3  # bounds of λ: the default of λ₀ and the upper bound in training with Megatron
 
 
 class SparsityCallback(TrainerCallback, ExportableState):
     """Moves λ after every optimizer step: λ ← λ · α^sign(target − S), with target = 1 − k/E (section 3.3).
 
-    λ does not fall below 1e-8. A long run can end with S above the target and λ close to 0. Without the bound, λ would
-    take hundreds of steps to return.
+    λ stays from 1e-8 to 1e3. A long run can end with S above the target and λ close to 0. Without the lower bound, λ
+    would take hundreds of steps to return.
 
     S is counted over all layers, micro-batches and ranks of the step. λ is `config.router_aux_loss_coef`, so it is
     saved with the model; the trainer's checkpoints store it too. Logs include `sparsity` and `l1_coefficient`.
@@ -69,7 +69,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         distance = active * config.num_experts - config.mean_experts_per_token * pairs
         if distance:
             factor = self.multiplier if distance > 0 else 1.0 / self.multiplier
-            config.router_aux_loss_coef = self.coefficient = max(self.coefficient * factor, SMALLEST)
+            config.router_aux_loss_coef = self.coefficient = min(max(self.coefficient * factor, SMALLEST), LARGEST)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Add S and λ of the last step to trainer_state.json and, for later callbacks, to the logs."""

@@ -26,13 +26,8 @@ def keep_norms_on_device() -> None:
     def norm(stock: Any, chunk_size: int, noop_flag: Any, tensor_lists: list[list[torch.Tensor]], *rest: Any) -> Any:
         tensors = [tensor for tensors in tensor_lists for tensor in tensors]
         if all(tensor.is_cuda for tensor in tensors):
-            return _norm_of_all(tensors), None
+            return torch.nn.utils.get_total_norm(tensors).to(torch.float32).reshape(1), None
         return stock(chunk_size, noop_flag, tensor_lists, *rest)
-
-
-def _norm_of_all(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Return the L2 norm of tensors on one device, fp32 `[1]`."""
-    return torch.nn.utils.get_total_norm(tensors).to(torch.float32).reshape(1)
 
 
 @patch(

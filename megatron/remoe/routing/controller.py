@@ -7,11 +7,13 @@ target and α slightly above 1:
     S      = 1 - active pairs / (tokens · E)      over all MoE layers and the global batch
     λ      ← λ · α^sign(target - S)
 
-The routers keep λ = λ₀ · α^n as the integer n, so the update adds -1, 0 or 1 to n.
+The routers keep λ = λ₀ · α^n as the integer n, so the update adds -1, 0 or 1 to n. λ stays below `LARGEST_COEFFICIENT`,
+which the paper does not have.
 
 L layers, dense ones included.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -20,6 +22,9 @@ from torch.distributed.tensor import DTensor
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.counts import RoutingSummary, StepSums, count_layers, layer_numbers
 from megatron.remoe.routing.router import ReLURouter
+
+# While the learning rate is tiny, routers cannot reach the target, and λ grows until the gradient's norm is Inf.
+LARGEST_COEFFICIENT = 1e3
 
 
 class SparsityController:
@@ -42,6 +47,8 @@ class SparsityController:
         self.device = torch.device(torch.cuda.current_device())
         self._rows = [number - 1 for number in layer_numbers(self.routers, modules, config.num_layers)]
         self._num_layers = count_layers(modules, config)
+        growth = LARGEST_COEFFICIENT / config.moe_relu_l1_reg_coeff_init
+        self._largest_exponent = max(0, int(math.log(growth, config.moe_relu_l1_reg_coeff_multiplier)))
         # Also watch vectors (norms and biases) for NaN and Inf: a router that is off for all tokens has no gradient.
         vectors = [weight for module in modules for weight in module.parameters(recurse=False) if weight.dim() == 1]
         self._watched = [*vectors, *(router.weight for router in self.routers)]
@@ -68,7 +75,7 @@ class SparsityController:
         is_finite = torch.isfinite(sums.buffer).all()
         # target - S = (active - k · tokens) / (tokens · E). The sign of the whole number active - k · tokens is exact.
         direction = torch.where(is_finite, torch.sign((active_L - topk * tokens_L).sum()), 0.0)
-        exponent = self.routers[0].l1_exponent + direction.to(torch.int64)
+        exponent = (self.routers[0].l1_exponent + direction.to(torch.int64)).clamp_(max=self._largest_exponent)
         is_almost_off_L = active_L < self.config.moe_relu_layer_floor * topk * tokens_L
         guarded_L = torch.where(is_finite, is_almost_off_L, sums.guarded > 0).to(torch.int64)
         # One launch for all routers.

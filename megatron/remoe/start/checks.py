@@ -90,6 +90,10 @@ def check_settings(args: argparse.Namespace) -> None:
         "--recompute-modules layernorm: needs Transformer Engine. Leave it out.": (
             args.transformer_impl == "local" and "layernorm" in (args.recompute_modules or ())
         ),
+        # training/dgrad_logging.py and training/activation_logging.py look for Transformer Engine's layers.
+        "--save-dgrads-interval, --save-activations-interval: need Transformer Engine. Leave them out.": (
+            args.transformer_impl == "local" and (args.save_dgrads_interval or args.save_activations_interval)
+        ),
         # core/optimizer/__init__.py sets init_state_fn = None for sgd.
         "--optimizer sgd with --save: Megatron cannot load its state. Add --no-load-optim, or --ckpt-format torch.": (
             args.optimizer == "sgd" and args.save and args.ckpt_format != "torch" and not args.no_load_optim

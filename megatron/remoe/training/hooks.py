@@ -38,7 +38,6 @@ from megatron.remoe.patches import apply_patches
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.controller import SparsityController
 from megatron.remoe.routing.router import ReLURouter
-from megatron.remoe.routing.warmup import WarmupTopKRouter
 from megatron.remoe.training.arguments import model_config_from_args
 from megatron.remoe.training.flips import FlipMeter
 from megatron.remoe.training.metrics import ReMoEMetricsTracker
@@ -72,7 +71,7 @@ def install_routing(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
         router = ROUTERS[args.moe_baseline_router] if args.moe_baseline_router else ReLURouter
         post_wrap_hook = partial(_update_each_step, args, partial(SparsityController, config=config))
     elif args.moe_warmup_topk is not None:
-        router, post_wrap_hook = WarmupTopKRouter, partial(_install_warmup, args)
+        router, post_wrap_hook = TopKRouter, partial(_install_warmup, args)
     elif args.moe_baseline_router is not None:
         router, post_wrap_hook = ROUTERS[args.moe_baseline_router], partial(_update_each_step, args, PairCounter)
     else:
@@ -134,16 +133,17 @@ def _restore_for_reruns(counter: SparsityController | PairCounter) -> None:
 
 
 def _install_warmup(args: argparse.Namespace, model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Let the routers choose the step's k before each of their forward passes."""
+    """Use --moe-warmup-topk experts per token in the first --moe-warmup-steps steps, the paper's near-dense warm-up."""
 
-    def begin_step(router: WarmupTopKRouter, _inputs: Any) -> None:
+    def set_topk(router: TopKRouter, _inputs: Any) -> None:
         # Megatron sets `iteration` when it loads a checkpoint, and `curr_iteration` at each step. An evaluation uses
         # the k of the step before it.
-        router.begin_step(max(args.iteration, getattr(args, "curr_iteration", 0)))
+        step = max(args.iteration, getattr(args, "curr_iteration", 0))
+        router.topk = args.moe_warmup_topk if step < args.moe_warmup_steps else args.moe_router_topk
 
     for module in (module for chunk in model_chunks for module in chunk.modules()):
-        if isinstance(module, WarmupTopKRouter):
-            module.register_forward_pre_hook(begin_step)
+        if isinstance(module, TopKRouter):
+            module.register_forward_pre_hook(set_topk)
     return model_chunks
 
 
