@@ -129,6 +129,7 @@ FSDP = {"use_megatron_fsdp": True, "gradient_accumulation_fusion": False, "exper
         ({"mtp_num_layers": 1, "pipeline_model_parallel_size": 2, "load": "x"}, "E203 --mtp-num-layers --untie-emb"),
         ({"transformer_impl": "local", "recompute_modules": ["layernorm"]}, "E203 --recompute-modules layernorm"),
         ({"transformer_impl": "local", "save_dgrads_interval": 1}, "E203 --save-dgrads-interval"),
+        ({"lr_warmup_iters": 4, "train_iters": 4}, "E203 --lr-warmup-iters"),
         (FLIPS | {"moe_log_flips_interval": 0}, "E203 --moe-log-flips-interval 0"),
         (FLIPS | {"num_experts": None}, "E203 --moe-log-flips-interval 1"),
         (FLIPS | {"cuda_graph_impl": "local"}, "E203 --moe-log-flips-interval 1"),

@@ -162,16 +162,14 @@ def train(rounds: Iterable[Sequence[Job]], grid: Grid, processes: int, held: IO[
 
 
 def list_unfinished_round(rounds: Iterable[Sequence[Job]], grid: Grid) -> None:
-    """List the commands of the first unfinished round, or else of the last: later rounds depend on its results."""
+    """Print the state and the command of each run of the first unfinished round, or else of the last, for a shell.
+
+    Later rounds depend on its results.
+    """
     for jobs in rounds:
         check_conflicts(jobs)
         if any(job.loss is None for job in jobs):
             break
-    list_commands(jobs, grid)
-
-
-def list_commands(jobs: Sequence[Job], grid: Grid) -> None:
-    """Print the state and the command of each run as shell commands with comments."""
     queued = {} if grid.sbatch_flags is None else queued_jobs()
     states = [state(job, queued) for job in jobs]
     for job, now in zip(jobs, states, strict=True):

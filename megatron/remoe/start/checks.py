@@ -55,6 +55,10 @@ def check_settings(args: argparse.Namespace) -> None:
     size, parts = args.moe_ffn_hidden_size, args.expert_tensor_parallel_size
     is_tied = args.pipeline_model_parallel_size > 1 and not args.untie_embeddings_and_output_weights
     fsdp, interval = args.use_megatron_fsdp, args.moe_log_flips_interval
+    warm_ups = [
+        (args.lr_warmup_iters, args.lr_decay_iters or args.train_iters),
+        (args.lr_warmup_samples, args.lr_decay_samples or args.train_samples),
+    ]
     ignored = args.fim_data or args.sft or args.dataloader_inter_document_masking or args.logits_load_dir
     problems: dict[str, Any] = {
         "srun or mpirun started several tasks, which would train alone: start one torchrun per node, with --nnodes.": (
@@ -72,6 +76,9 @@ def check_settings(args: argparse.Namespace) -> None:
         ),
         # training/global_vars.py: set_global_variables passes on only --step-batch-size-schedule.
         "--rampup-batch-size: Megatron ignores it. Use --step-batch-size-schedule.": args.rampup_batch_size,
+        # core/optimizer_param_scheduler.py: an assertion without a message
+        "--lr-warmup-iters, --lr-warmup-samples: must be below --lr-decay-iters or -samples (default: --train-iters or "
+        "-samples). Lower it.": any(warm_up and steps and warm_up >= steps for warm_up, steps in warm_ups),
         # Megatron plans data and learning rates for --train-iters of --micro-batch-size.
         f"--step-batch-size-schedule {shown(args.step_batch_size_schedule)} needs --train-samples. Give it instead "
         "of --train-iters.": args.step_batch_size_schedule and not (args.train_samples or args.skip_train),
