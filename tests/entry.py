@@ -22,13 +22,9 @@ class Entry:
     def __init__(self) -> None:
         single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         self.numbers = itertools.count()
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "entry_server.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | single | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        )
+        command, pipe = [sys.executable, str(ROOT / "tests" / "entry_server.py")], subprocess.PIPE
+        environment = os.environ | single | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
     def run(
         self,

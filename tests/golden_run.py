@@ -34,9 +34,7 @@ def write_data(prefix: Path) -> None:
 
 def read_figures(output: str) -> Figures:
     """Return iteration → figure → value from a training run's output."""
-    return {
-        iteration: {name: float(fields[name]) for name in TOLERANCE} for iteration, fields in read_log(output).items()
-    }
+    return {step: {name: float(fields[name]) for name in TOLERANCE} for step, fields in read_log(output).items()}
 
 
 def committed() -> Figures:

@@ -1,5 +1,6 @@
 """Build small MoE layers for tests, and compute their outputs with a naive oracle."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,16 +19,16 @@ from megatron.remoe.routing.router import ReLURouter
 HIDDEN, FFN = 16, 12
 
 
-class SumTypes(TorchDispatchMode):
-    """A mode that collects the dtypes of index_add's targets. Values show less, because a CPU rounds less often."""
+class Watch(TorchDispatchMode):
+    """A mode that collects what a function returns for the name and arguments of each operation, except None."""
 
-    def __init__(self) -> None:
+    def __init__(self, look: Callable[[str, Any], Any]) -> None:
         super().__init__()
-        self.seen: set[torch.dtype] = set()
+        self.look, self.seen = look, list[Any]()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if str(function).startswith("aten.index_add"):
-            self.seen.add(args[0].dtype)
+        if (found := self.look(str(function).removeprefix("aten."), args)) is not None:
+            self.seen.append(found)
         return function(*args, **(kwargs or {}))
 
 
@@ -44,31 +45,16 @@ def make_topk_config(**changes: Any) -> TransformerConfig:
 
 def _settings() -> dict[str, Any]:
     return {
-        "num_layers": 1,
-        "hidden_size": HIDDEN,
-        "ffn_hidden_size": FFN,
-        "moe_ffn_hidden_size": FFN,
-        "num_attention_heads": 2,
-        "num_moe_experts": 4,
-        "moe_router_topk": 1,
-        "moe_router_dtype": "fp64",
-        "moe_token_dispatcher_type": "alltoall",
-        "moe_router_load_balancing_type": "none",
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
-        "bias_activation_fusion": False,
-        "add_bias_linear": False,
-        "params_dtype": torch.float64,
-        "pipeline_dtype": torch.float64,
-        "init_method_std": 0.5,
-        "gradient_accumulation_fusion": False,
-        "cuda_graph_modules": [],
-    }
+        "num_layers": 1, "hidden_size": HIDDEN, "ffn_hidden_size": FFN, "moe_ffn_hidden_size": FFN,
+        "num_attention_heads": 2, "num_moe_experts": 4, "moe_router_topk": 1, "moe_router_dtype": "fp64",
+        "moe_token_dispatcher_type": "alltoall", "moe_router_load_balancing_type": "none", "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu, "bias_activation_fusion": False, "add_bias_linear": False,
+        "params_dtype": torch.float64, "pipeline_dtype": torch.float64, "init_method_std": 0.5,
+        "gradient_accumulation_fusion": False, "cuda_graph_modules": [],
+    }  # fmt: skip
 
 
-def make_layer(
-    config: TransformerConfig, fused: bool = False, router: type | None = None, spec: Any = None
-) -> ReMoELayer:
+def make_layer(config: TransformerConfig, fused=False, router: type | None = None, spec: Any = None) -> ReMoELayer:
     """Build a ReMoE or top-k layer from Megatron's layer specification, with number 1 and the configuration's dtype.
 
     Args:

@@ -55,10 +55,9 @@ def why_writing_failed(tmp_path) -> str:
     """Try to write a shard below a regular file; return the error that reaches the training run."""
     (tmp_path / "file").touch(exist_ok=True)
     place, results = tmp_path / "file" / "shard", queue.Queue()
+    write = filesystem_async.FileSystemWriterAsync.write_preloaded_data_multithread
     with contextlib.suppress(RuntimeError):
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data_multithread(
-            [], False, 0, [(str(place), place.name, ([], []))], results
-        )
+        write([], False, 0, [(str(place), place.name, ([], []))], results)
     return repr(results.get_nowait())
 
 
@@ -92,18 +91,13 @@ if __name__ == "__main__":  # the queue's process imports this file
     assert ("kept 1" in output) is patched and ("ConnectionRefusedError" in output) is not patched
 
 
-@pytest.mark.parametrize(
-    ("patched", "start", "end", "code"),
-    [
-        (False, "pass", "os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM),
-        (True, "pass", "os.kill(os.getpid(), signal.SIGTERM)", 1),
-        (True, "handler.__enter__()", "os.kill(os.getpid(), signal.SIGTERM); assert handler._signal_received", 0),
-        (True, "pass", "pass", 0),
-    ],
-)
-def test_the_process_of_async_saves_ends_with_its_parent_only(
-    patched: bool, start: str, end: str, code: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("patched", "start", "end", "code"), [
+    (False, "pass", "os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM),
+    (True, "pass", "os.kill(os.getpid(), signal.SIGTERM)", 1),
+    (True, "handler.__enter__()", "os.kill(os.getpid(), signal.SIGTERM); assert handler._signal_received", 0),
+    (True, "pass", "pass", 0),
+])  # fmt: skip
+def test_the_process_of_async_saves_ends_with_its_parent_only(patched, start, end: str, code: int, tmp_path) -> None:
     """With the patch, the process survives Slurm's SIGTERM, but not the end of its parent, whose handler stays."""
     lines = f"""
 import multiprocessing, os, signal, time

@@ -62,13 +62,8 @@ def test_megatron_still_scales_gradients_of_one_rank_again_and_again(data: Path,
     words += ["--train-iters", "2", "--micro-batch-size", "2", "--global-batch-size", "12"]
     script = tmp_path / "unpatched.py"
     script.write_text(UNPATCHED)
-    expected, patched, unpatched = (
-        series(output, "lm loss")
-        for output in (
-            run(words, processes=2),
-            run([*words, *FSDP.split()], processes=2),
-            # In a fork, gloo's threads sometimes corrupt the heap in such reductions over one rank.
-            run([*words, *FSDP.split()], processes=2, script=script, fresh=True),
-        )
-    )
+    outputs = [run(words, processes=2), run([*words, *FSDP.split()], processes=2)]
+    # In a fork, gloo's threads sometimes corrupt the heap in such reductions over one rank.
+    outputs.append(run([*words, *FSDP.split()], processes=2, script=script, fresh=True))
+    expected, patched, unpatched = (series(output, "lm loss") for output in outputs)
     assert patched == pytest.approx(expected, rel=1e-5) and unpatched != pytest.approx(expected, rel=1e-4)

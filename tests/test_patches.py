@@ -216,9 +216,7 @@ def test_without_reruns_a_step_that_is_not_finite_ends_before_the_update(machine
 
 
 @pytest.mark.skipif(importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None, reason="apex is installed")
-def test_megatron_still_adds_no_weight_gradients_without_apex(
-    process_groups: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_megatron_still_adds_no_weight_gradients_without_apex(process_groups: None, monkeypatch) -> None:
     monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)
     config = make_topk_config(params_dtype=torch.float32, gradient_accumulation_fusion=True)
     linear = partial(ColumnParallelLinear, 6, 4, config=config, init_method=torch.nn.init.normal_, bias=False)
@@ -246,16 +244,12 @@ def test_megatron_still_adds_no_weight_gradients_without_apex(
 def test_megatron_still_keeps_the_softmax_in_fp32(process_groups: None) -> None:
     """Megatron's fused cross entropy also assumes that all logits are bf16."""
     logits = torch.randn(3, 2, 16, dtype=torch.float16, requires_grad=True)
-    losses = fused_vocab_parallel_cross_entropy(
-        logits, torch.zeros(3, 2, dtype=torch.int64), torch.distributed.group.WORLD
-    )
+    losses = fused_vocab_parallel_cross_entropy(logits, torch.zeros(3, 2).long(), torch.distributed.group.WORLD)
     softmax = losses.grad_fn.saved_tensors[0]
     assert softmax.dtype == torch.float32 and softmax.shape == logits.shape
 
 
-def test_megatron_still_logs_only_to_the_console(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_megatron_still_logs_only_to_the_console(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     for name in ("training_log", "evaluate_and_print_results", "save_checkpoint"):
         stock(monkeypatch, training, name)
     args = SimpleNamespace(

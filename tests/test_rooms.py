@@ -27,21 +27,11 @@ ROOMS = {
 }
 ROOMS["pretrain"] = {*ROOMS}
 # Packages of Megatron that a room may import (default: core).
-BOTH = {"core", "training"}
-MEGATRON: dict[str, set[str]] = {
-    "files": set(),
-    "hf": set(),
-    "start": BOTH,
-    "patches": BOTH,
-    "training": BOTH,
-    "cpu": BOTH,
-    "pretrain": BOTH,
-}
+MEGATRON: dict[str, set[str]] = {"files": set(), "hf": set()}
+MEGATRON |= dict.fromkeys(("start", "patches", "training", "cpu", "pretrain"), {"core", "training"})
 # Packages outside the standard library that a room may import; rooms that are not here may import any.
 PURE = {
-    "routing": {"torch", "megatron"},
-    "baselines": {"torch", "megatron"},
-    "layer": {"torch", "megatron"},
+    **dict.fromkeys(("routing", "baselines", "layer"), {"torch", "megatron"}),
     "transformer": {"torch", "megatron", "fla"},
     "kernels": {"torch", "triton", "megatron"},
     "hf": {"torch", "transformers", "huggingface_hub", "megatron"},

@@ -32,27 +32,21 @@ SMALL = [*SIZES, *BYTES, *"--global-batch-size 4 --make-vocab-size-divisible-by 
 VOLATILE = "elapsed time per iteration (ms),time left (h),allocated,max allocated,reserved,max reserved".split(",")
 
 
+def popen(command: list[str], **options: Any) -> subprocess.Popen[str]:
+    """Start a program whose errors go to its output, which is piped."""
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
 def start(arguments: list[str], processes: int = 1, script: Path = ENTRY, **environment: str) -> subprocess.Popen[str]:
     """Start the entry, or a script around it, under torchrun for more than one process."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.Popen(
-        [*launcher, str(script), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-    )
+    return popen([*launcher, str(script), *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
 
 
 def run(
-    arguments: list[str],
-    processes: int = 1,
-    expect: int | None = 0,
-    fresh: bool = False,
-    script: Path = ENTRY,
-    **environment: str,
+    arguments: list[str], processes: int = 1, expect: int | None = 0, fresh=False, script=ENTRY, **environment: str
 ) -> str:
     """Run the entry, or a script around it, to its end and return what it printed.
 
@@ -80,10 +74,7 @@ def in_another_process(lines: str, folder: Path, expect: int | None = 0) -> str:
 
 def records(output: str) -> dict[int, dict[str, str]]:
     """Return iteration → field → text of the value from Megatron's log lines, without timings and memory."""
-    return {
-        iteration: {name: value for name, value in fields.items() if name not in VOLATILE}
-        for iteration, fields in read_log(output).items()
-    }
+    return {step: {name: one[name] for name in one if name not in VOLATILE} for step, one in read_log(output).items()}
 
 
 def series(output: str, field: str) -> list[float]:

@@ -36,7 +36,7 @@ def main(observe: "Callable[[ModelConfig], None] | None" = None) -> None:
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """On an error, kill the data loader workers, print a message, and exit with code 1."""
+    """On an error, kill the data loader workers, print a message and exit with code 1. Re-raise a KeyboardInterrupt."""
     try:
         yield
     except SystemExit:

@@ -33,9 +33,7 @@ def test_torch_stays_what_it_is_outside_megatron() -> None:
     assert parallel_state.torch.cuda.current_device() == torch.device("cpu")
     assert parallel_state.torch.zeros(2, device="cuda").device.type == "cpu"
     for name in ("matmul", "cat", "nn", "distributed", "Tensor", "float32"):
-        assert vars(parallel_state.torch)[name] is getattr(torch, name), (
-            "no wrapper: only names that take a device differ"
-        )
+        assert vars(parallel_state.torch)[name] is getattr(torch, name), "only names that take a device differ"
     with pytest.raises((RuntimeError, AssertionError)):
         torch.zeros(2, device="cuda")
 

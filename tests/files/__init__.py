@@ -1,1 +1,0 @@
-"""Tests of megatron/remoe/files, through `remoe inspect`."""

@@ -77,7 +77,6 @@ class Case:
     routing: str = "remoe"
     kernels: str = ""
     flags: tuple[str, ...] = ()
-    micro_batch: int = 16
     settings: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -86,7 +85,7 @@ class Case:
 
     def planned(self, steps: int) -> tuple[dict[str, str], list[str]]:
         """Return the script's environment and flags, for `steps` steps on made-up tokens with nothing saved."""
-        batch = ["--global-batch-size", str(SEQUENCES), "--micro-batch-size", str(self.micro_batch)]
+        batch = ["--global-batch-size", str(SEQUENCES), "--micro-batch-size", "16"]
         settings = {"KERNELS": self.kernels, **self.settings}
         environment, flags = Launch(self.routing, (*batch, *self.flags), settings, self.size, gpus=1).plan()
         return environment, rehearsal_flags(flags, read_values(flags), steps)

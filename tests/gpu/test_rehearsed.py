@@ -25,8 +25,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
 
 @pytest.mark.parametrize(("kernels", "stage"), [("triton", "steady"), ("", "dense")])
 def test_launch(kernels: str, stage: str, machine: Machine, tmp_path: Path) -> None:
-    settings = {"GPU": "h100"}
-    case = Case(kernels=kernels, flags=("--num-layers", "2"), settings=settings)
+    case = Case(kernels=kernels, flags=("--num-layers", "2"), settings={"GPU": "h100"})
     figures = runs.train_launched(machine, case, stage, 7)
     assert figures["seconds"] > 0 and figures["host_seconds"] > 0
     assert figures["peak_allocated_gib"] == pytest.approx(figures["forecast_gib"], rel=0.1) and figures["flops"] > 1e12

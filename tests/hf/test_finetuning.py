@@ -79,16 +79,9 @@ def train(
 ) -> Trainer:
     """Train repeatedly on one sequence, and return the trainer."""
     row = torch.arange(32) % 61
-    arguments = TrainingArguments(
-        str(folder),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=micro_batches,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        logging_steps=1,
-        **({"max_steps": 3, "save_strategy": "no"} | options),
-    )
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": micro_batches, "report_to": []}
+    settings |= {"use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "max_steps": 3, "save_strategy": "no"}
+    arguments = TrainingArguments(str(folder), **(settings | options))
     data = [{"input_ids": row, "labels": row}] * 64
     trainer = Trainer(wrapped or model, arguments, train_dataset=data, callbacks=[model.sparsity_callback()])
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if options.get("max_steps") == 4 else None)

@@ -1,5 +1,9 @@
-"""Test the model for transformers against Megatron's, and the functions that transformers expects of a model."""
+"""Test the model for transformers against Megatron's, and what transformers and vLLM expect of a model."""
 
+import inspect
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM, RemoeModel
 from tests.hf.models import MODELS, SIZES, build_megatron, make, tokens
+from tools.console.places import ROOT
 from tools.models.hf.settings import complete, make_config
 from tools.models.measuring import compute_logits
 
@@ -52,10 +57,8 @@ def test_training_is_megatrons(name: str, process_groups: None) -> None:
             assert float(outputs.sparsity) == pytest.approx(1 - float(router.counts.active) / pairs, abs=1e-6)
         block = model.model.layers[1].mlp
         torch.testing.assert_close(block.gate.weight.grad, router.weight.grad, rtol=1e-4, atol=1e-6)
-        expert = megatron.decoder.layers[1].mlp.experts.local_experts[3]
-        torch.testing.assert_close(
-            block.experts.gate_up_proj.grad[3], expert.linear_fc1.weight.grad, rtol=1e-4, atol=1e-6
-        )
+        fc1 = megatron.decoder.layers[1].mlp.experts.local_experts[3].linear_fc1
+        torch.testing.assert_close(block.experts.gate_up_proj.grad[3], fc1.weight.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
@@ -169,14 +172,11 @@ def test_hash_needs_ids() -> None:
         model(inputs_embeds=model.model.embed_tokens(ids))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"scoring_func": "tanh"}, "scoring_func"),
-        ({"router_expert_bias": True}, "needs scoring_func='sigmoid'"),
-        ({"hash_routing": True}, "needs moe_relu_routing=False"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"scoring_func": "tanh"}, "scoring_func"),
+    ({"router_expert_bias": True}, "needs scoring_func='sigmoid'"),
+    ({"hash_routing": True}, "needs moe_relu_routing=False"),
+])  # fmt: skip
 def test_settings_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(Exception, match=message):
         make("relu", **changes)
@@ -214,3 +214,24 @@ def test_tensor_parallelism_splits_no_attention_that_needs_all_heads() -> None:
     for name in MODELS:
         splits = "layers.*.self_attn.q_proj" in make(name).model._tp_plan
         assert splits == (name != "relu, norms of all heads" and "latent" not in name), name
+
+
+def test_arguments_that_vllm_passes() -> None:
+    """vLLM requires these names in the decoder's signature. The positions take effect."""
+    model, ids = make("relu").model.get_decoder(), tokens()
+    assert {"input_ids", "inputs_embeds", "position_ids"} <= set(inspect.signature(type(model).forward).parameters)
+    given = {"input_ids": ids, "inputs_embeds": None, "use_cache": False, "attention_instances": {}}
+    positions = torch.arange(ids.shape[1])[None]
+    with torch.no_grad():
+        hidden, stretched = (model(**given, position_ids=n * positions, return_dict=False)[0] for n in (1, 2))
+        assert torch.equal(hidden, model(ids).last_hidden_state) and not torch.allclose(stretched, hidden)
+
+
+def test_plugin_for_vllm_does_not_import_megatron() -> None:
+    """The function of the entry point registers the model with vLLM and transformers."""
+    group = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["vllm.general_plugins"]
+    module, _, function = group["remoe"].partition(":")
+    lines = f"import sys, {module} as plugin\nplugin.{function}()\nimport transformers\ntransformers.RemoeForCausalLM\n"
+    lines += "transformers.AutoConfig.for_model('remoe')\n"
+    lines += "print([name for name in sys.modules if name.startswith(('megatron.core', 'megatron.training'))])"
+    assert subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True).stdout == "[]\n"

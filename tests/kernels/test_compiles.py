@@ -1,9 +1,15 @@
 """Test that all Triton kernels compile for compute capabilities 8.0, 9.0 and 10.0, and spill no registers."""
 
+import importlib
 import itertools
 import os
+import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +17,6 @@ import torch
 pytest.importorskip("triton")
 
 from megatron.remoe.kernels import gates, plan, swiglu, triton
-from tests.kernels.compiled import Kernel, spilled_bytes
 from tools.console.places import ROOT
 
 MAP = {"map_TE": "*i1", "num_tokens": "i32", "num_experts": "i32"}
@@ -21,6 +26,52 @@ GRADIENT = {"d_probs_TE": "*bf16", "map_TE": "*i1", "on_E": "*fp32", "off": "*fp
 GRADIENT |= {"d_logits_TE": "*bf16", "size": "i32"}
 FILLED = MAP | COUNTS | {"probs_TE": "*fp32", "token_index_P": "*i32", "gates_P": "*fp32"}
 SPREAD = MAP | COUNTS | {"d_gates_P": "*fp32", "d_probs_TE": "*fp32", "num_pairs": "i32"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel and the arguments of its launch.
+
+    Attributes:
+        name: "module:function" below megatron.remoe.kernels.
+        signature: Triton's type of each argument that is not a constant: "*bf16", "i32". Pointers are assumed to be
+            aligned to 16 bytes, as torch's are.
+        constants: values of the `tl.constexpr` arguments.
+        multiples: names of the integers that are multiples of 16, which Triton checks at each launch.
+        num_warps: warps of a program.
+    """
+
+    name: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    multiples: Sequence[str] = ()
+    num_warps: int = 4
+
+
+def spilled_bytes(kernel: Kernel, capability: int) -> int:
+    """Return the bytes per thread that the kernel spills to memory if compiled for a capability (80 means 8.0)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    module, name = kernel.name.split(":")
+    function = getattr(importlib.import_module(f"megatron.remoe.kernels.{module}"), name)
+    signature = {argument: kernel.signature.get(argument, "constexpr") for argument in function.arg_names}
+    attributes = {
+        (number,): [["tt.divisibility", 16]]
+        for number, (argument, kind) in enumerate(signature.items())
+        if kind.startswith("*") or argument in kernel.multiples
+    }
+    source = triton.compiler.ASTSource(function, signature, kernel.constants, attributes)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": kernel.num_warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        listed = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True)
+    sizes = re.findall(r"(?:STACK|LOCAL):(\d+)", listed.stdout)
+    assert sizes, listed.stdout
+    return sum(map(int, sizes))
 
 
 def plans(num_tokens: int, num_experts: int) -> list[Kernel]:

@@ -17,9 +17,7 @@ def check(logits: torch.Tensor) -> None:
     assert torch.equal(counts.sum(dim=1), right_counts.sum(dim=1))
     torch.testing.assert_close(sums, right_sums, rtol=1e-6, atol=1e-6)
     d_probs, on, off = torch.randn_like(logits), torch.rand(logits.shape[1], device=DEVICE), torch.ones(1) / 3
-    actual, right = (
-        backend.gate_backward(d_probs, routing_map, on, off.to(DEVICE)).double() for backend in (gates, pytorch)
-    )
+    actual, right = (one.gate_backward(d_probs, routing_map, on, off.to(DEVICE)).double() for one in (gates, pytorch))
     torch.testing.assert_close(actual, right, rtol=2 * rounding(logits.dtype), atol=rounding(logits.dtype))
 
 

@@ -29,16 +29,10 @@ def test_bounded_activations_change_nothing(limit: float, recompute: bool, dispa
     results, weights = [], None
     for bound in (0.0, limit):
         torch.manual_seed(4)
-        config = make_config(
-            num_moe_experts=8,
-            moe_router_topk=2,
-            moe_token_dispatcher_type=dispatcher,
-            moe_relu_l1_reg_coeff_init=0.2,
-            moe_relu_activation_limit=bound,
-            moe_shared_expert_intermediate_size=8,
-            **({"recompute_granularity": "selective", "recompute_modules": ["moe"]} if recompute else {}),
-        )
-        layer = make_layer(config, fused=True)
+        settings = {"recompute_granularity": "selective", "recompute_modules": ["moe"]} if recompute else {}
+        settings |= {"num_moe_experts": 8, "moe_router_topk": 2, "moe_token_dispatcher_type": dispatcher}
+        settings |= {"moe_relu_activation_limit": bound, "moe_shared_expert_intermediate_size": 8}
+        layer = make_layer(make_config(**settings, moe_relu_l1_reg_coeff_init=0.2), fused=True)
         weights = weights or layer.state_dict()
         layer.load_state_dict(weights)
         dispatched = dispatched_pairs(layer)

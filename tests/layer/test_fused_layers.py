@@ -22,9 +22,8 @@ needs_groups = pytest.mark.usefixtures("process_groups")
 
 
 def attention(kind: type[DotProductAttention], **changes: Any) -> DotProductAttention:
-    config = make_config(
-        hidden_size=32, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0, bf16=False, **changes
-    )
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2}
+    config = make_config(**sizes, attention_dropout=0.0, bf16=False, **changes)
     return kind(config, layer_number=2, attn_mask_type=AttnMaskType.causal, attention_type="self")
 
 
@@ -33,9 +32,8 @@ def attention(kind: type[DotProductAttention], **changes: Any) -> DotProductAtte
 @pytest.mark.parametrize("changes", [{}, {"window_size": (3, 0)}, {"softmax_type": "off-by-one"}], ids=str)
 def test_attention_is_megatrons(mask: str, changes: dict[str, Any]) -> None:
     torch.manual_seed(1)
-    query, key, value = (
-        torch.randn(9, 2, heads, 8, dtype=torch.float64, device=DEVICE, requires_grad=True) for heads in (4, 2, 2)
-    )
+    options = {"dtype": torch.float64, "device": DEVICE, "requires_grad": True}
+    query, key, value = (torch.randn(9, 2, heads, 8, **options) for heads in (4, 2, 2))
     hidden = None
     if mask == "cache":  # one query, nine keys, no mask
         query = query[-1:]
@@ -97,12 +95,8 @@ def test_experts_are_megatrons(sizes: list[int]) -> None:
         for name, mine in (("linear_fc1", grouped.fc1), ("linear_fc2", grouped.fc2)):
             weight = getattr(expert, name).weight
             assert torch.equal(weight, mine[index]), "the same initial weights"
-            torch.testing.assert_close(
-                mine.grad[index],
-                torch.zeros_like(weight) if weight.grad is None else weight.grad,
-                rtol=1e-12,
-                atol=1e-12,
-            )
+            expected = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            torch.testing.assert_close(mine.grad[index], expected, rtol=1e-12, atol=1e-12)
 
 
 @needs_groups

@@ -13,37 +13,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron.remoe.kernels.interface import Order
 from megatron.remoe.kernels.pytorch import PYTORCH, SortedPairs, TokenOrder
 from megatron.remoe.layer import grouped_swiglu as module
-from megatron.remoe.layer.grouped_swiglu import (
-    OneByOne,
-    OneKernel,
-    _GroupedSwiGLU,
-    grouped_swiglu,
-    supports_grouped_kernel,
-)
+from megatron.remoe.layer.grouped_swiglu import OneByOne, OneKernel, _GroupedSwiGLU, grouped_swiglu
 from tests.kernels import DEVICE
-from tests.layers import SumTypes
+from tests.layers import Watch
 
 HIDDEN, FFN = 6, 5
-SIZES = {
-    "no rows": [0, 0, 0],
-    "few rows": [3, 0, 1, 64],
-    "one expert": [7],
-    "many rows": [10, 100, 100, 0, 255, 1, 1, 65, 400, 0],
-}
-
-
+SIZES = {"no rows": [0, 0, 0], "few rows": [3, 0, 1, 64], "one expert": [7]}
+SIZES["many rows"] = [10, 100, 100, 0, 255, 1, 1, 65, 400, 0]
 both_gradients = pytest.mark.parametrize("accumulates", [False, True], ids=["new gradients", "main_grad"])
 both_orders = pytest.mark.parametrize("gathers", [False, True], ids=["pairs", "tokens and rows"])
 
 
-def one_by_one(
-    tokens: torch.Tensor,
-    gates: torch.Tensor,
-    fc1: torch.Tensor,
-    fc2: torch.Tensor,
-    sizes: list[int],
-    rows: torch.Tensor | None,
-) -> torch.Tensor:
+def one_by_one(tokens, gates, fc1, fc2, sizes: list[int], rows: torch.Tensor | None) -> torch.Tensor:
     outputs, pairs = [], tokens if rows is None else tokens[rows]
     for x, gate, first, second in zip(pairs.split(sizes), gates.split(sizes), fc1, fc2, strict=True):
         left, right = (x @ first.T).chunk(2, dim=-1)
@@ -122,11 +103,12 @@ def test_half_precision(sizes: list[int], kernel: bool, accumulates: bool, gathe
             # Megatron's buffers are fp32. Only a GPU can add bf16 products to them.
             buffer = torch.ones_like(weight, dtype=torch.float32 if DEVICE == "cuda" else None)
             weight.main_grad, weight.grad_added_to_main_grad = buffer, False
-    with SumTypes() as sums:
+    # Values show less than the types of sums, because a CPU rounds less often.
+    with Watch(lambda name, given: given[0].dtype if name.startswith("index_add") else None) as sums:
         output = _GroupedSwiGLU.apply(*ours[:2], products, make_order(rows), PYTORCH, *ours[2:])
         direction = torch.randn_like(output)
         (output * direction).sum().backward()
-    assert sums.seen == ({torch.float32} if gathers else set())
+    assert set(sums.seen) == ({torch.float32} if gathers else set())
     expected = one_by_one(*right, sizes, rows)
     (expected * direction.double()).sum().backward()
 
@@ -153,9 +135,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[tuple[int, in
     module._generation.cache_clear()
 
 
-def run_on_fake_gpu(sizes: list[int], hidden: int = 16, ffn: int = 8) -> type:
+def run_on_fake_gpu(sizes: list[int]) -> type:
     """Run forward and backward passes over 7 tokens; return the type of the products."""
-    experts, options = len(sizes), {"dtype": torch.bfloat16, "device": "cuda:0"}
+    experts, hidden, ffn, options = len(sizes), 16, 8, {"dtype": torch.bfloat16, "device": "cuda:0"}
     tokens, gates = torch.empty(7, hidden, **options, requires_grad=True), torch.empty(sum(sizes), **options)
     fc1 = torch.nn.Parameter(torch.empty(experts, 2 * ffn, hidden, **options))
     fc2 = torch.nn.Parameter(torch.empty(experts, hidden, ffn, **options))
@@ -169,32 +151,24 @@ def run_on_fake_gpu(sizes: list[int], hidden: int = 16, ffn: int = 8) -> type:
     return type(output.grad_fn.products)
 
 
-@pytest.mark.parametrize(
-    ("capability", "dtype", "sizes", "is_one_kernel"),
-    [
-        ((7, 5), torch.float16, (3, 16, 8), False),
-        ((8, 9), torch.bfloat16, (3, 16, 8), False),
-        ((9, 0), torch.bfloat16, (3, 16, 8), True),
-        ((9, 0), torch.float32, (3, 16, 8), False),
-        ((10, 3), torch.bfloat16, (1023, 16, 8), True),
-        ((12, 0), torch.bfloat16, (3, 16, 8), False),
-        ((9, 0), torch.bfloat16, (3, 20, 8), False),
-        ((9, 0), torch.bfloat16, (3, 16, 12), False),
-        ((9, 0), torch.bfloat16, (1024, 16, 8), False),
-    ],
-    ids=str,
-)
-def test_kernels_of_gpus(
-    pretend, capability: tuple[int, int], dtype: torch.dtype, sizes: tuple[int, int, int], is_one_kernel: bool
-) -> None:
+@pytest.mark.parametrize(("capability", "dtype", "sizes", "is_one_kernel"), [
+    ((7, 5), torch.float16, (3, 16, 8), False),
+    ((8, 9), torch.bfloat16, (3, 16, 8), False),
+    ((9, 0), torch.bfloat16, (3, 16, 8), True),
+    ((9, 0), torch.float32, (3, 16, 8), False),
+    ((10, 3), torch.bfloat16, (1023, 16, 8), True),
+    ((12, 0), torch.bfloat16, (3, 16, 8), False),
+    ((9, 0), torch.bfloat16, (3, 20, 8), False),
+    ((9, 0), torch.bfloat16, (3, 16, 12), False),
+    ((9, 0), torch.bfloat16, (1024, 16, 8), False),
+], ids=str)  # fmt: skip
+def test_kernels_of_gpus(pretend, capability: tuple[int, int], dtype: torch.dtype, sizes, is_one_kernel: bool) -> None:
     """`grouped_mm` is one kernel on capabilities 9 and 10 in bf16, up to 1023 experts and for multiples of 8."""
     pretend(capability)
     experts, hidden, ffn = sizes
     with FakeTensorMode():
-        assert (
-            supports_grouped_kernel(torch.empty(experts, 2 * ffn, hidden, dtype=dtype, device="cuda:0"))
-            is is_one_kernel
-        )
+        weight = torch.empty(experts, 2 * ffn, hidden, dtype=dtype, device="cuda:0")
+        assert module.supports_grouped_kernel(weight) is is_one_kernel
 
 
 @pytest.mark.parametrize("sizes", [[3, 0, 2], [0, 0, 0]], ids=str)

@@ -4,30 +4,19 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.remoe.layer import counting
 from megatron.remoe.routing.controller import SparsityController
-from tests.layers import HIDDEN, make_config, make_layer
+from tests.layers import HIDDEN, Watch, make_config, make_layer
 from tools.plan.fake_ranks import FakePairCounts
 
 WAITING = "_local_scalar_dense nonzero masked_select is_nonzero _unique2 equal item where.default".split()
-HALF_PRECISION = {"params_dtype": torch.bfloat16, "moe_router_dtype": "fp32", "moe_ffn_hidden_size": 16}
 pytestmark = pytest.mark.usefixtures("process_groups")
 
 
-class Waits(TorchDispatchMode):
-    """A mode that collects the operations that make the host wait for a shape or a value."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = str(function).removeprefix("aten.")
-        if name in WAITING or name.split(".")[0] in WAITING:
-            self.seen.append(name)
-        return function(*args, **(kwargs or {}))
+def watch_waits() -> Watch:
+    """Return a mode that collects the operations that make the host wait for a shape or a value."""
+    return Watch(lambda name, _: name if name in WAITING or name.split(".")[0] in WAITING else None)
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
@@ -37,7 +26,7 @@ def test_a_layer_waits_once(limit: float, kernels: str, monkeypatch: pytest.Monk
     layer = make_layer(config, fused=True)
     tokens = torch.randn(8, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
     reads = watch_reads(monkeypatch)
-    with Waits() as waits:
+    with watch_waits() as waits:
         layer(tokens)[0].sum().backward()
     assert reads.call_count == 1 and waits.seen == []
 
@@ -67,13 +56,13 @@ def test_the_update_does_not_wait() -> None:
     layer = make_layer(config)
     layer(torch.randn(8, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device))[0].sum().backward()
     controller = SparsityController([layer], config)
-    with Waits() as waits:
+    with watch_waits() as waits:
         controller.update()
     assert waits.seen == []
 
 
 def test_waiting_is_noticed() -> None:
-    with Waits() as waits:
+    with watch_waits() as waits:
         float(torch.ones(()))
         torch.ones(3).nonzero()
     assert waits.seen == ["_local_scalar_dense.default", "nonzero.default"]
@@ -84,7 +73,7 @@ def test_waiting_is_noticed() -> None:
 def test_cuda_reports_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.get_device_name().endswith("(rehearsal)"):  # the map is not computed: it can have any number of pairs
         monkeypatch.setattr(counting, "read_pairs", FakePairCounts(0.5).counted(counting.read_pairs))
-    config = make_config(**HALF_PRECISION)
+    config = make_config(params_dtype=torch.bfloat16, moe_router_dtype="fp32", moe_ffn_hidden_size=16)
     layer = make_layer(config, fused=True)
     controller = SparsityController([layer], config)
     tokens = torch.randn(8, 2, HIDDEN, dtype=torch.bfloat16, device="cuda", requires_grad=True)

@@ -14,12 +14,7 @@ from tests.layers import HIDDEN, compare_with_oracle, gradients, make_config, ma
 
 pytestmark = pytest.mark.usefixtures("process_groups")
 
-SHAPES = [  # sequence, batch, experts, topk
-    (1, 1, 2, 1),
-    (7, 2, 4, 1),
-    (5, 3, 4, 2),
-    (16, 1, 8, 3),
-]
+SHAPES = [(1, 1, 2, 1), (7, 2, 4, 1), (5, 3, 4, 2), (16, 1, 8, 3)]  # sequence, batch, experts, topk
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["sequential", "grouped"])
@@ -27,13 +22,8 @@ SHAPES = [  # sequence, batch, experts, topk
 @pytest.mark.parametrize(("sequence", "batch", "experts", "topk"), SHAPES)
 def test_layer_equals_oracle(sequence: int, batch: int, experts: int, topk: int, dispatcher: str, fused: bool) -> None:
     torch.manual_seed(sequence * 100 + experts)
-    config = make_config(
-        num_moe_experts=experts,
-        moe_router_topk=topk,
-        moe_token_dispatcher_type=dispatcher,
-        moe_relu_l1_reg_coeff_init=0.3,
-    )
-    layer = make_layer(config, fused)
+    sizes = {"num_moe_experts": experts, "moe_router_topk": topk, "moe_token_dispatcher_type": dispatcher}
+    layer = make_layer(make_config(**sizes, moe_relu_l1_reg_coeff_init=0.3), fused)
     tokens = torch.randn(sequence, batch, HIDDEN, dtype=torch.float64, device=layer.router.weight.device)
     compare_with_oracle(layer, tokens.requires_grad_(), coefficient=0.3)
 
@@ -52,15 +42,11 @@ def test_megatrons_default_experts_train(routing: str) -> None:
     tokens = torch.randn(7, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
     flat, weights = tokens.view(-1, HIDDEN), [tokens, *layer.experts.parameters()]
     gates, _ = layer.router(tokens)
-    expected = sum(
-        gates[:, number, None]
-        * torch.nn.functional.linear(
-            gelu(torch.nn.functional.linear(flat, expert.linear_fc1.weight, expert.linear_fc1.bias)),
-            expert.linear_fc2.weight,
-            expert.linear_fc2.bias,
-        )
-        for number, expert in enumerate(layer.experts.local_experts)
-    )
+    expected, linear = 0.0, torch.nn.functional.linear
+    for number, expert in enumerate(layer.experts.local_experts):
+        hidden = gelu(linear(flat, expert.linear_fc1.weight, expert.linear_fc1.bias))
+        output = linear(hidden, expert.linear_fc2.weight, expert.linear_fc2.bias)
+        expected = expected + gates[:, number, None] * output
     right = gradients(expected.sin().sum(), *weights)
     output, _ = layer(tokens)
     torch.testing.assert_close(output, expected.view_as(output))
@@ -108,20 +94,15 @@ def results(layer: ReMoELayer, tokens: torch.Tensor, output: torch.Tensor) -> li
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["sequential", "grouped"])
-@pytest.mark.parametrize(
-    ("make", "changes"),
-    [(make_config, {}), (make_config, {"moe_relu_activation_limit": 1.2}), (make_topk_config, {})],
-    ids=["ReMoE", "in chunks", "top-k"],
-)
+@pytest.mark.parametrize(("make", "changes"), [
+    (make_config, {}), (make_config, {"moe_relu_activation_limit": 1.2}), (make_topk_config, {}),
+], ids=["ReMoE", "in chunks", "top-k"])  # fmt: skip
 def test_tritons_kernels_give_the_same(make: Callable[..., Any], changes: dict[str, Any], fused: bool) -> None:
     """The kernels' error against float64 is at most about twice that of PyTorch's operations in float32."""
     pytest.importorskip("triton")
     actual, weights = [], None
-    for kernels, router_dtype, dtype in [
-        ("torch", "fp64", torch.float64),
-        ("torch", "fp32", torch.float32),
-        ("triton", "fp32", torch.float32),
-    ]:
+    single, double = ("fp32", torch.float32), ("fp64", torch.float64)
+    for kernels, (router_dtype, dtype) in (("torch", double), ("torch", single), ("triton", single)):
         torch.manual_seed(5)
         model_parallel_cuda_manual_seed(5)  # one seed in a hundred has an error above the bound
         types = {"params_dtype": dtype, "pipeline_dtype": dtype, "moe_router_dtype": router_dtype}

@@ -29,9 +29,8 @@ class GroupedLinear(torch.nn.Module):
 
     def __init__(self, experts: int, inputs: int, outputs: int, *, config, init_method, **_unused) -> None:
         super().__init__()
-        self.weights = torch.nn.ParameterList(
-            init_method(torch.empty(outputs, inputs, dtype=config.params_dtype)) for _ in range(experts)
-        )
+        weights = (torch.empty(outputs, inputs, dtype=config.params_dtype) for _ in range(experts))
+        self.weights = torch.nn.ParameterList(map(init_method, weights))
 
     def forward(self, rows: torch.Tensor, m_splits: list[int]) -> tuple[torch.Tensor, None]:
         assert all(type(size) is int for size in m_splits) and sum(m_splits) == len(rows)
@@ -84,13 +83,8 @@ def test_kernels_are_for_any_routing(engine_spec: ModuleSpec) -> None:
 def test_engine_experts_equal_oracle(engine_spec: ModuleSpec, topk: int, dispatcher: str, limit: float) -> None:
     """Experts accept the sizes and gates of any number of pairs; outputs and gradients are right."""
     torch.manual_seed(topk)
-    config = make_config(
-        moe_router_topk=topk,
-        moe_token_dispatcher_type=dispatcher,
-        moe_grouped_gemm=True,
-        moe_relu_activation_limit=limit,
-        moe_relu_l1_reg_coeff_init=0.3,
-    )
+    settings = {"moe_router_topk": topk, "moe_token_dispatcher_type": dispatcher, "moe_relu_activation_limit": limit}
+    config = make_config(**settings, moe_grouped_gemm=True, moe_relu_l1_reg_coeff_init=0.3)
     layer = make_layer(config, spec=engine_spec)
     assert type(layer.experts) is TEGroupedMLP
     tokens = torch.randn(9, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
@@ -100,9 +94,7 @@ def test_engine_experts_equal_oracle(engine_spec: ModuleSpec, topk: int, dispatc
 @pytest.mark.slow
 @torch.compiler.set_stance("force_eager")  # compiling Megatron's SwiGLU takes half a minute
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
-def test_activations_are_recomputed_in_chunks_and_without(
-    engine_spec: ModuleSpec, dispatcher: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_activations_are_recomputed_in_chunks_and_without(engine_spec, dispatcher: str, monkeypatch) -> None:
     """Experts recompute by themselves only without chunks. Megatron then reads the engine's FP8 state, here off."""
     off = SimpleNamespace(is_fp8_enabled=lambda: False)
     monkeypatch.setattr(random, "FP8GlobalStateManager", off, raising=False)
@@ -110,10 +102,8 @@ def test_activations_are_recomputed_in_chunks_and_without(
         monkeypatch.setattr(random, name, lambda **_options: nullcontext(), raising=False)
     tokens, results, weights = torch.rand(9, 2, HIDDEN, dtype=torch.float64), [], None
     for recompute in ({}, {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}):
-        config = make_config(
-            moe_token_dispatcher_type=dispatcher, moe_grouped_gemm=True, moe_relu_activation_limit=1.0, **recompute
-        )
-        layer = make_layer(config, spec=engine_spec)
+        settings = recompute | {"moe_token_dispatcher_type": dispatcher, "moe_relu_activation_limit": 1.0}
+        layer = make_layer(make_config(moe_grouped_gemm=True, **settings), spec=engine_spec)
         weights = weights or layer.state_dict()
         layer.load_state_dict(weights)
         for number_active in (4, 1):

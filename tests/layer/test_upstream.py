@@ -23,16 +23,13 @@ def patched_source() -> str:
 
 
 @pytest.mark.usefixtures("process_groups")
-@pytest.mark.parametrize(
-    "rows",
-    [
-        pytest.param([[0, 1], [1, 2], [0, 3]], id="two each"),
-        pytest.param([[0], [1, 2], [0, 3]], id="replay with an expert twice"),
-        pytest.param([[0, 1], [2, 3], []], id="padding goes to no expert"),
-        pytest.param([[0, 1, 2], [3], []], id="0 to U experts, k per token that is not padding"),
-        pytest.param([[0, 1, 2, 3], [0, 2, 3], [1]], id="ReLU routing, dense"),
-    ],
-)
+@pytest.mark.parametrize("rows", [
+    pytest.param([[0, 1], [1, 2], [0, 3]], id="two each"),
+    pytest.param([[0], [1, 2], [0, 3]], id="replay with an expert twice"),
+    pytest.param([[0, 1], [2, 3], []], id="padding goes to no expert"),
+    pytest.param([[0, 1, 2], [3], []], id="0 to U experts, k per token that is not padding"),
+    pytest.param([[0, 1, 2, 3], [0, 2, 3], [1]], id="ReLU routing, dense"),
+])  # fmt: skip
 def test_all_pairs_arrive(rows: list[list[int]], tmp_path: Path) -> None:
     tokens, map_TE = torch.rand(3, 1, HIDDEN, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.bool)
     for token, experts in enumerate(rows):

@@ -1,1 +1,0 @@
-"""Tests that every layout trains like one process."""

@@ -31,15 +31,13 @@ class Layout:
     """The number of processes, Megatron's flags for the split, and the virtual pipeline stages of each process."""
 
     processes: int
-    flags: list[str]
+    flags: str
     virtual_stages: int = 1
 
     @property
     def stages(self) -> int:
         """Return the number of parts into which the layers are cut."""
-        flag = "--pipeline-model-parallel-size"
-        ranks = int(self.flags[self.flags.index(flag) + 1]) if flag in self.flags else 1
-        return ranks * self.virtual_stages
+        return self.virtual_stages * (2 if PP2 in self.flags else 1)
 
 
 def gpt_layers(layout: Layout, variant: str) -> list[str]:
@@ -62,10 +60,6 @@ def hybrid_layers(layout: Layout, variant: str) -> list[str]:
 MODELS = {"gpt": gpt_layers, "hybrid": hybrid_layers}
 
 
-def _layout(processes: int, flags: str, virtual_stages: int = 1) -> Layout:
-    return Layout(processes, flags.split(), virtual_stages)
-
-
 TP2, PP2, EP2, FSDP = (
     "--tensor-model-parallel-size 2 --sequence-parallel",
     "--pipeline-model-parallel-size 2",
@@ -74,20 +68,20 @@ TP2, PP2, EP2, FSDP = (
 )
 SINGLE = "one process"
 LAYOUTS: dict[str, Layout] = {
-    SINGLE: _layout(1, ""),
-    "DP2": _layout(2, ""),
-    "DP2, distributed optimizer, overlap": _layout(
+    SINGLE: Layout(1, ""),
+    "DP2": Layout(2, ""),
+    "DP2, distributed optimizer, overlap": Layout(
         2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
     ),
-    "TP2 + SP": _layout(2, TP2),
-    "EP2, alltoall": _layout(2, EP2),
-    "EP2, allgather": _layout(2, f"{EP2} --moe-token-dispatcher-type allgather"),
-    "EP4": _layout(4, "--expert-model-parallel-size 4"),
-    "TP2 x EP2, expert TP 1": _layout(4, f"{TP2} {EP2} --expert-tensor-parallel-size 1"),
-    "TP2 x EP2, expert TP 2": _layout(4, f"{TP2} {EP2} --expert-tensor-parallel-size 2"),
-    "PP2": _layout(2, PP2),
-    "PP2, 2 virtual stages": _layout(2, PP2, virtual_stages=2),
-    "PP2 x EP2": _layout(4, f"{PP2} {EP2}"),
-    "DP2, Megatron-FSDP": _layout(2, FSDP),
-    "EP2, Megatron-FSDP": _layout(2, f"{EP2} {FSDP}"),
+    "TP2 + SP": Layout(2, TP2),
+    "EP2, alltoall": Layout(2, EP2),
+    "EP2, allgather": Layout(2, f"{EP2} --moe-token-dispatcher-type allgather"),
+    "EP4": Layout(4, "--expert-model-parallel-size 4"),
+    "TP2 x EP2, expert TP 1": Layout(4, f"{TP2} {EP2} --expert-tensor-parallel-size 1"),
+    "TP2 x EP2, expert TP 2": Layout(4, f"{TP2} {EP2} --expert-tensor-parallel-size 2"),
+    "PP2": Layout(2, PP2),
+    "PP2, 2 virtual stages": Layout(2, PP2, virtual_stages=2),
+    "PP2 x EP2": Layout(4, f"{PP2} {EP2}"),
+    "DP2, Megatron-FSDP": Layout(2, FSDP),
+    "EP2, Megatron-FSDP": Layout(2, f"{EP2} {FSDP}"),
 }

@@ -78,7 +78,7 @@ def train(folder: Path, data: Path, case: Case, *flags: str) -> Training:
     layout, log = LAYOUTS[case.layout], folder / "log"
     if not (folder / "done").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        split = [*MODELS[case.model](layout, case.variant), *layout.flags]
+        split = [*MODELS[case.model](layout, case.variant), *layout.flags.split()]
         words = [str(folder), *MODEL, *ROUTINGS[case.routing], *split, "--data-path", str(data), *flags]
         log.write_text(run(words, layout.processes, script=RECORD))
         (folder / "done").touch()

@@ -37,12 +37,10 @@ def alone(environment: dict[str, str]) -> dict[str, str]:
     return {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ} | environment
 
 
-def launch(
-    script: str, *arguments: str, folder: Path | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def launch(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a launch script with bash; the environment has PATH, HOME and `environment` only."""
     command = ["bash", str(SCRIPTS / f"train_llama_{script}.sh"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=alone(environment), cwd=folder)
+    return subprocess.run(command, capture_output=True, text=True, env=alone(environment))
 
 
 def in_process(

@@ -27,9 +27,8 @@ def test_cost_is_the_papers(size: str, routing: str) -> None:
 
 def test_both_models_cost_the_same() -> None:
     """GPTModel and HybridModel get the same estimate."""
-    gpt, hybrid = (
-        dry_run("182m_remoe", MODEL=model, PP="2", VPP="2", GPU="a100").split("Command:") for model in ("gpt", "hybrid")
-    )
+    layout = {"PP": "2", "VPP": "2", "GPU": "a100"}
+    gpt, hybrid = (dry_run("182m_remoe", MODEL=model, **layout).split("Command:") for model in ("gpt", "hybrid"))
     assert "--num-layers 12" in gpt[1] and "--hybrid-layer-pattern" in hybrid[1] and gpt[0] == hybrid[0]
     assert "in the fullest of 2 pipeline stages" in gpt[0] and "8 x a100 (80 GiB, 312 TFLOP/s dense bf16)" in gpt[0]
 

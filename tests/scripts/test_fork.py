@@ -46,12 +46,9 @@ def equal(one: str, other: str) -> bool:
 def test_the_page_has_every_flag() -> None:
     page, fork, ours = (REPOSITORY / "docs" / "fork.md").read_text(), read_fork_flags(), read_our_flags()
     rows = re.findall(r"^\| (`--.+`) \| (.+) \| (.+) \| (.+) \| (.+) \|$", page, re.MULTILINE)
-    given = {
-        (flag, scripts): (theirs, here)
-        for flags, scripts, theirs, here, _ in rows
-        for flag in re.findall(r"`(--[\w-]+)`", flags)
-    }
-    expected = {}
+    given, expected = {}, {}
+    for flags, scripts, theirs, here, _ in rows:
+        given |= {(flag, scripts): (theirs, here) for flag in re.findall(r"`(--[\w-]+)`", flags)}
     for flag in {flag for flags in (*fork.values(), *ours.values()) for flag in flags}:
         cells = {routing: (cell(fork, flag, routing), cell(ours, flag, routing)) for routing in ROUTINGS}
         different = {routing: pair for routing, pair in cells.items() if not equal(*pair)}

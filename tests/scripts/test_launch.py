@@ -38,16 +38,13 @@ def test_few_documents_have_a_split_that_leaves_no_part_empty(documents: int, sp
     assert "Split" not in result.stderr and value(shlex.split(result.stdout), "--split") == "8,1,1"
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ("a b", "30 a 10 b"),
-        ("a\nb", "30 a 10 b"),
-        ("2 a 1 b", "2 a 1 b"),
-        ("1e-1 a\n2 b", "1e-1 a 2 b"),
-        ("a c", "a c"),
-    ],
-)
+@pytest.mark.parametrize(("given", "expected"), [
+    ("a b", "30 a 10 b"),
+    ("a\nb", "30 a 10 b"),
+    ("2 a 1 b", "2 a 1 b"),
+    ("1e-1 a\n2 b", "1e-1 a 2 b"),
+    ("a c", "a c"),
+])  # fmt: skip
 def test_data_sets_are_weighted_by_size(given: str, expected: str, tmp_path: Path) -> None:
     """Megatron repeats only data sets with weights. A missing file is reported by the run."""
     for name, size in (("a", 30), ("b", 10)):
@@ -63,16 +60,13 @@ UNFUSED = "--no-gradient-accumulation-fusion"
 WITH_ENGINE = ["transformer_engine", "--moe-grouped-gemm"]
 
 
-@pytest.mark.parametrize(
-    ("modules", "flags", "layers", "expected"),
-    [
-        ({APEX: "", HIDING: HIDDEN}, [], "plain PyTorch (Transformer Engine: not installed)", ["local"]),
-        ({ENGINE: ""}, [], "Transformer Engine", [*WITH_ENGINE, UNFUSED]),
-        ({ENGINE: "print('hello')", APEX: ""}, [], "Transformer Engine", WITH_ENGINE),
-        ({ENGINE: BROKEN}, [], "RuntimeError: curand shared object not found.)", ["local", UNFUSED]),
-        ({ENGINE: ""}, ["--transformer-impl", "local"], "not asked for", ["local", UNFUSED]),
-    ],
-)
+@pytest.mark.parametrize(("modules", "flags", "layers", "expected"), [
+    ({APEX: "", HIDING: HIDDEN}, [], "plain PyTorch (Transformer Engine: not installed)", ["local"]),
+    ({ENGINE: ""}, [], "Transformer Engine", [*WITH_ENGINE, UNFUSED]),
+    ({ENGINE: "print('hello')", APEX: ""}, [], "Transformer Engine", WITH_ENGINE),
+    ({ENGINE: BROKEN}, [], "RuntimeError: curand shared object not found.)", ["local", UNFUSED]),
+    ({ENGINE: ""}, ["--transformer-impl", "local"], "not asked for", ["local", UNFUSED]),
+])  # fmt: skip
 def test_kernels(modules: dict[str, str], flags: list[str], layers: str, expected: list[str], tmp_path: Path) -> None:
     """The command uses only kernels that can be imported, and one line on stderr names the layers."""
     for name, text in modules.items():
@@ -143,24 +137,21 @@ def test_several_nodes_do_not_choose_different_layers(switch: str, nodes: str, c
 TO_TRAIN, TWO = {"DRY_RUN": "0"}, {"NNODES": "2", "MASTER_ADDR": "first"}
 
 
-@pytest.mark.parametrize(
-    ("words", "environment", "facts"),
-    [
-        ("", TO_TRAIN | {"DATA_PATH": ""}, "set DATA_PATH"),
-        ("", {"DATA_PATH": "", "DATA_DIR": "/nowhere"}, "DATA_DIR=/nowhere"),
-        ("", TO_TRAIN | {"DATA_DIR": "/nowhere"}, "VOCAB_FILE: /nowhere/encoder.json"),
-        ("two", {}, "gpus_per_node 'two'"),
-        ("8 1 1 8 1 p extra", {}, "extra"),
-        ("8 -- --cpu --tokenizer-type NullTokenizer", TO_TRAIN | {"SLURM_NNODES": "2"}, "SLURM_NNODES=2 MASTER_ADDR"),
-        ("8", TWO | {"RANK": "2"}, "RANK '2' NNODES=2"),
-        ("8 -- --cpu --tokenizer-type NullTokenizer", TO_TRAIN | TWO | {"PYTHON": "true"}, "NODE_RANK NNODES=2"),
-        ("8", {"PP": "2", "VPP": "5", "MODEL": "hybrid"}, "PP=2 VPP=5 12 layers"),
-        ("8", {"MODEL": "mamba"}, "MODEL=mamba hybrid"),
-        ("8 -- --num-layers 2", {"MODEL": "hybrid"}, "--num-layers --hybrid-layer-pattern"),
-        ("8", {"KERNELS": "cuda"}, "KERNELS=cuda triton"),
-        ("8", {"CP": "2"}, "CP=2 --transformer-impl"),
-    ],
-)
+@pytest.mark.parametrize(("words", "environment", "facts"), [
+    ("", TO_TRAIN | {"DATA_PATH": ""}, "set DATA_PATH"),
+    ("", {"DATA_PATH": "", "DATA_DIR": "/nowhere"}, "DATA_DIR=/nowhere"),
+    ("", TO_TRAIN | {"DATA_DIR": "/nowhere"}, "VOCAB_FILE: /nowhere/encoder.json"),
+    ("two", {}, "gpus_per_node 'two'"),
+    ("8 1 1 8 1 p extra", {}, "extra"),
+    ("8 -- --cpu --tokenizer-type NullTokenizer", TO_TRAIN | {"SLURM_NNODES": "2"}, "SLURM_NNODES=2 MASTER_ADDR"),
+    ("8", TWO | {"RANK": "2"}, "RANK '2' NNODES=2"),
+    ("8 -- --cpu --tokenizer-type NullTokenizer", TO_TRAIN | TWO | {"PYTHON": "true"}, "NODE_RANK NNODES=2"),
+    ("8", {"PP": "2", "VPP": "5", "MODEL": "hybrid"}, "PP=2 VPP=5 12 layers"),
+    ("8", {"MODEL": "mamba"}, "MODEL=mamba hybrid"),
+    ("8 -- --num-layers 2", {"MODEL": "hybrid"}, "--num-layers --hybrid-layer-pattern"),
+    ("8", {"KERNELS": "cuda"}, "KERNELS=cuda triton"),
+    ("8", {"CP": "2"}, "CP=2 --transformer-impl"),
+])  # fmt: skip
 def test_errors(words: str, environment: dict[str, str], facts: str) -> None:
     result = planned("182m_remoe", *words.split(), **environment)
     assert result.returncode == 2 and result.stderr.count("\n") == 1

@@ -29,17 +29,12 @@ FAILS = ENDS.replace("signal.SIG_DFL", "lambda *_: exit('x.py: error: No space l
 ERROR = "x.py: error: --split: wrong.\nGive another"
 
 
-@pytest.mark.parametrize(
-    ("ending", "code", "repeated"),
-    [
-        ("exit 3", 3, ""),
-        ("kill -KILL $$", 137, ""),
-        (f"echo '{ERROR}'; echo 'E1127 12:00 exitcode: 2'; exit 2", 2, ERROR),
-    ],
-)
-def test_ends_with_the_trainings_exit_code_its_whole_log_and_its_last_error(
-    ending: str, code: int, repeated: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("ending", "code", "repeated"), [
+    ("exit 3", 3, ""),
+    ("kill -KILL $$", 137, ""),
+    (f"echo '{ERROR}'; echo 'E1127 12:00 exitcode: 2'; exit 2", 2, ERROR),
+])  # fmt: skip
+def test_ends_with_the_trainings_exit_code_its_whole_log_and_its_last_error(ending, code, repeated, tmp_path) -> None:
     log = tmp_path / "log"
     log.write_text("x.py: error: of an earlier start\n")
     words = ["bash", "-c", f"echo out; echo err >&2; {ending}"]
@@ -53,9 +48,7 @@ def test_ends_with_the_trainings_exit_code_its_whole_log_and_its_last_error(
     ("training", "number", "code", "stopped"),
     [(ENDS, signal.SIGTERM, 143, True), (ENDS, signal.SIGHUP, 143, True), (FAILS, signal.SIGTERM, 1, False)],
 )
-def test_a_signal_before_torchrun_has_children_is_not_lost(
-    training: str, number: int, code: int, stopped: bool, tmp_path: Path
-) -> None:
+def test_a_signal_before_torchrun_has_children_is_not_lost(training, number: int, code: int, stopped, tmp_path) -> None:
     """`run_training` waits until a child handles the signal, without ps or pgrep. A run that cannot save has failed."""
     (tmp_path / "tee").symlink_to(shutil.which("tee") or "")
     words = [sys.executable, "-c", RUN, str(tmp_path / "log"), sys.executable, "-c", LATE, training]

@@ -31,16 +31,13 @@ def test_setup_keeps_a_foreign_venv_and_a_linked_one(tree: Path) -> None:
     assert start(tree, "setup").returncode == 1 and venv.is_symlink() and (venv / "theirs").exists()
 
 
-@pytest.mark.parametrize(
-    ("pythons", "expected"),
-    [
-        ({"a/python3.13": "exit 127", "b/python3.13": "echo 13", "a/python3": "echo 3"}, "13"),  # after a broken shim
-        ({"a/python3.12": "exit 1", "b/python3": "echo 3"}, "3"),
-        ({"a/python3": "exit 1"}, None),
-        ({"a/python3.13": "echo 13", "b/my python": "echo mine"}, "mine"),
-        ({"a/python3.13": "echo 13", "b/my python": "exit 1"}, None),  # no silent fallback
-    ],
-)
+@pytest.mark.parametrize(("pythons", "expected"), [
+    ({"a/python3.13": "exit 127", "b/python3.13": "echo 13", "a/python3": "echo 3"}, "13"),  # after a broken shim
+    ({"a/python3.12": "exit 1", "b/python3": "echo 3"}, "3"),
+    ({"a/python3": "exit 1"}, None),
+    ({"a/python3.13": "echo 13", "b/my python": "echo mine"}, "mine"),
+    ({"a/python3.13": "echo 13", "b/my python": "exit 1"}, None),  # no silent fallback
+])  # fmt: skip
 def test_the_first_python_that_fits_is_used(pythons: dict[str, str], expected: str | None, tmp_path: Path) -> None:
     for name, line in pythons.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)

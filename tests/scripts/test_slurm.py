@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.scripts.launching import alone
-from tests.training_runs import REPOSITORY, SMALL, records, wait_until
+from tests.training_runs import REPOSITORY, SMALL, popen, records, wait_until
 
 JOB_FILE = REPOSITORY / "scripts" / "slurm" / "train.sbatch"
 TRAINING_SCRIPT = REPOSITORY / "scripts" / "train_llama_182m_remoe.sh"
@@ -77,14 +77,7 @@ class Job:
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         (self.commands / "state").write_text("JobState=RUNNING")
-        return subprocess.Popen(
-            ["bash", str(self.file), *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=self.environment,
-            cwd=self.submit,
-        )
+        return popen(["bash", str(self.file), *arguments], env=self.environment, cwd=self.submit)
 
     def run(self, *arguments: str) -> tuple[int, str]:
         process = self.start(*arguments)
@@ -145,15 +138,12 @@ def test_script_gets_its_arguments_and_the_first_nodes_address(image: str, tmp_p
 SAVES = "trap 'exit 143' TERM; touch ready; for _ in {1..300}; do sleep 0.1; done"
 
 
-@pytest.mark.parametrize(
-    ("script", "state", "status", "requeued"),
-    [
-        (SAVES, "RUNNING", 143, 1),
-        (SAVES, "CANCELLED", 143, 0),  # canceled by the user
-        (SAVES.replace("143", "1"), "RUNNING", 1, 0),  # the training could not save
-        (SAVES.replace("143", "3"), "COMPLETING", 3, 0),  # the training has failed
-    ],
-)
+@pytest.mark.parametrize(("script", "state", "status", "requeued"), [
+    (SAVES, "RUNNING", 143, 1),
+    (SAVES, "CANCELLED", 143, 0),  # canceled by the user
+    (SAVES.replace("143", "1"), "RUNNING", 1, 0),  # the training could not save
+    (SAVES.replace("143", "3"), "COMPLETING", 3, 0),  # the training has failed
+])  # fmt: skip
 def test_sigterm(script: str, state: str, status: int, requeued: int, tmp_path: Path) -> None:
     job = Job(tmp_path)
     process = job.start(job.script(script))
@@ -166,16 +156,13 @@ def test_sigterm(script: str, state: str, status: int, requeued: int, tmp_path: 
     assert (process.returncode, job.requeued) == (status, requeued), output
 
 
-@pytest.mark.parametrize(
-    ("arguments", "environment", "message"),
-    [
-        ([], {}, "no training script: sbatch ... train.sbatch scripts/train_llama_....sh"),
-        (["train_nothing.sh"], {}, "there is no train_nothing.sh in"),
-        (["train.sh"], {"SLURM_JOB_ID": ""}, "not in a Slurm job: sbatch --nodes 2"),
-        (["train.sh", "8", "--", "--ckpt-step", "4"], {"SLURM_RESTART_COUNT": "1"}, "without --ckpt-step"),
-        (["train.sh", "8", "--", "--ckpt-step=4"], {"SLURM_RESTART_COUNT": "1"}, "without --ckpt-step"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "environment", "message"), [
+    ([], {}, "no training script: sbatch ... train.sbatch scripts/train_llama_....sh"),
+    (["train_nothing.sh"], {}, "there is no train_nothing.sh in"),
+    (["train.sh"], {"SLURM_JOB_ID": ""}, "not in a Slurm job: sbatch --nodes 2"),
+    (["train.sh", "8", "--", "--ckpt-step", "4"], {"SLURM_RESTART_COUNT": "1"}, "without --ckpt-step"),
+    (["train.sh", "8", "--", "--ckpt-step=4"], {"SLURM_RESTART_COUNT": "1"}, "without --ckpt-step"),
+])  # fmt: skip
 def test_errors(arguments: list[str], environment: dict[str, str], message: str, tmp_path: Path) -> None:
     job = Job(tmp_path)
     job.environment |= environment

@@ -60,11 +60,9 @@ def test_the_installed_command_preprocesses_and_trains(wheel: Path, tmp_path: Pa
 
     def remoe(*words: str, **variables: str) -> str:
         command = [sys.executable, str(site / "bin" / "remoe"), *words]
-        answer = subprocess.run(
-            command, cwd=tmp_path, env=given | variables, capture_output=True, text=True, timeout=240
-        )
-        assert answer.returncode == 0, answer.stdout[-3000:] + answer.stderr
-        return answer.stdout
+        done = subprocess.run(command, cwd=tmp_path, env=given | variables, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+        return done.stdout
 
     assert remoe("generate", "--help").startswith("usage: ") and "quickstart" in remoe()
     text.write_text("".join(json.dumps({"text": f"{number} " * 60}) + "\n" for number in range(50)))

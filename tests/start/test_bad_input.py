@@ -90,7 +90,5 @@ def test_resuming_allows_changed_length_and_folders(user: User, tmp_path: Path) 
     code, output = shared_entry().run(arguments)
     assert code == 0 and "validation loss at iteration 4" in output
     last = output.splitlines()[-1]
-    assert (
-        last.startswith("Nothing to do: the checkpoint in --load")
-        and "is at iteration 4, and --train-iters is 4" in last
-    )
+    assert last.startswith("Nothing to do: the checkpoint in --load")
+    assert "is at iteration 4, and --train-iters is 4" in last

@@ -34,18 +34,13 @@ def double(values: torch.Tensor) -> torch.Tensor:
     return 2 * values
 
 
-@pytest.mark.parametrize(
-    ("program", "variables", "missing"),
-    [
-        ("gcc", {}, ""),
-        ("gcc", {"CC": "icc"}, "no C compiler (icc)"),  # Triton uses it without a check
-        ("other", {"TORCH_COMPILE_DISABLE": "1"}, ""),  # set by the user
-        ("gcc", {"include": "elsewhere"}, "elsewhere/Python.h (of python3-dev)"),
-    ],
-)
-def test_what_compiling_needs(
-    program: str, variables: dict[str, str], missing: str, without, capsys, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("program", "variables", "missing"), [
+    ("gcc", {}, ""),
+    ("gcc", {"CC": "icc"}, "no C compiler (icc)"),  # Triton uses it without a check
+    ("other", {"TORCH_COMPILE_DISABLE": "1"}, ""),  # set by the user
+    ("gcc", {"include": "elsewhere"}, "elsewhere/Python.h (of python3-dev)"),
+])  # fmt: skip
+def test_what_compiling_needs(program: str, variables: dict[str, str], missing: str, without, capsys, tmp_path) -> None:
     add_program(tmp_path, program)
     for name, value in variables.items():
         without.setenv(name, value)
@@ -82,18 +77,13 @@ def test_a_broken_transformer_engine_is_not_used(without, capsys: pytest.Capture
     assert sys.modules["transformer_engine"] is None and "curand not found" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("on_cpu", "program", "interpreted", "words"),
-    [
-        (True, "gcc", "0", "no GPU"),
-        (False, "other", "0", "no C compiler (gcc or clang)"),
-        (False, "gcc", "0", ""),
-        (True, "other", "1", ""),
-    ],
-)
-def test_triton_kernels_where_they_can_run(
-    on_cpu: bool, program: str, interpreted: str, words: str, without, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("on_cpu", "program", "interpreted", "words"), [
+    (True, "gcc", "0", "no GPU"),
+    (False, "other", "0", "no C compiler (gcc or clang)"),
+    (False, "gcc", "0", ""),
+    (True, "other", "1", ""),
+])  # fmt: skip
+def test_triton_kernels_where_they_can_run(on_cpu, program: str, interpreted: str, words, without, tmp_path) -> None:
     pytest.importorskip("triton")
     add_program(tmp_path, program)
     without.setenv("TRITON_INTERPRET", interpreted)
@@ -110,35 +100,32 @@ FLIPS = {"moe_log_flips_interval": 1, "num_experts": 8, "moe_ffn_hidden_size": 8
 FSDP = {"use_megatron_fsdp": True, "gradient_accumulation_fusion": False, "expert_model_parallel_size": 2}
 
 
-@pytest.mark.parametrize(
-    ("given", "facts"),
-    [
-        ({"hybrid_layer_pattern": "*-", "num_experts": 8}, "E202 *- 8"),
-        ({"hybrid_layer_pattern": "*", "multi_latent_attention": True}, "E202 * --multi-latent-attention"),
-        ({"full_validation": True}, "E203 --full-validation --multiple-validation-sets"),
-        (BOTH | {"virtual_pipeline_model_parallel_size": 2}, "E203 --full-validation virtual"),
-        ({"rampup_batch_size": ["8"]}, "E203 --rampup-batch-size"),
-        ({"step_batch_size_schedule": "0:8 9:16"}, "E203 --step-batch-size-schedule 0:8 --train-samples"),
-        *(({name: "x"}, "E203 --sft --logits-load-dir") for name in ("fim_data", "sft", "logits_load_dir")),
-        ({"dataloader_inter_document_masking": True}, "E203 --dataloader-inter-document-masking"),
-        ({"inprocess_restart": True}, "E203 --inprocess-restart"),
-        ({"reset_attention_mask": True, "pipeline_model_parallel_size": 3}, "E203 --reset-attention-mask"),
-        ({"iterations_to_skip": [3], "pipeline_model_parallel_size": 3}, "E203 --iterations-to-skip"),
-        ({"iterations_to_skip": [3, 4], "save": "x", "save_interval": 2}, "E203 --iterations-to-skip --save-interval"),
-        ({"mtp_num_layers": 1, "pipeline_model_parallel_size": 2, "save": "x"}, "E203 --mtp-num-layers --untie-emb"),
-        ({"mtp_num_layers": 1, "pipeline_model_parallel_size": 2, "load": "x"}, "E203 --mtp-num-layers --untie-emb"),
-        ({"transformer_impl": "local", "recompute_modules": ["layernorm"]}, "E203 --recompute-modules layernorm"),
-        ({"transformer_impl": "local", "save_dgrads_interval": 1}, "E203 --save-dgrads-interval"),
-        ({"lr_warmup_iters": 4, "train_iters": 4}, "E203 --lr-warmup-iters"),
-        (FLIPS | {"moe_log_flips_interval": 0}, "E203 --moe-log-flips-interval 0"),
-        (FLIPS | {"num_experts": None}, "E203 --moe-log-flips-interval 1"),
-        (FLIPS | {"cuda_graph_impl": "local"}, "E203 --moe-log-flips-interval 1"),
-        ({"qk_layernorm_all_heads": True}, "E203 --qk-layernorm-all-heads"),
-        (FSDP | {"gradient_accumulation_fusion": True}, "E203 --no-gradient-accumulation-fusion"),
-        (FSDP | {"ddp_average_in_collective": True}, "E203 --ddp-average-in-collective"),
-        (FSDP | {"num_distributed_optimizer_instances": 2}, "E203 --num-distributed-optimizer-instances"),
-    ],
-)
+@pytest.mark.parametrize(("given", "facts"), [
+    ({"hybrid_layer_pattern": "*-", "num_experts": 8}, "E202 *- 8"),
+    ({"hybrid_layer_pattern": "*", "multi_latent_attention": True}, "E202 * --multi-latent-attention"),
+    ({"full_validation": True}, "E203 --full-validation --multiple-validation-sets"),
+    (BOTH | {"virtual_pipeline_model_parallel_size": 2}, "E203 --full-validation virtual"),
+    ({"rampup_batch_size": ["8"]}, "E203 --rampup-batch-size"),
+    ({"step_batch_size_schedule": "0:8 9:16"}, "E203 --step-batch-size-schedule 0:8 --train-samples"),
+    *(({name: "x"}, "E203 --sft --logits-load-dir") for name in ("fim_data", "sft", "logits_load_dir")),
+    ({"dataloader_inter_document_masking": True}, "E203 --dataloader-inter-document-masking"),
+    ({"inprocess_restart": True}, "E203 --inprocess-restart"),
+    ({"reset_attention_mask": True, "pipeline_model_parallel_size": 3}, "E203 --reset-attention-mask"),
+    ({"iterations_to_skip": [3], "pipeline_model_parallel_size": 3}, "E203 --iterations-to-skip"),
+    ({"iterations_to_skip": [3, 4], "save": "x", "save_interval": 2}, "E203 --iterations-to-skip --save-interval"),
+    ({"mtp_num_layers": 1, "pipeline_model_parallel_size": 2, "save": "x"}, "E203 --mtp-num-layers --untie-emb"),
+    ({"mtp_num_layers": 1, "pipeline_model_parallel_size": 2, "load": "x"}, "E203 --mtp-num-layers --untie-emb"),
+    ({"transformer_impl": "local", "recompute_modules": ["layernorm"]}, "E203 --recompute-modules layernorm"),
+    ({"transformer_impl": "local", "save_dgrads_interval": 1}, "E203 --save-dgrads-interval"),
+    ({"lr_warmup_iters": 4, "train_iters": 4}, "E203 --lr-warmup-iters"),
+    (FLIPS | {"moe_log_flips_interval": 0}, "E203 --moe-log-flips-interval 0"),
+    (FLIPS | {"num_experts": None}, "E203 --moe-log-flips-interval 1"),
+    (FLIPS | {"cuda_graph_impl": "local"}, "E203 --moe-log-flips-interval 1"),
+    ({"qk_layernorm_all_heads": True}, "E203 --qk-layernorm-all-heads"),
+    (FSDP | {"gradient_accumulation_fusion": True}, "E203 --no-gradient-accumulation-fusion"),
+    (FSDP | {"ddp_average_in_collective": True}, "E203 --ddp-average-in-collective"),
+    (FSDP | {"num_distributed_optimizer_instances": 2}, "E203 --num-distributed-optimizer-instances"),
+])  # fmt: skip
 def test_settings_that_megatron_ignores_or_gets_wrong(given: dict[str, object], facts: str) -> None:
     fine = vars(make_parser().parse_args([])) | {"virtual_pipeline_model_parallel_size": None}
     for right in ({}, BOTH, FSDP, FLIPS):

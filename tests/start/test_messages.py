@@ -1,5 +1,6 @@
-"""Test error messages: which ranks print them, the program's name in front, and the remedy."""
+"""Test error messages: which ranks print them, the program's name in front, the remedy, and the listed codes."""
 
+import re
 import socket
 import sys
 
@@ -9,6 +10,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from megatron.remoe.files.errors import DataError
 from megatron.remoe.start import messages
+from tests.training_runs import REPOSITORY
 
 
 @pytest.fixture
@@ -74,19 +76,23 @@ def test_a_lost_reader_of_data_is_one_line_and_a_remedy(waited, monkeypatch, cap
     assert "Traceback" not in output and "resumes" in output
 
 
-@pytest.mark.parametrize(
-    ("error", "remedy"),
-    [
-        (torch.distributed.DistStoreError("Timed out after 61 seconds waiting for clients."), "MASTER_ADDR"),
-        (torch.distributed.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."), "has ended"),
-        (torch.distributed.DistBackendError("Watchdog caught collective operation timeout: WorkNCCL("), "hangs"),
-        (FileNotFoundError("No such file: '/data/finance/upgrade.bin'"), ""),
-        (RuntimeError("the loss is nan"), "--ckpt-step"),
-        (Exception("supply a directory to which you have write access via the path_to_cache"), "--data-cache-path"),
-        (KeyError("decoder.q_layernorm.weight from model not in state dict"), "different model"),
-        (ConnectionError("HTTPSConnectionPool(host='huggingface.co', port=443): Read timed out."), ""),
-    ],
-)
+@pytest.mark.parametrize(("error", "remedy"), [
+    (torch.distributed.DistStoreError("Timed out after 61 seconds waiting for clients."), "MASTER_ADDR"),
+    (torch.distributed.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."), "has ended"),
+    (torch.distributed.DistBackendError("Watchdog caught collective operation timeout: WorkNCCL("), "hangs"),
+    (FileNotFoundError("No such file: '/data/finance/upgrade.bin'"), ""),
+    (RuntimeError("the loss is nan"), "--ckpt-step"),
+    (Exception("supply a directory to which you have write access via the path_to_cache"), "--data-cache-path"),
+    (KeyError("decoder.q_layernorm.weight from model not in state dict"), "different model"),
+    (ConnectionError("HTTPSConnectionPool(host='huggingface.co', port=443): Read timed out."), ""),
+])  # fmt: skip
 def test_errors_have_the_remedy_of_their_kind(error: Exception, remedy: str) -> None:
     _, *below = messages.describe_error(error).splitlines()
     assert remedy in below[0] if remedy else not below
+
+
+def test_codes_that_are_raised_are_those_that_are_listed() -> None:
+    paths = [path for room in ("megatron/remoe", "tools") for path in (REPOSITORY / room).rglob("*.py")]
+    raised = {code for path in paths for code in re.findall(r"REMOE-E\d+", path.read_text())}
+    page = (REPOSITORY / "docs" / "errors.md").read_text()
+    assert raised == set(re.findall(r"^\| (REMOE-E\d+) \|", page, re.MULTILINE))

@@ -14,7 +14,7 @@ import pytest
 from megatron.remoe.files.errors import UsageError
 from megatron.remoe.start import run_lock
 from megatron.remoe.start.run_lock import LOCK, lock_save_folder
-from tests.training_runs import REPOSITORY, TINY, last_error, records, run, start
+from tests.training_runs import REPOSITORY, TINY, last_error, popen, records, run, start
 
 LEASE = 4.0
 SHORT = 1.0  # for tests in which nobody holds the folder
@@ -31,13 +31,7 @@ with lock_save_folder(argparse.Namespace(rank=0, skip_train=False, save=sys.argv
 
 def hold(folder: Path, host: str = "") -> subprocess.Popen[str]:
     """Start a process that holds the folder, as if on a different machine if a host is given."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder), str(LEASE), host],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=REPOSITORY,
-    )
+    process = popen([sys.executable, "-c", HOLD, str(folder), str(LEASE), host], cwd=REPOSITORY)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     return process
 
@@ -115,15 +109,11 @@ def test_two_trainings_in_one_folder(data: Path, tmp_path: Path) -> None:
 def test_nodes_that_do_not_share_the_folder(flag: str, data: Path, tmp_path: Path) -> None:
     script = tmp_path / "other_node.py"
     script.write_text(
-        "import os, sys\n"
-        "from megatron.remoe import pretrain\n"
-        "from megatron.remoe.start import run_lock\n"
+        "import os, sys\nfrom megatron.remoe import pretrain\nfrom megatron.remoe.start import run_lock\n"
         "run_lock.SECONDS_TO_APPEAR = 0.5\n"
         "if os.environ['RANK'] == '1':\n"
-        "    os.environ['LOCAL_RANK'] = '0'\n"
-        f"    sys.argv[sys.argv.index('{flag}') + 1] += '_of_the_other_node'\n"
-        "sys.argv[0] = 'pretrain_gpt.py'\n"
-        "pretrain.main()\n"
+        f"    os.environ['LOCAL_RANK'] = '0'\n    sys.argv[sys.argv.index('{flag}') + 1] += '_of_the_other_node'\n"
+        "sys.argv[0] = 'pretrain_gpt.py'\npretrain.main()\n"
     )
     arguments, folder = [*TINY, "--data-path", str(data), "--save-interval", "1"], str(tmp_path / "run")
     if flag == "--load":

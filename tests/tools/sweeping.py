@@ -79,10 +79,8 @@ def finish_run(grid: jobs.Grid, run: Run, loss: float = 2.0, **args: object) -> 
     """Write a finished run's metrics and stamp as its job would; return the job."""
     job = jobs.make_job(run, grid)
     losses = [final(run.steps, loss, set=name, tokens=100) for name in TEXT.train_tokens]
-    steps = [
-        line(at, lm_loss=2.0, total_active_pairs=150 * at, total_layer_tokens=100 * at)
-        for at in range(5, run.steps + 1, 5)
-    ]
+    logged = range(5, run.steps + 1, 5)
+    steps = [line(at, lm_loss=2.0, total_active_pairs=150 * at, total_layer_tokens=100 * at) for at in logged]
     known = vars(model_arguments(SIZE, Routing(run.routing, run.experts), 257))
     write_run(job.folder, run.steps, *steps, *losses, **known, validation_set_names=[*TEXT.train_tokens], **args)
     jobs.write_json(job.folder / results.STAMP, job.stamp)

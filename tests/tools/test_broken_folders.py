@@ -110,9 +110,7 @@ def test_damage(name: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert all(word in error for error in open_with_all(folder, capfd))
 
 
-def test_code_in_the_folder_is_not_run(
-    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_in_the_folder_is_not_run(folder: Path, capfd, monkeypatch: pytest.MonkeyPatch) -> None:
     """Code for model, tokenizer and generation is not run, nothing is asked, and broken settings are ignored."""
     for name in ("modeling_remoe.py", "configuration_remoe.py", "tokenization.py", "custom_generate/generate.py"):
         (folder / name).parent.mkdir(exist_ok=True)

@@ -157,9 +157,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[message for _, message in REFUSED])
-def test_refusals(
-    arguments: list[str], message: str, dense: tuple[Path, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_refusals(arguments: list[str], message: str, dense: tuple[Path, str], tmp_path: Path, capfd) -> None:
     assert main("--load", dense[0], "--save", tmp_path / "remoe", *arguments) == 1
     errors = capfd.readouterr().err
     assert message in errors and errors.count("\n") <= 3 and "Traceback" not in errors

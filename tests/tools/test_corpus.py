@@ -63,9 +63,7 @@ def test_literature_comes_from_the_package() -> None:
     assert sum("To be, or not to be,--that is the question" in each.text for each in documents) == 1
 
 
-def test_unreachable_domain_is_named_and_the_rest_is_taken(
-    tmp_path: Path, code: list[corpus.Document], topics: list[corpus.Document], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreachable_domain_is_named_and_the_rest_is_taken(tmp_path, code, topics, monkeypatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     sources = {"code": lambda: code, "docs": lambda: topics, "drama": corpus.drama_documents}
@@ -78,9 +76,7 @@ def test_unreachable_domain_is_named_and_the_rest_is_taken(
     assert not (tmp_path / "other").exists()
 
 
-def test_a_corpus_and_its_data_sets_are_kept(
-    tmp_path: Path, code: list[corpus.Document], topics: list[corpus.Document], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_corpus_and_its_data_sets_are_kept(tmp_path, code: list[corpus.Document], topics, monkeypatch) -> None:
     sources = {"code": lambda: code, "docs": lambda: topics}
     monkeypatch.setitem(dataset.CORPORA, "mixed", lambda: sources)
     first = corpus.build(tmp_path / "corpus", sources)

@@ -7,13 +7,7 @@ import torch
 
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.remoe.layer.specs import (
-    LATENT_ATTENTION,
-    NORMS_OF_ALL_HEADS,
-    replace_classes,
-    with_fused_layers,
-    with_router,
-)
+from megatron.remoe.layer import specs
 from megatron.remoe.routing.config import ReMoEConfig, ReMoEMLAConfig
 from tests.layers import make_config
 from tools.plan import memory
@@ -44,23 +38,17 @@ SIZES = """hidden_size ffn_hidden_size moe_ffn_hidden_size num_attention_heads q
 def kept_by_pytorch(args: argparse.Namespace) -> tuple[float, float]:
     """Return the bytes that a real ReMoE layer keeps for backward, and its active experts per token."""
     latent = {name: getattr(args, name) for name in LATENT} if args.multi_latent_attention else {}
-    config = make_config(
-        ReMoEMLAConfig if latent else ReMoEConfig,
-        **{name: getattr(args, name) for name in SIZES.split()} | latent,
-        num_query_groups=args.num_query_groups if args.group_query_attention else None,
-        normalization="LayerNorm",  # keeps only its input
-        moe_router_dtype=None,
-        params_dtype=torch.float32,
-        pipeline_dtype=torch.float32,
-        masked_softmax_fusion=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-    )
+    settings = {name: getattr(args, name) for name in SIZES.split()} | latent
+    settings |= {"normalization": "LayerNorm", "masked_softmax_fusion": False}  # LayerNorm keeps only its input
+    settings |= {"attention_dropout": 0.0, "hidden_dropout": 0.0, "moe_router_dtype": None}
+    settings |= {"params_dtype": torch.float32, "pipeline_dtype": torch.float32}
+    settings["num_query_groups"] = args.num_query_groups if args.group_query_attention else None
+    config = make_config(ReMoEMLAConfig if latent else ReMoEConfig, **settings)
     spec = get_gpt_layer_local_spec(args.num_experts, False, args.qk_layernorm, bool(latent))
-    spec = replace_classes(spec, LATENT_ATTENTION) if latent else spec
-    spec = replace_classes(spec, NORMS_OF_ALL_HEADS) if args.qk_layernorm_all_heads else spec
-    spec = with_router(spec)
-    spec = with_fused_layers(spec) if args.local_layer_fusion else spec
+    spec = specs.replace_classes(spec, specs.LATENT_ATTENTION) if latent else spec
+    spec = specs.replace_classes(spec, specs.NORMS_OF_ALL_HEADS) if args.qk_layernorm_all_heads else spec
+    spec = specs.with_router(spec)
+    spec = specs.with_fused_layers(spec) if args.local_layer_fusion else spec
     layer = spec.module(config, submodules=spec.submodules, layer_number=1).cuda()
     tokens = torch.randn(args.seq_length, args.micro_batch_size, args.hidden_size, requires_grad=True)
     angles = RotaryEmbedding(args.kv_channels, 1.0)(args.seq_length) if args.position_embedding_type == "rope" else None
@@ -76,9 +64,7 @@ def kept_by_pytorch(args: argparse.Namespace) -> tuple[float, float]:
     return total, float(layer.mlp.router.counts.active) / (args.seq_length * args.micro_batch_size)
 
 
-plain_layers = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="a GPU's fused kernels keep less than the formula for plain ones"
-)
+plain_layers = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's fused kernels keep less than plain ones")
 LAYERS: dict[str, dict[str, object]] = {
     "Megatron's": {"local_layer_fusion": False},
     "fused": {},
@@ -142,19 +128,16 @@ def test_full_recomputation(method: str, layers: int, chunks: int | None, sizes:
     assert [*memory.group_activations(args, ["*E"] * 4, 2)] == expected
 
 
-@pytest.mark.parametrize(
-    ("changes", "phases"),
-    [
-        ({}, {"dense": 16, "way": 1.8, "steady": 1}),
-        ({"moe_relu_max_experts": 4}, {"dense": 4, "way": 1.8, "steady": 1}),
-        ({"moe_relu_max_experts": 2}, {"dense": 2, "steady": 1}),
-        ({"moe_relu_activation_limit": 0.0}, {"dense": 16, "steady": 1}),
-        ({"moe_router_topk": 24}, {"dense": 24, "steady": 24}),
-        ({"moe_relu_routing": False}, {"steady": 1}),
-        ({"moe_relu_routing": False, "moe_warmup_topk": 24}, {"dense": 24, "steady": 1}),
-        ({"num_experts": None}, {"steady": 0}),
-    ],
-)
+@pytest.mark.parametrize(("changes", "phases"), [
+    ({}, {"dense": 16, "way": 1.8, "steady": 1}),
+    ({"moe_relu_max_experts": 4}, {"dense": 4, "way": 1.8, "steady": 1}),
+    ({"moe_relu_max_experts": 2}, {"dense": 2, "steady": 1}),
+    ({"moe_relu_activation_limit": 0.0}, {"dense": 16, "steady": 1}),
+    ({"moe_router_topk": 24}, {"dense": 24, "steady": 24}),
+    ({"moe_relu_routing": False}, {"steady": 1}),
+    ({"moe_relu_routing": False, "moe_warmup_topk": 24}, {"dense": 24, "steady": 1}),
+    ({"num_experts": None}, {"steady": 0}),
+])  # fmt: skip
 def test_experts_by_phase(changes: dict[str, object], phases: dict[str, float]) -> None:
     given = {"num_experts": 32, "moe_relu_activation_limit": 2.0, "moe_relu_max_experts": None} | changes
     assert experts_by_phase(arguments(**given)) == phases
@@ -178,9 +161,7 @@ def test_exchanged_bytes(experts: int, times: int, full: int) -> None:
     ("chunks", "micro_batches", "expected"),
     [(None, 8, [4, 3, 2, 1]), (None, 2, [2, 2, 2, 1]), (3, 8, [5, 13 / 3, 11 / 3, 3]), (3, 4, [4, 4, 11 / 3, 3])],
 )
-def test_micro_batches_in_flight(
-    chunks: int | None, micro_batches: int, expected: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_micro_batches_in_flight(chunks: int | None, micro_batches: int, expected: list[float], monkeypatch) -> None:
     """In Megatron's schedule, a stage holds the warm-up's chunks and one more, at most all chunks of a step."""
     monkeypatch.setattr(memory, "get_num_microbatches", lambda: micro_batches)
     args = arguments(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=chunks)

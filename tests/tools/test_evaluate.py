@@ -58,9 +58,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return Trained(flags, folder, held_out, float(loss))
 
 
-def test_loss_is_megatrons(
-    trained: Trained, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loss_is_megatrons(trained: Trained, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss is what Megatron printed for its validation set. Bounds on experts hold. Wrong flags are refused.
 
     The tables fit into 80 columns.
@@ -103,9 +101,7 @@ def run_alone(folder: Path, *words: str | Path) -> str:
     return done.stdout
 
 
-def test_to_transformers_and_back(
-    trained: Trained, tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_to_transformers_and_back(trained: Trained, tokenizer: Path, tmp_path: Path, capfd) -> None:
     """The exported model has the run's loss without Megatron. Converted back, it trains like the run's checkpoint."""
     there, back, text = (tmp_path / name for name in ("there", "back", "text.pt"))
     assert export(["--load", str(trained.folder), "--save", str(there), "--tokenizer-model", str(tokenizer)]) == 0
@@ -161,9 +157,7 @@ def test_repeats_are_pairs_seen_before() -> None:
     assert measure_loss(model, [ids[:, :2]]).repeats_loss is None
 
 
-def test_results_before_an_error_are_kept(
-    data: Path, tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_results_before_an_error_are_kept(data: Path, tokenizer: Path, tmp_path: Path, capfd) -> None:
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(tmp_path / "model")
     make("relu", vocab_size=300).save_pretrained(tmp_path / "model")
     words = ["--data-path", str(data), "--seq-length", "32", "--sequences", "8", "--tasks", "no_such_task"]

@@ -39,46 +39,38 @@ def test_the_papers_figures() -> None:
         expected += [f"{size}_{routing}.sh 8 60000  8 1" for size in ("182m", "469m", "978m")]
         expected += [f"182m_{routing}.sh 8 60000  {experts} 1" for experts in (4, 16, 32, 64, 128)]
         expected += [f"182m_{routing}.sh 8 60000  8 {granularity}" for granularity in (2, 4, 8, 16, 32, 64)]
-    scripts = f"{REPOSITORY}/scripts/train_llama_"
-    assert sorted(" ".join(words[2:]) for words in commands.values()) == sorted(
-        f"{scripts}{words} -- --seed 1234" for words in expected
-    )
+    expected = [f"{REPOSITORY}/scripts/train_llama_{words} -- --seed 1234" for words in expected]
+    assert sorted(" ".join(words[2:]) for words in commands.values()) == sorted(expected)
     assert all(words[:2] == [f"OUTPUT_DIR=/nowhere/runs/{name}", "bash"] for name, words in commands.items())
 
 
-@pytest.mark.parametrize(
-    ("words", "names"),
-    [
-        ("--figures size --sizes 469m", "469m_dense_ffn1 469m_moe_e8g1k1 469m_remoe_e8g1k1"),
-        ("--figures experts --routings dense", "182m_dense_ffn1 182m_dense_ffn8"),
-        ("--figures experts granularity --routings remoe --experts 4 8 --granularities 1 2",
-         "182m_remoe_e4g1k1 182m_remoe_e8g1k1 182m_remoe_e8g2k1"),
-        ("--figures l1-init --l1-inits 1e-16 1e-8", "182m_remoe_e8g1k1_l1-init1e-16 182m_remoe_e8g1k1"),
-        ("--figures aux-coeff --routings moe-sigmoid remoe --granularities 2 --aux-coeffs 1e-3",
-         "182m_moe-sigmoid_e8g2k1_aux-coeff0.001"),
-        ("--figures lr --lrs 2 --routings dense moe", "182m_dense_ffn1_lr2 182m_moe_e8g1k1_lr2"),
-        ("--figures size --sizes 182m --routings moe --seeds 1 2", "182m_moe_e8g1k1 182m_moe_e8g1k1"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("words", "names"), [
+    ("--figures size --sizes 469m", "469m_dense_ffn1 469m_moe_e8g1k1 469m_remoe_e8g1k1"),
+    ("--figures experts --routings dense", "182m_dense_ffn1 182m_dense_ffn8"),
+    ("--figures experts granularity --routings remoe --experts 4 8 --granularities 1 2",
+     "182m_remoe_e4g1k1 182m_remoe_e8g1k1 182m_remoe_e8g2k1"),
+    ("--figures l1-init --l1-inits 1e-16 1e-8", "182m_remoe_e8g1k1_l1-init1e-16 182m_remoe_e8g1k1"),
+    ("--figures aux-coeff --routings moe-sigmoid remoe --granularities 2 --aux-coeffs 1e-3",
+     "182m_moe-sigmoid_e8g2k1_aux-coeff0.001"),
+    ("--figures lr --lrs 2 --routings dense moe", "182m_dense_ffn1_lr2 182m_moe_e8g1k1_lr2"),
+    ("--figures size --sizes 182m --routings moe --seeds 1 2", "182m_moe_e8g1k1 182m_moe_e8g1k1"),
+])  # fmt: skip
 def test_narrowed_lists(words: str, names: str) -> None:
     planned = [re.sub(r"_gpu_steps\d+_seed\d+", "", name) for name in paper_runs(*words.split())]
     assert planned == names.split()
 
 
-@pytest.mark.parametrize(
-    ("words", "facts"),
-    [
-        ("--experts 1", "--experts: '1'"),
-        ("--train-iters many", "'many'"),
-        ("--l1-inits 0", "--l1-inits: '0'"),
-        ("--slurm --tiny", "--slurm --tiny"),
-        ("--tokens subwords", "--tokens --tiny"),
-        ("-- --num-experts 4", "--num-experts"),
-        ("--figures gate -- --moe-router-topk-scaling-factor 2", "--moe-router-topk-scaling-factor _gate2"),
-        ("--figures lr --lrs 2 -- --lr 1e-3", "--lr _lr2"),
-        ("--figures gate --routings remoe", "--figures gate --routings remoe"),
-    ],
-)
+@pytest.mark.parametrize(("words", "facts"), [
+    ("--experts 1", "--experts: '1'"),
+    ("--train-iters many", "'many'"),
+    ("--l1-inits 0", "--l1-inits: '0'"),
+    ("--slurm --tiny", "--slurm --tiny"),
+    ("--tokens subwords", "--tokens --tiny"),
+    ("-- --num-experts 4", "--num-experts"),
+    ("--figures gate -- --moe-router-topk-scaling-factor 2", "--moe-router-topk-scaling-factor _gate2"),
+    ("--figures lr --lrs 2 -- --lr 1e-3", "--lr _lr2"),
+    ("--figures gate --routings remoe", "--figures gate --routings remoe"),
+])  # fmt: skip
 def test_bad_values_are_named(words: str, facts: str, tmp_path: Path) -> None:
     _, errors = sweep("--output-dir", str(tmp_path), *words.split(), code=2)
     assert all(fact in errors for fact in facts.split()), errors
@@ -219,17 +211,14 @@ def test_each_arm_has_its_own_rate_and_warmup(capsys: pytest.CaptureFixture[str]
     for file, part in zip(files, (rows[:20], rows[20:]), strict=True):
         results.write_results(file, part)
     kept = [row for file in files for row in results.read_results(file)]
-    assert [(run, result and result.loss) for run, result in kept] == [
-        (run, result.loss) for run, result in rows if result
-    ]
+    assert [(run, one and one.loss) for run, one in kept] == [(run, one.loss) for run, one in rows if one]
     folder = tmp_path / "mixed"
     given = [*words.split(), "--output-dir", str(tmp_path)]
     assert compare.main([*given, "--results", *map(str, files)]) == 0
     printed = capsys.readouterr().out
     assert "- moe tuned, loss by factor on the learning rate and warm-up: 1 and 4: 3.0040," in printed
-    assert re.search(
-        r"\| 40 \| moe \| 1\.6150 ± .* \| \+0\.1000 ± \S+ \(2\) \| higher \| \+0\.0500 ± \S+ \(2\) \|", printed
-    )
+    row = r"\| 40 \| moe \| 1\.6150 ± .* \| \+0\.1000 ± \S+ \(2\) \| higher \| \+0\.0500 ± \S+ \(2\) \|"
+    assert re.search(row, printed)
     assert imread(folder / "results.png").std() > 0.05 and not (folder / "results.json").exists()
     assert compare.main([*given, "--lr-factors", "1", "--results", *map(str, files)]) == 0
     assert "the runs of dense, moe have different flags" in capsys.readouterr().out

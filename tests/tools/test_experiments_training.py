@@ -29,10 +29,8 @@ from tools.runs.training_display import ShownTraining, TrainingDisplay
 from tools.text.corpora.dataset import MIXED, make_text
 
 ITERATIONS = 20
-FLAGS = [
-    *SMALL,
-    *"--moe-ffn-hidden-size 128 --split 80,20,0 --eval-interval 20 --eval-iters 2 --ckpt-format torch".split(),
-]
+FLAGS = [*SMALL, *"--moe-ffn-hidden-size 128 --split 80,20,0 --eval-interval 20 --eval-iters 2".split()]
+FLAGS += ["--ckpt-format", "torch"]
 
 
 SLOW_TO_SAVE = """
@@ -117,9 +115,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_small_comparison(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_small_comparison(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     words = "--arms moe --experts 4 --steps 20 40 --seeds 1 --lr-factors 1 2 1e30 --warmups 4".split()
     words += "--tuning-steps 20 --tokens bytes --size 182m".split()
     words += ["--processes", "1", "--output-dir", str(tmp_path), "--text-dir", str(text)]

@@ -119,26 +119,21 @@ def test_settings_of_a_gpu_and_noise() -> None:
     torch.testing.assert_close(compute_logits(megatron, tokens()), model(tokens()).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("setting", "value", "code", "fact"),
-    [
-        ("qk_l2_norm", True, "E512", "--qk-l2-norm"),
-        ("moe_mlp_glu_interleave_size", 4, "E512", "--moe-mlp-glu-interleave-size 4"),
-        ("rotary_scaling_factor", 40.0, "E512", "--rotary-scaling-factor 40.0"),
-        ("moe_router_score_function", "sqrtsoftplus", "E512", "--moe-router-score-function sqrtsoftplus"),
-        ("moe_baseline_router", "top_p", "E512", "--moe-baseline-router top_p"),
-        ("moe_router_load_balancing_type", "quantile_balancing", "E512", "--moe-router-load-balancing-type quantile"),
-        ("tokenizer_type", "SentencePieceTokenizer", "E513", "--tokenizer-type SentencePieceTokenizer"),
-        ("tokenizer_type", "HuggingFaceTokenizer", "E513", "--tokenizer-model /nowhere"),
-        ("tokenizer_type", "GPT2BPETokenizer", "E513", "--vocab-file"),
-        ("ffn_hidden_size", 44, "E511", "mlp.linear_fc1.weight"),
-        ("num_layers", 3, "E511", "decoder.layers.2.self_attention.linear_qkv.layer_norm_weight"),
-        (None, None, "E511", "decoder.final_layernorm.weight"),
-    ],
-)
-def test_refusals(
-    setting: str | None, value: object, code: str, fact: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(("setting", "value", "code", "fact"), [
+    ("qk_l2_norm", True, "E512", "--qk-l2-norm"),
+    ("moe_mlp_glu_interleave_size", 4, "E512", "--moe-mlp-glu-interleave-size 4"),
+    ("rotary_scaling_factor", 40.0, "E512", "--rotary-scaling-factor 40.0"),
+    ("moe_router_score_function", "sqrtsoftplus", "E512", "--moe-router-score-function sqrtsoftplus"),
+    ("moe_baseline_router", "top_p", "E512", "--moe-baseline-router top_p"),
+    ("moe_router_load_balancing_type", "quantile_balancing", "E512", "--moe-router-load-balancing-type quantile"),
+    ("tokenizer_type", "SentencePieceTokenizer", "E513", "--tokenizer-type SentencePieceTokenizer"),
+    ("tokenizer_type", "HuggingFaceTokenizer", "E513", "--tokenizer-model /nowhere"),
+    ("tokenizer_type", "GPT2BPETokenizer", "E513", "--vocab-file"),
+    ("ffn_hidden_size", 44, "E511", "mlp.linear_fc1.weight"),
+    ("num_layers", 3, "E511", "decoder.layers.2.self_attention.linear_qkv.layer_norm_weight"),
+    (None, None, "E511", "decoder.final_layernorm.weight"),
+])  # fmt: skip
+def test_refusals(setting: str | None, value: object, code: str, fact: str, tmp_path: Path, capfd) -> None:
     nowhere = dict.fromkeys(("tokenizer_model", "vocab_file", "merge_file"), "/nowhere")
     model = make("relu, latent" if setting == "rotary_scaling_factor" else "relu, shared")
     megatron, args = build_megatron(model, tokenizer_type="NullTokenizer", **nowhere)
@@ -176,9 +171,7 @@ def test_gpt2_files_on_another_machine(names: tuple[str, str], tmp_path: Path, m
 
 
 @pytest.mark.parametrize("scale", [10, math.nan])
-def test_models_that_differ_are_not_written(
-    scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_models_that_differ_are_not_written(scale: float, tmp_path: Path, monkeypatch, capfd) -> None:
     make("relu").save_pretrained(tmp_path / "folder")
     other = make("relu")
     other.lm_head.weight.data *= scale

@@ -27,9 +27,8 @@ def test_parts_of_a_layer_add_up_to_it(gated: bool) -> None:
     tokens = torch.randn(9, HIDDEN, dtype=torch.float64)
     cut = split_mlp(weights, parts, gated)
     assert len(cut) == parts and cut[0]["linear_fc2.weight"].shape == (HIDDEN, FFN // parts)
-    torch.testing.assert_close(
-        sum(mlp(tokens, part, gated) for part in cut), mlp(tokens, weights, gated), rtol=1e-12, atol=1e-12
-    )
+    whole = sum(mlp(tokens, part, gated) for part in cut)
+    torch.testing.assert_close(whole, mlp(tokens, weights, gated), rtol=1e-12, atol=1e-12)
 
 
 def normed_inputs(common: float) -> torch.Tensor:

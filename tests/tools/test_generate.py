@@ -36,9 +36,7 @@ def generate(capfd: pytest.CaptureFixture[str], *words: str | Path, code: int = 
     return capfd.readouterr()
 
 
-def test_run_and_folder_say_the_same(
-    places: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_and_folder_say_the_same(places: dict[str, Path], tmp_path: Path, capfd, monkeypatch) -> None:
     (tmp_path / "prompt").write_text("def f")
     for how in (["--temperature", "0"], ["--top-k", "9", "--top-p", "0.9", "--seed", "5"]):
         texts = set()
@@ -73,18 +71,13 @@ def test_a_separator_ends_documents(places: dict[str, Path], tmp_path: Path, cap
     assert open_model(tmp_path / "separated").model.generation_config.eos_token_id == 256
 
 
-@pytest.mark.parametrize(
-    ("place", "words", "code"),
-    [
-        ("folder", ["--prompt", ""], "E501"),
-        ("folder", ["--prompt", "a" * 24], "E501"),
-        ("folder", ["--prompt-file", "/nowhere"], "E300"),
-        ("folder", ["--prompt", "a", "--ckpt-step", "1"], "E511"),
-        ("run", ["--prompt", "a", "--ckpt-step", "7"], "E402"),
-    ],
-)
-def test_refusals(
-    place: str, words: list[str], code: str, places: dict[str, Path], capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(("place", "words", "code"), [
+    ("folder", ["--prompt", ""], "E501"),
+    ("folder", ["--prompt", "a" * 24], "E501"),
+    ("folder", ["--prompt-file", "/nowhere"], "E300"),
+    ("folder", ["--prompt", "a", "--ckpt-step", "1"], "E511"),
+    ("run", ["--prompt", "a", "--ckpt-step", "7"], "E402"),
+])  # fmt: skip
+def test_refusals(place: str, words: list[str], code: str, places: dict[str, Path], capfd) -> None:
     text, errors = generate(capfd, "--load", places[place], *words, code=1)
     assert f"[REMOE-{code}]" in errors and "Traceback" not in errors and not text

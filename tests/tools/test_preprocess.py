@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +42,8 @@ def lines() -> list[str]:
     texts = [path.read_text() for path in sorted(Path(asyncio.__file__).parent.glob("*.py"))[:12]]
     texts += STRANGE + [random_text(generator) for _ in range(200)] + [""]
     texts = [texts[i] for i in generator.sample(range(len(texts)), len(texts))]
-    return [
-        json.dumps({"title": f"Nr. {i}", "text": text, "meta": {"a": [i]}}, ensure_ascii=i % 2 == 0)
-        for i, text in enumerate(texts)
-    ]
+    records = ({"title": f"Nr. {i}", "text": text, "meta": {"a": [i]}} for i, text in enumerate(texts))
+    return [json.dumps(record, ensure_ascii=i % 2 == 0) for i, record in enumerate(records)]
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +120,8 @@ def test_tokenizer_from_a_folder_that_adds_tokens_around_texts(lines, tmp_path, 
 
     tokenizer, folder = read_gpt2_vocabulary(*gpt2_files()), tmp_path / "tokenizer"
     tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A </s> </s>", special_tokens=[("<s>", 50257), ("</s>", 50258)]
-    )
+    around = {"single": "<s> $A </s> </s>", "special_tokens": [("<s>", 50257), ("</s>", 50258)]}
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(**around)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
     source = write_lines(tmp_path / "a.jsonl", lines)
     extra = f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder} --append-eod"
@@ -219,12 +217,9 @@ def test_existing_outputs(tmp_path, capsys, flags, tokenizer) -> None:
 def test_full_disk(lines, tmp_path, flags) -> None:
     """A failing write is reported and leaves no files. A limit on file sizes simulates a full disk."""
     source = write_lines(tmp_path / "a.jsonl", lines * 2)
-    result = subprocess.run(
-        [sys.executable, str(TOOL), *flags(tmp_path / "out", source)],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
-        capture_output=True,
-        text=True,
-    )
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    command = [sys.executable, TOOL, *flags(tmp_path / "out", source)]
+    result = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr and "REMOE-E105" in result.stderr
     assert names(tmp_path) == ["a.jsonl"]
 
@@ -236,9 +231,7 @@ def test_killed_or_interrupted_in_the_middle(lines, tmp_path, capsys, flags, tok
 
     def start() -> subprocess.Popen[bytes]:
         """Start a long run, and wait until it has written something."""
-        process = subprocess.Popen(
-            [sys.executable, str(TOOL), *flags(tmp_path / "out", large)], stderr=subprocess.DEVNULL
-        )
+        process = subprocess.Popen([sys.executable, TOOL, *flags(tmp_path / "out", large)], stderr=subprocess.DEVNULL)
         wait_until(lambda: aside.exists() and aside.stat().st_size, process)
         return process
 

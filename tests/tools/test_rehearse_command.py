@@ -37,33 +37,25 @@ def test_steps_and_ranks() -> None:
     assert [*rehearse.choose_ranks(4, 16)] == [0, 8, 12] and [*rehearse.choose_ranks(1, 16)] == [0]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--gpus", "9", "--", "--bf16"], "--gpus 9: give a multiple of --gpus-per-node 8"),
-        (["--rate", "speed=1", "--", "--bf16"], "--rate: 'speed=1'"),
-        (["--rate", "products=0", "--", "--bf16"], "--rate: '0'"),
-        (["--gpu", "H100"], "after --"),
-        (["--", "--bf16", "--use-tp-pp-dp-mapping"], "--use-tp-pp-dp-mapping"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--gpus", "9", "--", "--bf16"], "--gpus 9: give a multiple of --gpus-per-node 8"),
+    (["--rate", "speed=1", "--", "--bf16"], "--rate: 'speed=1'"),
+    (["--rate", "products=0", "--", "--bf16"], "--rate: '0'"),
+    (["--gpu", "H100"], "after --"),
+    (["--", "--bf16", "--use-tp-pp-dp-mapping"], "--use-tp-pp-dp-mapping"),
+])  # fmt: skip
 def test_wrong_flags(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         rehearse.main(arguments)
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("flags", "remedy"),
-    [
-        (REMOE, "--moe-token-dispatcher-type alltoall"),
-        (["--use-checkpoint-args", "--load", "x"], "Give the model's flags"),
-        (["--bf16", *PLAIN], "PyTorch built for CUDA"),
-    ],
-)
-def test_runs_that_cannot_be_rehearsed(
-    flags: list[str], remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(("flags", "remedy"), [
+    (REMOE, "--moe-token-dispatcher-type alltoall"),
+    (["--use-checkpoint-args", "--load", "x"], "Give the model's flags"),
+    (["--bf16", *PLAIN], "PyTorch built for CUDA"),
+])  # fmt: skip
+def test_runs_that_cannot_be_rehearsed(flags: list[str], remedy: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """If the rehearsal cannot simulate a run, it names a remedy and does not report that the training fails."""
     monkeypatch.setattr(torch.version, "cuda", None)
     assert rehearse.main(["--", *flags]) == 1

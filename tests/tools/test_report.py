@@ -90,9 +90,7 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.mark.parametrize(("width", "height", "touch", "scheme"), SCREENS)
-def test_looks_right_in_a_browser(
-    page: Path, browser: Browser, width: int, height: int, touch: bool, scheme: str
-) -> None:
+def test_looks_right_in_a_browser(page: Path, browser, width: int, height: int, touch: bool, scheme: str) -> None:
     wrong: list[str] = []
 
     def listen(message: ConsoleMessage) -> None:

@@ -23,18 +23,13 @@ def read(folder: Path) -> Result:
     return result
 
 
-@pytest.mark.parametrize(
-    ("records", "loss"),
-    [
-        ([line(20), final(20, 5.0, final=False)], None),  # an evaluation during training
-        ([line(10), final(10, 5.0)], None),  # left by an earlier, shorter run
-        ([line(20), final(20, 5.0, set="test")], None),
-        ([line(20), final(20, 5.0, final=False), final(20, 4.5)], 4.5),
-    ],
-)
-def test_only_the_final_validation_loss_finishes_a_run(
-    tmp_path: Path, records: list[dict[str, Any]], loss: float | None
-) -> None:
+@pytest.mark.parametrize(("records", "loss"), [
+    ([line(20), final(20, 5.0, final=False)], None),  # an evaluation during training
+    ([line(10), final(10, 5.0)], None),  # left by an earlier, shorter run
+    ([line(20), final(20, 5.0, set="test")], None),
+    ([line(20), final(20, 5.0, final=False), final(20, 4.5)], 4.5),
+])  # fmt: skip
+def test_only_the_final_validation_loss_finishes_a_run(tmp_path, records, loss: float | None) -> None:
     write_run(tmp_path, 20, *records)
     assert read(tmp_path).loss == loss
 
@@ -165,10 +160,8 @@ def test_tables_and_panels_of_a_folder(tmp_path: Path) -> None:
 def test_runs_of_equal_flops() -> None:
     """ReMoE used the FLOPs of 60 more steps of top-k; dense costs more already."""
     run, remoe, dense = (Run(arm, steps=100) for arm in ("moe", "remoe", "dense"))
-    known = {
-        each: results.Result(100, loss=2.0, flops=flops, step_flops=1e7)
-        for each, flops in ((run, 1e9), (remoe, 1.6e9), (dense, 2e9))
-    }
+    used = {run: 1e9, remoe: 1.6e9, dense: 2e9}
+    known = {each: results.Result(100, loss=2.0, flops=flops, step_flops=1e7) for each, flops in used.items()}
     assert compare.run_of_equal_flops(run, remoe, known) == replace(run, steps=160)
     assert compare.run_of_equal_flops(remoe, remoe, known) == remoe
     assert compare.run_of_equal_flops(dense, remoe, known) is None

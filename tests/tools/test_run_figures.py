@@ -53,10 +53,8 @@ def test_a_run_is_done_after_its_last_evaluation(tmp_path: Path) -> None:
 
 def test_experts_per_token_of_a_baseline(tmp_path: Path) -> None:
     args = {"global_batch_size": 4, "num_experts": 8, "moe_router_topk": 2, "moe_baseline_router": "top_p"}
-    rows = [
-        {"kind": "log", "iteration": at, "total_active_pairs": pairs, "total_layer_tokens": 10 * at}
-        for at, pairs in ((10, 300), (20, 450))
-    ]
+    pairs = ((10, 300), (20, 450))
+    rows = [{"kind": "log", "iteration": at, "total_active_pairs": n, "total_layer_tokens": 10 * at} for at, n in pairs]
     run = read_figures(write_metrics(tmp_path / "run", args, *rows), "run")
     assert [panel.title for panel in panels([run])["Routing"]] == ["Experts per token"]
     assert run.experts_per_token(np.array([10, 20, 30])).tolist() == [3.0, 1.5, 2.0], "k without counts"
@@ -68,12 +66,9 @@ def test_a_batch_that_grows(target: float | None, tmp_path: Path) -> None:
     args = {"global_batch_size": 16, "seq_length": 10, "num_experts": 8, "moe_router_topk": 2}
     routing = {} if target is None else {"sparsity": target, "target_sparsity": target}
     batches, samples = {10: 4, 20: 8, 30: 16}, {10: 40, 20: 100, 30: 260}  # it grew before step 17
-    line = {"kind": "log", "seconds_per_iteration": 2.0, **routing}
-    rows = [
-        line | {"iteration": at, "global_batch_size": batch, "consumed_samples": samples[at]}
-        for at, batch in batches.items()
-    ]
-    rows = [row | {"tokens_per_second": 5.0 * batches[row["iteration"]]} for row in rows]
+    line, sizes = {"kind": "log", "seconds_per_iteration": 2.0, **routing}, batches.items()
+    rows = [line | {"iteration": at, "global_batch_size": n, "tokens_per_second": 5.0 * n} for at, n in sizes]
+    rows = [row | {"consumed_samples": samples[row["iteration"]]} for row in rows]
     figures = read_figures(write_metrics(tmp_path / "run", args, *rows))
     assert figures.tokens_per_second == 60.0  # without the first line
     stages = compute_stages(figures, Flops(100.0, 10.0))
@@ -87,21 +82,15 @@ def test_what_differs_are_flags_that_act(tmp_path: Path) -> None:
         {"moe_router_topk": 2, "moe_z_loss_coeff": None},  # dense
         {"num_experts": 8, "moe_router_topk": 1, "moe_z_loss_coeff": False, "moe_relu_routing": True},
     ]
-    runs = [
-        read_figures(
-            write_metrics(tmp_path / str(n), dict.fromkeys([*noted.split(), "lr", "_explicit"], n) | group), str(n)
-        )
-        for n, group in enumerate(more)
-    ]
+    given = [dict.fromkeys([*noted.split(), "lr", "_explicit"], n) | group for n, group in enumerate(more)]
+    runs = [read_figures(write_metrics(tmp_path / str(n), args), str(n)) for n, args in enumerate(given)]
     assert differences(runs).rows == [["--lr", "0", "1"], ["--num-experts", "", "8"]]
     runs[0].args["aux_data"] = "a" * 50
     assert ["--aux-data", "a" * 50, ""] in differences(runs).rows
     for n, run in enumerate(runs):
         run.args["data_path"] = ["shared/" * 20, f"end{n}"]
     _, shown, *_ = differences(runs).rows
-    assert shown[0] == "--data-path" and "end0" in shown[1] and "end1" in shown[2], (
-        "the difference is late in the value"
-    )
+    assert shown[0] == "--data-path" and "end0" in shown[1] and "end1" in shown[2], "they differ late in the value"
 
 
 def test_the_headline_compares_to_dense() -> None:

@@ -1,1 +1,0 @@
-"""Tests of megatron/remoe/training and the training entry."""

@@ -64,6 +64,7 @@ def test_granularity(kind: list[str] | str, parse: Parse) -> None:
 
 # Flags in two parts, then two parts of the message: flag and value, and the remedy.
 WARMUP = "--moe-warmup-topk 6 --moe-warmup-steps 9"
+GRAPHS = "--cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router"
 BAD_VALUES = [
     ("", "--moe-relu-routing", "--moe-relu-routing needs experts", "--num-experts"),
     (RELU, "--moe-router-topk 8", "--moe-router-topk 8", "below --num-experts 8"),
@@ -78,12 +79,7 @@ BAD_VALUES = [
     (TOPK, "--moe-granularity 0", "--moe-granularity 0", "at least 1"),
     ("", "--moe-granularity 2", "--moe-granularity 2", "--num-experts"),
     (RELU, "--moe-granularity 3", "--moe-ffn-hidden-size 128", "divisor"),
-    (
-        RELU,
-        "--cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router",
-        "--cuda-graph-modules attn moe_router",
-        "--cuda-graph-impl none",
-    ),
+    (RELU, GRAPHS, "--cuda-graph-modules attn moe_router", "--cuda-graph-impl none"),
     (RELU, "--moe-expert-capacity-factor 1 --moe-router-topk 9", "factor 1.0", "--moe-router-topk 9"),  # both at once
 ]
 
@@ -104,21 +100,12 @@ FORK_FLAGS = """
 IGNORED = ["--moe-router-load-balancing-type aux_loss", "--moe-aux-loss-coeff 0.01", "--moe-router-pre-softmax"]
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ([*EXPERTS, *FORK_FLAGS.split()], IGNORED),
-        ([*RELU, *"--moe-router-load-balancing-type none --moe-aux-loss-coeff 1e-2".split()], ["type none"]),
-        ([*RELU, "--moe-router-load-balancing-type", "sinkhorn"], ["type sinkhorn"]),
-    ],
-)
-def test_ignored_fork_flags_are_reported_once(
-    flags: list[str],
-    expected: list[str],
-    parse: Parse,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.mark.parametrize(("flags", "expected"), [
+    ([*EXPERTS, *FORK_FLAGS.split()], IGNORED),
+    ([*RELU, *"--moe-router-load-balancing-type none --moe-aux-loss-coeff 1e-2".split()], ["type none"]),
+    ([*RELU, "--moe-router-load-balancing-type", "sinkhorn"], ["type sinkhorn"]),
+])  # fmt: skip
+def test_ignored_fork_flags_are_reported_once(flags, expected: list[str], parse: Parse, monkeypatch, capsys) -> None:
     ignored = []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)

@@ -62,10 +62,8 @@ def test_one_training_in_two_classes(pattern: str, gpt: str, both: list[str], da
     def resumed(folder: str, model: str) -> dict[int, dict[str, str]]:
         return train(data, *models[model], "--load", str(tmp_path / folder), "--ckpt-step", str(SAVED))
 
-    whole, hybrid = (
-        train(data, *flags, "--save", str(tmp_path / model), "--save-interval", str(SAVED))
-        for model, flags in models.items()
-    )
+    saving = ["--save-interval", str(SAVED), "--save"]
+    whole, hybrid = (train(data, *flags, *saving, str(tmp_path / model)) for model, flags in models.items())
     assert len(whole) >= END and ("l1 coefficient" in whole[END]) == ("--moe-relu-routing" in both)
     assert hybrid == whole
     assert_equal(exported(tmp_path / "hybrid"), exported(tmp_path / "gpt"))

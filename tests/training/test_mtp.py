@@ -23,9 +23,8 @@ from tests.training_runs import TINY, last_error, records, run
 from tools.models.export import main as export
 from tools.recipes.megatron_values import make_parser
 
-ARGS = make_parser().parse_args(
-    "--moe-relu-routing --transformer-impl local --num-experts 4 --disable-bias-linear --log-interval 1".split()
-)
+FLAGS = "--moe-relu-routing --transformer-impl local --num-experts 4 --disable-bias-linear --log-interval 1"
+ARGS = make_parser().parse_args(FLAGS.split())
 ARGS.iteration = 0
 
 
@@ -39,10 +38,8 @@ def built(model_cfg: GPTModelConfig | HybridModelConfig) -> Any:
 
 
 def make_settings(num_layers: int, **changes: Any) -> dict[str, Any]:
-    config = make_config(
-        **{"num_layers": num_layers, "mtp_num_layers": 2, "normalization": "RMSNorm", "transformer_impl": "local"}
-        | changes
-    )
+    settings = {"mtp_num_layers": 2, "normalization": "RMSNorm", "transformer_impl": "local"} | changes
+    config = make_config(num_layers=num_layers, **settings)
     return {"transformer": config, "vocab_size": 128, "position_embedding_type": "rope"}
 
 

@@ -1,9 +1,10 @@
-"""Test that a checkpoint with optimizer state resumes in another layout, with the steps of an unbroken run."""
+"""Test that a checkpoint resumes in another layout with the steps of an unbroken run, also in a top-k MoE's warm-up."""
 
 from pathlib import Path
 
 import pytest
 
+from tests.tiny_model import TOPK
 from tests.training.conftest import L1
 from tests.training_runs import TINY, run, series, step_losses
 
@@ -45,9 +46,7 @@ def whole(data: Path, initial: list[str]) -> str:
 
 
 @pytest.mark.parametrize(("source", "target"), CHANGES, ids=[" to ".join(change) for change in CHANGES])
-def test_next_steps_are_the_same(
-    source: str, target: str, data: Path, initial: list[str], whole: str, tmp_path: Path
-) -> None:
+def test_next_steps_are_the_same(source: str, target: str, data, initial: list[str], whole: str, tmp_path) -> None:
     train(data, source, *initial, "--save", str(tmp_path), "--exit-interval", str(SAVED))
     output = train(data, target, "--load", str(tmp_path))
     assert step_losses(output) == pytest.approx(step_losses(whole)[SAVED:], rel=1e-4)
@@ -62,3 +61,21 @@ def test_a_first_stage_without_experts(optimizer: list[str], data: Path, tmp_pat
     unbroken = train(data, "PP2", *flags)
     resumed = train(data, "PP2", *flags, "--load", str(tmp_path), "--ckpt-step", str(SAVED))
     assert step_losses(resumed) == pytest.approx(step_losses(unbroken)[SAVED:], rel=1e-6)
+
+
+@pytest.mark.timeout(300)
+def test_a_warmup_uses_the_steps_k_and_goes_on_in_another_layout(data: Path, tmp_path: Path) -> None:
+    """A top-k MoE has a larger k in its first steps."""
+
+    def run_steps(*more: str, processes: int = 1) -> list[float]:
+        shared = [*TINY, *TOPK, "--data-path", str(data), "--train-iters", "4", "--save-interval", "1"]
+        return step_losses(run([*shared, *more], processes))
+
+    warmup = "--moe-warmup-topk 6 --moe-warmup-steps 2".split()
+    whole = run_steps(*warmup, "--save", str(tmp_path))
+    assert whole[:2] == run_steps("--moe-router-topk", "6", "--exit-interval", "2")
+    ranks = ["--expert-model-parallel-size", "2"]
+    resumed = run_steps(*warmup, *ranks, "--load", str(tmp_path), "--ckpt-step", "1", processes=2)
+    assert whole[1:] == pytest.approx(resumed, rel=1e-4)
+    sparse = run_steps("--load", str(tmp_path), "--ckpt-step", "2", "--allow-changed-settings")
+    assert whole[2:] == pytest.approx(sparse, rel=1e-5)

@@ -90,13 +90,10 @@ def broken(what: str, folder: Path) -> tuple[Path, Path]:
     return vocab_file, merge_file
 
 
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        *(("swapped", "not a vocabulary"), ("gap", "ids"), ("no byte", "1 of .*'a'")),
-        ("no end of text", r"<\|endoftext\|>.*256\)"),
-    ],
-)
+@pytest.mark.parametrize(("what", "message"), [
+    *(("swapped", "not a vocabulary"), ("gap", "ids"), ("no byte", "1 of .*'a'")),
+    ("no end of text", r"<\|endoftext\|>.*256\)"),
+])  # fmt: skip
 def test_files_that_are_wrong(what, message, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     files = broken(what, tmp_path)

@@ -8,14 +8,7 @@ from tests.tiny_model import RELU, TOPK
 from tests.training.conftest import L1
 from tests.training_runs import REPOSITORY, TINY, assert_equal, logged, records, run, series, weights
 
-ROUTING = (
-    "sparsity",
-    "target sparsity",
-    "l1 coefficient",
-    "l1 loss",
-    "lowest layer sparsity",
-    "highest layer sparsity",
-)
+ROUTING = "sparsity", "target sparsity", "l1 coefficient", "l1 loss", "lowest layer sparsity", "highest layer sparsity"
 FLIPS = ["--moe-log-flips-interval", "1"]
 
 
@@ -29,10 +22,7 @@ def one_process(data: Path, initial: list[str]) -> str:
 
 
 def without_flips(actual: dict[int, dict[str, str]]) -> dict[int, dict[str, str]]:
-    return {
-        iteration: {name: value for name, value in record.items() if not name.startswith("flip ")}
-        for iteration, record in actual.items()
-    }
+    return {step: {name: one[name] for name in one if not name.startswith("flip ")} for step, one in actual.items()}
 
 
 def summary(output: str) -> str:
@@ -126,9 +116,7 @@ def test_resume_is_bit_for_bit(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "arguments"), [("dense model, 123,200", []), ("top-k MoE, 468,288", TOPK)])
-def test_without_relu_routing_it_is_megatrons_own_training(
-    kind: str, arguments: list[str], data: Path, tmp_path: Path
-) -> None:
+def test_without_relu_routing_it_is_megatrons_own_training(kind: str, arguments: list[str], data, tmp_path) -> None:
     output = train(data, *arguments, "--save", str(tmp_path), "--save-interval", "8")
     assert f"{kind} parameters" in summary(output)
     record = records(output)[8]
@@ -137,9 +125,7 @@ def test_without_relu_routing_it_is_megatrons_own_training(
     assert series(output, "lm loss")[-1] < series(output, "lm loss")[0]
 
 
-def test_evaluation_leaves_the_training_as_it_is(
-    data: Path, initial: list[str], one_process: str, tmp_path: Path
-) -> None:
+def test_evaluation_leaves_the_training_as_it_is(data: Path, initial: list[str], one_process: str, tmp_path) -> None:
     same = [*L1, *FLIPS, *initial, "--save", str(tmp_path), "--save-interval", "8"]
     output = train(data, *same, "--eval-interval", "2", "--eval-iters", "2")
     assert "validation loss at iteration 2" in output

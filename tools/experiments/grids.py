@@ -64,7 +64,7 @@ def parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> argpar
 
 
 def prepare_text(args: argparse.Namespace, console: Console) -> Text:
-    """Return the text of tiny runs; make a missing one. Raise ToolError for a wrong one, or none in a dry run."""
+    """Return the text of tiny runs; build it if missing. Raise ToolError if it is wrong, or missing in a dry run."""
     folder = (args.text_dir or home() / dataset.FOLDERS[args.corpus]).expanduser().resolve()
     place, corpus = folder / dataset.TOKENS[args.tokens], folder / "corpus" / "manifest.json"
     if not args.dry_run and not (corpus.exists() and (place / "manifest.json").exists()):

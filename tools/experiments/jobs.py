@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class Job:
     folder: Path
     stamp: Mapping[str, Any]
     words: Sequence[str]
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str]
 
     @property
     def differences(self) -> list[str]:
@@ -220,7 +220,7 @@ def _decay_checkpoint(run: Run, grid: Grid) -> Path:
 
 
 def _continue_from_shorter(job: Job, grid: Grid) -> None:
-    """Copy the checkpoint from which another run, which differs only in its steps, began its decay.
+    """Copy the checkpoint at which a run that differs only in its steps began its decay.
 
     Both runs are equal until then. The log is copied too, so that its running sums include all steps.
     """

@@ -181,8 +181,8 @@ class Run:
 
     def fitting(self, given: Sequence[str]) -> list[str]:
         """Return the `given` flags, for a dense model without --moe-... ones: Megatron refuses some of those."""
-        of_experts = {flag for flag in group_by_flag(given) if flag.startswith("--moe-")}
-        return [*given] if self.experts else without(given, of_experts)
+        expert_flags = {flag for flag in group_by_flag(given) if flag.startswith("--moe-")}
+        return [*given] if self.experts else without(given, expert_flags)
 
 
 RATES = ("--lr", "--min-lr")

@@ -30,7 +30,7 @@ from megatron.remoe.start.checkpoint_files import (
     newest_complete,
     newest_iteration,
 )
-from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, read_index
+from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, read_index, unwrap
 
 from ..console import files
 from ..console.errors import ConversionError
@@ -278,7 +278,6 @@ def rename_expert_norm(key: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):  # its text is a traceback
-        error = next(iter(error.failures.values()))[0]
+    error = unwrap(error)  # the text of a CheckpointException is a traceback
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -51,7 +51,7 @@ def plan_steps(phases: dict[str, float]) -> list[tuple[str, str]]:
 
 
 class Collectives:
-    """Counts calls of torch.distributed by kind and group: how many "times", and the "bytes" that a rank handles."""
+    """Count calls of torch.distributed by kind and group: how many "times", and the "bytes" that a rank handles."""
 
     def __init__(self) -> None:
         self.calls: dict[tuple[str, str], dict[str, Any]] = {}  # by kind and group
@@ -135,7 +135,7 @@ def _place() -> str:
 
 
 class Rehearsal:
-    """Simulates steps. Each step measures one thing."""
+    """Simulate steps. Each step measures one thing."""
 
     def __init__(self, options: dict[str, Any], collectives: Collectives) -> None:
         self.options, self.collectives = options, collectives

@@ -36,7 +36,7 @@ HOLDERS = ("transformer_engine", "transformer_engine_torch", "megatron")
 
 
 class Roofline(TorchDispatchMode):
-    """Adds up the operations on a GPU by kind: products, grouped products, attention and memory traffic.
+    """Add up the operations on a GPU by kind: products, grouped products, attention and memory traffic.
 
     Args:
         args: Megatron's, for the sizes of experts and heads.
@@ -131,7 +131,7 @@ def _bytes(name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -
 
 
 class EngineCalls:
-    """Watches Transformer Engine's C++ functions, which bypass PyTorch's dispatch.
+    """Watch Transformer Engine's C++ functions, which bypass PyTorch's dispatch.
 
     Attributes:
         report: called with each call's bytes, its FLOPs, and the rate that applies to the FLOPs.

@@ -34,7 +34,7 @@ def experts_by_phase(args: argparse.Namespace) -> dict[str, float]:
     rest ("steady"). Top-k has a dense start only with --moe-warmup-topk.
 
     Args:
-        args: Megatron's validated arguments.
+        args: Megatron's arguments. Before validation, granularity is missing, and only the phases' names are right.
     """
     topk = float(args.moe_router_topk) if args.num_experts else 0.0
     if not (args.num_experts and args.moe_relu_routing):

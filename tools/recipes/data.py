@@ -29,7 +29,7 @@ def find_data(environment: Mapping[str, str], planned: bool) -> list[str]:
         planned: nothing is trained, so no data need to be given.
 
     Raises:
-        RecipeError: neither variable is set, although the run is not just planned.
+        RecipeError: a run that is not just planned has neither variable, or DATA_DIR has no data set or a shard twice.
     """
     if given := environment.get("DATA_PATH"):
         return add_weights(split_data_path(given))

@@ -32,7 +32,7 @@ def run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, errors="replace")
 
 
-def find_engine_problem(interpreter: str, nodes: int) -> str | None:
+def try_engine(interpreter: str, nodes: int) -> str | None:
     """Return why Transformer Engine cannot be imported; None if it can. A new process tries it, as it may crash.
 
     Raises:
@@ -72,11 +72,11 @@ def gpu_flags(
         nodes: number of nodes; each chooses its layers.
 
     Raises:
-        RecipeError: context parallelism would run in plain PyTorch, which does not have it; see `find_engine_problem`.
+        RecipeError: context parallelism would run in plain PyTorch, which does not have it; see `try_engine`.
     """
     problem: str | None = "not asked for"
     if interpreter and values["--transformer-impl"] != "local":
-        problem = find_engine_problem(interpreter, nodes)
+        problem = try_engine(interpreter, nodes)
     if problem is None:
         engine, chosen = "Transformer Engine", ["--transformer-impl", "transformer_engine"]
         if has_experts:
@@ -85,7 +85,7 @@ def gpu_flags(
         if values["--context-parallel-size"] > 1 and values["--transformer-impl"] in (None, "local"):
             raise RecipeError(
                 f"CP={values['--context-parallel-size']} needs Transformer Engine ({problem}). Install it, or leave CP "
-                "out. To plan for another machine, add --transformer-impl transformer_engine after --"
+                "out. To plan for a different machine, add --transformer-impl transformer_engine after --"
             )
         engine = f"plain PyTorch (Transformer Engine: {problem})"
         chosen = [*PLAIN_PYTORCH, "--no-rope-fusion"]

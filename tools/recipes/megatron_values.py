@@ -31,7 +31,7 @@ def read_values(words: Sequence[str]) -> argparse.Namespace:
     process and the runs that it starts.
 
     Raises:
-        SystemExit: Megatron's parser refuses a value and has printed why.
+        UsageError: Megatron's parser refuses a value; SystemExit if a new process read the values and printed why.
     """
     if "megatron.training.arguments" in sys.modules:
         return make_parser().parse_known_args(words)[0]

@@ -12,7 +12,7 @@ BITS = 0xFFFFFFFF
 
 
 class HashRouter(TopKRouter):
-    """Gives each token id `moe_router_topk` fixed experts with gates of 1. Each layer has a different assignment.
+    """Give each token id `moe_router_topk` fixed experts with gates of 1. Each layer has a different assignment.
 
     Nothing is learned, and the load is not balanced: experts of frequent ids get more tokens.
 
@@ -67,7 +67,7 @@ def pass_token_ids(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]
 
 
 def _hash32(numbers: torch.Tensor) -> torch.Tensor:
-    """Hash the lower 32 bits of int64 numbers."""
+    """Hash the lower 32 bits of int64 numbers, as hf/routing_remoe.py does in exported models, which need the same."""
     for _ in range(2):
         numbers = ((numbers >> 16) ^ numbers) * 0x45D9F3B & BITS
     return (numbers >> 16) ^ numbers

@@ -16,7 +16,7 @@ from megatron.remoe.routing.router import ReLURouter
 
 
 class ScaledRouter(TopKRouter):
-    """Multiplies gates by s, the parameter `scale` `[1]`, and c, the number `start`."""
+    """Multiply gates by s, the parameter `scale` `[1]`, and c, the number `start`."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

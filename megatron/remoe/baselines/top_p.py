@@ -16,7 +16,7 @@ PROPORTIONAL, INTEGRAL, UNIT = 0.2, 0.1, 2.0**-32
 
 
 class TopPRouter(TopKRouter):
-    """Takes a token's most probable experts until their sum reaches p; k experts per token on average.
+    """Take a token's most probable experts until their sum reaches p; k experts per token on average.
 
     Each layer has its own p, which moves after each training step. The paper shares one p among layers and normalizes
     their logits. This class does neither, and does not use the paper's gains.

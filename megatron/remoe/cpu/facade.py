@@ -31,7 +31,7 @@ def _nothing(*_args: Any, **_kwargs: Any) -> None:
 
 
 class Stream:
-    """A CUDA stream or event on a device that runs everything in order: all methods do nothing."""
+    """A CUDA stream or event on a device that runs everything in order: nothing waits, and elapsed times are 0."""
 
     __init__ = synchronize = wait = wait_event = wait_stream = record = _nothing
 

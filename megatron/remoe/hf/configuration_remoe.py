@@ -11,7 +11,7 @@ class RemoeConfig(LlamaConfig):
     """`LlamaConfig` with experts that are chosen by ReLU (arXiv 2412.14711), top-k or hash, or without experts.
 
     Raises:
-        ValueError: a number of experts per token is not between 1 and `num_experts`, or settings contradict each other.
+        StrictDataclassError: experts per token are not 1 to `num_experts`, or settings contradict each other.
     """
 
     model_type = "remoe"

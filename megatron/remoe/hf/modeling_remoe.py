@@ -42,7 +42,7 @@ class RemoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
 
 
 class RemoeSparseMoeBlock(nn.Module):
-    """Computes the experts of the active (token, expert) pairs, and the experts that all tokens share."""
+    """Compute the experts of the active (token, expert) pairs, and the experts that all tokens share."""
 
     def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
         super().__init__()

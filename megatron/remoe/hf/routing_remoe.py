@@ -12,7 +12,7 @@ TINY = 1e-20  # Megatron adds it to a sum of sigmoids, which could be 0
 
 
 class RemoeRouter(nn.Module):
-    """Chooses each token's experts and their gates."""
+    """Choose each token's experts and their gates."""
 
     e_score_correction_bias: torch.Tensor | None
 

@@ -9,7 +9,7 @@ SMALLEST, LARGEST = 1e-8, 1e3  # bounds of λ: the default of λ₀ and the uppe
 
 
 class SparsityCallback(TrainerCallback, ExportableState):
-    """Moves λ after every optimizer step: λ ← λ · α^sign(target − S), with target = 1 − k/E (section 3.3).
+    """Move λ after every optimizer step: λ ← λ · α^sign(target − S), with target = 1 − k/E (section 3.3).
 
     λ stays from 1e-8 to 1e3. A long run can end with S above the target and λ close to 0. Without the lower bound, λ
     would take hundreds of steps to return.

@@ -44,7 +44,7 @@ def count_pairs(
     backend: Backend,
     limit: float = 0.0,
 ) -> list[ChunkCounts]:
-    """Count the tokens that each rank sends to each expert, and choose enough chunks to keep each within `limit`.
+    """Count the tokens that each rank sends to each expert, in enough chunks that no rank exceeds `limit`.
 
     Waits for the device once for each number of chunks that it tries.
 
@@ -102,11 +102,11 @@ def _chunk_counts(pairs_RE: torch.Tensor, counts_EB: torch.Tensor, dispatcher: M
     # Neighboring ranks of the group are tensor parallel partners.
     sent = pairs_RE.view(dispatcher.ep_size, dispatcher.tp_size, -1).transpose(0, 1)  # [tp, ep, E], by sending rank
     received = sent.unflatten(2, (dispatcher.ep_size, -1))[:, :, dispatcher.ep_rank]  # [tp, ep, L], for experts here
-    own_E = sent[dispatcher.tp_rank, dispatcher.ep_rank]
+    sent_E = sent[dispatcher.tp_rank, dispatcher.ep_rank]
     return ChunkCounts(
-        num_pairs=sum(own_E.tolist()),
+        num_pairs=sum(sent_E.tolist()),
         tokens_per_expert=received.sum(dim=(0, 1)),
-        sent=own_E.view(dispatcher.ep_size, -1).sum(dim=1),
+        sent=sent_E.view(dispatcher.ep_size, -1).sum(dim=1),
         received=received[dispatcher.tp_rank].sum(dim=1),
         gathered=received.sum(dim=(1, 2)),
         per_rank=received.flatten(0, 1),

@@ -184,8 +184,8 @@ class ReMoELayer(MoELayer):
 def _prepare_experts(experts: torch.nn.Module) -> None:
     """Make experts load and train the same way in every layout."""
     for parameter in experts.parameters():
-        # Megatron gives experts their own optimizer only with expert parallelism. The optimizer
-        # state would then fail to load under a different expert parallel size.
+        # By default, experts have their own optimizer only with expert parallelism, and the optimizer state
+        # would fail to load under a different expert parallel size.
         parameter.allreduce = False  # type: ignore[attr-defined]
     if isinstance(experts, SequentialMLP):
         for expert in experts.local_experts:

@@ -27,7 +27,7 @@ def run_logger() -> logging.Logger:
 
 
 class _Sums(dict[str, Any]):
-    """`total_loss_dict` that remembers the values which `training_log` sets to zero after printing.
+    """Keep the values of `total_loss_dict` that `training_log` sets to zero after printing.
 
     Attributes:
         before: name → the value before it was last set.

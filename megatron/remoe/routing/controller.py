@@ -7,8 +7,8 @@ target and α slightly above 1:
     S      = 1 - active pairs / (tokens · E)      over all MoE layers and the global batch
     λ      ← λ · α^sign(target - S)
 
-The routers keep λ = λ₀ · α^n as the integer n, so the update adds -1, 0 or 1 to n. λ stays below `LARGEST_COEFFICIENT`,
-which the paper does not have.
+The routers keep λ = λ₀ · α^n as the integer n, so the update adds -1, 0 or 1 to n. Unlike in the paper, λ is at
+most `LARGEST_COEFFICIENT`, or λ₀ if that is larger.
 
 L layers, dense ones included.
 """

@@ -78,7 +78,7 @@ class StepSums:
         counts: a row for each layer.
         guarded: `[L]`, how many ranks guard the layer.
         l1_exponent: a scalar, the sum of the ranks' exponent n of λ.
-        ranks: a scalar, the number of ranks that have a router and add their n. The others get n as the mean.
+        ranks: a scalar, the number of ranks that have a router and add their n. `l1_exponent / ranks` is n.
         not_finite: a scalar, 0, or NaN if a gradient is not finite.
     """
 

@@ -37,8 +37,8 @@ class ReLURouter(TopKRouter):
             floating-point buffers and leave integers, so λ stays exact.
         guarded: int64 scalar, 1 if the layer was almost off in the last optimizer step and is pushed up in this one.
         counts: sums since the last optimizer step, on the device.
-        last_counts_EB: integers `[E, B]`, the pairs in the last returned routing map, which the layer reads; None if
-            `moe_relu_max_experts` changed the map.
+        last_counts_EB: integers `[E, B]`, the pairs in the last returned routing map, for the layer. Always None with
+            `moe_relu_max_experts`, which can change the map.
 
     Raises:
         ValueError: `config` does not ask for ReLU routing, so settings that assume top-k were not refused.

@@ -44,7 +44,7 @@ class Resume:
     notice: str = ""
 
     def apply(self, args: argparse.Namespace) -> None:
-        """Set --ckpt-step and an unused flag, repair the tracker file, and print the notice on the first rank."""
+        """Set --ckpt-step, copy an unused position flag, repair the tracker file, and print the notice on rank 0."""
         if self.step is not None:
             args.ckpt_step, args.is_going_back = self.step, True
         if getattr(args, "position_embedding_type", "learned_absolute") != "learned_absolute":
@@ -199,7 +199,7 @@ def stored_object(folder: Path, entry: Any) -> io.BytesIO:
     """Return the bytes of an object in a checkpoint, as `torch.save` wrote them.
 
     Args:
-        folder: `iter_...` of one iteration.
+        folder: `iter_...` of one iteration, or `release`.
         entry: a value of the index's `storage_data`.
     """
     with (folder / entry.relative_path).open("rb") as stored:
@@ -214,7 +214,7 @@ def common_state(folder: Path) -> dict[str, Any]:
     the whole file of the first rank, with tensors that are not read yet.
 
     Args:
-        folder: `iter_...` of one iteration.
+        folder: `iter_...` of one iteration, or `release`.
 
     Raises:
         BrokenCheckpointError: this part cannot be read, or holds objects that could run code.

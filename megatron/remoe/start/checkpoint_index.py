@@ -21,7 +21,7 @@ _PATHS = {(module, name) for module in ("pathlib", "pathlib._local") for name in
 
 
 class BrokenCheckpointError(UsageError):
-    """A checkpoint is damaged or incomplete; the message names the file."""
+    """A checkpoint is missing, damaged or incomplete; the message names the flag or the file."""
 
     code = "REMOE-E401"
 

@@ -124,7 +124,7 @@ def check_settings(args: argparse.Namespace) -> None:
             args.qk_layernorm_all_heads and (args.multi_latent_attention or not args.qk_layernorm)
         ),
         # Megatron-FSDP computes wrong gradients with these.
-        # .../megatron_fsdp.py: all_gather_and_wait_parameters_ready lets it overwrite the sum of earlier micro-batches.
+        # .../megatron_fsdp.py: all_gather_and_wait_parameters_ready makes the fusion overwrite earlier micro-batches.
         "--use-megatron-fsdp: add --no-gradient-accumulation-fusion.": fsdp and args.gradient_accumulation_fusion,
         # core/distributed/fsdp/src/megatron_fsdp/param_and_grad_buffer.py: gradient_reduce_preprocessing
         "--ddp-average-in-collective: Megatron-FSDP does not divide experts' gradients with it. Leave it out.": (

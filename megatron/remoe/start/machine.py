@@ -12,7 +12,7 @@ from megatron.remoe.files.errors import UsageError
 
 
 def disable_unavailable(on_cpu: bool) -> None:
-    """Turn off apex, and what cannot work here: compilation, Transformer Engine. Call this before Megatron is imported.
+    """Turn off apex, and torch.compile and Transformer Engine if unusable. Call this before Megatron is imported.
 
     Megatron decorates small functions with torch.compile when it is imported, and calls them before it reads
     --disable-jit-fuser. Triton generates their kernels, and needs a C compiler and Python.h for a part of itself.

@@ -77,7 +77,7 @@ def usage_errors() -> Iterator[None]:
 
 
 def explain_flag_errors(parser: argparse.ArgumentParser) -> None:
-    """Make the parser raise a `UsageError` for wrong flags, without 700 lines of usage. Let --help list all flags."""
+    """Make the parser raise a `UsageError` for wrong flags, without 700 lines of usage. Repair what breaks --help."""
     parser.usage = parser.usage or "%(prog)s [--flag [value ...] ...]"
 
     def refuse(message: str) -> NoReturn:

@@ -63,9 +63,9 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None) -> bool:
         UsageError: a setting differs, newer checkpoints would be overwritten, or --load has none.
     """
     trains = not (args.finetune or args.skip_train)
-    goes_on = resume is not None and trains and resume.folder.name != RELEASE and resume.flag == "--load"
+    continues = resume is not None and trains and resume.folder.name != RELEASE and resume.flag == "--load"
     if args.save and not args.skip_train and "://" not in f"{args.save} {args.load}":
-        _refuse_overwriting(args, int(resume.folder.name.removeprefix("iter_")) if resume and goes_on else -1)
+        _refuse_overwriting(args, int(resume.folder.name.removeprefix("iter_")) if resume and continues else -1)
     if resume is None:
         _check_checkpoint_exists(args)
     if resume is None or resume.saved is None:
@@ -81,7 +81,7 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None) -> bool:
             f"{given}: {different}. Give the checkpoint's values (--finetune needs them too), or run remoe convert.",
             "REMOE-E413",
         )
-    if not goes_on:
+    if not continues:
         return False
     if (padding := differences(args, resume.saved, {"padded_vocab_size"})) and args.rank == 0:
         print(f"{given}: different padding changes the loss slightly: {padding}.", file=sys.stderr, flush=True)

@@ -97,7 +97,7 @@ def parse_args(extra_args_provider: ArgumentsProvider | None = None) -> argparse
 
 
 def load_saved_args(args: argparse.Namespace, resume: Resume | None) -> None:
-    """With --use-checkpoint-args, before validation, read the model's shape from the applied `resume` and check it.
+    """Read the model's shape from the checkpoint with --use-checkpoint-args, and check it. Call it before validation.
 
     Raises:
         ValueError, DataError: as in `parse_args`; or no complete checkpoint exists (`BrokenCheckpointError`).
@@ -175,7 +175,7 @@ def apply_granularity(args: argparse.Namespace) -> None:
         wrong = f"{size_flag} {size}: not divisible by {given}. Choose a divisor of {size}."
     if wrong:
         raise UsageError(wrong, "REMOE-E205")
-    if size:  # else, as other missing values, the checkpoint's, already split
+    if size:  # otherwise the size comes from the checkpoint, where it is split already
         args.moe_ffn_hidden_size = size // granularity
     for name in ("num_experts", "moe_router_topk", "moe_warmup_topk", "moe_relu_max_experts"):
         if getattr(args, name) is not None:

@@ -62,7 +62,7 @@ def install_routing(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
         model_cfg: built with `transformer_config_from_args`; its layer specification may be the caller's own.
 
     Raises:
-        TypeError: the configuration's class is wrong, or, at the latest when they are built, MoE layers do not fit.
+        TypeError: the configuration's class is wrong, or MoE layers do not fit (at the latest when they are built).
     """
     router: type[TopKRouter]
     post_wrap_hook: Callable[[list[torch.nn.Module]], list[torch.nn.Module]]

@@ -37,9 +37,9 @@ class FusedDotProductAttention(DotProductAttention):
             query: `[sequence, batch, heads, size]`.
             key, value: `[sequence, batch, query groups, size]`; the values' size may differ.
             attention_mask: bool, True where not to attend, broadcast to `[batch, heads, sequence, sequence]`. If None,
-                a layer built with a causal mask type is causal, and any other layer has no mask. One query (with a
-                KV cache) attends to all keys; several fewer than the keys need a mask, as in Megatron.
-            attn_mask_type, attention_bias, packed_seq_params: not used; the last two must be None, as in Megatron.
+                a layer built with a causal mask type is causal, and any other layer has no mask. A single query (with
+                a KV cache) attends to all keys. Two or more queries, but fewer than keys, need a mask.
+            attn_mask_type, attention_bias, packed_seq_params: used by Megatron's class, which refuses the last two.
 
         Returns:
             `[sequence, batch, heads * size]`.

@@ -8,7 +8,7 @@ NORMS = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
 
 
 class SequenceParallelTorchNorm:
-    """Builds `torch.nn.RMSNorm` or `LayerNorm` whose weight gradients are summed over the tensor parallel group.
+    """Build `torch.nn.RMSNorm` or `LayerNorm` whose weight gradients are summed over the tensor parallel group.
 
     Each rank normalizes its part of the sequence with the same weights; Megatron sums the gradients of parameters
     that have `sequence_parallel` set. It replaces `WrappedTorchNorm` in a layer specification.

@@ -109,8 +109,7 @@ def _by_frequency(counts: Counts) -> Numbers:
 
 
 def load(counts: Counts, names: Sequence[str], even: float, token_text: Callable[[int], str | None]) -> Numbers:
-    """Return each expert's share of a data set's tokens (figures 8, 9 and 11), experts per token (figure 12), mutual
-    information of data set and expert, and the tokens that an expert gets most often (table 12).
+    """Return the experts' load and specialization by data set (figures 8, 9, 11, 12), and their top tokens (table 12).
 
     Args:
         names: of the data sets.

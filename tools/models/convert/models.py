@@ -26,7 +26,7 @@ from .fitting import split_mlp
 TOPK_ONLY = """moe_aux_loss_coeff moe_router_score_function moe_router_enable_expert_bias moe_router_topk_scaling_factor
 moe_router_num_groups moe_router_group_topk moe_router_topk_limited_devices moe_router_fusion moe_expert_capacity_factor
 moe_pad_expert_input_to_capacity moe_enable_deepep moe_warmup_topk moe_warmup_steps""".split()
-FLAGS = "REMOE-E501"  # code of errors about flags that do not fit
+BAD_FLAG = "REMOE-E501"  # code of errors about flags that do not fit
 ROUTER = re.compile(r".*\.layers\.(?P<layer>\d+)\.mlp\.router\.(?P<name>\w+)")
 
 
@@ -64,7 +64,7 @@ def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argp
 
 def _become_mixture(target: argparse.Namespace, options: argparse.Namespace) -> None:
     if options.num_experts is None:
-        raise ConversionError("--load is a dense checkpoint: give --num-experts.", FLAGS)
+        raise ConversionError("--load is a dense checkpoint: give --num-experts.", BAD_FLAG)
     target.num_experts, target.moe_ffn_hidden_size = options.num_experts, None
     target.moe_router_topk = 1 if options.moe_router_topk is None else options.moe_router_topk
     target.moe_granularity = options.moe_granularity or 1
@@ -74,7 +74,7 @@ def _become_mixture(target: argparse.Namespace, options: argparse.Namespace) -> 
         if not any(moe_layer_pattern(target)):
             raise ValueError("no layer has experts")
     except (ValueError, SyntaxError, TypeError, ZeroDivisionError) as error:
-        raise ConversionError(f"--moe-layer-freq {pattern}: {error}.", FLAGS) from error
+        raise ConversionError(f"--moe-layer-freq {pattern}: {error}.", BAD_FLAG) from error
     apply_granularity(target)
     target.moe_ffn_hidden_size = target.ffn_hidden_size // target.moe_granularity
 
@@ -82,7 +82,7 @@ def _become_mixture(target: argparse.Namespace, options: argparse.Namespace) -> 
 def _keep_mixture(target: argparse.Namespace, options: argparse.Namespace) -> None:
     for name in ("num_experts", "moe_granularity", "moe_layer_freq"):
         if getattr(options, name) is not None:
-            raise ConversionError(f"{flag_name(name)}: --load is a top-k checkpoint, whose experts are kept.", FLAGS)
+            raise ConversionError(f"{flag_name(name)}: --load is a top-k checkpoint, whose experts are kept.", BAD_FLAG)
     if options.moe_router_topk is not None:
         target.moe_router_topk = options.moe_router_topk * target.moe_granularity
 

@@ -95,7 +95,6 @@ def make_config(args: argparse.Namespace) -> RemoeConfig:
     table, fields = dict(MODEL), {"vocab_size": args.padded_vocab_size}
     if args.multi_latent_attention:
         table |= LATENT
-        fields["num_key_value_heads"] = args.num_attention_heads
     else:
         table |= GROUPED
         fields["qk_norm"] = ("all_heads" if args.qk_layernorm_all_heads else "head") if args.qk_layernorm else None
@@ -104,7 +103,7 @@ def make_config(args: argparse.Namespace) -> RemoeConfig:
         fields |= _expert_fields(args)
     same = {field: getattr(args, name) for field, name in table.items()}
     fields = {field: value for field, value in same.items() if value is not None} | fields
-    if not args.multi_latent_attention and not args.group_query_attention:
+    if args.multi_latent_attention or not args.group_query_attention:
         fields["num_key_value_heads"] = args.num_attention_heads
     config = RemoeConfig(
         **fields,

@@ -76,7 +76,7 @@ def _is_table(text: str) -> bool:
 
 
 def code_documents() -> Iterator[Document]:
-    """Yield files of the standard library: a fixed random choice of `CODE_BYTES` bytes."""
+    """Yield files of the standard library: a fixed random choice of at most `CODE_BYTES` bytes."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = {path.relative_to(root).as_posix(): path for path in _python_files(root, SKIPPED_CODE)}
     size = 0

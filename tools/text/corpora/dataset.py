@@ -46,7 +46,7 @@ def build(folder: Path, corpus_folder: Path, text: dict[str, Any], tokens: str =
     """
     manifest: dict[str, Any] = {"tokens": {"train": {}, "heldout": {}}}
     manifest["bytes"] = {
-        part: {name: sum(of_domain[part].values()) for name, of_domain in text["domains"].items()}
+        part: {name: sum(parts[part].values()) for name, parts in text["domains"].items()}
         for part in manifest["tokens"]
     }
     if read_json(folder / "manifest.json").get("bytes") == manifest["bytes"]:
@@ -60,7 +60,7 @@ def build(folder: Path, corpus_folder: Path, text: dict[str, Any], tokens: str =
     folder.mkdir(parents=True)
     files = byte_level_vocabulary(folder) if tokens == BYTES else train_subwords(folder, corpus_folder / "train")
     encoder = gpt2_encoder(*files)
-    for part, of_part in manifest["tokens"].items():
+    for part, counts in manifest["tokens"].items():
         for domain in text["domains"]:
             source = str(corpus_folder / part / f"{domain}.jsonl")
             prefix = data_prefix(folder, part, domain).removesuffix("_text_document")
@@ -68,7 +68,7 @@ def build(folder: Path, corpus_folder: Path, text: dict[str, Any], tokens: str =
                 done = preprocess(Job([source], prefix, append_eod=True, workers=1), encoder)
             except DataError as error:
                 raise ToolError(f"Preprocessing {domain}: {error}") from error
-            of_part[domain] = done.tokens
+            counts[domain] = done.tokens
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*_text_document.*")):
         digest.update(path.read_bytes())
@@ -76,7 +76,7 @@ def build(folder: Path, corpus_folder: Path, text: dict[str, Any], tokens: str =
 
 
 def byte_level_vocabulary(folder: Path) -> tuple[Path, Path]:
-    """Write a vocabulary of the 256 bytes and `<|endoftext|>`, without merges; return the paths as `train_subwords`."""
+    """Write a vocabulary of the 256 bytes and `<|endoftext|>`, without merges; return both paths."""
     from tokenizers import pre_tokenizers
 
     from megatron.remoe.files.gpt2_files import END_OF_TEXT

@@ -211,7 +211,7 @@ def load_encoder(
         tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_model, trust_remote_code=False)
         reference = tokenizer.backend_tokenizer
     except Exception as error:  # transformers raises many types; tokenizers without a fast version have no backend
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"--tokenizer-model {tokenizer_model}: transformers cannot load a fast tokenizer from it ({reason}). "
             "Give a folder with tokenizer.json, or with vocab.json, merges.txt and tokenizer_config.json.",

@@ -1,0 +1,128 @@
+"""Test figures of docs/experiments.md that compare tables or runs: differences, FLOPs and spreads between seeds."""
+
+import math
+from functools import cache
+from pathlib import Path
+from statistics import fmean, stdev
+
+import pytest
+
+from tests.training_runs import REPOSITORY
+from tools.experiments.results import Result, finished, read_results
+from tools.experiments.tables import interval
+
+TEXT = " ".join((REPOSITORY / "docs" / "experiments.md").read_text().split())
+BOUNDED = "remoe-capped"
+Arm = tuple[str, str, int]  # table, arm, steps
+
+
+@cache
+def read(path: str) -> dict[tuple[str, int], dict[int, Result]]:
+    """Return the results of arms and steps by seed, without those of tuning."""
+    results: dict[tuple[str, int], dict[int, Result]] = {}
+    for run, result in finished(read_results(REPOSITORY / "docs" / "compare" / Path(path))).items():
+        if not run.is_tuning:
+            results.setdefault((run.arm, run.steps), {})[run.seed] = result
+    return results
+
+
+def losses(table: str, arm: str, steps: int) -> dict[int, float]:
+    return {seed: one.loss for seed, one in read(f"{table}/results.json")[arm, steps].items()}
+
+
+def gaps(table: str, arm: str, steps: int) -> dict[int, float]:
+    """Return the arm's losses minus those of ReMoE with the bound."""
+    return subtract(losses(table, arm, steps), losses(table, BOUNDED, steps))
+
+
+def subtract(one: dict[int, float], other: dict[int, float]) -> dict[int, float]:
+    return {seed: loss - other[seed] for seed, loss in one.items() if seed in other}
+
+
+def show(differences: dict[int, float], sign: str = "") -> str:
+    return interval([*differences.values()], sign, digits=3).replace("-", "−")
+
+
+@pytest.mark.parametrize(("words", "small", "large", "steps"), [
+    ("From 8 to 32 experts {}", "b1", "a1", 3600),
+    ("From 32 to 128 experts {}", "a1", "b2", 3600),
+    ("From k = 1 to 2 {}", "a1", "c1", 3600),
+    ("From G = 1 to 4 {}", "b1", "c2", 3600),
+    ("From hidden 128 to 256 {}", "a1", "d256", 1200),
+])  # fmt: skip
+def test_what_a_larger_model_gains(words: str, small: str, large: str, steps: int) -> None:
+    start = TEXT.index(words.format("")[:-1])
+    sentence = TEXT[start : start + 330]
+    for arm, gain in (("moe", "top-k gains {}"), (BOUNDED, "ReMoE with the bound {}"), ("moe-hash", "hash gains {}")):
+        seeds = [losses(table, arm, steps) for table in (small, large)]
+        shown = show({seed: loss - seeds[1][seed] for seed, loss in seeds[0].items() if seed in seeds[1] and seed < 4})
+        assert gain.format(shown) in sentence or gain.replace(" gains", "").format(shown) in sentence
+
+
+@pytest.mark.parametrize(("words", "one", "other"), [
+    ("changes with length ({})", ("a2", "moe-hash", 12000), ("a1", "moe-hash", 3600)),
+    ("E ({})", ("b2", "moe-hash", 3600), ("a1", "moe-hash", 3600)),
+    ("k ({})", ("c1", "moe-hash", 3600), ("a1", "moe-hash", 3600)),
+    ("128 to 256: {})", ("d256", "moe-hash", 1200), ("a1", "moe-hash", 1200)),
+    ("inconclusive ({})", ("c2", "moe-hash", 3600), ("b1", "moe-hash", 3600)),
+    ("(from 3,600 to 12,000: {}", ("a2", "moe", 12000), ("a1", "moe", 3600)),
+])  # fmt: skip
+def test_how_a_difference_changes(words: str, one: Arm, other: Arm) -> None:
+    assert words.format(show(subtract(gaps(*one), gaps(*other)), "+")) in TEXT
+
+
+@pytest.mark.parametrize(("words", "lower", "higher"), [
+    ("normalized ReMoE is {} below top-k", ("a3", "remoe-normalized", 3600), ("a1", "moe", 3600)),
+    ("and {} below hash", ("a3", "remoe-normalized", 3600), ("a1", "moe-hash", 3600)),
+    ("normalized top-k is {} and", ("a3", "moe-normalized", 3600), ("a1", "moe", 3600)),
+    ("and {} below them", ("a3", "moe-normalized", 3600), ("a1", "moe-hash", 3600)),
+    ("normalized top-k is {} above", ("a3", "remoe-normalized", 3600), ("a3", "moe-normalized", 3600)),
+])  # fmt: skip
+def test_differences_between_tables(words: str, lower: Arm, higher: Arm) -> None:
+    assert words.format(show(subtract(gaps(*higher), gaps(*lower)))) in TEXT
+
+
+def test_the_guarded_runs() -> None:
+    guarded = {seed: one.loss for seed, one in read("b2/guard.json")[BOUNDED, 3600].items()}
+    assert f"Hash is {show(subtract(guarded, losses('b2', 'moe-hash', 3600)))} below the guarded runs" in TEXT
+
+
+def flops(one: Arm, other: Arm) -> str:
+    """Return the ratio of FLOPs, mean over the seeds of both."""
+    first, second = (read(f"{table}/results.json")[arm, steps] for table, arm, steps in (one, other))
+    return f"{fmean(first[seed].flops / second[seed].flops for seed in first if seed in second):.3f}"
+
+
+@pytest.mark.parametrize(("words", "table", "arms"), [
+    ("top-k has used {}, hash and dense {}, ReMoE {} times", "a1", ["moe 3600", "dense 3600", "remoe 3600"]),
+    ("(top-k {} times as many, hash {}, ReMoE {})", "a2", ["moe 12000", "moe-hash 12000", "remoe 12000"]),
+    ("(top-k {} times as many, hash {})", "b2", ["moe 3600", "moe-hash 3600"]),
+    ("normalized ReMoE has used {} and {} times", "a3", ["remoe-normalized 1200", "remoe-normalized 3600"]),
+    ("DECO's router {} and {}", "a3", ["remoe-deco 1200", "remoe-deco 3600"]),
+    ("expert threshold {} and {}", "a3", ["moe-expert-threshold 1200", "moe-expert-threshold 3600"]),
+    ("the others {} and {}", "a3", ["moe-lossfree 1200", "moe-topp 3600"]),
+])  # fmt: skip
+def test_flops_relative_to_remoe_with_the_bound(words: str, table: str, arms: list[str]) -> None:
+    pairs = [(table, arm, int(steps)) for arm, steps in map(str.split, arms)]
+    assert words.format(*(flops(one, (table, BOUNDED, one[2])) for one in pairs)) in TEXT
+
+
+def test_flops_of_two_experts_per_token() -> None:
+    topk, bounded = (f"{float(flops(('c1', arm, 3600), ('a1', arm, 3600))):.2f}" for arm in ("moe", BOUNDED))
+    assert f"{topk} times the FLOPs, ReMoE {bounded})" in TEXT
+
+
+def test_what_more_flops_are_worth_at_the_rate_of_three_times_the_steps() -> None:
+    short, long = (fmean(losses("a3", BOUNDED, steps).values()) for steps in (1200, 3600))
+    assert f"lower the reference's loss by {short - long:.3f}" in TEXT
+    for arm, words in (("remoe-deco", "DECO's FLOPs are worth {} and {}"), ("remoe-normalized", "are worth {} and {}")):
+        more = [float(flops(("a3", arm, steps), ("a3", BOUNDED, steps))) for steps in (1200, 3600)]
+        worth = [(short - long) * math.log(each, 3) for each in more]
+        assert words.format(*(f"{each:.3f}" for each in worth)) in TEXT
+
+
+def test_spreads_between_seeds() -> None:
+    late = {arm: stdev(gaps("a2", arm, 12000).values()) for arm in ("moe", "moe-hash", "remoe")}
+    assert "vary by {moe:.3f} (top-k), {moe-hash:.3f} (hash) and {remoe:.3f} (ReMoE)".format(**late) in TEXT
+    early = [stdev(gaps("a1", arm, steps).values()) for arm in ("moe", "moe-hash", "remoe") for steps in (1200, 3600)]
+    assert f"those of a1 by {min(early):.3f} to {max(early):.3f}" in TEXT
