@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from megatron.remoe.files.files import cache_folder
+
 from ..console.errors import ToolError
 from .gpus import CONTEXT, GPUS
 
@@ -104,11 +106,6 @@ def environment(gpu: str, devices: int) -> dict[str, str]:
         "TORCHDYNAMO_DISABLE": "1",
         "OMP_NUM_THREADS": "1",
     }
-
-
-def cache_folder() -> Path:
-    """Return the folder for the built libraries and Triton's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-remoe"
 
 
 def _compile(sources: list[Path], output: Path) -> None:

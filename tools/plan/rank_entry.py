@@ -97,9 +97,11 @@ def counting_frames() -> Iterator[collections.Counter[str]]:
     monitoring.use_tool_id(tool, "rehearsal")
     monitoring.register_callback(tool, event, started)
     monitoring.set_events(tool, event)
-    yield counter
-    monitoring.set_events(tool, 0)
-    monitoring.free_tool_id(tool)
+    try:
+        yield counter
+    finally:
+        monitoring.set_events(tool, 0)
+        monitoring.free_tool_id(tool)
 
 
 @contextmanager
@@ -117,8 +119,10 @@ def watching_waits() -> Iterator[collections.Counter[str]]:
         warnings.simplefilter("always")
         warnings.showwarning = take
         torch.cuda.set_sync_debug_mode("warn")
-        yield places
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            yield places
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def _place() -> str:

@@ -1,9 +1,10 @@
-"""Lock files, and write them atomically: other programs see the old or the new file, even after a power cut."""
+"""Lock files, and write them atomically: others see the old or the new file. Find the cache folder."""
 
 import errno
 import fcntl
 import os
 import secrets
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +29,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def cache_folder() -> Path:
+    """Return a folder for files that can be made again: $XDG_CACHE_HOME or ~/.cache, or else the temporary folder."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-remoe"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # it can be written
+            return folder
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home folder, as an unknown user in a container
+        return Path(tempfile.gettempdir()) / f"megatron-remoe-{os.getuid()}"
 
 
 def sync(path: Path) -> None:

@@ -8,11 +8,10 @@ import argparse
 import hashlib
 import json
 import os
-import tempfile
 from functools import partial
 from pathlib import Path
 
-from megatron.remoe.files.files import write_atomically
+from megatron.remoe.files.files import cache_folder, write_atomically
 from megatron.remoe.files.gpt2_files import END_OF_TEXT, FOLDER_TOKENIZER, GPT2_TOKENIZER, read_gpt2_vocabulary
 
 TOKENIZER_CONFIG = {
@@ -43,8 +42,7 @@ def use_local_gpt2_files(args: argparse.Namespace) -> None:
 def gpt2_tokenizer_folder(vocab_file: Place | None, merge_file: Place | None) -> Path:
     """Return a folder with these files for --tokenizer-type HuggingFaceTokenizer --tokenizer-model.
 
-    It is in the user's cache ($XDG_CACHE_HOME or ~/.cache) or, if that cannot be written, in the temporary folder. Its
-    name is a hash of its contents. Several processes can call this at the same time.
+    It is in `cache_folder()`. Its name is a hash of its contents. Several processes can call this at the same time.
 
     Args:
         vocab_file: GPT-2's encoder.json or vocab.json.
@@ -62,12 +60,7 @@ def gpt2_tokenizer_folder(vocab_file: Place | None, merge_file: Place | None) ->
         "config.json": json.dumps({"model_type": "gpt2"}).encode(),
     }
     digest = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents.values())).hexdigest()
-    name = f"gpt2-{digest[:16]}"
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return _write_missing(contents, cache / "megatron-remoe" / name)
-    except (OSError, RuntimeError):  # RuntimeError: the user has no home folder, as an unknown user in a container
-        return _write_missing(contents, Path(tempfile.gettempdir()) / f"megatron-remoe-{os.getuid()}" / name)
+    return _write_missing(contents, cache_folder() / f"gpt2-{digest[:16]}")
 
 
 def _write_missing(contents: dict[str, bytes], folder: Path) -> Path:

@@ -43,8 +43,10 @@ def bound_experts(model: RemoeForCausalLM, bound: int | None) -> Iterator[None]:
     """Use only the K = `bound` largest gates inside the block; None keeps the model's own bound."""
     before = model.config.max_experts_per_token
     model.config.max_experts_per_token = bound or before
-    yield
-    model.config.max_experts_per_token = before
+    try:
+        yield
+    finally:
+        model.config.max_experts_per_token = before
 
 
 def read_text(args: argparse.Namespace, opened: OpenedModel, prefix: str) -> "GPTDataset":
