@@ -1,8 +1,8 @@
 """Test figures of docs/experiments.md that compare tables or runs: differences, FLOPs and spreads between seeds."""
 
+import json
 import math
 from functools import cache
-from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
@@ -11,6 +11,7 @@ from tests.training_runs import REPOSITORY
 from tools.experiments.results import Result, finished, read_results
 from tools.experiments.tables import interval
 
+COMPARE = REPOSITORY / "docs" / "compare"
 TEXT = " ".join((REPOSITORY / "docs" / "experiments.md").read_text().split())
 BOUNDED = "remoe-capped"
 Arm = tuple[str, str, int]  # table, arm, steps
@@ -20,7 +21,7 @@ Arm = tuple[str, str, int]  # table, arm, steps
 def read(path: str) -> dict[tuple[str, int], dict[int, Result]]:
     """Return the results of arms and steps by seed, without those of tuning."""
     results: dict[tuple[str, int], dict[int, Result]] = {}
-    for run, result in finished(read_results(REPOSITORY / "docs" / "compare" / Path(path))).items():
+    for run, result in finished(read_results(COMPARE / path)).items():
         if not run.is_tuning:
             results.setdefault((run.arm, run.steps), {})[run.seed] = result
     return results
@@ -80,6 +81,12 @@ def test_how_a_difference_changes(words: str, one: Arm, other: Arm) -> None:
 ])  # fmt: skip
 def test_differences_between_tables(words: str, lower: Arm, higher: Arm) -> None:
     assert words.format(show(subtract(gaps(*higher), gaps(*lower)))) in TEXT
+
+
+def test_coefficients_of_the_auxiliary_loss() -> None:
+    data = json.loads((COMPARE / "a1" / "aux-loss.json").read_text())
+    low, high = (show(subtract(data[value], data["1e-2"]), "+") for value in ("1e-3", "1e-1"))
+    assert len(data["1e-2"]) == 4 and f"1e-3 changes the loss by {low} and 1e-1 by {high}" in TEXT
 
 
 def test_the_guarded_runs() -> None:
