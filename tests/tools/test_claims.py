@@ -1,13 +1,13 @@
 """Test figures of docs/experiments.md that compare tables or runs: differences, FLOPs and spreads between seeds."""
 
 import json
-import math
 from functools import cache
 from statistics import fmean, stdev
 
 import pytest
 
 from tests.training_runs import REPOSITORY
+from tools.experiments.arms import ARMS
 from tools.experiments.results import Result, finished, read_results
 from tools.experiments.tables import interval
 
@@ -119,13 +119,18 @@ def test_flops_of_two_experts_per_token() -> None:
     assert f"{topk} times the FLOPs, ReMoE {bounded})" in TEXT
 
 
-def test_what_more_flops_are_worth_at_the_rate_of_three_times_the_steps() -> None:
-    short, long = (fmean(losses("a3", BOUNDED, steps).values()) for steps in (1200, 3600))
-    assert f"lower the reference's loss by {short - long:.3f}" in TEXT
-    for arm, words in (("remoe-deco", "DECO's FLOPs are worth {} and {}"), ("remoe-normalized", "are worth {} and {}")):
-        more = [float(flops(("a3", arm, steps), ("a3", BOUNDED, steps))) for steps in (1200, 3600)]
-        worth = [(short - long) * math.log(each, 3) for each in more]
-        assert words.format(*(f"{each:.3f}" for each in worth)) in TEXT
+@pytest.mark.parametrize("arm", ["normalized", "deco"])
+def test_equal_flops_of_table_a3(arm: str) -> None:
+    """ReMoE with the bound has longer runs, of as many FLOPs as the arm's within 1 %."""
+    longer, cells = read(f"a3/equal-flops-{arm}.json"), []
+    for steps in (1200, 3600):
+        near = {length: seeds for (_, length), seeds in longer.items() if steps < length < 2 * steps}
+        bounded = {seed: one for seeds in near.values() for seed, one in seeds.items()}
+        results = read("a3/results.json")[f"remoe-{arm}", steps]
+        assert all(one.flops == pytest.approx(bounded[seed].flops, rel=0.01) for seed, one in results.items())
+        gap = {seed: one.loss - bounded[seed].loss for seed, one in results.items()}
+        cells += [show(gap, "+").replace("−", "-"), f"{min(near):,} to {max(near):,}"]
+    assert f"| {ARMS[f'remoe-{arm}'].title} | {' | '.join(cells)} |" in TEXT
 
 
 def test_spreads_between_seeds() -> None:
