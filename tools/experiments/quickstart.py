@@ -136,7 +136,7 @@ def print_next_steps(console: Console, output: Path, runs: Path, domain: str) ->
     say(console, f"\n  picture     {runs / 'report.png'}\n  figures     {runs / 'summary.json'}")
     say(console, f"  logs        {each / LOG}\n  checkpoints {each / 'checkpoints'}")
     say(console, f"  TensorBoard {tensorboard} --logdir {runs}")
-    say(console, "\nTo try next, with the ReMoE (README.md, After training):")
+    say(console, "\nTo try next, with the ReMoE model (README.md, After training):")
     checkpoints = ["--load", str(runs / "remoe" / "checkpoints")]
     held_out = dataset.data_prefix(output / dataset.TOKENS[dataset.SUBWORDS], "heldout", domain)
     for words in (
