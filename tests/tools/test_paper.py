@@ -94,11 +94,11 @@ def test_gaps_of_byte_models(corpus: str, experts: int, factors: dict[str, float
 
 def test_the_pilots_table() -> None:
     results = {(run.size, run.arm): result for run, result in read_results(DATA / "pilot.json") if result}
-    for hidden in ("64", "128", "256"):
-        topk, hashed, bounded = (results[f"2x{hidden}", arm] for arm in ("moe", "moe-hash", "remoe-capped"))
+    for size, row in (("2x64", "64"), ("2x128", "128"), ("2x256", "256"), ("4x256", "256, four layers")):
+        topk, hashed, bounded = (results[size, arm] for arm in ("moe", "moe-hash", "remoe-capped"))
         losses = " | ".join(f"{one.loss:.4f}" for one in (topk, hashed, bounded))
         inactive = ", ".join(map(str, bounded.inactive))
-        assert f"| {hidden} | {losses} | {inactive} | {bounded.experts_per_token:.2f} |" in TEXT
+        assert f"| {row} | {losses} | {inactive} | {bounded.experts_per_token:.2f} |" in TEXT
     [(_, floor)] = read_results(DATA / "pilot-floor.json")
     assert f"{floor.inactive[0]} and {floor.inactive[1]} experts are inactive, and the loss is {floor.loss:.4f}" in TEXT
 
