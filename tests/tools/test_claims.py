@@ -83,6 +83,17 @@ def test_differences_between_tables(words: str, lower: Arm, higher: Arm) -> None
     assert words.format(show(subtract(gaps(*higher), gaps(*lower)))) in TEXT
 
 
+def test_normalized_gates_after_12000_steps() -> None:
+    found = {seed: one.loss for seed, one in read("a3/long.json")["remoe-normalized", 12000].items()}
+    assert sorted(found) == [1, 2, 3] and f"normalized ReMoE has a loss of {show(found)} (" in TEXT
+    for arm, words in (
+        (BOUNDED, "{} below ReMoE with"),
+        ("moe", "{} below top-k and"),
+        ("moe-hash", "{} below hash, not"),
+    ):
+        assert words.format(show(subtract(losses("a2", arm, 12000), found))) in TEXT
+
+
 def test_coefficients_of_the_auxiliary_loss() -> None:
     data = json.loads((COMPARE / "a1" / "aux-loss.json").read_text())
     low, high = (show(subtract(data[value], data["1e-2"]), "+") for value in ("1e-3", "1e-1"))
