@@ -1,0 +1,1 @@
+"""Tests; most folders are named after the part of the code that they test."""

@@ -10,17 +10,24 @@ INSTALLED = Path(sysconfig.get_paths()["purelib"]) / "megatron"
 CHANGES = {
     "core/transformer/dot_product_attention.py": (
         "packed_seq_params: Optional[PackedSeqParams] = None,\n    )",
-        "packed_seq_params: Optional[PackedSeqParams] = None,\n        sink=None,\n    )", "BREAKS",
-        "does not accept sink of megatron.core.transformer.dot_product_attention.DotProductAttention.forward"),
+        "packed_seq_params: Optional[PackedSeqParams] = None,\n        sink=None,\n    )",
+        "BREAKS",
+        "does not accept sink of megatron.core.transformer.dot_product_attention.DotProductAttention.forward",
+    ),
     "core/tensor_parallel/random.py": (
         "def model_parallel_cuda_manual_seed(\n    seed: int,",
-        "def model_parallel_cuda_manual_seed(\n    seed: int, other: int,", "BREAKS",
-        "model_parallel_cuda_manual_seed(other): Parameter was added as required"),
+        "def model_parallel_cuda_manual_seed(\n    seed: int, other: int,",
+        "BREAKS",
+        "model_parallel_cuda_manual_seed(other): Parameter was added as required",
+    ),
     "core/utils.py": ("def get_model_config(", "def config_of_model(", "BREAKS", "utils.get_model_config is gone"),
     "core/transformer/moe/moe_logging.py": (  # a position that we pass by name
-        "per_layer_logging: bool", "other: Any = None, per_layer_logging: bool", "",
-        "report(per_layer_logging): Positional parameter was moved"),
-}  # fmt: skip
+        "per_layer_logging: bool",
+        "other: Any = None, per_layer_logging: bool",
+        "",
+        "report(per_layer_logging): Positional parameter was moved",
+    ),
+}
 
 
 def write_changed(folder: Path, package: str, changes: dict[str, tuple[str, ...]]) -> None:

@@ -1,0 +1,1 @@
+"""Tests that every layout trains like one process."""

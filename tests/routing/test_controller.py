@@ -197,3 +197,10 @@ def test_each_layer_has_its_own_guard_and_all_have_the_same_exponent(kernels: st
     assert [int(router.guarded) for router in controller.routers] == [0, 1]
     assert controller.summary().layer_sparsity == {1: 0.0, 3: 1.0}
     assert not any(router.counts.table.any() for router in controller.routers)
+
+
+def test_rank_without_router() -> None:
+    config = make_config()
+    controller = SparsityController([torch.nn.Linear(2, 2)], config)
+    controller.update()
+    assert controller.routers == [] and controller.summary().layer_sparsity == {}

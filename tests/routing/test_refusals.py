@@ -35,19 +35,33 @@ def test_the_page_has_every_refusal() -> None:
 
 REFUSED_TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
     "DeepEP": ({"moe_token_dispatcher_type": "flex"}, "flex with its backend deepep cannot be used"),
-    "HybridEP with a budget": ({"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep",
-        "moe_expert_rank_capacity_factor": 1.5}, "--moe-expert-rank-capacity-factor 1.5 cannot be used"),
+    "HybridEP with a budget": (
+        {
+            "moe_token_dispatcher_type": "flex",
+            "moe_flex_dispatcher_backend": "hybridep",
+            "moe_expert_rank_capacity_factor": 1.5,
+        },
+        "--moe-expert-rank-capacity-factor 1.5 cannot be used",
+    ),
     "FP8 in chunks": ({"fp8": "hybrid"}, "--fp8-format hybrid .* add --moe-relu-activation-limit 0"),
-    "a graph of the whole step": ({"cuda_graph_impl": "full_iteration"},
-        "full_iteration with --cuda-graph-modules full"),
-    "a graph of the whole step, without ReLU": ({"cuda_graph_impl": "full_iteration", "moe_relu_routing": False,
-        "moe_baseline_router": "top_p"}, "full_iteration .* --moe-baseline-router top_p"),
+    "a graph of the whole step": (
+        {"cuda_graph_impl": "full_iteration"},
+        "full_iteration with --cuda-graph-modules full",
+    ),
+    "a graph of the whole step, without ReLU": (
+        {"cuda_graph_impl": "full_iteration", "moe_relu_routing": False, "moe_baseline_router": "top_p"},
+        "full_iteration .* --moe-baseline-router top_p",
+    ),
     "graphs of layers": ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local with --cuda-graph-modules full cannot"),
-    "graphs of GPTModel's attention": ({"cuda_graph_impl": "local", "cuda_graph_modules": ["attn"]},
-        "--cuda-graph-modules attn cannot be used"),
-    "a graph of the router": ({"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": ["moe_router"]},
-        "modules moe_router cannot"),
-}  # fmt: skip
+    "graphs of GPTModel's attention": (
+        {"cuda_graph_impl": "local", "cuda_graph_modules": ["attn"]},
+        "--cuda-graph-modules attn cannot be used",
+    ),
+    "a graph of the router": (
+        {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": ["moe_router"]},
+        "modules moe_router cannot",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED_TOGETHER)

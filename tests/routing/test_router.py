@@ -1,4 +1,4 @@
-"""Test the router: padding, evaluation, the L1 term and the guard."""
+"""Test the router: gates, padding, evaluation, the L1 term and the guard."""
 
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +26,16 @@ def build_router(**changes) -> ReLURouter:
 def random_tokens(router: ReLURouter) -> torch.Tensor:
     """Return float64 `[6, 2, HIDDEN]`."""
     return torch.randn(6, 2, HIDDEN, dtype=torch.float64, device=router.weight.device)
+
+
+def test_gates_are_relu_and_map_is_where_they_are_positive(make_router) -> None:
+    router = make_router()
+    tokens = random_tokens(router)
+    probs, routing_map = router(tokens)
+    logits = tokens.reshape(-1, HIDDEN) @ router.weight.T
+    torch.testing.assert_close(probs, logits.relu())
+    assert torch.equal(routing_map, logits > 0)
+    assert routing_map.dtype == torch.bool
 
 
 @pytest.mark.parametrize("guarded", [0, 1])

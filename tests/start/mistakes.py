@@ -68,54 +68,69 @@ ENTRY = {
     "less than a sequence": Case(on("few", "--split 100,0,0"), "E304|4 tokens|--seq-length 64"),
     "no document for validation": Case(on("one", "--eval-iters 1"), "E304|1 document(s)|validation|--split 90,10,0"),
     "a blend too short": Case(on("text", "--data-path {text} {text} --eval-iters 9999"), "E303|validation|weights"),
-    "less than a sequence to evaluate":
-        Case(lacking("--data-path --split --eval-iters", f"{WHOLE} {{few}}"), "E304|few: has 4 tokens for validation"),
+    "less than a sequence to evaluate": Case(
+        lacking("--data-path --split --eval-iters", f"{WHOLE} {{few}}"), "E304|few: has 4 tokens for validation"
+    ),
     "nothing to train on": Case(on("text", "--split 0,100,0"), "E304|--split 0,100,0|training"),
-    "test data after several sets for validation":
-        Case(lacking("--data-path --split --eval-iters", f"{WHOLE} {{text}} --test-data-path {{text}}"),
-             "E304|--multiple-validation-sets|--test-data-path"),
+    "test data after several sets for validation": Case(
+        lacking("--data-path --split --eval-iters", f"{WHOLE} {{text}} --test-data-path {{text}}"),
+        "E304|--multiple-validation-sets|--test-data-path",
+    ),
     "missing list of data sets": Case(lacking("--data-path", "--data-args-path {list}"), "E303|list|No such"),
-    "a list of data sets that is no JSON":
-        Case(lacking("--data-path --split", "--per-split-data-args-path {file}"), "E303|file|JSON"),
+    "a list of data sets that is no JSON": Case(
+        lacking("--data-path --split", "--per-split-data-args-path {file}"), "E303|file|JSON"
+    ),
     "vocabulary too small": Case(on("text", "--vocab-size 100 --make-vocab-size-divisible-by 8"), "E305|token 256"),
     "negative id": Case(on("negative", "--split 100,0,0"), "E305|token -7|384"),
     # flags
     "several missing": Case(
         lacking("--lr --train-iters --seq-length --eval-interval --micro-batch-size --vocab-size", "--save {new}"),
-        "E201|--seq-length, --micro-batch-size, --lr, --train-iters, --eval-interval, --save-interval|, --vocab-size"),
+        "E201|--seq-length, --micro-batch-size, --lr, --train-iters, --eval-interval, --save-interval|, --vocab-size",
+    ),
     "like no other flag": Case(on("text", "--learning-rate 1"), "--learning-rate 1. --help lists all flags"),
     "heads": Case(on("text", "--num-attention-heads 5"), "num_attention_heads|Megatron refuses these settings"),
     "experts that tensor parallelism cannot split": Case(
-        on("text", "--expert-tensor-parallel-size 3"),
-        "E203|--moe-ffn-hidden-size 128|--expert-tensor-parallel-size 3"),
-    "saves that fail":
-        Case(on("text", "--optimizer sgd --async-save --use-persistent-ckpt-worker --save {new} --save-interval 1"),
-             "E203|--optimizer sgd|--async-save"),
-    "kernels without a GPU":
-        Case(on("text", "--moe-kernels triton"), "E102|--moe-kernels triton|no GPU", unset=("TRITON_INTERPRET",)),
+        on("text", "--expert-tensor-parallel-size 3"), "E203|--moe-ffn-hidden-size 128|--expert-tensor-parallel-size 3"
+    ),
+    "saves that fail": Case(
+        on("text", "--optimizer sgd --async-save --use-persistent-ckpt-worker --save {new} --save-interval 1"),
+        "E203|--optimizer sgd|--async-save",
+    ),
+    "kernels without a GPU": Case(
+        on("text", "--moe-kernels triton"), "E102|--moe-kernels triton|no GPU", unset=("TRITON_INTERPRET",)
+    ),
     "an optimizer of matrices": Case(on("text", "--optimizer muon"), "E209|--no-local-layer-fusion"),
     # checkpoints
     "no checkpoint": Case(on("text", "--load /nowhere --finetune"), "E404|--load /nowhere"),
-    "none to read settings from":
-        Case(on("text", "--load /nowhere --exit-on-missing-checkpoint --use-checkpoint-args"), "E404|--load"),
-    "other topk and rate, allowed": Case(resumed("--moe-router-topk 2 --lr 1e-3 --allow-changed-settings"),
-                                         "E413|: --lr 0.004 in the checkpoint, 0.001 here. "),
+    "none to read settings from": Case(
+        on("text", "--load /nowhere --exit-on-missing-checkpoint --use-checkpoint-args"), "E404|--load"
+    ),
+    "other topk and rate, allowed": Case(
+        resumed("--moe-router-topk 2 --lr 1e-3 --allow-changed-settings"),
+        "E413|: --lr 0.004 in the checkpoint, 0.001 here. ",
+    ),
     "a hybrid as GPT": Case(resumed(run="hybrid"), "E413|--hybrid-layer-pattern *E*E in the checkpoint"),
     "longer training": Case(resumed("--train-iters 8"), "do not match|--override-opt_param-scheduler", code=1),
-    "dense as pretrained": Case(on("text", "--pretrained-checkpoint {dense}"),
-                                "E413|--moe-relu-routing False in the checkpoint|remoe convert"),
+    "dense as pretrained": Case(
+        on("text", "--pretrained-checkpoint {dense}"), "E413|--moe-relu-routing False in the checkpoint|remoe convert"
+    ),
     "a λ that would jump": Case(
-        on("text", "--finetune --load {remoe} --moe-relu-l1-reg-coeff-multiplier 1.1"), "E413|1.2 in the checkpoint"),
+        on("text", "--finetune --load {remoe} --moe-relu-l1-reg-coeff-multiplier 1.1"), "E413|1.2 in the checkpoint"
+    ),
     "truncated checkpoint": Case(on("text", "--finetune --load {cut}"), "E401|--load|truncated"),
+    "no such iteration": Case(resumed("--ckpt-step 7"), "E402|--ckpt-step 7|Iteration 2 "),
     # places
     "srun without ranks": Case(on("text"), "E203|srun|torchrun|--nnodes", environment={"SLURM_STEP_NUM_TASKS": "2"}),
     "mpirun": Case(on("text"), "E203|mpirun|torchrun|--nnodes", environment={"OMPI_COMM_WORLD_SIZE": "2"}),
     "--save-retain-interval with a release": Case(
         on("text", "--save {release} --save-interval 1 --save-retain-interval 4"),
-        "E203|--save-retain-interval|--save|release"),
+        "E203|--save-retain-interval|--save|release",
+    ),
     "--save below a file": Case(on("text", "--save {file}/x --save-interval 1"), "E105|--save|file/x|Not a directory"),
-    "a loss that is not finite":
-        Case(on("text", "--init-method-std inf"), "found NaN in local forward loss calculation|Lower --lr", code=1),
-    "MASTER_PORT in use":
-        Case(on("text"), "DistNetworkError|EADDRINUSE|different MASTER_PORT", code=1, environment={"MASTER_PORT": ""}),
-}  # fmt: skip
+    "a loss that is not finite": Case(
+        on("text", "--init-method-std inf"), "found NaN in local forward loss calculation|Lower --lr", code=1
+    ),
+    "MASTER_PORT in use": Case(
+        on("text"), "DistNetworkError|EADDRINUSE|different MASTER_PORT", code=1, environment={"MASTER_PORT": ""}
+    ),
+}

@@ -46,6 +46,7 @@ def step_milliseconds(output: str) -> list[float]:
     ("8", ["--micro-batch-size", "7"], "--micro-batch-size"),
     ("8", ["--train-iters", "0"], "--train-iters is missing"),
     ("8", ["--hybrid-layer-pattern", "MEM*E"], "not for --hybrid-layer-pattern MEM*E"),
+    ("8", ["--full-validation"], "--full-validation and --multiple-validation-sets"),
     ("8", ["--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor"], "add --no-gradient-accumulation-fusion"),
 ])  # fmt: skip
 def test_layouts_that_cannot_work(gpus: str, flags: list[str], message: str) -> None:

@@ -143,17 +143,6 @@ def test_a_table_of_the_protocol(name: str, tmp_path: Path) -> None:
                 assert f"by {lower}](docs/experiments.md#other-routings)" in (REPOSITORY / "README.md").read_text()
 
 
-def test_the_guard_of_each_expert() -> None:
-    guarded, alone = (finished(read_results(DATA / "b2" / name)) for name in ("guard.json", "results.json"))
-    assert sorted(run.seed for run in guarded) == [1, 2, 3]
-    difference = interval([guarded[run].loss - alone[run].loss for run in guarded], "+", digits=3).replace("-", "−")
-    experts = fmean(result.experts_per_token for result in guarded.values())
-    layers = zip(*(result.inactive for result in guarded.values()), strict=True)
-    inactive = " and ".join(f"{fmean(layer):.0f}" for layer in layers)
-    assert f"{inactive} of 128 experts are inactive" in TEXT and f"{difference} from the same runs without it" in TEXT
-    assert f"{experts:.2f} computed experts per token" in TEXT
-
-
 def test_when_the_runs_of_table_a2_part() -> None:
     training = json.loads((DATA / "a2" / "training.json").read_text())
     runs = [means for seeds in training.values() for means in seeds.values()]

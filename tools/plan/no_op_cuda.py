@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megatron.remoe.files.files import cache_folder
+from megatron.remoe.files.files import find_cache_folder
 
 from ..console.errors import ToolError
 from .gpus import CONTEXT, GPUS
@@ -68,7 +68,7 @@ def build_libraries() -> list[Path]:
         )
     sources = [*sorted(FOLDER.iterdir()), Path(__file__), *[TRITON] * TRITON.exists()]
     digest = hashlib.sha256(torch.__version__.encode() + b"".join(path.read_bytes() for path in sources))
-    folder = cache_folder() / f"rehearsal-{digest.hexdigest()[:16]}"
+    folder = find_cache_folder() / f"rehearsal-{digest.hexdigest()[:16]}"
     if not (folder / NAME).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
@@ -101,7 +101,7 @@ def environment(gpu: str, devices: int) -> dict[str, str]:
         "REHEARSAL_DEVICES": str(devices),
         "REHEARSAL_GIB": str(card.memory - CONTEXT),
         "TRITON_LIBCUDA_PATH": str(built[0].parent),
-        "TRITON_CACHE_DIR": str(cache_folder() / "triton"),
+        "TRITON_CACHE_DIR": str(find_cache_folder() / "triton"),
         "TRITON_INTERPRET": "0",
         "TORCHDYNAMO_DISABLE": "1",
         "OMP_NUM_THREADS": "1",

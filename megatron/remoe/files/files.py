@@ -31,7 +31,7 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
-def cache_folder() -> Path:
+def find_cache_folder() -> Path:
     """Return a folder for files that can be made again: $XDG_CACHE_HOME or ~/.cache, or else the temporary folder."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-remoe"

@@ -11,7 +11,7 @@ import os
 from functools import partial
 from pathlib import Path
 
-from megatron.remoe.files.files import cache_folder, write_atomically
+from megatron.remoe.files.files import find_cache_folder, write_atomically
 from megatron.remoe.files.gpt2_files import END_OF_TEXT, FOLDER_TOKENIZER, GPT2_TOKENIZER, read_gpt2_vocabulary
 
 TOKENIZER_CONFIG = {
@@ -42,7 +42,7 @@ def use_local_gpt2_files(args: argparse.Namespace) -> None:
 def gpt2_tokenizer_folder(vocab_file: Place | None, merge_file: Place | None) -> Path:
     """Return a folder with these files for --tokenizer-type HuggingFaceTokenizer --tokenizer-model.
 
-    It is in `cache_folder()`. Its name is a hash of its contents. Several processes can call this at the same time.
+    It is in the cache folder. Its name is a hash of its contents. Several processes can call this at the same time.
 
     Args:
         vocab_file: GPT-2's encoder.json or vocab.json.
@@ -60,7 +60,7 @@ def gpt2_tokenizer_folder(vocab_file: Place | None, merge_file: Place | None) ->
         "config.json": json.dumps({"model_type": "gpt2"}).encode(),
     }
     digest = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents.values())).hexdigest()
-    return _write_missing(contents, cache_folder() / f"gpt2-{digest[:16]}")
+    return _write_missing(contents, find_cache_folder() / f"gpt2-{digest[:16]}")
 
 
 def _write_missing(contents: dict[str, bytes], folder: Path) -> Path:
