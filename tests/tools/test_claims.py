@@ -144,6 +144,9 @@ def test_equal_flops_of_table_a3(arm: str) -> None:
         gap = {seed: one.loss - bounded[seed].loss for seed, one in results.items()}
         cells += [show(gap, "+").replace("−", "-"), f"{min(near):,} to {max(near):,}"]
     assert f"| {ARMS[f'remoe-{arm}'].title} | {' | '.join(cells)} |" in TEXT
+    if arm == "normalized":
+        lower = show({seed: -loss for seed, loss in gap.items()})
+        assert f"at equal FLOPs it is {lower}." in (REPOSITORY / "README.md").read_text()
 
 
 def test_spreads_between_seeds() -> None:
