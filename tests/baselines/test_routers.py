@@ -247,6 +247,17 @@ def test_pairs_are_counted_once(process_groups: None) -> None:
         assert counter.totals() == expected
 
 
+def test_padding_that_hash_layers_route_is_not_counted(process_groups: None) -> None:
+    layer, tokens = make_layer("hash"), make_tokens()
+    layer.router.token_ids = torch.arange(SEQUENCE * BATCH, device=DEVICE).view(BATCH, SEQUENCE)
+    counter = PairCounter([layer])
+    _, map_TE = layer.router(tokens.requires_grad_(), PADDING)
+    counter.update()
+    totals = counter.totals()
+    assert map_TE.sum() == layer.router.topk * SEQUENCE * BATCH
+    assert totals["total_active_pairs"] == layer.router.topk * totals["total_layer_tokens"] > 0
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"moe_relu_routing": True}, "--moe-relu-routing cannot be used with --moe-baseline-router hash"),
     ({"moe_router_score_function": "sigmoid"}, "--moe-router-score-function sigmoid cannot be used with"),

@@ -39,14 +39,17 @@ def test_bounded_activations_change_nothing(limit: float, recompute: bool, dispa
         tokens = torch.randn(23, 3, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
         output = layer(tokens)[0]
         output.pow(2).sum().backward()
-        results.append((output.detach(), layer.router.counts.table, *(p.grad for p in (tokens, *layer.parameters()))))
-        pairs = int(layer.router.counts.active)
+        counts = layer.router.counts
+        gradients = [parameter.grad for parameter in (tokens, *layer.parameters())]
+        results.append((output.detach(), counts["tokens_per_expert"], *gradients))
+        pairs = int(counts.active)
         assert pairs > limit * 2 * 69, "more than the limit, or this tests nothing"
         if bound:
             assert max(dispatched) <= bound * 2 * 69
             assert len(dispatched) >= 2 * pairs / (bound * 2 * 69), "each chunk twice"
+            assert counts["chunks"] == len(dispatched) // (3 if recompute else 2)
         else:
-            assert set(dispatched) == {pairs}
+            assert set(dispatched) == {pairs} and counts["chunks"] in (0, 1)
     for plain, bounded in zip(*results, strict=True):
         torch.testing.assert_close(bounded, plain, rtol=1e-10, atol=1e-10)
 

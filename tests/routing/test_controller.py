@@ -21,7 +21,7 @@ def make_controller(kernels: str) -> Callable[..., SparsityController]:
 
 
 def build_controller(**changes) -> SparsityController:
-    config = make_config(**changes)
+    config = make_config(**{"moe_relu_l1_reg_coeff_init": 1e-6} | changes)
     return SparsityController([make_layer(config)], config)
 
 
@@ -60,7 +60,7 @@ def test_direction_and_reset(make_controller) -> None:
     assert not router.counts.table.any()
     summary = controller.summary()
     assert summary.sparsity == 0.0 and summary.target_sparsity == 0.75
-    assert summary.l1_coefficient == 1e-8
+    assert summary.l1_coefficient == 1e-6
     assert summary.tokens_per_expert == {1: [1.0] * 4}
 
     route(controller, active=3, tokens=8)
@@ -90,7 +90,7 @@ def test_running_sums_are_over_all_steps(make_controller) -> None:
 
 
 def test_exact_after_a_thousand_updates_and_bounded() -> None:
-    controller = build_controller(moe_relu_l1_reg_coeff_multiplier=1.05)
+    controller = build_controller(moe_relu_l1_reg_coeff_init=2e-8, moe_relu_l1_reg_coeff_multiplier=1.05)
     router = controller.routers[0]
     for step in range(1040):
         router.counts = RoutingCounts.zeros(4, router.weight.device)
@@ -99,8 +99,33 @@ def test_exact_after_a_thousand_updates_and_bounded() -> None:
         controller.update()
         if step == 999:
             assert exponent(controller) == 500 and controller.totals()["total_layer_tokens"] == 1000 * (2**24 + 1)
-            assert router.l1_coefficient().item() == pytest.approx(1e-8 * 1.05**500, rel=1e-12)
+            assert router.l1_coefficient().item() == pytest.approx(2e-8 * 1.05**500, rel=1e-12)
     assert 1e3 / 1.05 < router.l1_coefficient() <= 1e3
+
+
+def test_lambda_returns_at_once_from_its_floor() -> None:
+    controller = build_controller()
+    for _ in range(40):
+        route(controller, active=3, tokens=8)
+        controller.update()
+    assert 1e-8 <= controller.routers[0].l1_coefficient() < 1.2e-8
+    controller.routers[0].counts = RoutingCounts.zeros(4, controller.device)
+    controller.routers[0].counts["tokens_per_expert"][0], controller.routers[0].counts["tokens"][...] = 9, 8
+    controller.update()
+    assert controller.routers[0].l1_coefficient() > 1.2e-8
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_fp16_steps_that_the_optimizer_skips_move_nothing(fp16: bool) -> None:
+    """With --fp16, the optimizer skips a step in which only an expert's gradient overflows."""
+    controller = build_controller()
+    controller.config.fp16 = fp16
+    expert = torch.nn.Linear(2, 2).weight
+    controller = SparsityController([torch.nn.ParameterList([expert]), *controller.routers], controller.config)
+    expert.grad = torch.full_like(expert, float("inf"))
+    route(controller, active=3, tokens=8)
+    controller.update()
+    assert exponent(controller) == (0 if fp16 else -1)
 
 
 def test_saved_and_loaded_exactly_under_bf16() -> None:
@@ -149,7 +174,7 @@ def test_large_gradients_of_half_precision_are_finite(name: str, make_controller
 
 def test_gradients_that_are_not_finite_move_nothing_though_the_router_is_off() -> None:
     """A router that is off for all tokens has a gradient of 0, whatever the loss is."""
-    config = make_config(moe_relu_layer_floor=1e-3)
+    config = make_config(moe_relu_layer_floor=1e-3, moe_relu_l1_reg_coeff_init=1e-6)
     layer = torch.nn.ModuleDict({"input_layernorm": torch.nn.RMSNorm(HIDDEN).cuda(), "mlp": make_layer(config)})
     controller = SparsityController([layer], config)
     norm, router = layer["input_layernorm"].weight, controller.routers[0]

@@ -8,7 +8,8 @@ T tokens (sequence x batch), E experts, P pairs (a token and an expert that is a
     planned       all-to-all                  plan, take → dispatch → experts → combine → sum
     Megatron's    allgather, HybridEP         preprocess → dispatch → experts → combine → postprocess
 
-At the target sparsity there is one chunk.
+A layer within `moe_relu_activation_limit` has one chunk. One above it has more, also at the target sparsity, which is a
+mean over layers and ranks; `layer_chunks` in SAVE/metrics.jsonl shows them.
 """
 
 from functools import partial
@@ -29,13 +30,14 @@ from megatron.remoe.kernels.backend import choose_backend
 from megatron.remoe.layer.counting import ChunkCounts, count_pairs
 from megatron.remoe.layer.dispatcher import PlannedAlltoAllDispatcher
 from megatron.remoe.layer.experts import GroupedExperts
+from megatron.remoe.routing.router import ReLURouter
 
 
 class ReMoELayer(MoELayer):
     """`MoELayer` for any routing map. Its router comes with `submodules`; Megatron's top-k router works too.
 
-    While routing is dense, the layer runs its tokens in chunks and recomputes their activations in the backward pass.
-    So it never holds more than `moe_relu_activation_limit` times the target's number of pairs.
+    A layer with more than `moe_relu_activation_limit` times the target's number of pairs runs its tokens in chunks and
+    recomputes their activations in the backward pass, so it never holds more.
 
     Attributes:
         pairs_limit: this limit in pairs per token; 0 for none.
@@ -113,6 +115,8 @@ class ReMoELayer(MoELayer):
         probs_TE, map_TE = self.route(hidden_states, padding_mask)
         counts_EB = getattr(self.router, "last_counts_EB", None)
         chunks = count_pairs(map_TE, counts_EB, self.token_dispatcher, self.backend, self.pairs_limit)
+        if isinstance(self.router, ReLURouter):
+            self.router.count_chunks(len(chunks))
         if len(chunks) == 1:
             self._free_activations(True)
             output = self._run_experts(hidden_states, probs_TE, map_TE, chunks[0])

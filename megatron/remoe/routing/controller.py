@@ -7,8 +7,8 @@ target and α slightly above 1:
     S      = 1 - active pairs / (tokens · E)      over all MoE layers and the global batch
     λ      ← λ · α^sign(target - S)
 
-The routers keep λ = λ₀ · α^n as the integer n, so the update adds -1, 0 or 1 to n. Unlike in the paper, λ is at
-most `LARGEST_COEFFICIENT`, or λ₀ if that is larger.
+The routers keep λ = λ₀ · α^n as the integer n, so the update adds -1, 0 or 1 to n. Unlike in the paper, λ stays from
+`SMALLEST_COEFFICIENT` to `LARGEST_COEFFICIENT`; the range includes λ₀.
 
 L layers, dense ones included.
 """
@@ -23,8 +23,9 @@ from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.counts import RoutingSummary, StepSums, count_layers, layer_numbers
 from megatron.remoe.routing.router import ReLURouter
 
-# While the learning rate is tiny, routers cannot reach the target, and λ grows until the gradient's norm is Inf.
-LARGEST_COEFFICIENT = 1e3
+# While the learning rate is tiny, routers cannot reach the target, and λ grows until the gradient's norm is Inf. While S
+# stays above the target, n would fall without end, and need as many steps to return. 1e-8 is the default of λ₀.
+SMALLEST_COEFFICIENT, LARGEST_COEFFICIENT = 1e-8, 1e3
 
 
 class SparsityController:
@@ -47,11 +48,17 @@ class SparsityController:
         self.device = torch.device(torch.cuda.current_device())
         self._rows = [number - 1 for number in layer_numbers(self.routers, modules, config.num_layers)]
         self._num_layers = count_layers(modules, config)
-        growth = LARGEST_COEFFICIENT / config.moe_relu_l1_reg_coeff_init
-        self._largest_exponent = max(0, int(math.log(growth, config.moe_relu_l1_reg_coeff_multiplier)))
-        # Also watch vectors (norms and biases) for NaN and Inf: a router that is off for all tokens has no gradient.
-        vectors = [weight for module in modules for weight in module.parameters(recurse=False) if weight.dim() == 1]
-        self._watched = [*vectors, *(router.weight for router in self.routers)]
+        self._smallest_exponent, self._largest_exponent = (
+            int(math.log(bound / config.moe_relu_l1_reg_coeff_init, config.moe_relu_l1_reg_coeff_multiplier))
+            for bound in (SMALLEST_COEFFICIENT, LARGEST_COEFFICIENT)
+        )
+        # Gradients watched for NaN and Inf. With fp16, the optimizer skips a step if any gradient overflows. Otherwise
+        # NaN and Inf spread: the routers show them, or the vectors (norms and biases) if all routers are off.
+        weights = [weight for module in modules for weight in module.parameters(recurse=False)]
+        router_weights = {id(router.weight) for router in self.routers}
+        self._watched = [
+            weight for weight in weights if config.fp16 or weight.dim() == 1 or id(weight) in router_weights
+        ]
         self._last: StepSums | None = None
         # `[2, layers]`: computed pairs and tokens of each layer, over all steps.
         self.running_sums = torch.zeros(2, self._num_layers, dtype=torch.float64, device=self.device)
@@ -71,11 +78,13 @@ class SparsityController:
         torch._foreach_add_(list(self.running_sums), [computed_L, tokens_L])
         if not self.routers:
             return
-        # Megatron skips a step that is not finite, or stops. Such a step leaves λ and the guarded layers unchanged.
+        # The optimizer skips a step that is not finite, or Megatron stops: λ and the guarded layers stay unchanged.
         is_finite = torch.isfinite(sums.buffer).all()
         # target - S = (active - k · tokens) / (tokens · E). The sign of the whole number active - k · tokens is exact.
         direction = torch.where(is_finite, torch.sign((active_L - topk * tokens_L).sum()), 0.0)
-        exponent = (self.routers[0].l1_exponent + direction.to(torch.int64)).clamp_(max=self._largest_exponent)
+        exponent = (self.routers[0].l1_exponent + direction.to(torch.int64)).clamp_(
+            min(self._smallest_exponent, 0), max(self._largest_exponent, 0)
+        )
         is_almost_off_L = active_L < self.config.moe_relu_layer_floor * topk * tokens_L
         guarded_L = torch.where(is_finite, is_almost_off_L, sums.guarded > 0).to(torch.int64)
         # One launch for all routers.
@@ -96,11 +105,11 @@ class SparsityController:
             sums.l1_exponent.copy_(self.routers[0].l1_exponent)
             sums.ranks.fill_(1.0)
         gradients = [_reduced_gradient(parameter) for parameter in self._watched]
-        flat = [gradient.reshape(-1) for gradient in gradients if gradient is not None]
-        if flat:
-            # 0 · sum is 0, or NaN if a gradient is not finite; the all-reduce spreads NaN to all ranks. Sum in fp32: a
+        if gradients := [gradient for gradient in gradients if gradient is not None]:
+            # 0 · x is 0, or NaN if a gradient is not finite; the all-reduce spreads NaN to all ranks. Sum in fp32: a
             # loss scale makes fp16 gradients large, and their sum could overflow.
-            torch.mul(torch.cat(flat).sum(dtype=torch.float32), 0.0, out=sums.not_finite)
+            largest = torch.stack(torch._foreach_norm(gradients, torch.inf))
+            torch.mul(largest.sum(dtype=torch.float32), 0.0, out=sums.not_finite)
         return sums
 
     def totals(self) -> dict[str, int]:

@@ -14,7 +14,7 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.routing.config import ReMoEConfig
 
-COLUMNS = ("tokens", "l1_loss", "micro_batches", "left_out")  # after the tokens of each expert
+COLUMNS = ("tokens", "l1_loss", "micro_batches", "left_out", "chunks")  # after the tokens of each expert
 
 
 class RoutingCounts:
@@ -26,10 +26,11 @@ class RoutingCounts:
     - `tokens`: tokens that the router saw;
     - `l1_loss`: L_reg, summed over micro-batches;
     - `micro_batches`: their number; each of n ranks that share a sequence adds 1/n;
-    - `left_out`: active pairs that are not computed, because of `moe_relu_max_experts`.
+    - `left_out`: active pairs that are not computed, because of `moe_relu_max_experts`;
+    - `chunks`: chunks in which the layer ran, weighted like `micro_batches`; 0 if it ran as Megatron's layer.
 
     Attributes:
-        table: float64 `[..., E + 4]`, in this order.
+        table: float64 `[..., E + 5]`, in this order.
     """
 
     def __init__(self, table: torch.Tensor) -> None:
@@ -74,7 +75,7 @@ class StepSums:
     """Everything that ranks add up after a step: the counts of all layers, and the state of their routers.
 
     Attributes:
-        buffer: float64 `[L·(E + 4) + L + 3]`; the others are views of it.
+        buffer: float64 `[L·(E + 5) + L + 3]`; the others are views of it.
         counts: a row for each layer.
         guarded: `[L]`, how many ranks guard the layer.
         l1_exponent: a scalar, the sum of the ranks' exponent n of λ.
@@ -117,6 +118,8 @@ class RoutingSummary:
         guarded_layers: layers without L1 whose gates were pushed up, because they were almost off in the step before.
         layer_sparsity: layer → its sparsity, to 6 decimals.
         layer_l1_loss: layer → its L_reg, to 6 significant digits.
+        layer_chunks: layer → mean number of chunks over micro-batches and ranks, to 3 decimals. Above 1, the layer
+            exceeded `moe_relu_activation_limit` and recomputed its experts.
         tokens_per_expert: layer → share of its tokens with a positive gate, `num_experts` values to 5 decimals.
     """
 
@@ -129,6 +132,7 @@ class RoutingSummary:
     guarded_layers: list[int]
     layer_sparsity: dict[int, float]
     layer_l1_loss: dict[int, float]
+    layer_chunks: dict[int, float]
     tokens_per_expert: dict[int, list[float]]
 
     @classmethod
@@ -151,6 +155,10 @@ class RoutingSummary:
             guarded_layers=[number for number in layers if sums.guarded[number - 1] > 0],
             layer_sparsity={number: round(sparsity, 6) for number, sparsity in sparsities.items()},
             layer_l1_loss={number: float(f"{loss:.6g}") for number, loss in l1_losses.items()},
+            layer_chunks={
+                number: round(max(1.0, (row["chunks"] / row["micro_batches"]).item()), 3)
+                for number, row in layers.items()
+            },
             tokens_per_expert={number: [round(share, 5) for share in row] for number, row in shares.items()},
         )
 

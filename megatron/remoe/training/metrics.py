@@ -7,8 +7,10 @@ from typing import Any
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron.remoe.patches.log_lines import run_logger
 from megatron.remoe.routing.controller import SparsityController
+from megatron.remoe.routing.counts import RoutingSummary
 from megatron.remoe.training.flips import FlipMeter
 from megatron.remoe.training.pairs import PairCounter
+from megatron.training import print_rank_last
 
 # The figures of a `RoutingSummary` in Megatron's line, each with its format.
 PRINTED = {"sparsity": ".6f", "target_sparsity": ".6f", "l1_coefficient": ".6E", "l1_loss": ".6E"}
@@ -26,6 +28,7 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
         super().__init__()
         self.flips: FlipMeter | None = None
         self._args, self._counter, self._first = args, counter, True
+        self._has_reached_target, self._has_warned = False, False
 
     def ensure_initialized(self, name: str, _num_layers: int, *others: Any) -> None:
         """Use the routers' number of layers. For a HybridModel, Megatron's loop gives the number of MoE layers."""
@@ -65,6 +68,8 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
                 )
                 if summary.guarded_layers:
                     text += f" guarded layers: {','.join(map(str, summary.guarded_layers))} |"
+                if is_printed:
+                    self._warn_of_chunks(summary)
                 record |= figures
         elif isinstance(self._counter, PairCounter) and is_printed:
             record["tokens_per_expert"] = self._counter.tokens_per_expert()
@@ -73,6 +78,18 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
             if record:
                 run_logger().info(record)
         return text
+
+    def _warn_of_chunks(self, summary: RoutingSummary) -> None:
+        """Print a line, once, about layers that work in chunks after S has reached its target."""
+        layers = [number for number, chunks in summary.layer_chunks.items() if chunks > 1]
+        if self._has_reached_target and layers and not self._has_warned:
+            self._has_warned = True
+            print_rank_last(
+                f"Layers that work in chunks although S has reached its target: {', '.join(map(str, layers))}. They exceed "
+                f"{self._args.moe_relu_activation_limit:g} x topk experts per token on a rank, and recompute their experts "
+                "in every step. If memory allows, raise --moe-relu-activation-limit."
+            )
+        self._has_reached_target |= summary.sparsity >= summary.target_sparsity
 
     def _measure_flips(self, iteration: int, writer: Any, wandb_writer: Any) -> dict[str, Any]:
         """Measure and log the flips if they are due. Return their figures for the step's record, or {}."""
@@ -90,6 +107,7 @@ def _scalars(figures: dict[str, Any], per_layer: bool) -> dict[str, float]:
     for number, sparsity in figures["layer_sparsity"].items() if per_layer else ():
         scalars[f"sparsity_layer_{number}"] = sparsity
         scalars[f"l1_loss_layer_{number}"] = figures["layer_l1_loss"][number]
+        scalars[f"chunks_layer_{number}"] = figures["layer_chunks"][number]
         for expert, share in enumerate(figures["tokens_per_expert"][number]):
             scalars[f"tokens_per_expert_layer_{number}_expert_{expert}"] = share
     return {f"moe_relu/{name}": value for name, value in scalars.items()}

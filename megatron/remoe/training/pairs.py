@@ -35,8 +35,10 @@ class PairCounter:
         if router.training and torch.is_grad_enabled():
             _, map_TE = output
             padding_mask = kwargs.get("padding_mask", args[1] if len(args) > 1 else None)
+            if padding_mask is not None:  # hash layers route padding, too
+                map_TE = map_TE & ~padding_mask.reshape(-1, 1)
             self._step[row, :-1] += map_TE.sum(dim=0)
-            self._step[row, -1] += len(map_TE) - (0 if padding_mask is None else padding_mask.sum())
+            self._step[row, -1] += len(map_TE) if padding_mask is None else (~padding_mask).sum()
 
     @torch.no_grad()
     def update(self) -> None:
