@@ -57,7 +57,7 @@ def resumed(flags: str = "", routing: list[str] = RELU, run: str = "remoe") -> A
     return plain(f"{' '.join(routing)} {saving} {flags}")
 
 
-MAKE = "tools/preprocess_data.py"
+MAKE = "remoe preprocess"
 HYBRID = "--hybrid-layer-pattern *E*E"
 WHOLE = "--full-validation --multiple-validation-sets --train-data-path {text} --valid-data-path {text}"
 ENTRY = {
