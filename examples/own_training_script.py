@@ -41,15 +41,16 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> An
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
-def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    loss, tokens = (losses.float() * loss_mask).sum(), loss_mask.sum().int()
-    return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens])}
+def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> Any:
+    # Change the losses or the mask here. This function also checks for NaN, Inf and spikes, as the flags ask for.
+    return remoe.loss_func(loss_mask, losses)
 
 
 def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
     batch = remoe.get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     tokens, labels, loss_mask, attention_mask, positions = batch
-    return model(tokens, positions, attention_mask, labels=labels), partial(loss_func, loss_mask)
+    output = model(tokens, positions, attention_mask, labels=labels, loss_mask=loss_mask)
+    return output, partial(loss_func, loss_mask)
 
 
 with remoe.exit_on_error(), ExitStack() as exit_stack:

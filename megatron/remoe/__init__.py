@@ -24,6 +24,7 @@ _MODULES = {
     "with_flips": "training.hooks",
     "dataset_config": "training.gpt",
     "get_batch": "training.gpt",
+    "loss_func": "training.gpt",
     "write_run_log": "training.run_log",
     "add_summary": "training.summary",
     "check_folders_are_shared": "start.run_lock",

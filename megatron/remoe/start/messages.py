@@ -147,6 +147,5 @@ def newest_save() -> str:
     if not save or "://" in save:
         return ""
     newest = newest_complete(Path(save))
-    return (
-        f"--save {save} holds {'no whole checkpoint' if newest is None else f'the checkpoint of iteration {newest}'}."
-    )
+    held = "no whole checkpoint" if newest is None else f"the whole checkpoint of iteration {newest}"
+    return f"--save {save} holds {held}."
