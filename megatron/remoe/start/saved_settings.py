@@ -56,13 +56,13 @@ SAME_RESULT = {
         moe_per_layer_logging moe_permute_fusion moe_permute_fusion_into_hybridep moe_relu_activation_limit
         moe_router_fusion moe_shared_expert_overlap moe_token_dispatcher_type num_layers_in_first_pipeline_stage
         num_layers_in_last_pipeline_stage offload_modules pipeline_model_parallel_layout recompute_granularity
-        recompute_method recompute_modules recompute_num_layers test_mode tp_comm_overlap_cfg transformer_impl
+        recompute_method recompute_modules recompute_num_layers tp_comm_overlap_cfg transformer_impl
         use_fused_weighted_squared_relu use_grouped_gemm_for_dense_mlp use_grouped_gemm_for_shared_expert
         use_inference_optimized_layers use_transformer_engine_op_fuser
     """,
     "optimizer": """
         optimizer_cpu_offload optimizer_cuda_graph optimizer_offload_fraction overlap_cpu_optimizer_d2h_h2d
-        overlap_param_gather overlap_param_gather_with_optimizer_step use_torch_optimizer_for_cpu_offload
+        overlap_param_gather_with_optimizer_step use_torch_optimizer_for_cpu_offload
     """,
     "rng": "inference_rng_tracker",
     "network size": "decoder_num_layers encoder_num_layers",
