@@ -12,17 +12,14 @@ from typing import Any
 import torch
 
 from megatron import remoe
-from megatron.remoe.pretrain import prepare
 
-ON_CPU = prepare()  # before other imports of Megatron
+ON_CPU = remoe.prepare()  # before other imports of Megatron
 
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.utils import get_attr_wrapped_model
-from megatron.remoe.start.messages import usage_errors
-from megatron.remoe.training.gpt import dataset_config, get_batch
 from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
@@ -37,26 +34,27 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> An
         return mpu.get_tensor_model_parallel_rank() == 0
 
     kind = MockGPTDataset if args.mock_data else GPTDataset
-    builder = BlendedMegatronDatasetBuilder(kind, num_samples, on_this_rank, dataset_config())
+    builder = BlendedMegatronDatasetBuilder(kind, num_samples, on_this_rank, remoe.dataset_config())
     return [None if wanted == 0 else data_set for wanted, data_set in zip(num_samples, builder.build(), strict=True)]
 
 
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
-def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    loss, tokens = (losses.float() * loss_mask).sum(), loss_mask.sum().int()
-    return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens])}
+def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> Any:
+    # Change the losses or the mask here. This function also checks for NaN, Inf and spikes, as the flags ask for.
+    return remoe.loss_func(loss_mask, losses)
 
 
 def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
-    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    batch = remoe.get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     tokens, labels, loss_mask, attention_mask, positions = batch
-    return model(tokens, positions, attention_mask, labels=labels), partial(loss_func, loss_mask)
+    output = model(tokens, positions, attention_mask, labels=labels, loss_mask=loss_mask)
+    return output, partial(loss_func, loss_mask)
 
 
 with remoe.exit_on_error(), ExitStack() as exit_stack:
-    with usage_errors():  # one message instead of a traceback
+    with remoe.usage_errors():  # one message instead of a traceback
         args = remoe.checked_arguments(ON_CPU, exit_stack, my_arguments)
         remoe.apply_patches(saves=bool(args.save))
         model_cfg = remoe.model_config_from_args(args)  # a GPTModel or, with --hybrid-layer-pattern, a HybridModel

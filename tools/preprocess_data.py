@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     empty = f" ({state.empty:,} empty)" if state.empty else ""
     notes = [f"{state.documents:,} documents{empty}, {state.tokens:,} tokens"]
     if state.left_out:
-        notes.append(f"left out {state.left_out:,} lines")
+        notes.append(f"left out {state.left_out:,} line{'s' * (state.left_out > 1)}")
     notes.append(f"{duration(seconds)}, {format_rates(state, seconds)} with {encoder.engine}")
     print(f"{', '.join(str(job.prefix(key)) for key in job.json_keys)}: {'; '.join(notes)}")
 

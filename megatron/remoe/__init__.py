@@ -22,12 +22,17 @@ _MODULES = {
     "install_local_layers": "training.hooks",
     "install_routing": "training.hooks",
     "with_flips": "training.hooks",
+    "dataset_config": "training.gpt",
+    "get_batch": "training.gpt",
+    "loss_func": "training.gpt",
     "write_run_log": "training.run_log",
     "add_summary": "training.summary",
     "check_folders_are_shared": "start.run_lock",
+    "usage_errors": "start.messages",
     "apply_patches": "patches",
     "checked_arguments": "pretrain",
     "exit_on_error": "pretrain",
+    "prepare": "pretrain",
 }
 __all__ = sorted(_MODULES)
 

@@ -47,9 +47,12 @@ def exit_on_error() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():
             worker.kill()
+        from megatron.remoe.start.messages import exit_with_message, newest_save
+
         if isinstance(error, KeyboardInterrupt):
+            if os.environ.get("RANK") == "0" and (words := newest_save()):
+                print(f"interrupted: {words}", file=sys.stderr, flush=True)
             raise
-        from megatron.remoe.start.messages import exit_with_message
 
         exit_with_message(error)
 
@@ -83,6 +86,7 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", exit_st
     """
     from megatron.core.enums import ModelType
     from megatron.remoe import patches
+    from megatron.remoe.start import console
     from megatron.remoe.start.messages import usage_errors
     from megatron.remoe.start.run_lock import check_folders_are_shared
     from megatron.remoe.training import hooks
@@ -104,6 +108,8 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", exit_st
         add_summary(args, model_cfg)
         model_cfg.pre_wrap_hooks.append(lambda chunks: check_folders_are_shared(args, chunks))
         exit_stack.enter_context(write_run_log(args))
+    if args.rank == 0 and not args.hybrid_layer_pattern:
+        print(console.GPT_MODEL, file=sys.stderr, flush=True)
 
     if observe is not None:
         observe(model_cfg)

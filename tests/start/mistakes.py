@@ -57,7 +57,7 @@ def resumed(flags: str = "", routing: list[str] = RELU, run: str = "remoe") -> A
     return plain(f"{' '.join(routing)} {saving} {flags}")
 
 
-MAKE = "tools/preprocess_data.py"
+MAKE = "remoe preprocess"
 HYBRID = "--hybrid-layer-pattern *E*E"
 WHOLE = "--full-validation --multiple-validation-sets --train-data-path {text} --valid-data-path {text}"
 ENTRY = {
@@ -89,9 +89,6 @@ ENTRY = {
     ),
     "like no other flag": Case(on("text", "--learning-rate 1"), "--learning-rate 1. --help lists all flags"),
     "heads": Case(on("text", "--num-attention-heads 5"), "num_attention_heads|Megatron refuses these settings"),
-    "experts that tensor parallelism cannot split": Case(
-        on("text", "--expert-tensor-parallel-size 3"), "E203|--moe-ffn-hidden-size 128|--expert-tensor-parallel-size 3"
-    ),
     "saves that fail": Case(
         on("text", "--optimizer sgd --async-save --use-persistent-ckpt-worker --save {new} --save-interval 1"),
         "E203|--optimizer sgd|--async-save",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megatron.remoe.files.indexed import bin_path, idx_path
+from megatron.remoe.start.console import GPT_MODEL
 from tests.data_sets import write_documents, write_tokens
 from tests.entry import LIMIT, shared_entry
 from tests.start.mistakes import ENTRY, HYBRID, User, on, plain
@@ -87,6 +88,7 @@ def test_resuming_allows_changed_length_and_folders(user: User, tmp_path: Path) 
     arguments = on("text", f"{others} --eval-interval 7 --eval-iters 1 {places}")(user)
     code, output = shared_entry().run(arguments)
     assert code == 0 and "iteration        4/       4" in output and "Nothing to do" not in output, output[-2000:]
+    assert output.count(GPT_MODEL) == 1
     code, output = shared_entry().run(arguments)
     assert code == 0 and "validation loss at iteration 4" in output
     last = output.splitlines()[-1]

@@ -73,7 +73,7 @@ def test_a_lost_reader_of_data_is_one_line_and_a_remedy(waited, monkeypatch, cap
     with pytest.raises(SystemExit):
         messages.exit_with_message(RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. "))
     output = capsys.readouterr().err
-    assert "Traceback" not in output and "resumes" in output
+    assert "Traceback" not in output and "was killed" in output
 
 
 @pytest.mark.parametrize(("error", "remedy"), [
@@ -82,7 +82,6 @@ def test_a_lost_reader_of_data_is_one_line_and_a_remedy(waited, monkeypatch, cap
     (torch.distributed.DistBackendError("Watchdog caught collective operation timeout: WorkNCCL("), "hangs"),
     (FileNotFoundError("No such file: '/data/finance/upgrade.bin'"), ""),
     (RuntimeError("the loss is nan"), "--ckpt-step"),
-    (Exception("supply a directory to which you have write access via the path_to_cache"), "--data-cache-path"),
     (KeyError("decoder.q_layernorm.weight from model not in state dict"), "different model"),
     (ConnectionError("HTTPSConnectionPool(host='huggingface.co', port=443): Read timed out."), ""),
 ])  # fmt: skip

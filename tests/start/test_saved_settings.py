@@ -1,10 +1,15 @@
 """Test which settings must equal those of the checkpoint that a run resumes from."""
 
 import sys
+from dataclasses import fields
 
 import pytest
 
-from megatron.remoe.start.saved_settings import differences, result_settings, schedule_settings
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.remoe.files.errors import UsageError
+from megatron.remoe.routing.config import ReMoEMLAConfig
+from megatron.remoe.start import saved_settings
+from megatron.remoe.start.saved_settings import SAME_RESULT, differences, result_settings, schedule_settings
 from megatron.remoe.training import arguments
 from tests.tiny_model import RELU
 from tests.training_runs import TINY
@@ -22,6 +27,7 @@ COMPARED = {
     "--seed 7": "--seed 1234 in the checkpoint, 7 here",
     "--bf16": "--bf16 False in the checkpoint, (on) here",
     "--global-batch-size 16": "--global-batch-size 8 in the checkpoint, 16 here",
+    "--te-rng-tracker": "--te-rng-tracker False in the checkpoint, (on) here",
     "--use-distributed-optimizer": "--use-distributed-optimizer False in the checkpoint, (on) here",
 }
 FREE = """--micro-batch-size 2|--num-workers 7|--log-interval 7|--eval-interval 7|--save elsewhere|--data-path here/text
@@ -57,3 +63,17 @@ def test_settings_of_speed_layout_and_output_are_free(flags: str, changed) -> No
 def test_the_schedule_is_compared_by_itself() -> None:
     assert "moe_relu_routing" in result_settings(False)
     assert {"lr_warmup_iters", "lr_decay_style", "weight_decay"} <= schedule_settings() - result_settings(False)
+
+
+# Megatron's settings per group. If this fails, put each new setting that does not change results into `SAME_RESULT`.
+SETTINGS = {"model": 271, "optimizer": 57, "rng": 4, "network size": 29, "moe": 6, "data and dataloader": 41}
+
+
+def test_new_settings_of_megatron_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = saved_settings.setting_groups(is_latent=True)
+    added = {field.name for field in fields(ReMoEMLAConfig)} - {field.name for field in fields(MLATransformerConfig)}
+    assert {title: len(names - added) for title, names in groups.items()} == SETTINGS
+    assert [name for title, names in SAME_RESULT.items() for name in names.split() if name not in groups[title]] == []
+    monkeypatch.setattr(saved_settings, "FLAG_GROUPS", ("network size", "renamed"))
+    with pytest.raises(UsageError, match="renamed"):
+        result_settings(False)

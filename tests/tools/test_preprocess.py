@@ -156,7 +156,7 @@ def test_bad_lines(kind, tmp_path, capsys, small_blocks, flags, tokenizer) -> No
     assert names(tmp_path) == ["a.jsonl"]
     assert preprocess_data.main(flags(tmp_path / "out", source, extra="--on-error skip")) == 0
     output = capsys.readouterr()
-    assert "703 documents" in output.out and "left out 1 lines" in output.out
+    assert "703 documents" in output.out and "left out 1 line;" in output.out
     assert f"left out: {source}, line 701: " in output.err
     write_reference([GOOD] * 703, tmp_path / "expected", folder=str(tokenizer))
     assert same_files(tmp_path / "out", tmp_path / "expected")

@@ -56,7 +56,8 @@ def test_file_that_cannot_grow(data: Path, tmp_path: Path) -> None:
     half = max(file.stat().st_size for file in (tmp_path / "iter_0000002").iterdir()) // 2
     (script := tmp_path / "pretrain_gpt.py").write_text(LIMITED.format(half))
     message = last_error(run(words, expect=1, script=script))
-    assert "File too large" in message and "Free some space" in message
+    assert "File too large" in message and "iteration 2" in message
+    assert "no whole checkpoint" in last_error(run(training(data, tmp_path / "new"), expect=1, script=script))
     with pytest.raises(BrokenCheckpointError):
         check_complete(tmp_path / "iter_0000004")
     assert list(records(run(words))) == [3, 4, 5, 6]

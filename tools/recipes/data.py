@@ -71,7 +71,7 @@ def find_data_sets(folder: str) -> list[str]:
     """
     names = sorted(path.name.removesuffix(".bin") for path in Path(folder).glob("[!.]*_document.bin") if path.is_file())
     if not names:
-        raise RecipeError(f"no *_document.bin in DATA_DIR={folder}: make them with tools/preprocess_data.py")
+        raise RecipeError(f"no *_document.bin in DATA_DIR={folder}: make them with remoe preprocess")
     shards = {name: match[1] for name in names if (match := _SHARD.fullmatch(name))}
     numbers = [*shards.values()]
     if twice := sorted({number for number in numbers if numbers.count(number) > 1}):

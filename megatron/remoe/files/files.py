@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import secrets
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -32,14 +33,25 @@ def write_text(path: Path, text: str) -> None:
 
 
 def find_cache_folder() -> Path:
-    """Return a folder for files that can be made again: $XDG_CACHE_HOME or ~/.cache, or else the temporary folder."""
+    """Return a folder for files that can be made again: in $XDG_CACHE_HOME or ~/.cache, or else among temporary files.
+
+    Compiled helpers are loaded from it. A temporary folder that others can write to, or own, is not used.
+    """
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-remoe"
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # it can be written
             return folder
     except (OSError, RuntimeError):  # RuntimeError: the user has no home folder, as an unknown user in a container
-        return Path(tempfile.gettempdir()) / f"megatron-remoe-{os.getuid()}"
+        folder = Path(tempfile.gettempdir()) / f"megatron-remoe-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not stat.S_IMODE(status.st_mode) & 0o077:
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
 
 
 def sync(path: Path) -> None:

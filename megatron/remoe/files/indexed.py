@@ -141,7 +141,7 @@ class IndexedReader:
         if missing := [str(path) for path in (index, tokens) if not path.is_file()]:
             raise DataError(
                 f"there is no {' and no '.join(missing)}. Give the prefix of a .bin/.idx pair, without suffix; "
-                "tools/preprocess_data.py makes one.",
+                "remoe preprocess makes one.",
                 "REMOE-E301",
             )
         self.dtype, sequences, bounds = _read_header(index)
@@ -199,7 +199,7 @@ class IndexedReader:
             ends += offset
             wrong = (sizes < 0) | (self.pointers[here] != ends - sizes)
             if wrong.any():
-                raise _corrupt(index, f"length or place of sequence {i + int(np.argmax(wrong))} does not fit the rest")
+                raise _corrupt(index, f"sequence {i + int(np.argmax(wrong))}: length and offset are inconsistent")
             offset = int(ends[-1])
         steps = range(0, len(self.bounds), ENTRIES_AT_ONCE)
         ordered = all((np.diff(self.bounds[i : i + ENTRIES_AT_ONCE + 1]) >= 0).all() for i in steps)
@@ -221,6 +221,6 @@ def _read_header(path: Path) -> tuple[np.dtype, int, int]:
 
 def _corrupt(path: Path, why: str) -> DataError:
     return DataError(
-        f"{path} is truncated or corrupt: {why}. Copy the pair again, or make it again with tools/preprocess_data.py.",
+        f"{path} is truncated or corrupt: {why}. Copy the pair again, or make it again with remoe preprocess.",
         "REMOE-E302",
     )

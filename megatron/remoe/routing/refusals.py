@@ -139,21 +139,27 @@ def routing_problems(settings: Settings) -> list[str]:
     """
     by_code = {
         "REMOE-E205": _values(settings) if settings.moe_relu_routing else (),
-        "REMOE-E204": _refused(settings, "--moe-relu-routing") if settings.moe_relu_routing else (),
+        "REMOE-E204": _refused(settings, "relu", "--moe-relu-routing") if settings.moe_relu_routing else (),
         "REMOE-E206": _warmup(settings),
         "REMOE-E207": _baseline(settings),
     }
     return [f"{problem} [{code}]" for code, problems in by_code.items() for problem in problems]
 
 
-def _refused(settings: Settings, given: str) -> Iterator[str]:
-    """Yield a message for each of Megatron's settings that cannot be used with the router of the flag `given`."""
+def _refused(settings: Settings, router: str, given: str) -> Iterator[str]:
+    """Yield a message for each of Megatron's settings that cannot be used with a router.
+
+    Args:
+        settings: as in `routing_problems`.
+        router: "relu", "warmup" or a value of --moe-baseline-router.
+        given: the flag that asks for the router.
+    """
     refusals = [*REFUSALS]
-    if given == "--moe-warmup-topk":  # the warm-up routes by top-k
+    if router == "warmup":  # it routes by top-k
         refusals = [refusal for refusal in REFUSALS if refusal.reason != IGNORED]
-    elif given == "--moe-baseline-router normalized_top_k":
+    elif router == "normalized_top_k":
         refusals = [refusal for refusal in REFUSALS if refusal.name != "moe_aux_loss_coeff"]
-    elif given == "--moe-baseline-router hash":
+    elif router == "hash":
         refusals += NOT_WITH_HASH
     problems = [refusal.problem(settings, given) for refusal in refusals]
     if settings.moe_relu_activation_limit:
@@ -226,7 +232,7 @@ def _warmup(settings: Settings) -> Iterator[str]:
     if settings.moe_relu_routing:
         yield "--moe-warmup-topk cannot be used with --moe-relu-routing, which is dense at first anyway. Leave it out."
     else:
-        yield from _refused(settings, "--moe-warmup-topk")
+        yield from _refused(settings, "warmup", "--moe-warmup-topk")
 
 
 def _baseline(settings: Settings) -> Iterator[str]:
@@ -245,7 +251,7 @@ def _baseline(settings: Settings) -> Iterator[str]:
         other = "--moe-relu-routing" if settings.moe_relu_routing else "--moe-warmup-topk"
         yield f"{other} cannot be used with {given}: each replaces the router. Give only one of them."
     if not changes_relu:  # --moe-relu-routing already refuses the same settings
-        yield from _refused(settings, given)
+        yield from _refused(settings, settings.moe_baseline_router, given)
 
 
 def _experts(settings: Settings) -> int:

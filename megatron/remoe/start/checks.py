@@ -7,8 +7,8 @@ written. `args` are Megatron's arguments: parsed for `check_required_flags`, val
 import argparse
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from megatron.remoe.files.errors import DataError, UsageError
 from megatron.remoe.routing.refusals import shown
@@ -33,110 +33,126 @@ def check_required_flags(args: argparse.Namespace) -> None:
 
 
 def check_settings(args: argparse.Namespace) -> None:
-    """Refuse settings that Megatron would silently ignore, or that would make it fail late.
+    """Refuse settings that Megatron ignores or gets wrong, or with which it fails late or loses work."""
+    checks = (_launch, _ignored, _data, _pipeline, _saving, _skipped_steps, _fsdp)
+    problems = [problem for check in checks for problem in check(args)]
+    for code, lines in (("REMOE-E202", [*_pattern(args)]), ("REMOE-E203", problems)):
+        if lines:
+            raise UsageError("\n".join(lines), code)
 
-    Some would fail at the first evaluation or save, which can be after the last step.
-    """
+
+def _pattern(args: argparse.Namespace) -> Iterator[str]:
+    """Go on wrongly: Megatron builds the pattern's layers, and counts others."""
     pattern, experts = args.hybrid_layer_pattern, args.num_experts
     if pattern and bool(experts) != ("E" in pattern):
-        raise UsageError(
+        yield (
             f"--hybrid-layer-pattern {pattern} with --num-experts {experts}: give --num-experts if the pattern has MoE "
-            "layers (E), for instance '*E*E', and only then.",
-            "REMOE-E202",
+            "layers (E), for instance '*E*E', and only then."
         )
     if pattern and "*" in pattern and args.multi_latent_attention:
-        raise UsageError(
+        yield (
             f"--hybrid-layer-pattern {pattern} with --multi-latent-attention: * has neither latents nor rotary "
-            "embedding. Use + for multi-latent attention.",
-            "REMOE-E202",
+            "embedding. Use + for multi-latent attention."
         )
-    sets, layout = args.multiple_validation_sets, args.pipeline_model_parallel_layout or ""
-    stages = args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)
-    size, parts = args.moe_ffn_hidden_size, args.expert_tensor_parallel_size
+
+
+def _launch(args: argparse.Namespace) -> Iterator[str]:
+    """Lose work: each task of srun or mpirun would train the whole model."""
+    if os.environ.get("WORLD_SIZE") == "1" and any(int(os.environ.get(name) or 1) > 1 for name in TASKS):
+        yield "srun or mpirun started several tasks, which train alone: start one torchrun per node, with --nnodes."
+
+
+def _ignored(args: argparse.Namespace) -> Iterator[str]:
+    """Go on wrongly: these have no effect."""
+    # training/global_vars.py: set_global_variables passes on only --step-batch-size-schedule.
+    if args.rampup_batch_size:
+        yield "--rampup-batch-size: Megatron ignores it. Use --step-batch-size-schedule."
+    if args.fim_data or args.sft or args.dataloader_inter_document_masking or args.logits_load_dir:
+        yield (
+            "--fim-data, --sft, --dataloader-inter-document-masking, --logits-load-dir: this program reads tokens from "
+            ".bin/.idx files, with its own loss. Leave them out."
+        )
+    if args.inprocess_restart:
+        yield "--inprocess-restart: this program does not restart in its process. Leave it out."
+    if args.transformer_impl == "local" and "layernorm" in (args.recompute_modules or ()):
+        yield "--recompute-modules layernorm: needs Transformer Engine. Leave it out."
+    # training/dgrad_logging.py and training/activation_logging.py look for Transformer Engine's layers.
+    if args.transformer_impl == "local" and (args.save_dgrads_interval or args.save_activations_interval):
+        yield "--save-dgrads-interval, --save-activations-interval: need Transformer Engine. Leave them out."
+
+
+def _data(args: argparse.Namespace) -> Iterator[str]:
+    """Fail at the first evaluation, or go on with the wrong sets or lengths."""
+    if args.full_validation != args.multiple_validation_sets:
+        yield "--full-validation and --multiple-validation-sets: one does not work without the other. Give both."
+    if args.full_validation and args.virtual_pipeline_model_parallel_size:
+        yield "--full-validation with virtual pipeline stages: Megatron mixes up the sets. Leave one of the two out."
+    # Megatron plans data and learning rates for --train-iters of --micro-batch-size.
+    if args.step_batch_size_schedule and not (args.train_samples or args.skip_train):
+        schedule = f"--step-batch-size-schedule {shown(args.step_batch_size_schedule)}"
+        yield f"{schedule} needs --train-samples. Give it instead of --train-iters."
+
+
+def _pipeline(args: argparse.Namespace) -> Iterator[str]:
+    """Go on wrongly: inner pipeline stages get neither tokens nor masks (training/gpt.py: get_batch)."""
+    layout = args.pipeline_model_parallel_layout or ""
+    if "m" in layout.rpartition("|")[0]:
+        yield (
+            f"--pipeline-model-parallel-layout {layout}: only the first and the last stage get tokens. Put all m into "
+            "the last stage."
+        )
+    if args.reset_attention_mask and _stages(args) > 2:
+        yield "--reset-attention-mask: only the first and the last pipeline stage get the mask. Leave it out."
+
+
+def _saving(args: argparse.Namespace) -> Iterator[str]:
+    """Fail or hang at the first save, or write checkpoints that cannot be loaded."""
+    # training/checkpointing.py: iter_finalize_fn reads the tracker's content as a number.
+    if args.save and args.save_retain_interval and newest_iteration(Path(args.save)) == RELEASE:
+        given = f"--save-retain-interval: Megatron fails to save, as --save {args.save} holds a release."
+        yield f"{given} Give a new --save."
+    if args.async_save and args.distributed_backend == "gloo":
+        yield "--async-save: its process needs a GPU, and the first save would wait for it forever. Leave it out."
+    # core/models/common/language_module/language_module.py: tie_embeddings_and_output_weights_state_dict
     is_tied = args.pipeline_model_parallel_size > 1 and not args.untie_embeddings_and_output_weights
-    fsdp, interval = args.use_megatron_fsdp, args.moe_log_flips_interval
-    warm_ups = [
-        (args.lr_warmup_iters, args.lr_decay_iters or args.train_iters),
-        (args.lr_warmup_samples, args.lr_decay_samples or args.train_samples),
-    ]
-    ignored = args.fim_data or args.sft or args.dataloader_inter_document_masking or args.logits_load_dir
-    problems: dict[str, Any] = {
-        "srun or mpirun started several tasks, which would train alone: start one torchrun per node, with --nnodes.": (
-            os.environ.get("WORLD_SIZE") == "1" and any(int(os.environ.get(name) or 1) > 1 for name in TASKS)
-        ),
-        # training/checkpointing.py: iter_finalize_fn reads the tracker's content as a number.
-        f"--save-retain-interval: Megatron fails to save, as --save {args.save} holds a release. Give a new --save.": (
-            args.save and args.save_retain_interval and newest_iteration(Path(args.save)) == RELEASE
-        ),
-        "--full-validation and --multiple-validation-sets: one does not work without the other. Give both.": (
-            args.full_validation != sets
-        ),
-        "--full-validation with virtual pipeline stages: Megatron mixes up the sets. Leave one of the two out.": (
-            args.full_validation and args.virtual_pipeline_model_parallel_size
-        ),
-        # training/global_vars.py: set_global_variables passes on only --step-batch-size-schedule.
-        "--rampup-batch-size: Megatron ignores it. Use --step-batch-size-schedule.": args.rampup_batch_size,
-        # core/optimizer_param_scheduler.py: an assertion without a message
-        "--lr-warmup-iters, --lr-warmup-samples: must be below --lr-decay-iters or -samples (default: --train-iters or "
-        "-samples). Lower it.": any(warm_up and steps and warm_up >= steps for warm_up, steps in warm_ups),
-        # Megatron plans data and learning rates for --train-iters of --micro-batch-size.
-        f"--step-batch-size-schedule {shown(args.step_batch_size_schedule)} needs --train-samples. Give it instead "
-        "of --train-iters.": args.step_batch_size_schedule and not (args.train_samples or args.skip_train),
-        "--fim-data, --sft, --dataloader-inter-document-masking, --logits-load-dir: this program reads tokens from "
-        ".bin/.idx files, with its own loss. Leave them out.": ignored,
-        f"--moe-ffn-hidden-size {size} (after granularity): not divisible by --expert-tensor-parallel-size {parts}. "
-        f"Give a divisor of {size}, for instance 1.": experts and size % parts,
-        "--async-save: its process needs a GPU, and the first save would wait for it forever. Leave it out.": (
-            args.async_save and args.distributed_backend == "gloo"
-        ),
-        f"--pipeline-model-parallel-layout {layout}: only the first and the last stage get tokens. Put all m into the "
-        "last stage.": "m" in layout.rpartition("|")[0],
-        # core/models/common/language_module/language_module.py: tie_embeddings_and_output_weights_state_dict
-        "--mtp-num-layers with pipeline stages: Megatron cannot save or load tied embeddings. Add "
-        "--untie-embeddings-and-output-weights.": args.mtp_num_layers and is_tied and (args.save or args.load),
-        "--recompute-modules layernorm: needs Transformer Engine. Leave it out.": (
-            args.transformer_impl == "local" and "layernorm" in (args.recompute_modules or ())
-        ),
-        # training/dgrad_logging.py and training/activation_logging.py look for Transformer Engine's layers.
-        "--save-dgrads-interval, --save-activations-interval: need Transformer Engine. Leave them out.": (
-            args.transformer_impl == "local" and (args.save_dgrads_interval or args.save_activations_interval)
-        ),
-        # core/optimizer/__init__.py sets init_state_fn = None for sgd.
-        "--optimizer sgd with --save: Megatron cannot load its state. Add --no-load-optim, or --ckpt-format torch.": (
-            args.optimizer == "sgd" and args.save and args.ckpt_format != "torch" and not args.no_load_optim
-        ),
-        # training/training.py: a skipped step continues before the save; dummy_train_step needs one data iterator.
-        f"--iterations-to-skip {shown(args.iterations_to_skip)}: Megatron does not save in these steps, and fails with "
-        "more than two pipeline stages, or virtual ones. Give a --save-interval that divides none, or leave it out.": (
-            args.iterations_to_skip
-            and (stages > 2 or (args.save and any(step % args.save_interval == 0 for step in args.iterations_to_skip)))
-        ),
-        # training/gpt.py: get_batch, as in Megatron
-        "--reset-attention-mask: only the first and the last pipeline stage get the mask. Leave it out.": (
-            args.reset_attention_mask and stages > 2
-        ),
-        "--inprocess-restart: this program does not restart in its process. Leave it out.": args.inprocess_restart,
-        # Hooks do not see routers in a CUDA graph.
-        f"--moe-log-flips-interval {interval}: give at least 1, --num-experts, and --cuda-graph-impl none.": (
-            interval is not None and (interval < 1 or not experts or args.cuda_graph_impl != "none")
-        ),
-        "--qk-layernorm-all-heads needs --qk-layernorm, and no --multi-latent-attention. Leave it out.": (
-            args.qk_layernorm_all_heads and (args.multi_latent_attention or not args.qk_layernorm)
-        ),
-        # Megatron-FSDP computes wrong gradients with these.
-        # .../megatron_fsdp.py: all_gather_and_wait_parameters_ready makes the fusion overwrite earlier micro-batches.
-        "--use-megatron-fsdp: add --no-gradient-accumulation-fusion.": fsdp and args.gradient_accumulation_fusion,
-        # core/distributed/fsdp/src/megatron_fsdp/param_and_grad_buffer.py: gradient_reduce_preprocessing
-        "--ddp-average-in-collective: Megatron-FSDP does not divide experts' gradients with it. Leave it out.": (
-            fsdp and args.ddp_average_in_collective and args.expert_model_parallel_size > 1
-        ),
-        # If one rank of an instance holds a gradient, the same file divides it after each micro-batch. Only with
-        # --overlap-grad-reduce does training/training.py tell it which micro-batch is the last.
-        "--num-distributed-optimizer-instances: Megatron-FSDP computes wrong gradients with it in some layouts. Leave "
-        "it out.": fsdp and args.num_distributed_optimizer_instances > 1,
-    }
-    if messages := [message for message, holds in problems.items() if holds]:
-        raise UsageError("\n".join(messages), "REMOE-E203")
+    if args.mtp_num_layers and is_tied and (args.save or args.load):
+        yield (
+            "--mtp-num-layers with pipeline stages: Megatron cannot save or load tied embeddings. Add "
+            "--untie-embeddings-and-output-weights."
+        )
+    # core/optimizer/__init__.py sets init_state_fn = None for sgd.
+    if args.optimizer == "sgd" and args.save and args.ckpt_format != "torch" and not args.no_load_optim:
+        yield "--optimizer sgd with --save: Megatron cannot load its state. Add --no-load-optim or --ckpt-format torch."
+
+
+def _skipped_steps(args: argparse.Namespace) -> Iterator[str]:
+    """Lose work: training/training.py continues a skipped step before the save, and needs one data iterator."""
+    skipped = args.iterations_to_skip or ()
+    if skipped and (_stages(args) > 2 or (args.save and any(step % args.save_interval == 0 for step in skipped))):
+        yield (
+            f"--iterations-to-skip {shown(skipped)}: Megatron does not save in these steps, and fails with more than "
+            "two pipeline stages, or virtual ones. Give a --save-interval that divides none, or leave it out."
+        )
+
+
+def _fsdp(args: argparse.Namespace) -> Iterator[str]:
+    """Go on wrongly: Megatron-FSDP computes wrong gradients."""
+    if not args.use_megatron_fsdp:
+        return
+    # .../megatron_fsdp.py: all_gather_and_wait_parameters_ready makes the fusion overwrite earlier micro-batches.
+    if args.gradient_accumulation_fusion:
+        yield "--use-megatron-fsdp: add --no-gradient-accumulation-fusion."
+    # core/distributed/fsdp/src/megatron_fsdp/param_and_grad_buffer.py: gradient_reduce_preprocessing
+    if args.ddp_average_in_collective and args.expert_model_parallel_size > 1:
+        yield "--ddp-average-in-collective: Megatron-FSDP does not divide experts' gradients with it. Leave it out."
+    # If one rank of an instance holds a gradient, the same file divides it after each micro-batch. Only with
+    # --overlap-grad-reduce does training/training.py tell it which micro-batch is the last.
+    if args.num_distributed_optimizer_instances > 1:
+        yield "--num-distributed-optimizer-instances: Megatron-FSDP can compute wrong gradients with it. Leave it out."
+
+
+def _stages(args: argparse.Namespace) -> int:
+    return int(args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1))
 
 
 def make_output_folders(args: argparse.Namespace) -> None:

@@ -23,10 +23,15 @@ UNHELPFUL_WARNINGS = (
 UNHELPFUL_LOGS = {
     "megatron.core.rerun_state_machine": r"RerunStateMachine initialized|Setting RerunStateMachine|Result validation",
     "megatron.core.tensor_parallel.random": r"CPU RNG state changed within GPU RNG context",
-    "megatron.core.models.gpt.gpt_model": r"GPTModel IS DEPRECATED",
+    "megatron.core.models.gpt.gpt_model": r"GPTModel IS DEPRECATED",  # the program prints `GPT_MODEL`
     "megatron.core.dist_checkpointing.strategies.torch": r"MCore's async save is deprecated",
     "torch.utils.cpp_extension": r"No CUDA runtime is found",
 }
+
+GPT_MODEL = (
+    "Megatron only fixes bugs in GPTModel, which this run trains. For its successor, HybridModel, replace --num-layers "
+    "with --hybrid-layer-pattern: per layer '*E' with experts, '*-' without."
+)
 
 
 def _is_shown(record: logging.LogRecord) -> bool:

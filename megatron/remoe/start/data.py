@@ -170,7 +170,7 @@ def _blends(args: argparse.Namespace) -> Iterator[tuple[str, Blend, list[tuple[f
                 yield flag, part, [(0.0, 1.0) if i == number else None for i in range(len(SPLITS))]
     else:
         raise DataError(
-            "--data-path is missing: give the prefix of a .bin/.idx pair, without suffix (tools/preprocess_data.py "
-            "makes one), or --mock-data to try things out.",
+            "--data-path is missing: give the prefix of a .bin/.idx pair, without suffix (remoe preprocess makes one), "
+            "or --mock-data to try things out.",
             "REMOE-E301",
         )

@@ -12,29 +12,28 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NoReturn
 
 from megatron.remoe.files.errors import DataError, UsageError, with_code
+from megatron.remoe.start.checkpoint_files import newest_complete
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, unwrap
 
 LOST_WORKER = r"DataLoader worker .*(exited unexpectedly|is killed by signal)"
+DISK_FULL = r"No space left on device|Disk quota exceeded|File too large"
 # Pattern of an error → remedy.
 REMEDIES = {
-    LOST_WORKER: "A data loader process was killed, by a signal or for lack of memory. The last complete checkpoint is "
-    "intact; the same command resumes from it.",
+    LOST_WORKER: "A data loader process was killed, by a signal or for lack of memory.",
     r"EADDRINUSE|address already in use": "The port is in use: choose a different MASTER_PORT, or unset RANK.",
     r"Connection (reset by peer|closed by peer|was likely closed)|remote process exited|"
     r"NCCL.*(abort|remote|unhandled system)": "Another rank has ended: its last lines, or its exit code in torchrun's "
     "report, show the reason.",
-    r"divisible by eval_micro_batch_size": "If not given, they equal --global-batch-size and --micro-batch-size.",
     r"DistStoreError|DistNetworkError": "Not all ranks reached each other: start WORLD_SIZE of them, "
     "and check that all can reach MASTER_ADDR and MASTER_PORT of the first node.",
     r"gloo.*timed out|Watchdog caught collective": "Another rank has stopped or hangs: its log says where.",
     r"out of memory|can't allocate memory": "Use a smaller --micro-batch-size, more devices, or "
     "--recompute-granularity full with its flags.",
-    r"No space left on device|Disk quota exceeded|File too large": "Free some space. The last whole "
-    "checkpoint is still there, and the same command resumes from it.",
-    "path_to_cache": "Give a writable folder with --data-cache-path.",
+    DISK_FULL: "Free some space.",
     r"found (NaN|Inf) in|\bnan\b.*(loss|grad)|(loss|grad).*\bnan\b": "Lower --lr, or check the data. To resume, add "
     "--no-load-optim and --ckpt-step with an earlier iteration; leave both out of later starts.",
     r"OptimizerParamScheduler: class input value": "Give the checkpoint's values, or --override-opt_param-scheduler to "
@@ -131,5 +130,22 @@ def describe_error(error: BaseException) -> str:
 
 def _remedy(text: str) -> str:
     """Return the remedy for an error as a line below it, or ""."""
-    remedies = (f"\n{remedy}" for pattern, remedy in REMEDIES.items() if re.search(pattern, text, re.IGNORECASE))
-    return next(remedies, "")
+    for pattern, remedy in REMEDIES.items():
+        if re.search(pattern, text, re.IGNORECASE):
+            return f"\n{remedy}" + (f" {newest_save()}" if pattern in (LOST_WORKER, DISK_FULL) else "")
+    return ""
+
+
+def newest_save() -> str:
+    """Return a sentence with the newest complete checkpoint in --save, or "" if the run does not save."""
+    from megatron.training.global_vars import get_args
+
+    try:
+        save = get_args().save
+    except AssertionError:  # the flags are not parsed yet
+        return ""
+    if not save or "://" in save:
+        return ""
+    newest = newest_complete(Path(save))
+    held = "no whole checkpoint" if newest is None else f"the whole checkpoint of iteration {newest}"
+    return f"--save {save} holds {held}."

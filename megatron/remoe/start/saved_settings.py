@@ -2,12 +2,11 @@
 
 Megatron sorts its settings into configurations (`PretrainConfigContainer`) and its flags into groups. This module
 compares those of the model, the optimizer, the schedule and the data, including future ones. It leaves out settings
-that also belong to a configuration of layout or output, and those that, by their names, change only speed or memory.
+that also belong to a configuration of layout or output, and those that change only speed or memory (`SAME_RESULT`).
 """
 
 import argparse
 import math
-import re
 import sys
 import textwrap
 import typing
@@ -34,12 +33,45 @@ FLAG_GROUPS = ("network size", "moe", "data and dataloader")
 # Also compared: the kind of optimizer state, and settings of the training loop and of precision.
 ALWAYS_COMPARED = {"use_distributed_optimizer", "use_megatron_fsdp", "bf16", "fp16", "dataloader_type"}
 ALWAYS_COMPARED |= {"global_batch_size", "step_batch_size_schedule"}
-# Matches the names of settings that change only speed or memory, or repeat a different setting.
-WITHOUT_EFFECT = re.compile(
-    "recompute|fus(ed|ion|er)|offload|overlap|dispatcher|deepep|hybridep|ncclep|stash|gemm|cuda_graph|inference|"
-    "backend|_impl|kernels?$|comm_|pipeline|meta_device|tracker|logging|logger|saved_activations|num_workers|threads|"
-    "mmap|cache|in_dataloader|activation_limit|valid_|test_|encoder_|decoder_|is_hybrid"
-)
+# Settings of each group that change only speed or memory, or repeat a different setting. All others are compared, so a
+# new one of Megatron's is.
+SAME_RESULT = {
+    "model": """
+        account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split activation_offload_fraction
+        apply_rope_fusion attention_backend bias_activation_fusion bias_dropout_fusion cache_mla_latents
+        config_logger_dir cp_comm_type cuda_graph_impl cuda_graph_modules cuda_graph_retain_backward_graph
+        cuda_graph_scope cuda_graph_use_single_mempool cuda_graph_warmup_steps delay_offload_until_cuda_graph
+        delta_offload_bytes_across_pp_ranks disable_parameter_transpose_cache distribute_saved_activations
+        dsa_kernel_backend enable_cuda_graph external_cuda_graph fine_grained_activation_offloading
+        fine_grained_offloading_max_inflight_offloads fused_residual_rmsnorm fused_single_qkv_rope
+        high_priority_a2a_comm_stream inference_cuda_graph_scope inference_disable_triton_nvls_kernels
+        inference_fuse_tp_communication inference_grouped_gemm_backend inference_moe_disable_fused_quant_kernels
+        inference_moe_token_dispatcher_type inference_rng_tracker inference_sampling_seed init_model_with_meta_device
+        is_hybrid_model kitchen_attention_backend masked_softmax_fusion min_offloaded_tensor_size mla_down_proj_fusion
+        moe_deepep_num_sms moe_enable_deepep moe_flex_dispatcher_backend moe_flex_dispatcher_num_sms moe_grouped_gemm
+        moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute moe_hybridep_num_sms
+        moe_hybridep_num_sms_preprocessing moe_hybridep_pad_uneven_dispatch_inputs moe_kernels moe_layer_recompute
+        moe_ncclep_static_shape moe_ncclep_zero_copy moe_pad_experts_for_cuda_graph_inference moe_paged_stash
+        moe_paged_stash_buffer_size_factor_cpu moe_paged_stash_buffer_size_factor_cuda moe_paged_stash_page_size
+        moe_per_layer_logging moe_permute_fusion moe_permute_fusion_into_hybridep moe_relu_activation_limit
+        moe_router_fusion moe_shared_expert_overlap moe_token_dispatcher_type num_layers_in_first_pipeline_stage
+        num_layers_in_last_pipeline_stage offload_modules pipeline_model_parallel_layout recompute_granularity
+        recompute_method recompute_modules recompute_num_layers tp_comm_overlap_cfg transformer_impl
+        use_fused_weighted_squared_relu use_grouped_gemm_for_dense_mlp use_grouped_gemm_for_shared_expert
+        use_inference_optimized_layers use_transformer_engine_op_fuser
+    """,
+    "optimizer": """
+        optimizer_cpu_offload optimizer_cuda_graph optimizer_offload_fraction overlap_cpu_optimizer_d2h_h2d
+        overlap_param_gather_with_optimizer_step use_torch_optimizer_for_cpu_offload
+    """,
+    "rng": "inference_rng_tracker",
+    "network size": "decoder_num_layers encoder_num_layers",
+    "data and dataloader": """
+        create_attention_mask_in_dataloader data_cache_path dataloader_defer_npy_index_mmap dataloader_fast_cache_load
+        decoder_seq_length encoder_seq_length mmap_bin_files num_dataset_builder_threads num_workers
+        object_storage_cache_path test_data_path valid_data_path
+    """,
+}
 L1 = {"moe_relu_l1_reg_coeff_init", "moe_relu_l1_reg_coeff_multiplier"}  # a checkpoint has n of λ = λ₀ · αⁿ
 RATES = {"lr", "min_lr"}  # Megatron identifies parameter groups in a checkpoint by these
 ENDS = {"lr_decay_iters", "lr_decay_samples"}  # compared as samples
@@ -103,15 +135,29 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None) -> bool:
 
 def result_settings(is_latent: bool) -> set[str]:
     """Return the names of the settings that change a run's result, with MLA or not, except for the schedule."""
+    names = set().union(*setting_groups(is_latent).values())
+    return names - {*" ".join(SAME_RESULT.values()).split()} | ALWAYS_COMPARED
+
+
+def setting_groups(is_latent: bool) -> dict[str, set[str]]:
+    """Return the names in each of Megatron's groups of settings that this module compares.
+
+    Raises:
+        UsageError: Megatron has no such group, so its settings would not be compared.
+    """
     kinds = typing.get_type_hints(PretrainConfigContainer)
-    models = {*_names(ReMoEMLAConfig if is_latent else ReMoEConfig), *_names(*typing.get_args(kinds["model"]))}
-    models -= {*_names(ModelParallelConfig)}
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    groups = (group for group in parser._action_groups if group.title in FLAG_GROUPS)
-    flags = {action.dest for group in groups for action in group._group_actions}
-    compared = models | flags | {*_names(*(kinds[name] for name in COMPARED))}
-    compared -= {*_names(*(kinds[name] for name in NOT_COMPARED)), *_names(kinds["scheduler"]), "weight_decay"}
-    return {name for name in compared if not WITHOUT_EFFECT.search(name)} | ALWAYS_COMPARED
+    flags = {group.title: {action.dest for action in group._group_actions} for group in parser._action_groups}
+    if missing := ({*COMPARED, *NOT_COMPARED} - {*kinds}) | ({*FLAG_GROUPS} - {*flags}):
+        raise UsageError(
+            f"This megatron-core has no settings named {', '.join(sorted(missing))}, so a changed one would not be "
+            "noticed. Install the version that requirements.txt names."
+        )
+    models = {*_names(ReMoEMLAConfig if is_latent else ReMoEConfig), *_names(*typing.get_args(kinds["model"]))}
+    groups = {"model": models - {*_names(ModelParallelConfig)}}
+    groups |= {name: {*_names(kinds[name])} for name in COMPARED} | {title: flags[title] for title in FLAG_GROUPS}
+    elsewhere = {*_names(*(kinds[name] for name in (*NOT_COMPARED, "scheduler"))), "weight_decay"}
+    return {title: names - elsewhere for title, names in groups.items()}
 
 
 def schedule_settings() -> set[str]:

@@ -118,9 +118,12 @@ def _read_texts(line: bytes, keys: Sequence[str]) -> list[str]:
     Raises:
         ValueError, RecursionError: the line is not UTF-8 or JSON, or a key has no text.
     """
-    record = json.loads(line.decode("utf-8-sig"))
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"each line must be a JSON object: {error}") from error
     if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
+        raise ValueError("each line must be a JSON object")
     for key in keys:
         if not isinstance(record.get(key), str):
             raise ValueError(f"no text at the key {key!r}; keys: {', '.join(map(repr, record)) or 'none'}")
