@@ -121,7 +121,6 @@ FSDP = {"use_megatron_fsdp": True, "gradient_accumulation_fusion": False, "exper
     (FLIPS | {"moe_log_flips_interval": 0}, "E203 --moe-log-flips-interval 0"),
     (FLIPS | {"num_experts": None}, "E203 --moe-log-flips-interval 1"),
     (FLIPS | {"cuda_graph_impl": "local"}, "E203 --moe-log-flips-interval 1"),
-    ({"qk_layernorm_all_heads": True}, "E203 --qk-layernorm-all-heads"),
     (FSDP | {"gradient_accumulation_fusion": True}, "E203 --no-gradient-accumulation-fusion"),
     (FSDP | {"ddp_average_in_collective": True}, "E203 --ddp-average-in-collective"),
     (FSDP | {"num_distributed_optimizer_instances": 2}, "E203 --num-distributed-optimizer-instances"),

@@ -115,11 +115,10 @@ def parse_analyze(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def parse_convert(arguments: Sequence[str]) -> argparse.Namespace:
-    """Start a ReMoE from a dense or top-k MoE checkpoint, import a checkpoint, or change the model's class.
+    """Start a ReMoE from a dense or top-k MoE checkpoint, convert a checkpoint, or change the model's class.
 
     dense:         remoe convert --load DENSE --save OUT --num-experts 8
     top-k:         remoe convert --load MOE --save OUT
-    Hugging Face:  remoe convert --from-hf FOLDER --save OUT
     fork:          remoe convert --from-fork --load RUN --save OUT
     Megatron-FSDP: remoe convert --from-fsdp --load RUN --save OUT
     class:         remoe convert --load RUN --save OUT --model hybrid|gpt
@@ -128,17 +127,12 @@ def parse_convert(arguments: Sequence[str]) -> argparse.Namespace:
     Nothing is written if the loss grows by more than a bound. Then train it like any ReMoE, with
     --pretrained-checkpoint OUT.
 
-    From Hugging Face: OLMoE, Qwen3-MoE, Mixtral or DeepSeek-V2, as a top-k MoE with the same logits. --from-fork
-    and --model keep the optimizer state, for any routing: continue the run with --load OUT. The whole checkpoint must
-    fit into memory. From Megatron-FSDP, only weights are converted, to the format that all tools read.
+    --from-fork and --model keep the optimizer state, for any routing: continue the run with --load OUT. The whole
+    checkpoint must fit into memory. From Megatron-FSDP, only weights are converted, to the format that all tools read.
     """
     parser = _parser(parse_convert)
-    add = parser.add_mutually_exclusive_group(required=True).add_argument
-    add("--load", **FOLDER, help="checkpoints of a run (its --save)")
-    add("--from-hf", **FOLDER, help="model saved by Hugging Face transformers")
+    parser.add_argument("--load", **FOLDER, required=True, help="checkpoints of a run (its --save)")
     parser.add_argument("--save", **FOLDER, required=True, help="folder to write")
-    text = "with --from-hf: a Hugging Face tokenizer (default: the model's)"
-    parser.add_argument("--tokenizer-model", **FOLDER, help=text)
     text = "iteration to convert (default: the newest)"
     parser.add_argument("--ckpt-step", type=whole_number(0), metavar="N", help=text)
     add = parser.add_mutually_exclusive_group().add_argument
@@ -161,12 +155,8 @@ def parse_convert(arguments: Sequence[str]) -> argparse.Namespace:
     add("--loss-bound", type=float, metavar="X", help=text)
     add("--seed", type=int, default=SEED, help="random seed for the text and the fit (default: %(default)s)")
     args = parser.parse_args(arguments)
-    if args.from_hf and (args.from_fork or args.from_fsdp or args.model or args.ckpt_step is not None):
-        parser.error("--from-hf is not the folder of a run: leave out --from-fork, --from-fsdp, --model, --ckpt-step.")
-    if args.tokenizer_model and not args.from_hf:
-        parser.error("--tokenizer-model is for --from-hf: a run's checkpoint names its tokenizer. Leave it out.")
     refused = [f"--{name.replace('_', '-')}" for name in ONLY_FOR_REMOE if getattr(args, name) is not None]
-    if refused and (args.from_hf or args.from_fork or args.from_fsdp or args.model):
+    if refused and (args.from_fork or args.from_fsdp or args.model):
         parser.error(f"only a conversion to a ReMoE takes {', '.join(refused)}: leave it out, and convert the result.")
     args.tokens = args.tokens or FIT_TOKENS
     return args

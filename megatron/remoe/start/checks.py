@@ -120,9 +120,6 @@ def check_settings(args: argparse.Namespace) -> None:
         f"--moe-log-flips-interval {interval}: give at least 1, --num-experts, and --cuda-graph-impl none.": (
             interval is not None and (interval < 1 or not experts or args.cuda_graph_impl != "none")
         ),
-        "--qk-layernorm-all-heads needs --qk-layernorm, and no --multi-latent-attention. Leave it out.": (
-            args.qk_layernorm_all_heads and (args.multi_latent_attention or not args.qk_layernorm)
-        ),
         # Megatron-FSDP computes wrong gradients with these.
         # .../megatron_fsdp.py: all_gather_and_wait_parameters_ready makes the fusion overwrite earlier micro-batches.
         "--use-megatron-fsdp: add --no-gradient-accumulation-fusion.": fsdp and args.gradient_accumulation_fusion,

@@ -14,8 +14,6 @@ from ...console.errors import ConversionError
 from ...runs.running import make_main
 from ..arguments import parse_convert
 from ..checkpoints import Checkpoint, check_output, find, load, save
-from ..export import write_checkpoint
-from ..hf.public import FAMILIES
 from ..hf.settings import complete
 from ..measuring import count_experts, mean_experts, measure_loss, split_batches
 from ..megatron_model import build, one_process
@@ -119,10 +117,7 @@ def training_flags(args: argparse.Namespace, output: Path) -> str:
 def run(options: argparse.Namespace) -> None:
     """Convert in the way that the flags name."""
     check_output(options.save)
-    if options.from_hf:
-        with one_process(options.seed):
-            write_checkpoint(options.from_hf, FAMILIES, options.save, options.tokenizer_model)
-    elif options.from_fork:
+    if options.from_fork:
         convert_fork(options)
     elif options.from_fsdp:
         convert_fsdp(options)
