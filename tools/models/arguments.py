@@ -8,8 +8,6 @@ from typing import Any
 
 from ..console.flags import tool_parser, whole_number
 
-# The paper's zero-shot tasks, by lm-eval's names.
-TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "lambada_openai", "piqa", "race")
 FOLDER: dict[str, Any] = {"type": Path, "metavar": "FOLDER"}
 NUMBER: dict[str, Any] = {"type": whole_number(1), "metavar": "N"}
 ONLY_FOR_REMOE = "num_experts moe_router_topk moe_granularity moe_layer_freq data_path tokens loss_bound".split()
@@ -65,31 +63,19 @@ def parse_evaluate(arguments: Sequence[str]) -> argparse.Namespace:
 
     remoe evaluate --load RUN --data-path SET                                # loss, loss of repeats, experts per token
     remoe evaluate --load RUN --data-path SET --max-experts-per-token 1 2 3  # loss with only the K largest gates
-    remoe evaluate --load DENSE MOE REMOE --data-path SET --speed            # tokens per second, side by side
-    remoe evaluate --load RUN --tasks                                        # the paper's zero-shot tasks (lm-eval)
+    remoe evaluate --load DENSE MOE REMOE --data-path SET                    # side by side
     """
     parser = _parser(parse_evaluate)
     _add_models(parser.add_argument, nargs="+")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the results to this file, as JSON")
-    add = parser.add_argument_group("text").add_argument
-    add("--data-path", nargs="+", default=[], metavar="PREFIX", help="data sets")
+    add = parser.add_argument
+    add("--data-path", nargs="+", required=True, metavar="PREFIX", help="data sets")
     _add_sequences(add)
     text = "random seed for the order of the text (default: the run's; for several models with --sequences: 1234)"
     add("--seed", type=int, metavar="N", help=text)
     text = "also evaluate with only the K largest gates"
     add("--max-experts-per-token", type=int, nargs="+", default=[], metavar="K", help=text)
-    add("--speed", action="store_true", help="also measure tokens per second, on the beginning of the first data set")
-    add = parser.add_argument_group("tasks").add_argument
-    add("--tasks", nargs="*", metavar="TASK", help=f"lm-eval tasks (default: {', '.join(TASKS)})")
-    add("--task-data", **FOLDER, help="folder of more tasks in lm-eval's format (.yaml)")
-    add("--limit", **NUMBER, help="score at most N documents per task")
     args = parser.parse_args(arguments)
-    if not args.data_path and (args.tasks is None or args.speed or args.max_experts_per_token):
-        parser.error("give --data-path, which --speed and --max-experts-per-token need, or --tasks.")
-    if not args.data_path and (args.sequences or args.seq_length or args.seed is not None):
-        parser.error("--sequences, --seq-length and --seed need --data-path. Give it, or leave them out.")
-    if args.tasks is None and (args.task_data or args.limit):
-        parser.error("--task-data and --limit need --tasks. Give it, or leave them out.")
     if args.sequences and len(args.load) > 1 and args.seed is None:
         args.seed = SEED  # the models must read the same text
     return args

@@ -13,7 +13,7 @@ from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 from ..runs.running import make_main
 from .arguments import SEED, parse_export
 from .checkpoints import check_output, new_folder, save
-from .evaluate.text import bound_experts, check_bound
+from .evaluate import bound_experts, check_bound
 from .hf.opening import open_run, read_folder
 from .hf.settings import make_flags, parse_flags, set_bound, vocabulary_flags
 from .hf.tokenizer import find_folder_tokenizer, find_training_tokenizer, generation_config

@@ -157,7 +157,7 @@ def make_flags(config: RemoeConfig, seq_length: int) -> list[str]:
     values["untie_embeddings_and_output_weights"] = not config.tie_word_embeddings
     if config.dtype in DTYPES:
         values[DTYPES[config.dtype]] = True
-    return _make_words(values | (_expert_arguments(config) if config.num_experts else {}))
+    return make_words(values | (_expert_arguments(config) if config.num_experts else {}))
 
 
 def _expert_arguments(config: RemoeConfig) -> dict[str, Any]:
@@ -181,17 +181,17 @@ def _expert_arguments(config: RemoeConfig) -> dict[str, Any]:
     return values
 
 
-def _make_words(values: dict[str, Any]) -> list[str]:
-    """Return the flags that set Megatron's arguments to these values; None and switches' defaults are left out."""
+def make_words(values: dict[str, Any]) -> list[str]:
+    """Return the flags that set Megatron's arguments to these values; None and defaults are left out."""
     words = []
     for action in make_parser()._actions:
         value = values.get(action.dest)
-        if value is None:
+        if value is None or value == action.default:
             continue
-        if action.nargs != 0:
+        if action.nargs in ("*", "+"):
+            words += [action.option_strings[0], *map(str, value)]
+        elif action.nargs != 0:
             words += [action.option_strings[0], str(value).replace(" ", "")]
-        elif value == action.default:
-            continue
         elif isinstance(action, argparse.BooleanOptionalAction):
             words.append(action.option_strings[0 if value else 1])  # --x or --no-x
         elif value == action.const:

@@ -1,30 +1,35 @@
-"""Measure models on Megatron data sets: the loss of Megatron's validation, experts per token, and the speed."""
+"""Measure models on Megatron data sets: the loss of Megatron's validation, and experts per token."""
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 from megatron.remoe.routing.refusals import flag_name
 
-from ...console.display import show_step
-from ...console.errors import ToolError
-from ..arguments import SEED
-from ..hf.opening import OpenedModel
-from ..measuring import count_experts, measure_loss, summarize_experts
-from ..text import read_batches, read_sequences
+from ..console.display import print_table, show_step
+from ..console.errors import ToolError
+from ..console.files import write_json
+from ..runs.names import name_data_sets, name_models
+from ..runs.running import make_main
+from .arguments import SEED, parse_evaluate
+from .hf.opening import OpenedModel, open_model
+from .hf.tokenizer import count_token_bytes
+from .measuring import count_experts, measure_loss, summarize_experts
+from .text import read_batches, read_sequences
 
 if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDataset
 
-PROMPTS, ROUNDS, NEW_TOKENS = 8, 5, 32  # for the measurement of speed
 MASKS = ("eod_mask_loss", "reset_attention_mask", "reset_position_ids")  # applied only in a run's validation
+REPEATS, BY_LAYER = "repeats", "by layer"
+TITLES = ("model", "data set", "K", "nats/token", "nats/byte", REPEATS, "experts", BY_LAYER)
+EXPLAINED = {
+    REPEATS: "Repeats: nats/token of tokens that complete a pair seen before in the sequence.",
+    BY_LAYER: "By layer: experts per token (mean / 99th percentile / maximum).",
+}
 
 
 def check_bound(name: str, config: RemoeConfig, bound: int) -> None:
@@ -60,7 +65,7 @@ def read_text(args: argparse.Namespace, opened: OpenedModel, prefix: str) -> "GP
 
 
 def measure_text(args: argparse.Namespace, models: dict[str, OpenedModel], results: dict[str, Any]) -> None:
-    """Fill `results["text"]`: model → data set → bound on the experts per token, or "none" → measurements.
+    """Fill `results`: model → data set → bound on the experts per token, or "none" → measurements.
 
     Measurements are the fields of `TextLoss`, and "experts": number of a layer with experts → the result of
     `summarize_experts`. They are added as soon as they are complete.
@@ -74,7 +79,8 @@ def measure_text(args: argparse.Namespace, models: dict[str, OpenedModel], resul
     for name, opened in models.items():
         if ignored := [flag_name(mask) for mask in MASKS if getattr(opened.args, mask, False)]:
             print(f"{name}: evaluated without {', '.join(ignored)}", flush=True)
-        model = opened.model
+        model, tokenizer = opened.model, opened.tokenizer
+        lengths = count_token_bytes(tokenizer, model.config.vocab_size) if tokenizer else None
         for prefix in args.data_path:
             data = read_text(args, opened, prefix)
             for bound in [None, *args.max_experts_per_token]:
@@ -84,46 +90,49 @@ def measure_text(args: argparse.Namespace, models: dict[str, OpenedModel], resul
                     count_experts(model) as counts,
                 ):
                     batches = read_batches(data, args.sequences, model.config.vocab_size)
-                    measured = measure_loss(model, batches, advance)
+                    measured = measure_loss(model, batches, advance, lengths)
                 experts = dict(zip(opened.layer_numbers(), map(summarize_experts, counts.values()), strict=True))
                 result = measured._asdict() | {"experts": experts}
-                bounds = results.setdefault("text", {}).setdefault(name, {}).setdefault(prefix, {})
+                bounds = results.setdefault(name, {}).setdefault(prefix, {})
                 bounds["none" if bound is None else str(bound)] = result
 
 
-@torch.inference_mode()
-def measure_speed(args: argparse.Namespace, opened: dict[str, OpenedModel]) -> dict[str, dict[str, float]]:
-    """Time the models in turns, so that other work on the machine slows all of them.
+def show(results: dict[str, Any]) -> None:
+    """Print the results of `measure_text` as a table."""
+    rows = []
+    for model, sets in zip(name_models([*map(Path, results)]), results.values(), strict=True):
+        for data_set, bounds in zip(name_data_sets([*sets]), sets.values(), strict=True):
+            for bound, measured in bounds.items():
+                layers = measured["experts"].values()
+                mean = f"{sum(layer['mean'] for layer in layers) / len(layers):.3f}" if layers else ""
+                by_layer = (f"{layer['mean']:.2f}/{layer['percentile_99']}/{layer['largest']}" for layer in layers)
+                losses = (measured[name] for name in ("loss", "loss_per_byte", "repeats_loss"))
+                cells = ["" if loss is None else f"{loss:.4f}" for loss in losses]
+                rows.append([model, data_set, "own" if bound == "none" else bound, *cells, mean, " ".join(by_layer)])
+    print_table(TITLES, rows, text=len(TITLES))
+    for title, text in EXPLAINED.items():
+        if any(row[TITLES.index(title)] for row in rows):
+            print(text)
 
-    Each reads the first halves of `PROMPTS` sequences as one batch, and continues each of them by `NEW_TOKENS` tokens.
 
-    Returns:
-        model → tokens per second of the whole batch, in reading ("prefill") and in writing ("decode"), from the median
-        times of the rounds.
+def evaluate(args: argparse.Namespace) -> None:
+    """Measure, show and write the results; after an error or a stop, only those that are complete.
+
+    Raises:
+        UsageError: something is wrong with the flags, a model or the data.
+        OSError: --output cannot be written.
     """
-    data = read_text(args, next(iter(opened.values())), args.data_path[0])
-    batches = read_batches(data, PROMPTS, min(each.model.config.vocab_size for each in opened.values()))
-    prompts = torch.cat(list(batches))[:, : max(1, data.config.sequence_length // 2)]
-    length = {"do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
+    results: dict[str, Any] = {}
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        models = {str(place): open_model(place, args.ckpt_step, args.tokenizer_model, False) for place in args.load}
+        measure_text(args, models, results)
+    finally:
+        if results:
+            show(results)
+            if args.output is not None:
+                write_json(args.output, {"text": results})
 
-    def seconds(device: torch.device, work: Callable[..., object], **settings: object) -> float:
-        ids = prompts.to(device)
-        wait = torch.cuda.synchronize if ids.is_cuda else lambda: None
-        wait()
-        started = time.perf_counter()
-        work(ids, **settings)
-        wait()
-        return time.perf_counter() - started
 
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in opened}
-    for _ in range(ROUNDS + 1):
-        for name, (model, *_) in opened.items():
-            reading = seconds(model.device, model, logits_to_keep=1, use_cache=True)
-            mask = torch.ones_like(prompts).to(model.device)
-            whole = seconds(model.device, model.generate, attention_mask=mask, **length)
-            times[name].append((reading, whole - reading))
-    result = {}
-    for name, rounds in times.items():
-        reading, writing = (statistics.median(part) for part in zip(*rounds[1:], strict=True))  # the first warms up
-        result[name] = {"prefill": prompts.numel() / reading, "decode": len(prompts) * (NEW_TOKENS - 1) / writing}
-    return result
+main = make_main("evaluate", parse_evaluate, evaluate)
