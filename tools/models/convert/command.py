@@ -29,8 +29,8 @@ BOUNDS = {"dense": 0.01, "top-k": 0.05}
 # turned off before they differ.
 GENTLE = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1.05".split()
 # Arguments of the source that the printed command repeats where they are not Megatron's defaults.
-REPEATED = """num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention num_query_groups kv_channels
-qk_layernorm attention_dropout hidden_dropout normalization layernorm_epsilon swiglu squared_relu add_bias_linear
+REPEATED = """num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention num_query_groups
+kv_channels qk_layernorm attention_dropout hidden_dropout normalization layernorm_epsilon swiglu squared_relu add_bias_linear
 add_qkv_bias position_embedding_type rotary_base rotary_percent max_position_embeddings init_method_std
 untie_embeddings_and_output_weights make_vocab_size_divisible_by vocab_size tokenizer_type tokenizer_model vocab_file
 merge_file moe_relu_routing num_experts moe_router_topk moe_granularity moe_ffn_hidden_size moe_layer_freq
