@@ -30,14 +30,14 @@ BOUNDS = {"dense": 0.01, "top-k": 0.05}
 GENTLE = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1.05".split()
 # Arguments of the source that the printed command repeats where they are not Megatron's defaults.
 REPEATED = """num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention num_query_groups
-kv_channels qk_layernorm attention_dropout hidden_dropout normalization layernorm_epsilon swiglu squared_relu add_bias_linear
-add_qkv_bias position_embedding_type rotary_base rotary_percent max_position_embeddings init_method_std
-untie_embeddings_and_output_weights make_vocab_size_divisible_by vocab_size tokenizer_type tokenizer_model vocab_file
-merge_file moe_relu_routing num_experts moe_router_topk moe_granularity moe_ffn_hidden_size moe_layer_freq
-moe_router_dtype moe_token_dispatcher_type moe_shared_expert_intermediate_size moe_shared_expert_gate seq_length bf16
-fp16 micro_batch_size global_batch_size train_iters lr min_lr lr_decay_style lr_warmup_iters lr_warmup_fraction
-weight_decay adam_beta1 adam_beta2 clip_grad seed data_path train_data_path valid_data_path test_data_path split
-eval_interval eval_iters save_interval""".split()
+kv_channels qk_layernorm attention_dropout hidden_dropout normalization layernorm_epsilon swiglu squared_relu
+add_bias_linear add_qkv_bias position_embedding_type rotary_base rotary_percent max_position_embeddings
+init_method_std untie_embeddings_and_output_weights make_vocab_size_divisible_by vocab_size tokenizer_type
+tokenizer_model vocab_file merge_file moe_relu_routing num_experts moe_router_topk moe_granularity
+moe_ffn_hidden_size moe_layer_freq moe_router_dtype moe_token_dispatcher_type moe_shared_expert_intermediate_size
+moe_shared_expert_gate seq_length bf16 fp16 micro_batch_size global_batch_size train_iters lr min_lr lr_decay_style
+lr_warmup_iters lr_warmup_fraction weight_decay adam_beta1 adam_beta2 clip_grad seed data_path train_data_path
+valid_data_path test_data_path split eval_interval eval_iters save_interval""".split()
 
 
 def convert(options: argparse.Namespace) -> None:
