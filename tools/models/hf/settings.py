@@ -188,7 +188,7 @@ def make_words(values: dict[str, Any]) -> list[str]:
         value = values.get(action.dest)
         if value is None or value == action.default:
             continue
-        if action.nargs in ("*", "+"):
+        if action.nargs in ("*", "+") and isinstance(value, list):
             words += [action.option_strings[0], *map(str, value)]
         elif action.nargs != 0:
             words += [action.option_strings[0], str(value).replace(" ", "")]
