@@ -36,8 +36,9 @@ init_method_std untie_embeddings_and_output_weights make_vocab_size_divisible_by
 tokenizer_model vocab_file merge_file moe_relu_routing num_experts moe_router_topk moe_granularity
 moe_ffn_hidden_size moe_layer_freq moe_router_dtype moe_token_dispatcher_type moe_shared_expert_intermediate_size
 moe_shared_expert_gate seq_length bf16 fp16 micro_batch_size global_batch_size train_iters lr min_lr lr_decay_style
-lr_warmup_iters lr_warmup_fraction weight_decay adam_beta1 adam_beta2 clip_grad seed data_path train_data_path
-valid_data_path test_data_path split eval_interval eval_iters save_interval""".split()
+lr_decay_iters lr_wsd_decay_style lr_wsd_decay_iters lr_warmup_iters lr_warmup_fraction weight_decay adam_beta1
+adam_beta2 clip_grad seed data_path train_data_path valid_data_path test_data_path split multiple_validation_sets
+validation_set_names full_validation eval_interval eval_iters save_interval""".split()
 
 
 def convert(options: argparse.Namespace) -> None:
