@@ -9,10 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron.remoe.files.errors import UsageError
+from tests.hf.models import make, megatron_args
 from tests.tiny_model import BYTES
 from tests.tools.test_cost_command import cost, figures
 from tests.training_runs import REPOSITORY, assert_equal, run, series, step_losses, weights
 from tools.models import export as export_hf
+from tools.models.megatron_model import build
 from tools.plan import rehearse
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
@@ -65,6 +68,13 @@ def test_layouts_train_like_one_process(trained: Run, layout: str) -> None:
     assert step_losses(output) == pytest.approx(step_losses(trained.printed)[SAVED:], rel=1e-4)
     for field, relative in (("grad norm", 5e-4), ("sparsity", 1e-3), ("l1 coefficient", 0)):
         assert series(output, field) == pytest.approx(series(trained.printed, field)[SAVED:], rel=relative), field
+
+
+def test_latent_attention_needs_transformer_engine() -> None:
+    args = megatron_args(make("relu").config)
+    args.multi_latent_attention = True
+    with pytest.raises(UsageError, match="--multi-latent-attention"):
+        build(args)
 
 
 def test_exports_and_comes_back(trained: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

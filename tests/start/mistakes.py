@@ -99,7 +99,6 @@ ENTRY = {
     "kernels without a GPU": Case(
         on("text", "--moe-kernels triton"), "E102|--moe-kernels triton|no GPU", unset=("TRITON_INTERPRET",)
     ),
-    "latent attention in plain layers": Case(on("text", "--multi-latent-attention"), "E209|--multi-latent-attention"),
     "an optimizer of matrices": Case(on("text", "--optimizer muon"), "E209|--no-local-layer-fusion"),
     # checkpoints
     "no checkpoint": Case(on("text", "--load /nowhere --finetune"), "E404|--load /nowhere"),

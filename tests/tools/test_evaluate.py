@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoTokenizer, GPT2TokenizerFast
+from transformers import AutoTokenizer
 
+from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.data_sets import write_documents
 from tests.hf.models import make
 from tests.tiny_model import RELU
@@ -181,7 +182,7 @@ def test_loss_per_byte(tokenizer: Path, data: Path, tmp_path: Path) -> None:
     subwords = ByteLevelBPETokenizer()
     subwords.train_from_iterator([text] * 9, 300, show_progress=False, special_tokens=["<|endoftext|>"])
     subwords.save_model(str(tmp_path))
-    fast = GPT2TokenizerFast(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    fast = AutoTokenizer.from_pretrained(gpt2_tokenizer_folder(tmp_path / "vocab.json", tmp_path / "merges.txt"))
     ids = fast(text + "<|endoftext|>").input_ids
     assert len(ids) < len(text) and count_token_bytes(fast, 400)[ids].sum() == len(text.encode()) + 1
 

@@ -27,7 +27,7 @@ MASKS = ("eod_mask_loss", "reset_attention_mask", "reset_position_ids")  # appli
 REPEATS, BY_LAYER = "repeats", "by layer"
 TITLES = ("model", "data set", "K", "nats/token", "nats/byte", REPEATS, "experts", BY_LAYER)
 EXPLAINED = {
-    REPEATS: "Repeats: nats/token of tokens that complete a pair seen before in the sequence.",
+    REPEATS: "Repeats: nats/token where the text repeats a pair of tokens in the sequence.",
     BY_LAYER: "By layer: experts per token (mean / 99th percentile / maximum).",
 }
 
@@ -98,7 +98,7 @@ def measure_text(args: argparse.Namespace, models: dict[str, OpenedModel], resul
 
 
 def show(results: dict[str, Any]) -> None:
-    """Print the results of `measure_text` as a table."""
+    """Print the results of `measure_text` as a table, without columns that say nothing."""
     rows = []
     for model, sets in zip(name_models([*map(Path, results)]), results.values(), strict=True):
         for data_set, bounds in zip(name_data_sets([*sets]), sets.values(), strict=True):
@@ -109,9 +109,11 @@ def show(results: dict[str, Any]) -> None:
                 losses = (measured[name] for name in ("loss", "loss_per_byte", "repeats_loss"))
                 cells = ["" if loss is None else f"{loss:.4f}" for loss in losses]
                 rows.append([model, data_set, "own" if bound == "none" else bound, *cells, mean, " ".join(by_layer)])
-    print_table(TITLES, rows, text=len(TITLES))
+    kept = [place for place in range(len(TITLES)) if {row[place] for row in rows} - {"", "own"}]
+    titles = [TITLES[place] for place in kept]
+    print_table(titles, [[row[place] for place in kept] for row in rows], text=len(kept))
     for title, text in EXPLAINED.items():
-        if any(row[TITLES.index(title)] for row in rows):
+        if title in titles:
             print(text)
 
 

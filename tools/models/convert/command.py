@@ -124,6 +124,8 @@ def training_command(args: argparse.Namespace, output: Path) -> list[str]:
         values[name] //= args.moe_granularity
     if values["moe_ffn_hidden_size"]:
         values["moe_ffn_hidden_size"] *= args.moe_granularity
+    if values["lr_decay_iters"] == values["train_iters"]:  # the default
+        values["lr_decay_iters"] = None
     places = ["--pretrained-checkpoint", str(output), "--save", "RUN", "--load", "RUN"]
     return ["remoe-pretrain", *places, *make_words(values), *GENTLE]
 
