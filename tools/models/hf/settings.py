@@ -153,7 +153,8 @@ def make_flags(config: RemoeConfig, seq_length: int) -> list[str]:
     values["moe_router_topk"] = config.mean_experts_per_token if config.num_experts else None
     values |= {"seq_length": seq_length, "hidden_dropout": 0.0, "normalization": "RMSNorm", "swiglu": True}
     values |= {"add_bias_linear": False, "position_embedding_type": "rope", "group_query_attention": True}
-    values |= {"rotary_base": int(config.rope_parameters["rope_theta"]), "qk_layernorm": config.qk_norm is not None}
+    rope: dict[str, Any] = dict(config.rope_parameters or {})
+    values |= {"rotary_base": int(rope["rope_theta"]), "qk_layernorm": config.qk_norm is not None}
     values["untie_embeddings_and_output_weights"] = not config.tie_word_embeddings
     if config.dtype in DTYPES:
         values[DTYPES[config.dtype]] = True
