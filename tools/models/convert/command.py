@@ -11,6 +11,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from ...console.display import show_step
 from ...console.errors import ConversionError
+from ...recipes.megatron_values import make_parser
 from ...runs.running import make_main
 from ..arguments import parse_convert
 from ..checkpoints import Checkpoint, check_output, find, load, save
@@ -126,6 +127,8 @@ def training_command(args: argparse.Namespace, output: Path) -> list[str]:
         values["moe_ffn_hidden_size"] *= args.moe_granularity
     if values["lr_decay_iters"] == values["train_iters"]:  # the default
         values["lr_decay_iters"] = None
+    usual = vars(make_parser().parse_args([]))
+    values = {name: value for name, value in values.items() if value != usual[name]}
     places = ["--pretrained-checkpoint", str(output), "--save", "RUN", "--load", "RUN"]
     return ["remoe-pretrain", *places, *make_words(values), *GENTLE]
 

@@ -183,16 +183,18 @@ def _expert_arguments(config: RemoeConfig) -> dict[str, Any]:
 
 
 def make_words(values: dict[str, Any]) -> list[str]:
-    """Return the flags that set Megatron's arguments to these values; None and defaults are left out."""
+    """Return the flags that set Megatron's arguments to these values; None and switches' defaults are left out."""
     words = []
     for action in make_parser()._actions:
         value = values.get(action.dest)
-        if value is None or value == action.default:
+        if value is None:
             continue
         if action.nargs in ("*", "+") and isinstance(value, list):
             words += [action.option_strings[0], *map(str, value)]
         elif action.nargs != 0:
             words += [action.option_strings[0], str(value).replace(" ", "")]
+        elif value == action.default:
+            continue
         elif isinstance(action, argparse.BooleanOptionalAction):
             words.append(action.option_strings[0 if value else 1])  # --x or --no-x
         elif value == action.const:
