@@ -128,7 +128,7 @@ def training_command(args: argparse.Namespace, output: Path) -> list[str]:
     if values["lr_decay_iters"] == values["train_iters"]:  # the default
         values["lr_decay_iters"] = None
     usual = vars(make_parser().parse_args([]))
-    values = {name: value for name, value in values.items() if value != usual[name]}
+    values = {name: value for name, value in values.items() if value != usual.get(name)}
     places = ["--pretrained-checkpoint", str(output), "--save", "RUN", "--load", "RUN"]
     return ["remoe-pretrain", *places, *make_words(values), *GENTLE]
 
