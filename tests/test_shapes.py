@@ -9,16 +9,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron.remoe.files.errors import UsageError
+from tests.hf.models import make, megatron_args
 from tests.tiny_model import BYTES
 from tests.tools.test_cost_command import cost, figures
 from tests.training_runs import REPOSITORY, assert_equal, run, series, step_losses, weights
 from tools.models import export as export_hf
+from tools.models.megatron_model import build
 from tools.plan import rehearse
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 PAGE = (REPOSITORY / "docs" / "conversion.md").read_text().partition("## Shapes of public models")[2]
 SHAPES = dict(re.findall(r'^(\w+)="(.+)"$', PAGE.split("```bash")[1], re.MULTILINE))
-COMMON, LATENT = [SHAPES.pop(name) for name in ("model", "experts", "training")], SHAPES.pop("latent")
+COMMON = [SHAPES.pop(name) for name in ("model", "experts", "training")]
 PLAIN = re.findall('^plain="(.+)"$', PAGE, re.MULTILINE)[0].split()
 PARAMETERS = ("embedding.", "decoder.", "output_layer.")
 SAVED, END = 2, 4
@@ -44,7 +47,7 @@ def trained(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest
     # Large initial weights: with small ones, attention is nearly uniform, and an error in its gradients hardly shows.
     more = "--make-vocab-size-divisible-by 192 --split 90,10,0 --moe-relu-l1-reg-coeff-init 1e-3 --init-method-std 0.2"
     more += " --global-batch-size 8 --micro-batch-size 4"
-    words = " ".join([*COMMON, SHAPES[request.param].replace("$latent", LATENT), more]).split()
+    words = " ".join([*COMMON, SHAPES[request.param], more]).split()
     flags = [*words, *BYTES, "--data-path", str(data)]
     printed = run([*flags, "--save", str(folder), "--save-interval", str(SAVED)])
     return Run(flags, printed, folder)
@@ -67,13 +70,11 @@ def test_layouts_train_like_one_process(trained: Run, layout: str) -> None:
         assert series(output, field) == pytest.approx(series(trained.printed, field)[SAVED:], rel=relative), field
 
 
-@pytest.mark.parametrize("queries", ["", "--q-lora-rank 24"])
-def test_latent_attention_without_sequence_parallelism(queries: str, data: Path, tmp_path: Path) -> None:
-    more = "--make-vocab-size-divisible-by 192 --init-method-std 0.2"
-    flags = [*f"{COMMON[0]} {COMMON[2]} {LATENT} {queries} {more}".split(), *BYTES, "--data-path", str(data)]
-    whole = run([*flags, "--save", str(tmp_path), "--save-interval", str(SAVED)])
-    flags += ["--load", str(tmp_path), "--ckpt-step", str(SAVED), "--tensor-model-parallel-size", "2"]
-    assert series(run(flags, 2), "grad norm") == pytest.approx(series(whole, "grad norm")[SAVED:], rel=5e-4)
+def test_latent_attention_needs_transformer_engine() -> None:
+    args = megatron_args(make("relu").config)
+    args.multi_latent_attention = True
+    with pytest.raises(UsageError, match="--multi-latent-attention"):
+        build(args)
 
 
 def test_exports_and_comes_back(trained: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -100,7 +101,7 @@ def test_starts_in_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
     Nothing is saved. A layer waits once for each number of chunks that it tries; its chunks do not wait.
     """
-    flags = " ".join([*COMMON, SHAPES["glm_4_7_flash"].replace("$latent", LATENT)]).split()
+    flags = " ".join([*COMMON, SHAPES["qwen3_moe"]]).split()
     results = tmp_path / "results.json"
     flags += ["--save", str(tmp_path / "run"), "--save-interval", "1", "--global-batch-size", "2"]
     options = ["--gpus", "1", "--stage", "dense", "--json", str(results)]

@@ -18,10 +18,10 @@ COMMANDS = {
     "cost": ("plan.cost", "estimate parameters, FLOPs, hours and memory of a training run"),
     "rehearse": ("plan.rehearse", "rehearse a GPU training run without GPUs"),
     "generate": ("models.generate", "continue a text"),
-    "evaluate": ("models.evaluate.command", "measure loss, speed or zero-shot tasks"),
+    "evaluate": ("models.evaluate", "measure loss and experts per token"),
     "analyze": ("models.analyze.command", "analyze how a model routes held-out text"),
     "report": ("report.command", "compare runs on one HTML page"),
-    "convert": ("models.convert.command", "make a ReMoE from a dense or top-k model, or import a public model"),
+    "convert": ("models.convert.command", "make a ReMoE from a dense or top-k model, or convert a checkpoint"),
     "export": ("models.export", "write a model for transformers, or read one"),
 }
 BUILDS_ON_CPU = ("export", "convert")  # even if there is an accelerator

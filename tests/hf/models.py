@@ -21,7 +21,6 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 RELU = EXPERTS | {"router_aux_loss_coef": 0.05}
-LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 10, "num_key_value_heads": 4}
 SIGMOID = EXPERTS | {"moe_relu_routing": False, "scoring_func": "sigmoid", "norm_topk_prob": True}
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"tie_word_embeddings": True},
@@ -29,12 +28,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "relu, k = 1": RELU | {"num_experts_per_tok": 1},
     "relu, shared, not balanced": RELU
     | {"shared_expert_intermediate_size": 12, "mlp_only_layers": [0], "moe_relu_load_balancing": False},
-    "relu, norms of heads": RELU | {"qk_norm": "head"},
-    "relu, norms of all heads": RELU | {"qk_norm": "all_heads"},
-    "relu, latent": RELU | LATENT | {"mlp_only_layers": [0], "shared_expert_intermediate_size": 12},
-    "relu, latent queries": RELU
-    | LATENT
-    | {"q_lora_rank": 20, "shared_expert_intermediate_size": 12, "shared_expert_gate": True, "mlp_only_layers": [0]},
+    "relu, norms, shared gate": RELU
+    | {"qk_norm": "head", "shared_expert_intermediate_size": 12, "shared_expert_gate": True, "mlp_only_layers": [0]},
     "relu, shared": RELU | {"shared_expert_intermediate_size": 12, "mlp_only_layers": [0], "router_dtype": "float64"},
     "top-k": EXPERTS | {"moe_relu_routing": False, "num_experts_per_tok": 1},
     "top-k, normed": EXPERTS | {"moe_relu_routing": False, "norm_topk_prob": True},
@@ -67,7 +62,7 @@ def build_megatron(model: RemoeForCausalLM, **settings: object) -> tuple[GPTMode
     """Convert a model for transformers to Megatron's; return it and its arguments, changed by `settings`."""
     args = argparse.Namespace(**(vars(megatron_args(model.config)) | settings))
     megatron = build(args)
-    fill_megatron(megatron, model, model.config)
+    fill_megatron(megatron, model)
     return megatron, args
 
 

@@ -125,7 +125,7 @@ def generate(model: RemoeForCausalLM, ids: torch.Tensor, **settings: Any) -> tor
     return model.generate(ids, max_new_tokens=8, pad_token_id=0, **settings)
 
 
-@pytest.mark.parametrize("name", ["dense", "relu, shared", "relu, latent queries", "top-k", "sigmoid, bias", "hash"])
+@pytest.mark.parametrize("name", ["dense", "relu, norms, shared gate", "top-k", "sigmoid, bias", "hash"])
 def test_generation(name: str) -> None:
     """A cache changes nothing, and a text padded on the left generates the same as without padding."""
     model, ids = make(name), tokens(batch=2, length=9)
@@ -207,13 +207,6 @@ def test_routing_statistics_with_a_cache_and_with_only_padding() -> None:
     active = torch.cat([logits > 0 for logits in step.router_logits]).float().mean()
     torch.testing.assert_close(step.sparsity, 1.0 - active)
     assert nothing.aux_loss == 0 and nothing.sparsity == 1
-
-
-def test_tensor_parallelism_splits_no_attention_that_needs_all_heads() -> None:
-    """Llama's plan splits tensors that a norm over all heads and latent attention need whole."""
-    for name in MODELS:
-        splits = "layers.*.self_attn.q_proj" in make(name).model._tp_plan
-        assert splits == (name != "relu, norms of all heads" and "latent" not in name), name
 
 
 def test_arguments_that_vllm_passes() -> None:

@@ -12,7 +12,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.remoe.layer.experts import GroupedExperts
 from megatron.remoe.transformer.attention import FusedDotProductAttention
-from megatron.remoe.transformer.norm import SequenceParallelTorchNorm
+from megatron.remoe.transformer.norm import build_sequence_parallel_norm
 from tests.kernels import DEVICE
 from tests.layers import HIDDEN, make_config, make_layer
 from tests.tiny_model import TOPK
@@ -128,7 +128,7 @@ def test_other_experts_stay_megatrons(changes: dict[str, Any]) -> None:
 
 def test_norms_refuse_weights_centered_at_zero() -> None:
     with pytest.raises(ValueError, match="--apply-layernorm-1p: "):
-        SequenceParallelTorchNorm(make_config(layernorm_zero_centered_gamma=True), HIDDEN)
+        build_sequence_parallel_norm(make_config(layernorm_zero_centered_gamma=True), HIDDEN)
 
 
 def test_same_training(data: Path) -> None:

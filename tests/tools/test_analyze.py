@@ -19,7 +19,7 @@ from tools.models.analyze.command import main
 from tools.models.checkpoints import save
 from tools.models.measuring import find_blocks
 from tools.models.text import read_batches, read_sequences, sample
-from tools.runs.evaluations import name_data_sets
+from tools.runs.names import name_data_sets
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 

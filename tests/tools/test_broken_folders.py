@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from tests.hf.models import make
-from tools.models.evaluate.command import main as evaluate
+from tools.models.evaluate import main as evaluate
 from tools.models.export import main as export
 from tools.models.generate import main as generate
 from tools.models.hf.tokenizer import generation_config

@@ -8,15 +8,13 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.remoe.layer import specs
-from megatron.remoe.routing.config import ReMoEConfig, ReMoEMLAConfig
+from megatron.remoe.routing.config import ReMoEConfig
 from tests.layers import make_config
 from tools.plan import memory
 from tools.plan.parameters import Stage
 from tools.plan.step_time import experts_by_phase
 from tools.recipes.megatron_values import make_parser
 
-LATENT: dict[str, object] = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_head_dim": 12, "qk_pos_emb_head_dim": 6}
-LATENT |= {"v_head_dim": 10, "qk_layernorm": True, "rope_type": "rope"}
 ROTARY: dict[str, object] = {"position_embedding_type": "rope", "micro_batch_size": 12}
 
 
@@ -37,16 +35,13 @@ SIZES = """hidden_size ffn_hidden_size moe_ffn_hidden_size num_attention_heads q
 
 def kept_by_pytorch(args: argparse.Namespace) -> tuple[float, float]:
     """Return the bytes that a real ReMoE layer keeps for backward, and its active experts per token."""
-    latent = {name: getattr(args, name) for name in LATENT} if args.multi_latent_attention else {}
-    settings = {name: getattr(args, name) for name in SIZES.split()} | latent
+    settings = {name: getattr(args, name) for name in SIZES.split()}
     settings |= {"normalization": "LayerNorm", "masked_softmax_fusion": False}  # LayerNorm keeps only its input
     settings |= {"attention_dropout": 0.0, "hidden_dropout": 0.0, "moe_router_dtype": None}
     settings |= {"params_dtype": torch.float32, "pipeline_dtype": torch.float32}
     settings["num_query_groups"] = args.num_query_groups if args.group_query_attention else None
-    config = make_config(ReMoEMLAConfig if latent else ReMoEConfig, **settings)
-    spec = get_gpt_layer_local_spec(args.num_experts, False, args.qk_layernorm, bool(latent))
-    spec = specs.replace_classes(spec, specs.LATENT_ATTENTION) if latent else spec
-    spec = specs.replace_classes(spec, specs.NORMS_OF_ALL_HEADS) if args.qk_layernorm_all_heads else spec
+    config = make_config(ReMoEConfig, **settings)
+    spec = get_gpt_layer_local_spec(args.num_experts, False, args.qk_layernorm)
     spec = specs.with_router(spec)
     spec = specs.with_fused_layers(spec) if args.local_layer_fusion else spec
     layer = spec.module(config, submodules=spec.submodules, layer_number=1).cuda()
@@ -72,9 +67,7 @@ LAYERS: dict[str, dict[str, object]] = {
     "all heads, rotary": {"group_query_attention": False, "num_query_groups": 1} | ROTARY,
     "rotary": ROTARY,
     "allgather": {"moe_token_dispatcher_type": "allgather"},
-    "norms of all heads": {"qk_layernorm": True, "qk_layernorm_all_heads": True},
-    "latent": LATENT,
-    "latent queries": LATENT | {"q_lora_rank": 24, "v_head_dim": 18},
+    "norms of heads": {"qk_layernorm": True},
     "gated shared expert": {"moe_shared_expert_intermediate_size": 32, "moe_shared_expert_gate": True},
 }
 
@@ -84,7 +77,7 @@ LAYERS: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_activations_are_those_that_pytorch_keeps(name: str) -> None:
     changes = {"local_layer_fusion": True} | LAYERS[name]
-    args = arguments(multi_latent_attention="kv_lora_rank" in changes, **changes)
+    args = arguments(**changes)
     real, per_token = kept_by_pytorch(args)
     assert memory.layer_activations(args, "*E", per_token).kept == pytest.approx(real, rel=0.04)
 

@@ -1,4 +1,4 @@
-"""Test a run's loss in remoe evaluate and in transformers without Megatron, counted experts, and lm-eval's scores."""
+"""Test a run's loss in remoe evaluate and in transformers without Megatron, counted experts, and lm-eval's command."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import sysconfig
 import venv
 from pathlib import Path
@@ -13,16 +14,18 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer
 
+from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.data_sets import write_documents
 from tests.hf.models import make
 from tests.tiny_model import RELU
 from tests.training_runs import REPOSITORY, TINY, logged, run, series
-from tools.models.arguments import TASKS, parse_evaluate
-from tools.models.evaluate.command import main
-from tools.models.evaluate.tasks import read_scores
+from tools.models.arguments import parse_evaluate
+from tools.models.evaluate import main
 from tools.models.export import main as export
+from tools.models.hf.tokenizer import count_token_bytes
 from tools.models.measuring import find_repeats, measure_loss
 from tools.models.text import read_batches, read_sequences
 
@@ -64,7 +67,7 @@ def test_loss_is_megatrons(trained: Trained, tmp_path: Path, capfd, monkeypatch:
     The tables fit into 80 columns.
     """
     monkeypatch.setenv("COLUMNS", "200")
-    text = ["--data-path", trained.held_out, "--max-experts-per-token", "1", "8", "--speed"]
+    text = ["--data-path", trained.held_out, "--max-experts-per-token", "1", "8"]
     results = evaluate(tmp_path, "--load", trained.folder, *text)
     assert max(map(len, capfd.readouterr().out.splitlines())) <= 80
     bounds = results["text"][str(trained.folder)][str(trained.held_out)]
@@ -72,13 +75,11 @@ def test_loss_is_megatrons(trained: Trained, tmp_path: Path, capfd, monkeypatch:
     assert bounds["none"]["tokens"] == logged(trained.folder, "validation")[0]["tokens"]
     assert bounds["8"]["loss"] == pytest.approx(bounds["none"]["loss"], rel=1e-5)
     assert bounds["8"]["experts"] == bounds["none"]["experts"] and bounds["1"]["experts"]["1"]["largest"] == 1
-    assert all(rate > 0 for rate in results["speed"][str(trained.folder)].values())
     for wrong, code in (
         (["--data-path", "/nowhere"], "E301"),
         (["--data-path", trained.held_out, "--seq-length", "99999"], "E501"),
         (["--data-path", trained.held_out, "--max-experts-per-token", "9"], "E501"),
         (["--data-path", trained.held_out, "--ckpt-step", "3"], "E402"),
-        (["--tasks"], "E513"),
     ):
         capfd.readouterr()
         assert main(["--load", str(trained.folder), *map(str, wrong)]) == 1
@@ -157,27 +158,33 @@ def test_repeats_are_pairs_seen_before() -> None:
     assert measure_loss(model, [ids[:, :2]]).repeats_loss is None
 
 
-def test_results_before_an_error_are_kept(data: Path, tokenizer: Path, tmp_path: Path, capfd) -> None:
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(tmp_path / "model")
+def test_results_before_an_error_are_kept(data: Path, tmp_path: Path, capfd) -> None:
     make("relu", vocab_size=300).save_pretrained(tmp_path / "model")
-    words = ["--data-path", str(data), "--seq-length", "32", "--sequences", "8", "--tasks", "no_such_task"]
-    assert main(["--load", str(tmp_path / "model"), *words, "--output", str(tmp_path / "results.json")]) == 1
-    assert "[REMOE-E504]" in capfd.readouterr().err
+    words = ["--load", tmp_path / "model", "--seq-length", "32", "--sequences", "8"]
+    words += ["--output", tmp_path / "results.json", "--data-path"]
+    assert main([*map(str, [*words, data, tmp_path / "nothing"])]) == 1
+    assert "[REMOE-E301]" in capfd.readouterr().err
     kept = (tmp_path / "results.json").read_text()
-    assert [*json.loads(kept)] == ["text"]
-    words[1] = str(tmp_path / "nothing")
-    assert main(["--load", str(tmp_path / "model"), *words, "--output", str(tmp_path / "results.json")]) == 1
+    assert [*json.loads(kept)["text"][str(tmp_path / "model")]] == [str(data)]
+    assert main([*map(str, [*words, tmp_path / "nothing"])]) == 1
     assert (tmp_path / "results.json").read_text() == kept
 
 
-@pytest.mark.parametrize(
-    "words", ["--data-path a --limit 2", "--tasks --sequences 3", "--tasks --seed 1", "--data-path a --task-data b"]
-)
-def test_flags_without_effect_are_refused(words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse_evaluate(["--load", "model", *words.split()])
-    error = capsys.readouterr().err
-    assert words.split()[-2] in error and "unrecognized" not in error
+def test_loss_per_byte(tokenizer: Path, data: Path, tmp_path: Path) -> None:
+    """The bytes are those of the text that the tokens decode to, and one for the end of a document."""
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    make("relu", vocab_size=264).save_pretrained(tmp_path / "model")
+    loaded.save_pretrained(tmp_path / "model")
+    words = ["--load", tmp_path / "model", "--data-path", data, "--seq-length", "32", "--sequences", "8"]
+    measured = evaluate(tmp_path, *words)["text"][str(tmp_path / "model")][str(data)]["none"]
+    assert measured["loss_per_byte"] == pytest.approx(measured["loss"], rel=1e-6), "a token is a byte"
+    text = "Schöne Wörter\n\n  for x in range(3):"
+    subwords = ByteLevelBPETokenizer()
+    subwords.train_from_iterator([text] * 9, 300, show_progress=False, special_tokens=["<|endoftext|>"])
+    subwords.save_model(str(tmp_path))
+    fast = AutoTokenizer.from_pretrained(gpt2_tokenizer_folder(tmp_path / "vocab.json", tmp_path / "merges.txt"))
+    ids = fast(text + "<|endoftext|>").input_ids
+    assert len(ids) < len(text) and count_token_bytes(fast, 400)[ids].sum() == len(text.encode()) + 1
 
 
 def test_models_read_the_same_sequences() -> None:
@@ -185,20 +192,11 @@ def test_models_read_the_same_sequences() -> None:
     assert parse_evaluate(words).seed is None and parse_evaluate([*words, "two"]).seed is not None
 
 
-def test_scores_of_lm_eval() -> None:
-    """The results here have lm-eval's format. The test below runs lm-eval itself (400 MB) if it is installed."""
-    task = {"alias": "own", "sample_len": 3, "acc,first": 0.5, "acc_stderr,first": 0.1, "f1,none": 1.0}
-    group = {"alias": "group", "sample_len": 3, "acc,first": 0.5, "acc_stderr,first": "N/A"}
-    rows = [tuple(row.values()) for row in read_scores({"own": task, "group": group})]
-    assert rows[:2] == [("own", "acc,first", 0.5, 0.1, 3), ("own", "f1", 1.0, None, 3)]
-    assert rows[2:] == [("group", "acc,first", 0.5, None, 3)]
-
-
 TEXTS = ["the cat has caught a mouse", "she opened the old door", "it rained all day long"]
 
 
-def test_tasks_through_lm_eval(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LAMBADA's perplexity on local texts equals a direct computation."""
+def test_documented_command_scores_a_folder(tokenizer: Path, tmp_path: Path) -> None:
+    """The page's command of lm-eval scores LAMBADA's perplexity on local texts as a direct computation does."""
     lm_eval, _ = (pytest.importorskip(name, reason="needs lm-eval[hf]") for name in ("lm_eval", "datasets"))
     from lm_eval.tasks import TaskManager
 
@@ -216,15 +214,20 @@ def test_tasks_through_lm_eval(tokenizer: Path, tmp_path: Path, monkeypatch: pyt
     task |= {"task": "texts", "dataset_name": None, "include": str(folder / lambada.name)}
     (folder / "texts.yaml").write_text(json.dumps(task))
 
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    assert {*TASKS} <= set(TaskManager().all_tasks)
-    scores = evaluate(tmp_path, "--load", tmp_path / "model", "--task-data", folder, "--tasks", "texts")
+    page = (REPOSITORY / "docs" / "huggingface.md").read_text().replace("\\\n", "")
+    command, tasks = re.findall(r"^lm_eval (--model hf .*FOLDER.*) --tasks (\S+)$", page, re.MULTILINE)[0]
+    assert {*tasks.split(",")} <= {*TaskManager().all_tasks}
+    words = [*command.replace("FOLDER", str(tmp_path / "model")).split(), "--tasks", "texts", "--device", "cpu"]
+    words += ["--include_path", str(folder), "--output_path", str(tmp_path / "scores")]
+    settings = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run([sys.executable, "-m", "lm_eval", *words], env=settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (written,) = (tmp_path / "scores").rglob("results_*.json")
     of_words = []  # log-probability of each text's last word with the space before it: a sum over its tokens (bytes)
     for text in TEXTS:
         ids = loaded(text, return_tensors="pt").input_ids
         with torch.no_grad():
             of_tokens = model(ids).logits.log_softmax(dim=-1)[0, :-1].gather(1, ids[0, 1:, None])
         of_words.append(float(of_tokens[-len(text.split()[-1]) - 1 :].sum()))
-    rows = scores["tasks"][str(tmp_path / "model")]
-    (perplexity,) = (one["value"] for one in rows if one["metric"] == "perplexity")
+    perplexity = json.loads(written.read_text())["results"]["texts"]["perplexity,none"]
     assert perplexity == pytest.approx(math.exp(-sum(of_words) / len(of_words)), rel=1e-4)

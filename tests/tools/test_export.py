@@ -87,7 +87,7 @@ def test_loss_with_fewer_experts() -> None:
     assert losses["loss with K = 8"] == f"{measure_loss(model, split_batches(text)).loss:.4f}"
 
 
-@pytest.mark.parametrize("name", ["dense", "relu, latent queries", "sigmoid, bias", "hash"])
+@pytest.mark.parametrize("name", ["dense", "relu, norms, shared gate", "sigmoid, bias", "hash"])
 def test_other_models(name: str, tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Models in bf16 keep their logits. Checkpoints name the experts' norm as both layer implementations do."""
     model = make(name, vocab_size=264)
@@ -103,7 +103,7 @@ def test_other_models(name: str, tokenizer: Path, tmp_path: Path, capfd: pytest.
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.dtype == torch.bfloat16 and loaded.config.tie_word_embeddings == (name == "dense")
     with torch.no_grad():
-        logits = read_folder(tmp_path / "out", ("remoe",), torch.float32)(tokens()).logits
+        logits = read_folder(tmp_path / "out", torch.float32)(tokens()).logits
         torch.testing.assert_close(logits, model(tokens()).logits, rtol=1e-5, atol=1e-5)
 
 
@@ -122,7 +122,7 @@ def test_settings_of_a_gpu_and_noise() -> None:
 @pytest.mark.parametrize(("setting", "value", "code", "fact"), [
     ("qk_l2_norm", True, "E512", "--qk-l2-norm"),
     ("moe_mlp_glu_interleave_size", 4, "E512", "--moe-mlp-glu-interleave-size 4"),
-    ("rotary_scaling_factor", 40.0, "E512", "--rotary-scaling-factor 40.0"),
+    ("multi_latent_attention", True, "E512", "--multi-latent-attention"),
     ("moe_router_score_function", "sqrtsoftplus", "E512", "--moe-router-score-function sqrtsoftplus"),
     ("moe_baseline_router", "top_p", "E512", "--moe-baseline-router top_p"),
     ("moe_router_load_balancing_type", "quantile_balancing", "E512", "--moe-router-load-balancing-type quantile"),
@@ -135,8 +135,7 @@ def test_settings_of_a_gpu_and_noise() -> None:
 ])  # fmt: skip
 def test_refusals(setting: str | None, value: object, code: str, fact: str, tmp_path: Path, capfd) -> None:
     nowhere = dict.fromkeys(("tokenizer_model", "vocab_file", "merge_file"), "/nowhere")
-    model = make("relu, latent" if setting == "rotary_scaling_factor" else "relu, shared")
-    megatron, args = build_megatron(model, tokenizer_type="NullTokenizer", **nowhere)
+    megatron, args = build_megatron(make("relu, shared"), tokenizer_type="NullTokenizer", **nowhere)
     if setting is None:
         megatron.decoder.final_layernorm.weight.data[3] = float("inf")
     else:
@@ -175,7 +174,7 @@ def test_models_that_differ_are_not_written(scale: float, tmp_path: Path, monkey
     make("relu").save_pretrained(tmp_path / "folder")
     other = make("relu")
     other.lm_head.weight.data *= scale
-    monkeypatch.setattr(command, "fill_megatron", lambda megatron, *_: fill_megatron(megatron, other, other.config))
+    monkeypatch.setattr(command, "fill_megatron", lambda megatron, _: fill_megatron(megatron, other))
     assert main("--reverse", "--load", tmp_path / "folder", "--save", tmp_path / "out") == 1
     assert "[REMOE-E514]" in capfd.readouterr().err and not (tmp_path / "out").exists()
 

@@ -13,7 +13,6 @@ from tests.tiny_model import RELU
 from tests.training_runs import REPOSITORY, TINY, logged, records, run, series, weights
 from tools.console.errors import ConversionError
 from tools.models.checkpoints import find, read_tensors
-from tools.models.convert.from_fsdp import _match_keys
 
 EP2 = "--expert-model-parallel-size 2"
 DENSE_TOO = "--moe-layer-freq ([0,1]) --moe-shared-expert-intermediate-size 64"
@@ -102,11 +101,6 @@ def test_tools_read_what_is_converted(saved: Saved, data: Path, tmp_path: Path) 
     assert "decoder.layers.pre_mlp_layernorm.weight" in entries, "Transformer Engine's MoE layers look for it"
     changed = ["--pretrained-checkpoint", str(tmp_path / "out"), "--moe-relu-l1-reg-coeff-init", "1e-2"]
     assert "REMOE-E413" in run(training(data, tmp_path / "new", *changed), expect=2), "λ would jump"
-
-
-def test_norms_of_latent_attention_have_transformer_engines_names() -> None:
-    key, weight = "model.module.layers.0.self_attention.linear_kv_up_proj.layer_norm_weight", torch.ones(1)
-    assert _match_keys("layers.0.self_attention.kv_layernorm.weight", weight, {key: None}) == {key: weight}
 
 
 def test_steps_that_are_not_finite_leave_the_coefficient(data: Path) -> None:

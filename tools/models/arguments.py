@@ -8,8 +8,6 @@ from typing import Any
 
 from ..console.flags import tool_parser, whole_number
 
-# The paper's zero-shot tasks, by lm-eval's names.
-TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "lambada_openai", "piqa", "race")
 FOLDER: dict[str, Any] = {"type": Path, "metavar": "FOLDER"}
 NUMBER: dict[str, Any] = {"type": whole_number(1), "metavar": "N"}
 ONLY_FOR_REMOE = "num_experts moe_router_topk moe_granularity moe_layer_freq data_path tokens loss_bound".split()
@@ -65,31 +63,19 @@ def parse_evaluate(arguments: Sequence[str]) -> argparse.Namespace:
 
     remoe evaluate --load RUN --data-path SET                                # loss, loss of repeats, experts per token
     remoe evaluate --load RUN --data-path SET --max-experts-per-token 1 2 3  # loss with only the K largest gates
-    remoe evaluate --load DENSE MOE REMOE --data-path SET --speed            # tokens per second, side by side
-    remoe evaluate --load RUN --tasks                                        # the paper's zero-shot tasks (lm-eval)
+    remoe evaluate --load DENSE MOE REMOE --data-path SET                    # side by side
     """
     parser = _parser(parse_evaluate)
     _add_models(parser.add_argument, nargs="+")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the results to this file, as JSON")
-    add = parser.add_argument_group("text").add_argument
-    add("--data-path", nargs="+", default=[], metavar="PREFIX", help="data sets")
+    add = parser.add_argument
+    add("--data-path", nargs="+", required=True, metavar="PREFIX", help="data sets")
     _add_sequences(add)
     text = "random seed for the order of the text (default: the run's; for several models with --sequences: 1234)"
     add("--seed", type=int, metavar="N", help=text)
     text = "also evaluate with only the K largest gates"
     add("--max-experts-per-token", type=int, nargs="+", default=[], metavar="K", help=text)
-    add("--speed", action="store_true", help="also measure tokens per second, on the beginning of the first data set")
-    add = parser.add_argument_group("tasks").add_argument
-    add("--tasks", nargs="*", metavar="TASK", help=f"lm-eval tasks (default: {', '.join(TASKS)})")
-    add("--task-data", **FOLDER, help="folder of more tasks in lm-eval's format (.yaml)")
-    add("--limit", **NUMBER, help="score at most N documents per task")
     args = parser.parse_args(arguments)
-    if not args.data_path and (args.tasks is None or args.speed or args.max_experts_per_token):
-        parser.error("give --data-path, which --speed and --max-experts-per-token need, or --tasks.")
-    if not args.data_path and (args.sequences or args.seq_length or args.seed is not None):
-        parser.error("--sequences, --seq-length and --seed need --data-path. Give it, or leave them out.")
-    if args.tasks is None and (args.task_data or args.limit):
-        parser.error("--task-data and --limit need --tasks. Give it, or leave them out.")
     if args.sequences and len(args.load) > 1 and args.seed is None:
         args.seed = SEED  # the models must read the same text
     return args
@@ -115,11 +101,10 @@ def parse_analyze(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def parse_convert(arguments: Sequence[str]) -> argparse.Namespace:
-    """Start a ReMoE from a dense or top-k MoE checkpoint, import a checkpoint, or change the model's class.
+    """Start a ReMoE from a dense or top-k MoE checkpoint, convert a checkpoint, or change the model's class.
 
     dense:         remoe convert --load DENSE --save OUT --num-experts 8
     top-k:         remoe convert --load MOE --save OUT
-    Hugging Face:  remoe convert --from-hf FOLDER --save OUT
     fork:          remoe convert --from-fork --load RUN --save OUT
     Megatron-FSDP: remoe convert --from-fsdp --load RUN --save OUT
     class:         remoe convert --load RUN --save OUT --model hybrid|gpt
@@ -128,17 +113,12 @@ def parse_convert(arguments: Sequence[str]) -> argparse.Namespace:
     Nothing is written if the loss grows by more than a bound. Then train it like any ReMoE, with
     --pretrained-checkpoint OUT.
 
-    From Hugging Face: OLMoE, Qwen3-MoE, Mixtral or DeepSeek-V2, as a top-k MoE with the same logits. --from-fork
-    and --model keep the optimizer state, for any routing: continue the run with --load OUT. The whole checkpoint must
-    fit into memory. From Megatron-FSDP, only weights are converted, to the format that all tools read.
+    --from-fork and --model keep the optimizer state, for any routing: continue the run with --load OUT. The whole
+    checkpoint must fit into memory. From Megatron-FSDP, only weights are converted, to the format that all tools read.
     """
     parser = _parser(parse_convert)
-    add = parser.add_mutually_exclusive_group(required=True).add_argument
-    add("--load", **FOLDER, help="checkpoints of a run (its --save)")
-    add("--from-hf", **FOLDER, help="model saved by Hugging Face transformers")
+    parser.add_argument("--load", **FOLDER, required=True, help="checkpoints of a run (its --save)")
     parser.add_argument("--save", **FOLDER, required=True, help="folder to write")
-    text = "with --from-hf: a Hugging Face tokenizer (default: the model's)"
-    parser.add_argument("--tokenizer-model", **FOLDER, help=text)
     text = "iteration to convert (default: the newest)"
     parser.add_argument("--ckpt-step", type=whole_number(0), metavar="N", help=text)
     add = parser.add_mutually_exclusive_group().add_argument
@@ -161,12 +141,8 @@ def parse_convert(arguments: Sequence[str]) -> argparse.Namespace:
     add("--loss-bound", type=float, metavar="X", help=text)
     add("--seed", type=int, default=SEED, help="random seed for the text and the fit (default: %(default)s)")
     args = parser.parse_args(arguments)
-    if args.from_hf and (args.from_fork or args.from_fsdp or args.model or args.ckpt_step is not None):
-        parser.error("--from-hf is not the folder of a run: leave out --from-fork, --from-fsdp, --model, --ckpt-step.")
-    if args.tokenizer_model and not args.from_hf:
-        parser.error("--tokenizer-model is for --from-hf: a run's checkpoint names its tokenizer. Leave it out.")
     refused = [f"--{name.replace('_', '-')}" for name in ONLY_FOR_REMOE if getattr(args, name) is not None]
-    if refused and (args.from_hf or args.from_fork or args.from_fsdp or args.model):
+    if refused and (args.from_fork or args.from_fsdp or args.model):
         parser.error(f"only a conversion to a ReMoE takes {', '.join(refused)}: leave it out, and convert the result.")
     args.tokens = args.tokens or FIT_TOKENS
     return args

@@ -2,7 +2,6 @@
 
 import argparse
 import shlex
-from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -14,9 +13,8 @@ from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 from ..runs.running import make_main
 from .arguments import SEED, parse_export
 from .checkpoints import check_output, new_folder, save
-from .evaluate.text import bound_experts, check_bound
+from .evaluate import bound_experts, check_bound
 from .hf.opening import open_run, read_folder
-from .hf.public import describe_public
 from .hf.settings import make_flags, parse_flags, set_bound, vocabulary_flags
 from .hf.tokenizer import find_folder_tokenizer, find_training_tokenizer, generation_config
 from .hf.weights import convert_model, fill_megatron
@@ -125,7 +123,7 @@ def export(options: argparse.Namespace) -> None:
             path.chmod(0o644)  # safetensors makes it readable by its owner only
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
-        written = read_folder(aside, (config.model_type,), torch.float32)
+        written = read_folder(aside, torch.float32)
         with bound_experts(written, bound and trained_bound), count_experts(written) as histograms:
             difference = describe_difference(compare_models(written, logits, ids), ids, name)
         print(difference, flush=True)
@@ -174,28 +172,26 @@ def write_card(folder: Path, args: argparse.Namespace, config: RemoeConfig, resu
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def write_checkpoint(folder: Path, families: Collection[str], output: Path, tokenizer_model: Path | None) -> None:
+def write_checkpoint(folder: Path, output: Path, tokenizer_model: Path | None) -> None:
     """Write a folder's model as a checkpoint, if the logits of both models agree on random tokens.
 
     Prints the command to continue training.
 
     Args:
-        folder: of a model for transformers.
-        families: accepted values of `model_type`.
+        folder: of an exported model.
         output: folder to write.
         tokenizer_model: folder of a tokenizer to use instead of the model's own.
 
     Raises:
         ConversionError: the folder is damaged or has a different model; Megatron cannot express it; the logits differ.
     """
-    source = read_folder(folder, families, torch.float32)
-    is_ours = source.config.model_type == RemoeConfig.model_type
-    config = source.config if is_ours else describe_public(source.config)
+    source = read_folder(folder, torch.float32)
+    config = source.config
     tokenizer = find_folder_tokenizer(folder, tokenizer_model, config)
     flags = [*make_flags(config, min(SEQUENCE, config.max_position_embeddings)), *vocabulary_flags(config, tokenizer)]
     args = parse_flags(flags, config)
     model = build(args)
-    fill_megatron(model, source, config)
+    fill_megatron(model, source)
     ids = _random_tokens(config, 1, min(RANDOM_TOKENS, config.max_position_embeddings))
     print(describe_difference(compare_models(source, compute_all_logits(model, ids), ids), ids, RANDOM))
     del source
@@ -209,7 +205,7 @@ def run(options: argparse.Namespace) -> None:
     check_output(options.save)
     with one_process():
         if options.reverse:
-            write_checkpoint(options.load, (RemoeConfig.model_type,), options.save, options.tokenizer_model)
+            write_checkpoint(options.load, options.save, options.tokenizer_model)
         else:
             export(options)
 

@@ -59,12 +59,14 @@ class TextLoss(NamedTuple):
 
     Attributes:
         loss: mean cross entropy in nats per token.
+        loss_per_byte: the same in nats per byte of text; None without a tokenizer.
         tokens: number of predicted tokens.
         repeats_loss: mean cross entropy of those that `find_repeats` finds; None if there are none.
         repeats: their number.
     """
 
     loss: float
+    loss_per_byte: float | None
     tokens: int
     repeats_loss: float | None
     repeats: int
@@ -85,7 +87,10 @@ def find_repeats(ids: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def measure_loss(
-    model: Any, batches: Iterable[torch.Tensor], advance: Callable[[int], None] = lambda sequences: None
+    model: Any,
+    batches: Iterable[torch.Tensor],
+    advance: Callable[[int], None] = lambda sequences: None,
+    lengths: torch.Tensor | None = None,
 ) -> TextLoss:
     """Return the loss of a text.
 
@@ -93,17 +98,21 @@ def measure_loss(
         model: of Megatron or of transformers, in evaluation mode.
         batches: int64 `[batch, length + 1]` each.
         advance: called with the number of sequences of each batch, from `show_step`.
+        lengths: int64 `[vocabulary]`, the bytes of each token.
     """
-    sums, device = torch.zeros(4, dtype=torch.float64), next(model.parameters()).device
+    sums, device, size = torch.zeros(4, dtype=torch.float64), next(model.parameters()).device, 0
     for batch in batches:
         ids = batch.to(device)
         logits, labels = compute_logits(model, ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()
         losses, repeats = cross_entropy(logits, labels, reduction="none").double(), find_repeats(ids).flatten()
         copied = losses[repeats]
         sums += torch.tensor([losses.sum(), len(losses), copied.sum(), len(copied)], dtype=torch.float64)
+        if lengths is not None:
+            size += int(lengths[batch[:, 1:]].sum())
         advance(len(batch))
     loss, tokens, repeats_loss, number = sums.tolist()
-    return TextLoss(loss / tokens, int(tokens), repeats_loss / number if number else None, int(number))
+    repeats_mean, per_byte = (repeats_loss / number if number else None), (loss / size if size else None)
+    return TextLoss(loss / tokens, per_byte, int(tokens), repeats_mean, int(number))
 
 
 @torch.no_grad()

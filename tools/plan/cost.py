@@ -29,11 +29,8 @@ def check_sizes(args: argparse.Namespace, layers: str) -> None:
     """
     if not (args.train_iters or args.train_samples):
         raise ValueError("--train-iters is missing. Give it or --train-samples.")
-    if args.mtp_num_layers and args.multi_latent_attention:
-        raise ValueError(
-            "--mtp-num-layers cannot be planned with --multi-latent-attention: plain PyTorch layers, of which the "
-            "parameters are counted, do not have both. Leave one of them out."
-        )
+    if args.multi_latent_attention:
+        raise ValueError("--multi-latent-attention: cannot be planned, because only plain layers are counted.")
     if args.context_parallel_size > 1 and layers == "local":
         raise ValueError(
             f"--context-parallel-size {args.context_parallel_size} cannot be used with --transformer-impl local. "

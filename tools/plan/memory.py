@@ -79,9 +79,7 @@ def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: flo
     split = tokens / tp if args.sequence_parallel else tokens
     hidden = args.hidden_size
     parts = dict.fromkeys(("residual", "norms"), len(sublayers) * hidden * split * size)  # before each sublayer
-    if "*" in sublayers and args.multi_latent_attention:
-        parts |= _latent_attention(args, tokens / tp * size, split * size)
-    elif "*" in sublayers:
+    if "*" in sublayers:
         parts |= _attention(args, tokens / tp * size)
     if "-" in sublayers:
         parts["mlp"] = sum(_mlp_tensors(args)) * args.ffn_hidden_size * tokens * size / tp
@@ -132,29 +130,10 @@ def _attention(args: argparse.Namespace, bytes_per_element: float) -> dict[str, 
         elements += query * copied + key * rotated
     elif args.transformer_impl == "local":  # keys and values are repeated to all heads; the softmax's output is kept
         elements, scores = 3 * query, args.num_attention_heads * args.seq_length
-    if args.qk_layernorm:  # queries before the norm, and copied keys; norms over all heads add fp32 and normed ones
-        elements += key + ((query + key) * (4 / element_size(args) + 1) if args.qk_layernorm_all_heads else query)
+    if args.qk_layernorm:  # queries before the norm, and copied keys
+        elements += key + query
     parts = {"attention": elements, "attention output": query, "scores": scores}
     return {part: number * bytes_per_element for part, number in parts.items()}
-
-
-def _latent_attention(args: argparse.Namespace, bytes_per_head: float, bytes_per_token: float) -> dict[str, float]:
-    """Return part → bytes of multi-latent attention on this rank.
-
-    Args:
-        args: Megatron's validated arguments.
-        bytes_per_head: bytes of one element per token of one head.
-        bytes_per_token: bytes of one element per token of the latents.
-    """
-    heads, key, value = args.num_attention_heads, args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
-    latents = 2 * (args.kv_lora_rank + (args.q_lora_rank or 0)) + args.qk_pos_emb_head_dim  # before and after norms
-    # Plain PyTorch layers pad values to the size of keys, and keep the padded output too.
-    padded = key if args.transformer_impl == "local" and value < key else 0
-    return {
-        "attention": heads * (2 * key + (padded or value)) * bytes_per_head + latents * bytes_per_token,
-        "attention output": heads * (value + padded) * bytes_per_head,
-        "scores": heads * 4 * bytes_per_head / element_size(args),
-    }
 
 
 def _mlp_tensors(args: argparse.Namespace, gated: bool = False) -> tuple[int, int]:

@@ -14,8 +14,8 @@ from pathlib import Path
 from megatron.remoe.files.files import write_text
 
 from ..console.flags import tool_parser, whole_number
-from ..runs.evaluations import name_models
 from ..runs.figure_reader import read_figures
+from ..runs.names import name_models
 from ..runs.run_figures import RunFigures
 from ..runs.running import make_main
 

@@ -1,6 +1,6 @@
 """Configuration of a ReMoE for transformers, and of the dense and top-k models that it is compared with."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
@@ -17,21 +17,8 @@ class RemoeConfig(LlamaConfig):
     model_type = "remoe"
     _auto_class = "AutoConfig"
 
-    qk_norm: Literal["head", "all_heads"] | None = None
-    """Queries and keys have an RMSNorm: of each "head" (Qwen3), or one of "all_heads" (OLMoE)."""
-    kv_lora_rank: int | None = None
-    """Latent attention (DeepSeek-V2): size of the latents of keys and values; None: grouped queries. `head_dim` is then
-    `qk_rope_head_dim`; transformers before 5.16 reads `qk_head_dim`."""
-    q_lora_rank: int | None = None
-    """Latent attention: size of the latents of queries; None: they have none."""
-    qk_nope_head_dim: int = 0
-    """Latent attention: part of a head's queries and keys that is not rotated."""
-    qk_rope_head_dim: int = 0
-    """Latent attention: the rotated part, whose keys all heads share."""
-    v_head_dim: int = 0
-    """Latent attention: size of a head's values."""
-    rope_interleave: bool = True
-    """Latent attention: rotate adjacent dimensions as pairs, instead of the two halves."""
+    qk_norm: Literal["head"] | None = None
+    """The queries and keys of each "head" have an RMSNorm (Qwen3)."""
     num_experts: int = 0
     """Experts of a layer, granularity included; 0: a dense model."""
     num_experts_per_tok: int = 1
@@ -69,13 +56,6 @@ class RemoeConfig(LlamaConfig):
     """Return router logits, L1 term and sparsity, and add λ times the term to a loss."""
     router_aux_loss_coef: float = 0.0
     """λ, or the coefficient of top-k routing's load balancing loss."""
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if self.kv_lora_rank is not None:
-            self.head_dim, self.qk_head_dim = self.qk_rope_head_dim, self.qk_nope_head_dim + self.qk_rope_head_dim
-        super().__post_init__(**kwargs)
-        if self.kv_lora_rank is not None or self.qk_norm == "all_heads":
-            self.base_model_tp_plan = None  # type: ignore[misc,assignment]  # both need all heads; Llama's plan splits them
 
     @property
     def mean_experts_per_token(self) -> int:

@@ -1,7 +1,4 @@
-"""A ReMoE (arXiv 2412.14711) for transformers: Llama with experts chosen by ReLU, top-k or hash, or without experts.
-
-It supports the attention of Qwen3, OLMoE and DeepSeek.
-"""
+"""A ReMoE (arXiv 2412.14711) for transformers: Llama with experts chosen by ReLU, top-k or hash, or without experts."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +8,6 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeCausalLMOutputWithPast
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaForCausalLM,
@@ -20,7 +16,6 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
-from transformers.models.olmo2.modeling_olmo2 import Olmo2Attention
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention, Qwen3MoeExperts, Qwen3MoeMLP
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
@@ -79,22 +74,12 @@ class RemoeSparseMoeBlock(nn.Module):
         return total.index_add(0, token, pairs.to(total.dtype)).to(tokens.dtype)
 
 
-class RemoeLatentAttention(DeepseekV3Attention):
-    """DeepSeek's attention, with the configuration's epsilon in the norms of the latents, as in Megatron."""
-
-    def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)  # type: ignore[arg-type]  # it has the fields that are read
-        for norm in filter(None, (getattr(self, "q_a_layernorm", None), self.kv_a_layernorm)):
-            norm.variance_epsilon = config.rms_norm_eps
-
-
 class RemoeDecoderLayer(GradientCheckpointingLayer):
     """Llama's layer, with experts in place of its MLP where the configuration has them."""
 
     def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
         super().__init__()
-        plain = {None: LlamaAttention, "head": Qwen3MoeAttention, "all_heads": Olmo2Attention}[config.qk_norm]
-        self.self_attn = (plain if config.kv_lora_rank is None else RemoeLatentAttention)(config, layer_idx)
+        self.self_attn = (Qwen3MoeAttention if config.qk_norm else LlamaAttention)(config, layer_idx)
         is_sparse = bool(config.num_experts) and layer_idx not in config.mlp_only_layers
         self.mlp = RemoeSparseMoeBlock(config, layer_idx) if is_sparse else Qwen3MoeMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -132,7 +117,7 @@ class RemoePreTrainedModel(LlamaPreTrainedModel):
     _can_record_outputs = {
         "router_logits": OutputRecorder(RemoeRouter, index=0),
         "hidden_states": RemoeDecoderLayer,
-        "attentions": [LlamaAttention, Qwen3MoeAttention, Olmo2Attention, DeepseekV3Attention],
+        "attentions": [LlamaAttention, Qwen3MoeAttention],
     }
 
     @classmethod

@@ -8,12 +8,10 @@ from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -22,13 +20,10 @@ from megatron.remoe.layer.experts import GroupedExperts, build_experts
 from megatron.remoe.layer.layer import ReMoELayer
 from megatron.remoe.routing.router import ReLURouter
 from megatron.remoe.transformer.attention import FusedDotProductAttention
-from megatron.remoe.transformer.norm import SequenceParallelTorchNorm
-from megatron.remoe.transformer.self_attention import AllHeadsNormAttention, LatentAttention
+from megatron.remoe.transformer.norm import build_sequence_parallel_norm
 
-# Classes for `replace_classes`. In plain PyTorch layers, only the fused kernels support latent attention's head sizes.
-LATENT_ATTENTION = {MLASelfAttention: LatentAttention, DotProductAttention: FusedDotProductAttention}
-SEQUENCE_PARALLEL_NORMS = {WrappedTorchNorm: SequenceParallelTorchNorm}
-NORMS_OF_ALL_HEADS = {SelfAttention: AllHeadsNormAttention}
+# Classes for `replace_classes`.
+SEQUENCE_PARALLEL_NORMS = {WrappedTorchNorm: build_sequence_parallel_norm}
 REMOE_LAYER = {MoELayer: ReMoELayer}  # supports --moe-kernels; keeps routers and experts
 
 type LayerSpec = ModuleSpec | TransformerBlockSubmodules | MultiTokenPredictionBlockSubmodules

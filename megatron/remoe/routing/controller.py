@@ -23,8 +23,8 @@ from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.counts import RoutingSummary, StepSums, count_layers, layer_numbers
 from megatron.remoe.routing.router import ReLURouter
 
-# While the learning rate is tiny, routers cannot reach the target, and λ grows until the gradient's norm is Inf. While S
-# stays above the target, n would fall without end, and need as many steps to return. 1e-8 is the default of λ₀.
+# While the learning rate is tiny, routers cannot reach the target, and λ would grow until the gradient's norm is Inf.
+# While S stays above the target, n would fall without end, and need as many steps to return. 1e-8 is λ₀'s default.
 SMALLEST_COEFFICIENT, LARGEST_COEFFICIENT = 1e-8, 1e3
 
 

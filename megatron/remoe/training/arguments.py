@@ -36,11 +36,6 @@ def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "instead of PyTorch's fused attention and grouped experts.",
     )
     group.add_argument(
-        "--qk-layernorm-all-heads",
-        action="store_true",
-        help="With --qk-layernorm: normalize the queries of all heads together, and the keys, as OLMoE does.",
-    )
-    group.add_argument(
         "--moe-log-flips-interval",
         type=int,
         metavar="N",

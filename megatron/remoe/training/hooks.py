@@ -25,8 +25,6 @@ from megatron.remoe.files.errors import UsageError
 from megatron.remoe.kernels.backend import wants_kernels
 from megatron.remoe.layer.experts import GroupedExperts, SplitExperts, supports_grouped_experts
 from megatron.remoe.layer.specs import (
-    LATENT_ATTENTION,
-    NORMS_OF_ALL_HEADS,
     REMOE_LAYER,
     SEQUENCE_PARALLEL_NORMS,
     LayerSpec,
@@ -151,8 +149,7 @@ def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> No
     """Install layers with PyTorch's fused kernels for --transformer-impl local, for any routing.
 
     With --no-local-layer-fusion only the norms change, and only for sequence parallelism. With Transformer Engine only
-    the MoE layers change, and only with --moe-kernels. --qk-layernorm-all-heads and --multi-latent-attention change the
-    attention of both.
+    the MoE layers change, and only with --moe-kernels.
 
     Args:
         args: arguments from `checked_arguments`. The data loader's causal attention mask is turned off if the
@@ -162,14 +159,12 @@ def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> No
     Raises:
         UsageError: a setting does not work with these layers.
     """
-    if args.multi_latent_attention:
-        _change_layers(model_cfg, lambda spec, _vp_stage: replace_classes(spec, LATENT_ATTENTION))
-    elif args.qk_layernorm_all_heads:
-        _change_layers(model_cfg, lambda spec, _vp_stage: replace_classes(spec, NORMS_OF_ALL_HEADS))
     if args.transformer_impl != "local":
         if wants_kernels(args):
             _change_layers(model_cfg, lambda spec, _vp_stage: replace_classes(spec, REMOE_LAYER))
         return
+    if args.multi_latent_attention:
+        raise UsageError("--multi-latent-attention: needs --transformer-impl transformer_engine.", "REMOE-E209")
     stacks_experts = args.num_experts and args.local_layer_fusion and supports_grouped_experts(model_cfg.transformer)
     # core/optimizer/emerging_optimizers.py: _is_nonlinear_or_embedding.
     if stacks_experts and args.optimizer not in ("adam", "sgd"):

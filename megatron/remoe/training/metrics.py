@@ -85,9 +85,9 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
         if self._has_reached_target and layers and not self._has_warned:
             self._has_warned = True
             print_rank_last(
-                f"Layers that work in chunks although S has reached its target: {', '.join(map(str, layers))}. They exceed "
-                f"{self._args.moe_relu_activation_limit:g} x topk experts per token on a rank, and recompute their experts "
-                "in every step. If memory allows, raise --moe-relu-activation-limit."
+                f"Layers that work in chunks although S has reached its target: {', '.join(map(str, layers))}. They have "
+                f"more than {self._args.moe_relu_activation_limit:g} x topk experts per token on a rank, and recompute "
+                "their experts in every step. If memory allows, raise --moe-relu-activation-limit."
             )
         self._has_reached_target |= summary.sparsity >= summary.target_sparsity
 

@@ -1,10 +1,9 @@
 """Compute Megatron's local attention with PyTorch's fused kernels."""
 
 from contextlib import nullcontext
-from typing import Any
 
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -17,9 +16,6 @@ class FusedDotProductAttention(DotProductAttention):
 
     Megatron's class runs what PyTorch's kernels do not support: sliding windows, softmax offsets, scaling by layer.
     """
-
-    def __init__(self, *arguments: Any, k_channels: int | None = None, v_channels: int | None = None, **options: Any):
-        super().__init__(*arguments, **options)  # latent attention passes sizes; the tensors have them too
 
     def forward(
         self,
@@ -35,7 +31,7 @@ class FusedDotProductAttention(DotProductAttention):
 
         Args:
             query: `[sequence, batch, heads, size]`.
-            key, value: `[sequence, batch, query groups, size]`; the values' size may differ.
+            key, value: `[sequence, batch, query groups, size]`.
             attention_mask: bool, True where not to attend, broadcast to `[batch, heads, sequence, sequence]`. If None,
                 a layer built with a causal mask type is causal, and any other layer has no mask. A single query (with
                 a KV cache) attends to all keys. Two or more queries, but fewer than keys, need a mask.
@@ -49,9 +45,6 @@ class FusedDotProductAttention(DotProductAttention):
         if refused or not self._is_plain():
             return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
         dropout = self.attention_dropout.p if self.training else 0.0
-        size, missing = value.shape[-1], query.shape[-1] - value.shape[-1]
-        if missing > 0:  # fused kernels need one head size
-            value = pad(value, (0, missing))
         draws = dropout and not self.config.sequence_parallel
         with tensor_parallel.get_cuda_rng_tracker().fork() if draws else nullcontext():
             context = scaled_dot_product_attention(
@@ -64,7 +57,7 @@ class FusedDotProductAttention(DotProductAttention):
                 scale=self.softmax_scale,
                 enable_gqa=query.shape[2] != key.shape[2],
             )
-        return context[..., :size].permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
+        return context.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
 
     def _is_plain(self) -> bool:
         softmax = self.scale_mask_softmax

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from ...console.display import print_table
 from ...console.errors import ToolError
 from ...console.files import write_json
-from ...runs.evaluations import name_data_sets
+from ...runs.names import name_data_sets
 from ...runs.running import make_main
 from ..arguments import parse_analyze
 from ..hf.opening import open_model

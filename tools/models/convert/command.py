@@ -1,8 +1,8 @@
 """Convert a dense or top-k checkpoint to a ReMoE, or start a different conversion."""
 
 import argparse
+import shlex
 from pathlib import Path
-from shlex import quote
 
 import torch
 
@@ -11,12 +11,11 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from ...console.display import show_step
 from ...console.errors import ConversionError
+from ...recipes.megatron_values import make_parser
 from ...runs.running import make_main
 from ..arguments import parse_convert
 from ..checkpoints import Checkpoint, check_output, find, load, save
-from ..export import write_checkpoint
-from ..hf.public import FAMILIES
-from ..hf.settings import complete
+from ..hf.settings import complete, make_words
 from ..measuring import count_experts, mean_experts, measure_loss, split_batches
 from ..megatron_model import build, one_process
 from ..text import choose_blend, sample
@@ -27,8 +26,20 @@ from .model_class import convert_class
 from .models import fill, record_routers, target_args
 
 BOUNDS = {"dense": 0.01, "top-k": 0.05}
-# The way to the target is short, so λ should start higher and move less than in a run from scratch.
-GENTLE = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1.05"
+# λ starts higher than in a run from scratch, or the model would get denser at first. It moves less, or experts would be
+# turned off before they differ.
+GENTLE = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1.05".split()
+# Arguments of the source that the printed command repeats where they are not Megatron's defaults.
+REPEATED = """num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention num_query_groups
+kv_channels qk_layernorm attention_dropout hidden_dropout normalization layernorm_epsilon swiglu squared_relu
+add_bias_linear add_qkv_bias position_embedding_type rotary_base rotary_percent max_position_embeddings
+init_method_std untie_embeddings_and_output_weights make_vocab_size_divisible_by vocab_size tokenizer_type
+tokenizer_model vocab_file merge_file moe_relu_routing num_experts moe_router_topk moe_granularity
+moe_ffn_hidden_size moe_layer_freq moe_router_dtype moe_token_dispatcher_type moe_shared_expert_intermediate_size
+moe_shared_expert_gate seq_length bf16 fp16 micro_batch_size global_batch_size train_iters lr min_lr lr_decay_style
+lr_decay_iters lr_wsd_decay_style lr_wsd_decay_iters lr_warmup_iters lr_warmup_fraction weight_decay adam_beta1
+adam_beta2 clip_grad seed data_path train_data_path valid_data_path test_data_path split multiple_validation_sets
+validation_set_names full_validation eval_interval eval_iters save_interval""".split()
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -52,7 +63,8 @@ def convert(options: argparse.Namespace) -> None:
         target, loss_before = _fit_routers(options, checkpoint, args, new_args, to_fit, to_measure)
         with show_step("running the ReMoE", len(to_measure)) as advance, count_experts(target) as histograms:
             loss_after = measure_loss(target, split_batches(to_measure), advance).loss
-        sparsity = 1 - mean_experts(histograms.values()) / new_args.num_experts
+        active, target_sparsity = mean_experts(histograms.values()), 1 - new_args.moe_router_topk / new_args.num_experts
+        sparsity = 1 - active / new_args.num_experts
         bound = BOUNDS[kind] if options.loss_bound is None else options.loss_bound
         growth = loss_after / loss_before - 1
         result = f"loss {loss_before:.4f} before, {loss_after:.4f} after ({growth:+.2%}, bound {bound:.2%})"
@@ -61,9 +73,11 @@ def convert(options: argparse.Namespace) -> None:
                 f"{result}: nothing was written. Fit to more text (--tokens {4 * options.tokens}), or accept more with "
                 "--loss-bound."
             )
-        print(f"{result}, sparsity {sparsity:.3f}; on {to_measure[:, 1:].numel():,} other tokens", flush=True)
+        print(f"{result}; on {to_measure[:, 1:].numel():,} other tokens", flush=True)
+        experts = f"{active:.1f} experts per token instead of {new_args.moe_router_topk}"
+        print(f"starts at sparsity {sparsity:.3f}, target {target_sparsity:.3f}: {experts}", flush=True)
         save(target, new_args, options.save)
-    print(f"wrote {options.save}; train with {training_flags(new_args, options.save)}", flush=True)
+    print(f"wrote {options.save}. Train with:\n{shlex.join(training_command(new_args, options.save))}", flush=True)
 
 
 def _fit_routers(
@@ -104,25 +118,25 @@ def _fit_routers(
     return target, loss_before
 
 
-def training_flags(args: argparse.Namespace, output: Path) -> str:
-    """Return the flags to train the ReMoE with, in addition to those of its source."""
-    granularity = args.moe_granularity
-    flags = f"--pretrained-checkpoint {quote(str(output))} --moe-relu-routing"
-    flags += f" --num-experts {args.num_experts // granularity} --moe-router-topk {args.moe_router_topk // granularity}"
-    if granularity > 1:
-        flags += f" --moe-granularity {granularity} --moe-ffn-hidden-size {args.moe_ffn_hidden_size * granularity}"
-    if args.moe_layer_freq != 1:
-        flags += f" --moe-layer-freq '{str(args.moe_layer_freq).replace(' ', '')}'"
-    return f"{flags} {GENTLE}"
+def training_command(args: argparse.Namespace, output: Path) -> list[str]:
+    """Return the command that trains the ReMoE in `output`, with its source's flags."""
+    values = {name: getattr(args, name) for name in REPEATED}
+    for name in ("num_experts", "moe_router_topk"):
+        values[name] //= args.moe_granularity
+    if values["moe_ffn_hidden_size"]:
+        values["moe_ffn_hidden_size"] *= args.moe_granularity
+    if values["lr_decay_iters"] == values["train_iters"]:  # the default
+        values["lr_decay_iters"] = None
+    usual = vars(make_parser().parse_args([]))
+    values = {name: value for name, value in values.items() if value != usual.get(name)}
+    places = ["--pretrained-checkpoint", str(output), "--save", "RUN", "--load", "RUN"]
+    return ["remoe-pretrain", *places, *make_words(values), *GENTLE]
 
 
 def run(options: argparse.Namespace) -> None:
     """Convert in the way that the flags name."""
     check_output(options.save)
-    if options.from_hf:
-        with one_process(options.seed):
-            write_checkpoint(options.from_hf, FAMILIES, options.save, options.tokenizer_model)
-    elif options.from_fork:
+    if options.from_fork:
         convert_fork(options)
     elif options.from_fsdp:
         convert_fsdp(options)

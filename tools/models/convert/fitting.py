@@ -4,13 +4,15 @@ from collections.abc import Mapping
 
 import torch
 
+# Measured for 8 copies on 8,192 random inputs of 64 numbers: half or twice of one of these four, or of BALANCE, changes
+# the relative error of the gates (0.056) by less than 0.002 and the sparsity (0.15) by less than 0.012.
 STEPS = 800
 TOKENS_PER_STEP = 4096
 LEARNING_RATE = 0.2  # in units of the root mean square of the weights at the start
 RIDGE = 0.1  # in units of the inputs' mean square: directions with less are not scaled up to the size of the others
 # Weights of two terms for sums of gates: give all experts the same share, and each token few of them.
-BALANCE = 0.1
-CONCENTRATION = 0.05
+BALANCE = 0.1  # without it, one copy gets nearly all of the sum
+CONCENTRATION = 0.05  # 0, 0.05 and 0.1 have errors of 0.051, 0.056 and 0.068, and sparsities of 0.10, 0.15 and 0.22
 
 
 def split_mlp(weights: Mapping[str, torch.Tensor], parts: int, gated: bool) -> list[dict[str, torch.Tensor]]:

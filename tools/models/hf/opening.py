@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -63,12 +62,11 @@ class OpenedModel(NamedTuple):
         return length or min(getattr(self.args, "seq_length", None) or context, context)
 
 
-def read_folder(folder: Path, families: Collection[str], dtype: torch.dtype | None = None) -> Any:
-    """Return the model of transformers in a folder, for evaluation on the CPU.
+def read_folder(folder: Path, dtype: torch.dtype | None = None) -> RemoeForCausalLM:
+    """Return the model in an exported folder, for evaluation on the CPU.
 
     Args:
         folder: written by `save_pretrained`.
-        families: accepted values of `model_type`.
         dtype: of the weights (None: as stored).
 
     Raises:
@@ -85,9 +83,8 @@ def read_folder(folder: Path, families: Collection[str], dtype: torch.dtype | No
     logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder, **options)
-        if config.model_type not in families or getattr(config, "quantization_config", None):
-            kinds = " or ".join(sorted(families))
-            raise ConversionError(f"{path}: is of {config.model_type!r:.40}, and must be of an unquantized {kinds}.")
+        if config.model_type != RemoeConfig.model_type or getattr(config, "quantization_config", None):
+            raise ConversionError(f"{path}: is of {config.model_type!r:.40}, and must be of an unquantized remoe.")
         options |= {"config": config, "dtype": dtype or "auto", "use_safetensors": True}
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
         options["generation_config"] = GenerationConfig()  # so the folder's, and its code for generation, are not read
@@ -158,7 +155,7 @@ def open_model(
     if (place / "config.json").is_file():
         if step is not None:
             raise ConversionError(f"--ckpt-step {step}: {place} is an exported folder. Leave it out.")
-        model = read_folder(place, (RemoeConfig.model_type,))
+        model = read_folder(place)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = find_folder_tokenizer(place, tokenizer_model, model.config)
     else:

@@ -24,14 +24,8 @@ MODEL = {
     "rms_norm_eps": "layernorm_epsilon",
     "initializer_range": "init_method_std",
     "attention_dropout": "attention_dropout",
-}
-GROUPED = {"num_key_value_heads": "num_query_groups", "head_dim": "kv_channels"}
-LATENT = {
-    "kv_lora_rank": "kv_lora_rank",
-    "q_lora_rank": "q_lora_rank",
-    "qk_nope_head_dim": "qk_head_dim",
-    "qk_rope_head_dim": "qk_pos_emb_head_dim",
-    "v_head_dim": "v_head_dim",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "kv_channels",
 }
 EXPERTS = {
     "num_experts": "num_experts",
@@ -51,16 +45,15 @@ TOPK = {
 NONE_IN_MEGATRON = {"shared_expert_intermediate_size": 0, "routed_scaling_factor": 1.0}
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 ROUTER_DTYPES = {None: None, "fp32": "float32", "fp64": "float64"}
-YARN = {"beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096}  # Megatron has no flags for them
 
 # Arguments that must be None, False or as in `REQUIRED_VALUES`: the model for transformers supports nothing else.
 UNSET = """rotary_seq_len_interpolation_factor no_rope_freq window_size activation_func_clamp_value
 heterogeneous_layers_config_path moe_latent_size moe_router_num_groups moe_expert_capacity_factor
 moe_mlp_glu_interleave_size moe_shared_expert_glu_interleave_size""".split()
-# The last two are options of version 0.1.
+# The last three are options of earlier versions.
 OFF = """layernorm_zero_centered_gamma rotary_interleaved use_rope_scaling qk_l2_norm add_qkv_bias attention_output_gate
-add_bias_linear apply_residual_connection_post_layernorm use_mup moe_apply_probs_on_input moe_relu_router_bias
-moe_relu_sparse_start""".split()
+add_bias_linear apply_residual_connection_post_layernorm use_mup moe_apply_probs_on_input multi_latent_attention
+moe_relu_router_bias moe_relu_sparse_start qk_layernorm_all_heads""".split()
 REQUIRED_VALUES: dict[str, Any] = {
     **{"normalization": "RMSNorm", "position_embedding_type": "rope", "softmax_type": "vanilla", "swiglu": True},
     **{"rotary_percent": 1.0, "glu_linear_offset": 0.0, **dict.fromkeys(UNSET), **dict.fromkeys(OFF, False)},
@@ -69,8 +62,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "moe_router_score_function": ("softmax", "sigmoid"),
     "moe_baseline_router": (None, "hash"),
 }
-# For latent attention: the model for transformers always has its norms, and YaRN is not converted.
-ONLY_LATENT = {"qk_layernorm": True, "rotary_scaling_factor": 1.0}
 
 
 def complete(saved: argparse.Namespace) -> argparse.Namespace:
@@ -84,26 +75,21 @@ def make_config(args: argparse.Namespace) -> RemoeConfig:
     Raises:
         ConversionError: the model for transformers does not support some arguments; the message names each flag.
     """
-    only = REQUIRED_VALUES | (ONLY_LATENT if args.multi_latent_attention else {})
-    wrong = [name for name, value in only.items() if getattr(args, name, value) != value]
+    wrong = [name for name, value in REQUIRED_VALUES.items() if getattr(args, name, value) != value]
     wrong += [name for name, values in CHOICES.items() if getattr(args, name, values[0]) not in values]
     if any(name in str(args.moe_router_load_balancing_type) for name in ("sinkhorn", "quantile_balancing")):
         wrong.append("moe_router_load_balancing_type")
     if wrong:
         flags = ", ".join(f"{flag_name(name)} {shown(getattr(args, name))}" for name in wrong)
         raise ConversionError(f"--load: the model for transformers does not support {flags}.", "REMOE-E512")
-    table, fields = dict(MODEL), {"vocab_size": args.padded_vocab_size}
-    if args.multi_latent_attention:
-        table |= LATENT
-    else:
-        table |= GROUPED
-        fields["qk_norm"] = ("all_heads" if args.qk_layernorm_all_heads else "head") if args.qk_layernorm else None
+    table = dict(MODEL)
+    fields = {"vocab_size": args.padded_vocab_size, "qk_norm": "head" if args.qk_layernorm else None}
     if args.num_experts:
         table |= EXPERTS | RELU | TOPK
         fields |= _expert_fields(args)
     same = {field: getattr(args, name) for field, name in table.items()}
     fields = {field: value for field, value in same.items() if value is not None} | fields
-    if args.multi_latent_attention or not args.group_query_attention:
+    if not args.group_query_attention:
         fields["num_key_value_heads"] = args.num_attention_heads
     config = RemoeConfig(
         **fields,
@@ -149,13 +135,13 @@ def make_flags(config: RemoeConfig, seq_length: int) -> list[str]:
     """Return Megatron's flags for a model of this configuration, without the vocabulary.
 
     Args:
-        config: of the model; its rotary embedding can be DeepSeek's YaRN.
+        config: of the model.
         seq_length: tokens of a sequence, for training.
 
     Raises:
         ConversionError: Megatron has no such model.
     """
-    table = MODEL | (GROUPED if config.kv_lora_rank is None else LATENT)
+    table = dict(MODEL)
     if config.num_experts:
         table |= EXPERTS
         if config.moe_relu_routing:
@@ -166,31 +152,13 @@ def make_flags(config: RemoeConfig, seq_length: int) -> list[str]:
     values = {table[field]: None if NONE_IN_MEGATRON.get(field) == value else value for field, value in same.items()}
     values["moe_router_topk"] = config.mean_experts_per_token if config.num_experts else None
     values |= {"seq_length": seq_length, "hidden_dropout": 0.0, "normalization": "RMSNorm", "swiglu": True}
-    values |= {"add_bias_linear": False, "position_embedding_type": "rope", **_make_rope(config)}
+    values |= {"add_bias_linear": False, "position_embedding_type": "rope", "group_query_attention": True}
+    rope: dict[str, Any] = dict(config.rope_parameters or {})
+    values |= {"rotary_base": int(rope["rope_theta"]), "qk_layernorm": config.qk_norm is not None}
     values["untie_embeddings_and_output_weights"] = not config.tie_word_embeddings
     if config.dtype in DTYPES:
         values[DTYPES[config.dtype]] = True
-    if config.kv_lora_rank is None:
-        values |= {"group_query_attention": True, "qk_layernorm": config.qk_norm is not None}
-        values["qk_layernorm_all_heads"] = config.qk_norm == "all_heads"
-    else:  # kv_channels is not used, but it is compared when a run starts
-        values |= {"multi_latent_attention": True, "qk_layernorm": True}
-        values["kv_channels"] = config.hidden_size // config.num_attention_heads
-    return _make_words(values | (_expert_arguments(config) if config.num_experts else {}))
-
-
-def _make_rope(config: RemoeConfig) -> dict[str, Any]:
-    rope: dict[str, Any] = dict(config.rope_parameters or {})
-    values: dict[str, Any] = {"rotary_base": int(rope["rope_theta"])}
-    if config.kv_lora_rank is None:
-        return values
-    if rope["rope_type"] == "default":
-        return values | {"rope_type": "rope", "apply_rope_fusion": False}
-    for name, value in YARN.items():
-        if rope.get(name, value) != value:
-            raise ConversionError(f"Megatron's YaRN cannot have {name} {rope[name]!r}.", "REMOE-E512")
-    values |= {"rope_type": "yarn", "rotary_scaling_factor": float(rope["factor"])}
-    return values | {"mscale": rope.get("mscale") or 1.0, "mscale_all_dim": rope.get("mscale_all_dim") or 0.0}
+    return make_words(values | (_expert_arguments(config) if config.num_experts else {}))
 
 
 def _expert_arguments(config: RemoeConfig) -> dict[str, Any]:
@@ -214,14 +182,16 @@ def _expert_arguments(config: RemoeConfig) -> dict[str, Any]:
     return values
 
 
-def _make_words(values: dict[str, Any]) -> list[str]:
+def make_words(values: dict[str, Any]) -> list[str]:
     """Return the flags that set Megatron's arguments to these values; None and switches' defaults are left out."""
     words = []
     for action in make_parser()._actions:
         value = values.get(action.dest)
         if value is None:
             continue
-        if action.nargs != 0:
+        if action.nargs in ("*", "+") and isinstance(value, list):
+            words += [action.option_strings[0], *map(str, value)]
+        elif action.nargs != 0:
             words += [action.option_strings[0], str(value).replace(" ", "")]
         elif value == action.default:
             continue

@@ -1,9 +1,12 @@
 """Read tokenizers for transformers, and make the settings for text generation."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from megatron.remoe.files.errors import DataError
@@ -109,3 +112,14 @@ def generation_config(config: RemoeConfig, tokenizer: PreTrainedTokenizerBase | 
     if tokenizer is not None:
         settings.suppress_tokens = list(range(len(tokenizer), config.vocab_size)) or None
     return settings
+
+
+def count_token_bytes(tokenizer: PreTrainedTokenizerBase, rows: int) -> torch.Tensor:
+    """Return the number of bytes of text that each token stands for, int64 `[rows]`; 1 for special tokens."""
+    vocabulary, special = tokenizer.get_vocab(), {*tokenizer.all_special_tokens}
+    is_byte_level = vocabulary.keys() >= {*ByteLevel.alphabet()}  # a character of a token is then a byte
+    lengths = [1] * rows
+    for token, number in vocabulary.items():
+        if token not in special and not re.fullmatch("<0x[0-9A-F]{2}>", token):
+            lengths[number] = len(token if is_byte_level else token.replace("▁", " ").encode())
+    return torch.tensor(lengths)

@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterator, Mapping
 
 import torch
-from transformers import PreTrainedModel
 
 from megatron.core.models.gpt import GPTModel
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
@@ -25,12 +24,7 @@ LAYER = re.compile(r"decoder\.layers\.(?P<number>\d+)\.(?P<rest>.+)")
 RENAMED_WEIGHTS = {
     "input_layernorm.weight": "input_layernorm.weight",
     "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
-    "self_attention.linear_q_proj.weight": "self_attn.q_proj.weight",
-    "self_attention.linear_q_down_proj.weight": "self_attn.q_a_proj.weight",
-    "self_attention.linear_q_up_proj.weight": "self_attn.q_b_proj.weight",
-    "self_attention.linear_kv_down_proj.weight": "self_attn.kv_a_proj_with_mqa.weight",
-    "self_attention.linear_kv_up_proj.weight": "self_attn.kv_b_proj.weight",
-    "self_attention.kv_layernorm.weight": "self_attn.kv_a_layernorm.weight",
+    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
@@ -41,19 +35,16 @@ RENAMED_WEIGHTS = {
 }
 STACKED = {"linear_fc1.weight": "mlp.experts.gate_up_proj", "linear_fc2.weight": "mlp.experts.down_proj"}
 HALVES = {"mlp.linear_fc1.weight": "mlp.", "mlp.shared_experts.linear_fc1.weight": "mlp.shared_expert."}
-Q_NORM = "self_attention.q_layernorm.weight"  # norm of the queries, or of their latents
 QKV = "self_attention.linear_qkv.weight"
 
 
 @torch.no_grad()
-def fill_megatron(model: GPTModel, source: PreTrainedModel, config: RemoeConfig) -> None:
-    """Copy the weights of a model for transformers, ours or a public one, into Megatron's model.
+def fill_megatron(model: GPTModel, source: RemoeForCausalLM) -> None:
+    """Copy the weights of a model for transformers into Megatron's model.
 
     λ's exponent stays 0: the flags' λ₀ is the model's λ.
     """
-    state = source.state_dict()
-    renamed = {name.replace(".shared_experts.", ".shared_expert."): tensor for name, tensor in state.items()}
-    for tensor, other in match_parts(model.state_dict(), renamed, config):
+    for tensor, other in match_parts(model.state_dict(), source.state_dict(), source.config):
         tensor.copy_(other)
 
 
@@ -92,9 +83,6 @@ def match_parts(
         elif rest in HALVES:
             for part, half in zip(("gate", "up"), tensor.chunk(2), strict=True):
                 yield half, other[f"{prefix}{HALVES[rest]}{part}_proj.weight"]
-        elif rest == Q_NORM:
-            norm = "q_norm" if config.kv_lora_rank is None else "q_a_layernorm"
-            yield tensor, other[f"{prefix}self_attn.{norm}.weight"]
         else:
             yield tensor, other[prefix + RENAMED_WEIGHTS[rest]]
 

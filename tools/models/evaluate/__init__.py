@@ -1,1 +1,0 @@
-"""Measure loss, tasks and speed of trained models."""
