@@ -1,7 +1,7 @@
 """Measure a training step: ReMoE at its target sparsity, top-k, and top-k in Megatron's own local layers.
 
 --variants adds the dense start, in which half of the experts are active: by default, without the activation limit, and
-with at most four experts per token.
+with at most four experts per token; and layers with three times the target's experts per token.
 
 Each run is a new process, and the variants take turns. Figures are medians over all steps of a variant. The table also
 has the share of the measured matmul rate (FLOPs count the experts that were active), and the memory of a step: the
@@ -51,12 +51,12 @@ PACKAGES = ("torch", "megatron-core", "transformers", "numpy")
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to train: "remoe" or "moe", flags in addition to the shape's, and whether routers start at the target."""
+    """A way to train: "remoe" or "moe", flags besides the shape's, and initial experts per token over k (or 0)."""
 
     name: str
     routing: str
     flags: tuple[str, ...] = ()
-    at_target: bool = True
+    load: float = 1
 
 
 USUAL = (
@@ -65,9 +65,11 @@ USUAL = (
     Variant("top-k, Megatron's layers", "moe", ("--no-local-layer-fusion",)),
 )
 DENSE = (
-    Variant("dense start", "remoe", at_target=False),
-    Variant("dense start, no limit", "remoe", ("--moe-relu-activation-limit", "0"), at_target=False),
-    Variant("dense start, four experts", "remoe", ("--moe-relu-max-experts", "4"), at_target=False),
+    Variant("dense start", "remoe", load=0),
+    Variant("dense start, no limit", "remoe", ("--moe-relu-activation-limit", "0"), load=0),
+    Variant("dense start, four experts", "remoe", ("--moe-relu-max-experts", "4"), load=0),
+    Variant("three times the target", "remoe", load=3),
+    Variant("three times the target, no limit", "remoe", ("--moe-relu-activation-limit", "0"), load=3),
 )
 VARIANTS = {variant.name: variant for variant in (*USUAL, *DENSE)}
 
@@ -96,7 +98,7 @@ def run(shape: str, variant: Variant, steps: int, more: list[str]) -> dict[str, 
         command += [*SIZE.flags(), *COMMON, *experts, *(GPU_FLAGS if on_gpu(more) else [])]
         command += ["--data-path", str(prefix), "--train-iters", str(steps), *variant.flags, *more]
         environment = os.environ | {"BENCHMARK_RECORD": str(record)}
-        environment |= {"BENCHMARK_AT_TARGET": "1"} if variant.at_target else {}
+        environment |= {"BENCHMARK_LOAD": str(variant.load)} if variant.load else {}
         result = subprocess.run(command, capture_output=True, text=True, env=environment)
         if result.returncode:
             raise SystemExit(f"{shape} {variant.name} failed:\n" + (result.stdout + result.stderr)[-3000:])

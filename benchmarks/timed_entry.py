@@ -1,6 +1,6 @@
 """Run the training entry and measure its steps; the figures go to the JSON file $BENCHMARK_RECORD.
 
-BENCHMARK_AT_TARGET=1: routers start with an even load for the first batches, ReMoE's also at the target.
+BENCHMARK_LOAD=N: routers start with an even load for the first batches, ReMoE's with N·k experts per token.
 BENCHMARK_SHARE=S: also record the memory that remoe cost forecasts for a share S of active (token, expert) pairs.
 """
 
@@ -57,19 +57,20 @@ def time_call(operation: Callable[[], object], device: str) -> float:
 
 
 @torch.no_grad()
-def start_at_target(router: "TopKRouter", hidden: torch.Tensor) -> None:
-    """Lower each expert's weights along the mean token until k/E of the tokens have a positive logit.
+def fit_router(router: "TopKRouter", hidden: torch.Tensor, share: float) -> None:
+    """Lower each expert's weights along the mean token until a share of the tokens has a positive logit.
 
     Computed in fp32: half precision has no quantiles.
 
     Args:
         hidden: the router's input, `[..., hidden]`.
+        share: of the tokens; k/E at the target.
     """
     tokens, weight = hidden.reshape(-1, hidden.shape[-1]).float(), router.weight.float()
     mean = tokens.mean(dim=0)
     direction = mean / mean.square().sum()
     along = tokens @ direction
-    thresholds = (tokens @ weight.T / along.unsqueeze(1)).quantile(1 - router.topk / router.num_experts, dim=0)
+    thresholds = (tokens @ weight.T / along.unsqueeze(1)).quantile(1 - share, dim=0)
     router.weight -= torch.outer(thresholds, direction)
 
 
@@ -115,10 +116,10 @@ class Recorder:
         }
         if share := os.environ.get("BENCHMARK_SHARE"):
             self.record["forecast"] = describe_model(chunks, args, {"now": float(share) * (args.num_experts or 0)})
-        if os.environ.get("BENCHMARK_AT_TARGET"):
+        if load := os.environ.get("BENCHMARK_LOAD"):
             give_tokens_a_mean(chunks)
             for router in (module for module in modules if isinstance(module, TopKRouter)):
-                router.register_forward_pre_hook(Fit(router))
+                router.register_forward_pre_hook(Fit(router, float(load) * router.topk / router.num_experts))
         chunks[0].register_forward_pre_hook(lambda *_: self._before_forward())
 
         def finalize_and_record(*arguments: Any, **options: Any) -> None:
@@ -180,9 +181,10 @@ def give_tokens_a_mean(chunks: list[torch.nn.Module]) -> None:
 
 
 class Fit:
-    """Keeps a router at the target for the first steps, over all tokens seen so far."""
+    """Keeps a router's share of active pairs in the first steps, over all tokens seen so far."""
 
-    def __init__(self, router: "TopKRouter") -> None:
+    def __init__(self, router: "TopKRouter", share: float) -> None:
+        self.share = share
         self.initial = router.weight.detach().clone()
         self.tokens: list[torch.Tensor] = []
         self.left = FIT_STEPS
@@ -192,7 +194,7 @@ class Fit:
             self.left -= 1
             self.tokens.append(arguments[0].detach().reshape(-1, arguments[0].shape[-1]))
             router.weight.data.copy_(self.initial)
-            start_at_target(router, torch.cat(self.tokens))
+            fit_router(router, torch.cat(self.tokens), self.share)
             main = getattr(router.weight, "main_param", None)
             if main is not None:  # in half precision, the optimizer sets the weights from its fp32 copy
                 main.data.view(-1).copy_(router.weight.data.view(-1))

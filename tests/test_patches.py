@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron import core
 from megatron.core import optimizer as core_optimizer
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 from megatron.core.optimizer import clip_grads
@@ -24,8 +23,10 @@ from megatron.core.rerun_state_machine import RerunMode, RerunState, RerunStateM
 from megatron.core.tensor_parallel import ColumnParallelLinear, layers
 from megatron.core.utils import local_multi_tensor_l2_norm
 from megatron.remoe import patches
-from megatron.remoe.patches import fusions, log_lines, start
+from megatron.remoe.files.errors import UsageError
+from megatron.remoe.patches import fusions, log_lines
 from megatron.remoe.patches import optimizer as adam_patches
+from megatron.remoe.patches.patch import hash_source
 from megatron.remoe.patches.patch import replace as replace_once
 from megatron.training import training
 from tests.layers import make_topk_config
@@ -39,7 +40,7 @@ def stock(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Any:
     return getattr(owner, name)
 
 
-def test_all_are_named_and_take_a_place_once() -> None:
+def test_each_function_is_replaced_once() -> None:
     def negate(stock: Any, value: int) -> int:
         return -int(stock(value))
 
@@ -48,30 +49,40 @@ def test_all_are_named_and_take_a_place_once() -> None:
         replace_once(counted, "function")(lambda stock, value: stock(value) + 1)
         replace_once(counted, "function")(negate)
     assert counted.function(1) == -2
+
+
+def test_sources_are_those_that_the_patches_change() -> None:
+    assert importlib.metadata.version("megatron-core") == patches.TESTED
     for patch in patches.PATCHES:
-        file, _, what = patch.changes.partition(": ")
-        assert what and (patch.provides and patch.ends), patch
-        assert f"megatron/{file}" in map(str, importlib.metadata.files("megatron-core") or []), file
-    assert importlib.metadata.version("megatron-core") in patches.VERSIONS
+        assert patch.changes and patch.provides and patch.ends and patch.find_changed() == []
+    assert hash_source("core.no_such_module:function") == hash_source("core.utils:no_such_function") == ""
 
 
-def test_another_version_is_left_alone(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+def test_changed_source(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+    """A needed patch stops the program, a different one is left out with a warning."""
     applied: list[str] = []
     monkeypatch.delenv("REMOE_TRY_MEGATRON", raising=False)
-    counted = [replace(patch, apply=partial(applied.append, patch.changes)) for patch in patches.PATCHES]
-    monkeypatch.setattr(patches, "PATCHES", counted)
-    monkeypatch.setattr(core, "__version__", "0.99.0+2b1ee606")
-    patches.apply_patches(saves=False)
-    warning = str(recwarn.pop(UserWarning).message)
-    assert applied == [] and "megatron-core 0.99.0" in warning and not recwarn
-    for patch in patches.PATCHES:
-        assert (patch.provides in warning) is not patch.for_saving
+    needed, spare, saving = (
+        replace(
+            patches.PATCHES[0], apply=partial(applied.append, name), provides=name, is_needed=name != "spare",
+            for_saving=name == "saving",
+        )
+        for name in ("needed", "spare", "saving")
+    )  # fmt: skip
+    changed = dict.fromkeys(spare.changes, "00000000")
+    monkeypatch.setattr(patches, "PATCHES", [needed, replace(spare, changes=changed), saving])
+    patches.apply_patches()
+    assert applied == ["needed", "saving"] and "spare" in str(recwarn.pop(UserWarning).message)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(patches, "PATCHES", [replace(spare, changes=changed), replace(saving, changes=changed)])
+    patches.apply_patches(saves=False)
+    assert not recwarn, "one warning, not one for each rank"
+    with pytest.raises(UsageError, match="saving") as stop:
+        patches.apply_patches()
+    assert stop.value.code == "REMOE-E104" and "spare" not in str(stop.value)
+    monkeypatch.setenv("REMOE_TRY_MEGATRON", "1")
     patches.apply_patches()
-    assert applied == [] and not recwarn, "one warning, not one for each rank"
-    monkeypatch.setattr(core, "__version__", patches.VERSIONS[0])
-    patches.apply_patches()
-    assert applied == [patch.changes for patch in patches.PATCHES] and not recwarn
+    assert applied == ["needed", "saving", "spare", "saving"]
 
 
 def test_megatron_still_compiles_its_helpers(tmp_path: Path) -> None:
@@ -89,7 +100,6 @@ def test_megatron_still_reads_steps_that_adam_has_not(monkeypatch: pytest.Monkey
     adam = torch.optim.AdamW([parameter])
     optimizer = DistributedOptimizer.__new__(DistributedOptimizer)
     optimizer.optimizer, optimizer.grad_scaler, optimizer.is_stub_optimizer = adam, None, False
-    optimizer.ddp_config = SimpleNamespace(use_megatron_fsdp=False)
     with pytest.raises(AssertionError):
         stock(monkeypatch, DistributedOptimizer, "state_dict")(optimizer)
 
@@ -277,16 +287,3 @@ def test_megatron_still_logs_only_to_the_console(monkeypatch: pytest.MonkeyPatch
     expected = {"kind": "validation", "iteration": 7, "set": "test", "final": True, "lm_loss": 2.0, "tokens": 30}
     assert heard == [expected], "once, by the patch"
     assert capsys.readouterr().out.count("validation loss at iteration 7 on test set | lm loss value: 2.0") == 2
-
-
-def test_megatron_still_prints_no_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The patch adds the hours left to lines at log intervals, and to no other."""
-    printed: list[str] = []
-    monkeypatch.setattr(training, "print_rank_last", printed.append)
-    monkeypatch.setattr(start, "get_args", lambda: SimpleNamespace(log_interval=10))
-    assert "time left" not in inspect.getsource(training.training_log)
-    start.print_time_left()
-    line = " [a date] iteration {:8d}/     200 | elapsed time per iteration (ms): 3600.0 | lm loss: 2.0 |"
-    for words in (line.format(10), line.format(11), "validation loss"):
-        training.print_rank_last(words)
-    assert printed == [f"{line.format(10)} time left (h): 0.19 |", line.format(11), "validation loss"]

@@ -150,9 +150,5 @@ def weights(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
-    from megatron.core.transformer.fsdp_dtensor_checkpoint import flatten_state_dict
-
     loaded = _load_state_dict_from_keys(storage_reader=FileSystemReader(folder / f"iter_{iteration:07d}"))
-    if "args" in loaded:  # Megatron-FSDP's format
-        loaded = flatten_state_dict({name: loaded[name] for name in ("model", "optimizer")})
     return {key: value for key, value in loaded.items() if isinstance(value, torch.Tensor)}

@@ -21,7 +21,6 @@ _MODULES = {
     "transformer_config_from_args": "training.arguments",
     "install_local_layers": "training.hooks",
     "install_routing": "training.hooks",
-    "with_flips": "training.hooks",
     "dataset_config": "training.gpt",
     "get_batch": "training.gpt",
     "loss_func": "training.gpt",

@@ -104,7 +104,6 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", exit_st
         model_cfg = model_config_from_args(args)
         hooks.install_routing(args, model_cfg)
         hooks.install_local_layers(args, model_cfg)
-        datasets_provider = hooks.with_flips(args, model_cfg, train_valid_test_datasets_provider, forward_step)
         add_summary(args, model_cfg)
         model_cfg.pre_wrap_hooks.append(lambda chunks: check_folders_are_shared(args, chunks))
         exit_stack.enter_context(write_run_log(args))
@@ -115,7 +114,7 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", exit_st
         observe(model_cfg)
     config = pretrain_cfg_container_from_args(args, model_cfg)
     gc.enable()
-    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+    pretrain(config, train_valid_test_datasets_provider, ModelType.encoder_or_decoder, forward_step)
     if not args.skip_train and args.iteration >= args.train_iters:
         print_rank_last(
             f"Nothing to do: the checkpoint in --load {args.load} is at iteration {args.iteration}, and --train-iters "

@@ -102,7 +102,7 @@ def train_launched(machine: Machine, case: Case, stage: str, steps: int, limit: 
     environment, flags = case.planned(steps)
     more = AT_TARGET if stage == "steady" else []
     environment |= {"BENCHMARK_RECORD": str(record), "BENCHMARK_SHARE": str(SHARES[stage])}
-    environment |= {"BENCHMARK_AT_TARGET": "1"} if stage == "steady" else {}
+    environment |= {"BENCHMARK_LOAD": "1"} if stage == "steady" else {}
     quiet = ["--log-interval", "10"]
     printed = machine.python(TIMED_ENTRY, *flags, *more, *quiet, share=SHARES[stage], limit=limit, **environment)
     measured = json.loads(record.read_text())
@@ -126,7 +126,7 @@ def profile(machine: Machine, case: Case, trace: Path) -> dict[str, Any]:
     environment, flags = case.planned(WARM_UP + 4)
     start = f"--profile --use-pytorch-profiler --profile-step-start {WARM_UP} --profile-step-end {WARM_UP + 2}"
     place = ["--tensorboard-dir", str(machine.folder / "profile" / "tensorboard")]
-    environment |= {"BENCHMARK_RECORD": str(machine.folder / "record.json"), "BENCHMARK_AT_TARGET": "1"}
+    environment |= {"BENCHMARK_RECORD": str(machine.folder / "record.json"), "BENCHMARK_LOAD": "1"}
     machine.python(TIMED_ENTRY, *flags, *AT_TARGET, *start.split(), *place, share=SHARES["steady"], **environment)
     shutil.move(machine.folder / "profile" / "torch_profile" / "rank-0.json.gz", trace)
     with gzip.open(trace) as file:

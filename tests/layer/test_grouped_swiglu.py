@@ -44,23 +44,6 @@ def some_rows(sizes: list[int], gathers: bool) -> tuple[int, torch.Tensor | None
     return (num_tokens, torch.cat(rows)) if gathers else (sum(sizes), None)
 
 
-def test_unstacked_weights_are_not_copied() -> None:
-    torch.manual_seed(5)
-    sizes = SIZES["few rows"]
-    inputs = [torch.randn(sum(sizes), HIDDEN, device=DEVICE), torch.rand(sum(sizes), device=DEVICE)]
-    stacked = [torch.randn(4, 2 * FFN, HIDDEN, device=DEVICE), torch.randn(4, HIDDEN, FFN, device=DEVICE)]
-    whole = [torch.nn.Parameter(weight) for weight in stacked]
-    split = [[torch.nn.Parameter(matrix.clone()) for matrix in weight] for weight in stacked]
-    expected, output = (grouped_swiglu(*inputs, *weights, sizes, SortedPairs(), PYTORCH) for weights in (whole, split))
-    assert torch.equal(output, expected)
-    for weight in (*whole, *split[0], *split[1]):
-        weight.data.mul_(2)  # a copy would not change
-    for result in (output, expected):
-        result.square().sum().backward()
-    for weight, matrices in zip(whole, split, strict=True):
-        assert torch.equal(torch.stack([matrix.grad for matrix in matrices]), weight.grad)
-
-
 @both_orders
 @both_gradients
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)

@@ -60,11 +60,10 @@ def hybrid_layers(layout: Layout, variant: str) -> list[str]:
 MODELS = {"gpt": gpt_layers, "hybrid": hybrid_layers}
 
 
-TP2, PP2, EP2, FSDP = (
+TP2, PP2, EP2 = (
     "--tensor-model-parallel-size 2 --sequence-parallel",
     "--pipeline-model-parallel-size 2",
     "--expert-model-parallel-size 2",
-    "--use-megatron-fsdp --ckpt-format fsdp_dtensor",
 )
 SINGLE = "one process"
 LAYOUTS: dict[str, Layout] = {
@@ -82,6 +81,4 @@ LAYOUTS: dict[str, Layout] = {
     "PP2": Layout(2, PP2),
     "PP2, 2 virtual stages": Layout(2, PP2, virtual_stages=2),
     "PP2 x EP2": Layout(4, f"{PP2} {EP2}"),
-    "DP2, Megatron-FSDP": Layout(2, FSDP),
-    "EP2, Megatron-FSDP": Layout(2, f"{EP2} {FSDP}"),
 }

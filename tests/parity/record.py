@@ -21,11 +21,6 @@ if TYPE_CHECKING:
 
 def full_gradient(chunk: "DistributedDataParallel", parameter: torch.nn.Parameter) -> torch.Tensor:
     """Return the whole reduced gradient; with a distributed optimizer each rank has only its share of it."""
-    if chunk.ddp_config.use_megatron_fsdp:
-        mine = parameter.grad.to_local() if parameter.grad is not None else torch.empty(0, *parameter.shape[1:])
-        shares: list[torch.Tensor] = [mine] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(shares, mine)
-        return torch.cat(shares)
     if not chunk.ddp_config.use_distributed_optimizer:
         return parameter.main_grad  # type: ignore[attr-defined]
     buffer = next(buffer for buffer in chunk.buffers if parameter in buffer.param_index_map)

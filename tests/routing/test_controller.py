@@ -158,13 +158,12 @@ def test_a_step_that_is_not_finite_moves_nothing(make_controller) -> None:
     assert controller.summary().sparsity == pytest.approx(1 - 3 / 32)
 
 
-@pytest.mark.parametrize("name", ["main_grad", "decoupled_grad"])
-def test_large_gradients_of_half_precision_are_finite(name: str, make_controller) -> None:
+def test_large_gradients_of_half_precision_are_finite(make_controller) -> None:
     """With --fp16, gradients include the loss scale, so their sum can exceed fp16's range. `weight.grad` is None."""
     controller = make_controller()
     router = controller.routers[0]
     gradient = torch.full_like(router.weight, 30000.0, dtype=torch.float16)
-    setattr(router.weight, name, gradient)
+    router.weight.main_grad = gradient
     for _ in range(2):
         route(controller, active=3, tokens=8)
         controller.update()

@@ -84,3 +84,11 @@ def test_each_setting_is_refused(refusal: Refusal) -> None:
     given = {refusal.name: {"offload_modules": ["moe_act"], "mlp_chunks_for_training": 2}.get(refusal.name, True)}
     [problem] = routing_problems(SimpleNamespace(**vars(make_config(moe_relu_activation_limit=2.0)) | given))
     assert problem.startswith(f"{flag_name(refusal.name)} ") and problem.endswith("[REMOE-E204]")
+
+
+@pytest.mark.parametrize("router", ["--moe-relu-routing", "--moe-baseline-router top_p"])
+def test_megatron_fsdp_is_refused(router: str) -> None:
+    is_relu = router == "--moe-relu-routing"
+    config = make_config(moe_relu_routing=is_relu, moe_baseline_router=None if is_relu else "top_p")
+    [problem] = routing_problems(SimpleNamespace(**vars(config) | {"use_megatron_fsdp": True}))
+    assert problem.startswith(f"--use-megatron-fsdp (on) cannot be used with {router}: ")

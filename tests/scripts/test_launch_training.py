@@ -26,6 +26,7 @@ sys.exit(subprocess.run([sys.executable, "-c", sys.argv[1]]).returncode)
 """
 ENDS = "import signal, time; signal.signal(15, signal.SIG_DFL); time.sleep(600)"
 FAILS = ENDS.replace("signal.SIG_DFL", "lambda *_: exit('x.py: error: No space left')")
+TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 --no-python"
 ERROR = "x.py: error: --split: wrong.\nGive another"
 
 
@@ -33,6 +34,8 @@ ERROR = "x.py: error: --split: wrong.\nGive another"
     ("exit 3", 3, ""),
     ("kill -KILL $$", 137, ""),
     (f"echo '{ERROR}'; echo 'E1127 12:00 exitcode: 2'; exit 2", 2, ERROR),
+    (f"exec {TORCHRUN} python -c 'import sys; sys.exit(17)'", 17, ""),
+    (f"exec {TORCHRUN} bash -c 'kill -KILL $BASHPID'", 137, ""),
 ])  # fmt: skip
 def test_ends_with_the_trainings_exit_code_its_whole_log_and_its_last_error(ending, code, repeated, tmp_path) -> None:
     log = tmp_path / "log"
@@ -42,6 +45,19 @@ def test_ends_with_the_trainings_exit_code_its_whole_log_and_its_last_error(endi
     assert result.returncode == code and result.stdout.startswith("out\nerr\n")
     assert result.stderr.strip() == repeated
     assert log.read_text() == f"x.py: error: of an earlier start\n{result.stdout}"
+
+
+def test_a_second_run_leaves_the_log_alone(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    words = [sys.executable, "-c", RUN, str(log), "bash", "-c", 'echo out; read -r < "$0"', str(tmp_path / "pipe")]
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as first:
+        wait_until(lambda: log.exists() and log.read_text() == "out\n", first)
+        second = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
+        assert second.returncode and second.stdout == "" and f"OUTPUT_DIR={tmp_path}" in second.stderr
+        (tmp_path / "pipe").write_text("end\n")
+        assert first.communicate(timeout=60)[0] == log.read_text() == "out\n"
+    assert first.returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -60,7 +76,7 @@ def test_a_signal_before_torchrun_has_children_is_not_lost(training, number: int
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == code and output.splitlines()[0].startswith("Saving")
-    assert ("Stopped" in output) == stopped
+    assert ("Stopped before the first checkpoint" in output) == stopped
 
 
 def test_trains_saves_at_sigterm_and_resumes(data: Path, tmp_path: Path) -> None:
@@ -84,8 +100,8 @@ def test_trains_saves_at_sigterm_and_resumes(data: Path, tmp_path: Path) -> None
     process.wait(timeout=60)
     output = console.read_text()
     assert process.returncode == 143, output
-    assert output.splitlines()[-1].startswith("Stopped. The same command")
     saved = int((folder / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    assert f"continues from iteration {saved};" in output.splitlines()[-1]
     assert saved in (last := max(records(log.read_text())), last + 1)
     assert "exiting program after receiving SIGTERM" in log.read_text()
 

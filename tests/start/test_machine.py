@@ -96,7 +96,6 @@ def test_triton_kernels_where_they_can_run(on_cpu, program: str, interpreted: st
 
 
 BOTH = {"full_validation": True, "multiple_validation_sets": True}
-FSDP = {"use_megatron_fsdp": True, "gradient_accumulation_fusion": False, "expert_model_parallel_size": 2}
 
 
 @pytest.mark.parametrize(("given", "facts"), [
@@ -116,13 +115,10 @@ FSDP = {"use_megatron_fsdp": True, "gradient_accumulation_fusion": False, "exper
     ({"mtp_num_layers": 1, "pipeline_model_parallel_size": 2, "load": "x"}, "E203 --mtp-num-layers --untie-emb"),
     ({"transformer_impl": "local", "recompute_modules": ["layernorm"]}, "E203 --recompute-modules layernorm"),
     ({"transformer_impl": "local", "save_dgrads_interval": 1}, "E203 --save-dgrads-interval"),
-    (FSDP | {"gradient_accumulation_fusion": True}, "E203 --no-gradient-accumulation-fusion"),
-    (FSDP | {"ddp_average_in_collective": True}, "E203 --ddp-average-in-collective"),
-    (FSDP | {"num_distributed_optimizer_instances": 2}, "E203 --num-distributed-optimizer-instances"),
 ])  # fmt: skip
 def test_settings_that_megatron_ignores_or_gets_wrong(given: dict[str, object], facts: str) -> None:
     fine = vars(make_parser().parse_args([])) | {"virtual_pipeline_model_parallel_size": None}
-    for right in ({}, BOTH, FSDP):
+    for right in ({}, BOTH):
         checks.check_settings(argparse.Namespace(**fine | right))
     with pytest.raises(UsageError) as error:
         checks.check_settings(argparse.Namespace(**fine | given))

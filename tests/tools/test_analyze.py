@@ -14,9 +14,12 @@ from transformers import AutoTokenizer
 from megatron.remoe.hf import RemoeForCausalLM
 from tests.data_sets import write_documents
 from tests.hf.models import build_megatron, make
+from tests.tiny_model import RELU
+from tests.training_runs import TINY, run
 from tools.models.analyze import findings
 from tools.models.analyze.command import main
 from tools.models.checkpoints import save
+from tools.models.hf.opening import open_model
 from tools.models.measuring import find_blocks
 from tools.models.text import read_batches, read_sequences, sample
 from tools.runs.names import name_data_sets
@@ -173,6 +176,39 @@ def test_reads_checkpoints(domains: list[Path], tmp_path: Path, capfd: pytest.Ca
             make("relu").save_pretrained(wrong[1])
         assert main([*words, *wrong]) == 1
         assert f"[REMOE-{code}]" in capfd.readouterr().err
+
+
+def test_flips(data: Path, domains: list[Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Flips between consecutive checkpoints match a recount. A damaged checkpoint is left out."""
+    run([*TINY, *RELU, "--data-path", str(data), "--train-iters", "4", "--save", str(tmp_path), "--save-interval", "1"])
+    (tmp_path / "iter_0000003" / "metadata.json").unlink()
+    words = ["--load", str(tmp_path), "--seq-length", str(LENGTH), "--data", *map(str, domains), "--flips"]
+    assert main(words) == 0 and "2 to 4" in capfd.readouterr().out
+    pairs = json.loads((tmp_path / "analysis" / "flips.json").read_text())
+    assert [(pair["from"], pair["to"]) for pair in pairs] == [(1, 2), (2, 4)]
+    chosen = {step: choices(open_model(tmp_path, step, needs_tokenizer=False).model, domains) for step in (1, 2, 4)}
+    for pair in pairs:
+        assert pair["layers"].keys() == {"1", "2"} and pair["rate"] > 0.01
+        layers = zip(pair["layers"].values(), chosen[pair["from"]], chosen[pair["to"]], strict=True)
+        for figures, before, after in layers:
+            changed = [len(was ^ now) for was, now in zip(before, after, strict=True)]
+            count = sum(changed) / len(changed)
+            assert figures == pytest.approx(
+                {"rate": count / 8, "count": count, "changed_tokens": 1 - changed.count(0) / len(changed)}
+            )
+        for key in figures:
+            assert pair[key] == pytest.approx(sum(layer[key] for layer in pair["layers"].values()) / 2)
+    for step in (1, 2):
+        (tmp_path / f"iter_000000{step}" / "metadata.json").unlink()
+    assert main(words) == 1 and "[REMOE-E404]" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*words, "--ckpt-step", "4"])
+
+
+def choices(model: RemoeForCausalLM, domains: list[Path]) -> list[list[set[int]]]:
+    """Return layer → token → its experts."""
+    layers = zip(*(recount(model, prefix) for prefix in domains), strict=True)
+    return [[{*token} for domain in layer for sequence in domain for token in sequence] for layer in layers]
 
 
 def test_sets_of_equal_names_are_told_apart_by_folder() -> None:

@@ -172,13 +172,3 @@ def test_optimizer_bytes() -> None:
         given = arguments(bf16=bf16, use_distributed_optimizer=is_split, **common)
         counted = memory.stage_memory(given, stages, 0, 1)
         assert (counted.weights, counted.gradients, counted.optimizer) == ((4 - 2 * bf16) * 1400, 4 * 1400, expected)
-    fsdp = {"use_megatron_fsdp": True, "use_distributed_optimizer": True, "bf16": True} | common
-    for strategy, weights, gradients, optimizer, dtype in (
-        ("no_shard", 1400, 1400, 1400, None),
-        ("optim", 1400, 1400, 450, torch.bfloat16),
-        ("optim_grads", 1400, 450, 450, torch.float32),
-        ("optim_grads_params", 450, 450, 450, None),
-    ):
-        given = arguments(**fsdp, data_parallel_sharding_strategy=strategy, megatron_fsdp_main_grads_dtype=dtype)
-        counted, size = memory.stage_memory(given, stages, 0, 1), 4 if dtype == torch.float32 else 2
-        assert counted[:3] == (2 * weights, size * gradients, 12 * optimizer)

@@ -76,7 +76,7 @@ def test_bad_values_are_named(words: str, facts: str, tmp_path: Path) -> None:
     assert all(fact in errors for fact in facts.split()), errors
 
 
-@pytest.mark.parametrize("words", ["--steps 403", "--steps 120", "--tuning-steps 15"])
+@pytest.mark.parametrize("words", ["--train-iters 403", "--train-iters 120", "--tuning-iters 15"])
 def test_bad_lengths_of_a_comparison(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         compare.parse_arguments(words.split())
@@ -185,7 +185,9 @@ def test_a_longer_run_goes_on_from_the_decay_of_a_shorter_one(tmp_path: Path) ->
 
 
 def test_each_arm_has_its_own_rate_and_warmup(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    words = "--arms dense moe --experts 4 8 --steps 40 --seeds 1 2 1 --lr-factors 1 2 --warmups 4 8 --tuning-steps 20"
+    words = (
+        "--arms dense moe --experts 4 8 --train-iters 40 --seeds 1 2 1 --lr-factors 1 2 --warmups 4 8 --tuning-iters 20"
+    )
     args = compare.parse_arguments([*words.split(), "--output-dir", str(tmp_path)])
     rows: list[results.Row] = []
     for run in compare.tuning_runs(args):  # made-up results: rate 2 is best for dense and top-k, 1 for ReMoE

@@ -116,8 +116,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_small_comparison(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    words = "--arms moe --experts 4 --steps 20 40 --seeds 1 --lr-factors 1 2 1e30 --warmups 4".split()
-    words += "--tuning-steps 20 --tokens bytes --size 182m".split()
+    words = "--arms moe --experts 4 --train-iters 20 40 --seeds 1 --lr-factors 1 2 1e30 --warmups 4".split()
+    words += "--tuning-iters 20 --tokens bytes --size 182m".split()
     words += ["--processes", "1", "--output-dir", str(tmp_path), "--text-dir", str(text)]
     words += "-- --seq-length 32 --max-position-embeddings 32".split()
     monkeypatch.setattr(TrainingDisplay, "_start", fork)

@@ -39,7 +39,7 @@ def test_sparsity_and_load_of_the_last_quarter() -> None:
 
 def start(*arguments: str, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "tools"), "quickstart", "--iterations", str(ITERATIONS), *arguments],
+        [sys.executable, str(ROOT / "tools"), "quickstart", "--train-iters", str(ITERATIONS), *arguments],
         cwd=folder, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip

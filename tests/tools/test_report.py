@@ -29,7 +29,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train a tiny ReMoE; return its folder with the log."""
     folder = tmp_path_factory.mktemp("runs") / "remoe"
     words = [*TINY, *RELU, "--data-path", str(data), "--save", str(folder / "checkpoints"), "--save-interval", "8"]
-    words += "--eval-interval 4 --eval-iters 1 --moe-log-flips-interval 2".split()
+    words += "--eval-interval 4 --eval-iters 1".split()
     run(words)
     return folder
 
@@ -62,7 +62,7 @@ def test_the_page_shows_the_logged_figures(page: Path, trained: Path) -> None:
     assert rows["--lr"] == ["0.004", "0.125"] and "--save" not in rows
     stages = [row for row in cells if row[:1] == ["remoe"] and {*row[1:2]} & {"dense", "on the way", "steady"}]
     assert stages and all(row[4].startswith("0:0") and float(row[5]) > 0 for row in stages)
-    for title in ("Training", "Validation", "Throughput", "Experts per token", "λ", "Flips", "remoe"):
+    for title in ("Training", "Validation", "Throughput", "Experts per token", "λ", "remoe"):
         assert f"<h3>{title}</h3>" in text
     assert page.stat().st_size < 3e6
 

@@ -47,12 +47,10 @@ def test_losses_of_several_sets_are_weighted_and_per_byte(tmp_path: Path) -> Non
 
 
 def test_figures_of_a_resumed_run(tmp_path: Path) -> None:
-    flips = [{"kind": "flips", "iteration": at, "rate": rate, "count": 8 * rate} for at, rate in ((10, 0.3), (20, 0.1))]
     last = line(20, 0.2, sparsity=0.74, target_sparsity=0.75)
-    write_run(tmp_path / "run", 25, line(1, 0.9), line(10), line(20), *flips, last, final(25, 4.5))
+    write_run(tmp_path / "run", 25, line(1, 0.9), line(10), line(20), last, final(25, 4.5))
     result = read(tmp_path / "run")
     assert (result.iterations, result.settled, result.first_near) == (25, None, None)
-    assert (result.flip_rate, result.flip_count) == (0.1, 0.8), "late in the run"
     assert result.training_seconds == pytest.approx(10 * 0.1 + 10 * 0.2), "the first step is one of the first ten"
     assert read_result(tmp_path / "nothing") is None
 
@@ -101,6 +99,13 @@ def test_stages_of_a_remoe(tmp_path: Path) -> None:
     assert dense.flops == pytest.approx(4 * 5 * ((100 + 10 * (4 - 2)) + (100 + 10 * (3.92 - 2))))
 
 
+def test_stages_leave_out_lines_without_a_sparsity(tmp_path: Path) -> None:
+    lines = [line(10, sparsity=0.75, target_sparsity=0.75), line(20), line(30, sparsity=0.75, target_sparsity=0.75)]
+    write_run(tmp_path, 30, *lines, num_experts=8, moe_router_topk=2)
+    [steady] = stages.stages(read_figures(tmp_path), stages.Flops(sequence=100.0, expert=10.0))
+    assert (steady.first, steady.last, steady.experts) == (1, 30, 2.0)
+
+
 def test_stages_count_the_running_sums_of_all_steps(tmp_path: Path) -> None:
     """The sums give the pairs of all steps between two lines; the logged S is that of one step."""
     lines = [
@@ -144,7 +149,7 @@ def test_tables_and_panels_of_a_folder(tmp_path: Path) -> None:
     write_run(job.folder, 20, line(8))
     jobs.write_json(job.folder / results.STAMP, job.stamp)
     (tmp_path / "else").mkdir()
-    options = "--tiny --steps 20 --seeds 1 2 --figures size routing l1-init --collect --output-dir".split()
+    options = "--tiny --train-iters 20 --seeds 1 2 --figures size routing l1-init --collect --output-dir".split()
     output, _ = sweep(*options, str(tmp_path))
     page = (tmp_path / "results.md").read_text()
     assert re.search(r"\| 182m_moe_e8g1k1_steps20 \| 4\.4067 ± \S+ \| \+0\.1000 ± 0\.0000 \(2\) \| higher", page)

@@ -1,6 +1,7 @@
 """Test faults in real training runs: a dead rank, a full disk, and a far too large λ."""
 
 import math
+import re
 import time
 from pathlib import Path
 
@@ -67,9 +68,13 @@ def test_file_that_cannot_grow(data: Path, tmp_path: Path) -> None:
 def test_training_survives(data: Path) -> None:
     """With λ₀ = 1 (far too large, but in the paper's table 3), the loss falls and S reaches its target."""
     steps, hostile = 100, "--moe-relu-l1-reg-coeff-init 1 --micro-batch-size 8 --train-iters 100".split()
-    output = run([*TINY, *RELU, *hostile, "--data-path", str(data)])
+    output = run([*TINY, *RELU, *hostile, "--moe-relu-activation-limit", "1", "--data-path", str(data)])
     losses, layers = series(output, "lm loss"), series(output, "highest layer sparsity")
     assert len(losses) == steps and all(math.isfinite(loss) for loss in losses)
     assert sum(losses[-20:]) / 20 < 3.0 < losses[0]
     assert sum(series(output, "sparsity")[-20:]) / 20 == pytest.approx(0.875, abs=0.05)
     assert max(layers[-20:]) < 0.99, "a layer is all but off at the end"
+    # Layers still exceed a limit of 1 in some steps: one line, after S has reached its target.
+    [warning] = re.findall("^Layers that work in chunks .*--moe-relu-activation-limit", output, re.MULTILINE)
+    earlier = series(output[: output.index(warning)], "sparsity")
+    assert max(earlier) >= 0.875

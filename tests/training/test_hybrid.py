@@ -12,7 +12,7 @@ from megatron.remoe.layer.layer import ReMoELayer
 from megatron.remoe.layer.specs import with_router
 from megatron.remoe.routing.router import ReLURouter
 from tests.tiny_model import RELU, TOPK
-from tests.training_runs import REPOSITORY, TINY, assert_equal, logged, records, run
+from tests.training_runs import REPOSITORY, TINY, assert_equal, records, run
 from tools.console.errors import ConversionError
 from tools.models.arguments import parse_convert
 from tools.models.convert.model_class import convert_class
@@ -93,18 +93,13 @@ def test_features_of_layers(kind: str, data: Path) -> None:
 
 
 def test_multi_token_prediction(data: Path, tmp_path: Path) -> None:
-    """Megatron numbers MTP layers from 1 again, but only the decoder's flips count. MTP layers are not converted."""
-    folder = tmp_path / "flips"
-    flags = ["--hybrid-layer-pattern", "*E*E/*E", "--train-iters", "2", "--moe-log-flips-interval", "1"]
-    train(data, *RUN, *flags, "--save", str(folder), "--save-interval", "9")
-    (flips,) = logged(folder, "flips")
-    assert flips["layer_rate"].keys() == {"2", "4"}
-    assert flips["rate"] == pytest.approx(sum(flips["layer_rate"].values()) / 2)
-    options = parse_convert(["--load", str(folder), "--save", str(folder / "gpt"), "--model", "gpt"])
+    """MTP layers are not converted, and remoe analyze leaves them out."""
+    flags = ["--hybrid-layer-pattern", "*E*E/*E", "--train-iters", "2"]
+    train(data, *RUN, *flags, "--save", str(tmp_path), "--save-interval", "9")
+    options = parse_convert(["--load", str(tmp_path), "--save", str(tmp_path / "gpt"), "--model", "gpt"])
     with pytest.raises(ConversionError, match="multi-token prediction are not converted"):
         convert_class(options)
-    looked_at = open_model(folder, needs_tokenizer=False).layer_numbers()
-    assert [*map(str, looked_at)] == [*flips["layer_rate"]], "remoe analyze has the log's numbers"
+    assert open_model(tmp_path, needs_tokenizer=False).layer_numbers() == [2, 4]
 
 
 @pytest.mark.parametrize(("name", "value"), [("moe_baseline_router", "hash"), ("multi_latent_attention", True)])

@@ -1,6 +1,6 @@
 """Compare ReMoE with other routings, by length, at equal steps and at equal FLOPs, each at its best learning rate.
 
-remoe compare --experts 8 --arms moe --steps 400 1200 --seeds 1 2 3
+remoe compare --experts 8 --arms moe --train-iters 400 1200 --seeds 1 2 3
 remoe compare                                                        # everything: days
 remoe compare [the same options] --collect                           # tables and picture so far
 
@@ -58,18 +58,18 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     )
     add("--size", choices=tiny.SIZES, default=tiny.QUICKSTART, help=f"size of the tiny models, {text} {default}")
     text = "lengths in optimizer steps (default: 400 1200 3600 12000)"
-    add("--steps", nargs="+", type=number, default=[400, 1200, 3600, 12000], metavar="N", help=text)
+    add("--train-iters", nargs="+", dest="steps", type=number, default=[400, 1200, 3600, 12000], metavar="N", help=text)
     text = "factors on the learning rate to tune over (default: 0.25 0.5 1 2)"
     add("--lr-factors", nargs="+", type=above_zero, default=[0.25, 0.5, 1.0, 2.0], metavar="X", help=text)
     text = "learning-rate warm-up steps to tune over; not shorter than the dense start, about 100 steps (default: 100)"
     add("--warmups", nargs="+", type=number, default=[100], metavar="N", help=text)
-    add("--tuning-steps", type=number, default=1200, metavar="N", help=f"length of a tuning run {default}")
+    add("--tuning-iters", type=number, default=1200, metavar="N", help=f"length of a tuning run {default}")
     args = parse_words(parser, words)
     args.output_dir /= args.corpus
     args.reference = args.reference or (REFERENCE if args.equal_flops == NONE else args.equal_flops)
     args.arms = [arm for arm in ARMS if arm in (*args.arms, args.reference, args.equal_flops)]
     args.is_tuned = len(args.lr_factors) * len(args.warmups) > 1
-    for flag, values in (("--steps", args.steps), ("--tuning-steps", [args.tuning_steps] * args.is_tuned)):
+    for flag, values in (("--train-iters", args.steps), ("--tuning-iters", [args.tuning_iters] * args.is_tuned)):
         for steps in values:
             if steps % STEP or steps < LEAST or Run(REFERENCE, steps=steps).decay_start < max(args.warmups):
                 remedy = f"Give a multiple of {STEP} of at least {LEAST}, with --warmups in the first four fifths."
@@ -86,7 +86,7 @@ def base_run(args: argparse.Namespace, experts: int) -> Run:
 def tuning_runs(args: argparse.Namespace) -> list[Run]:
     """Return the runs that tune each arm for each number of experts; none if there is only one choice."""
     runs = (
-        replace(base_run(args, experts), arm=arm, seed=TUNING_SEED, steps=args.tuning_steps, rate=rate, warmup=warmup,
+        replace(base_run(args, experts), arm=arm, seed=TUNING_SEED, steps=args.tuning_iters, rate=rate, warmup=warmup,
                 is_tuning=True)
         for experts in args.experts
         for arm in args.arms

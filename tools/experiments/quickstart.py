@@ -39,7 +39,7 @@ def parse_arguments(arguments: Sequence[str]) -> Namespace:
     text = f"folder for all files (default: {' or '.join(map(str, dataset.FOLDERS.values()))} in the project's folder)"
     add("--output-dir", type=Path, metavar="FOLDER", help=text)
     text = "optimizer steps of each run (default: %(default)s)"
-    add("--iterations", type=whole_number(10), default=ITERATIONS, metavar="N", help=text)
+    add("--train-iters", type=whole_number(10), default=ITERATIONS, dest="iterations", metavar="N", help=text)
     add("--seed", type=whole_number(1), default=tiny.SEED, metavar="N", help="seed of the runs (default: %(default)s)")
     args = parser.parse_args(arguments)
     args.output_dir = (args.output_dir or home() / dataset.FOLDERS[args.corpus]).expanduser().resolve()

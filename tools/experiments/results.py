@@ -17,7 +17,8 @@ from ..runs.figure_reader import read_figures
 from ..runs.run_figures import RunFigures, weigh
 from .run import Run, run_from_fields
 
-STAMP = "run.json"  # in a run's folder: the run, its fingerprint and its flags
+# In a run's folder: the run, tokens per byte, the text's files and what else its fingerprint depends on.
+STAMP = "run.json"
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Result:
         losses: the same by validation set.
         first_near: the first logged iteration with S within 1 % of its target.
         settled: the first logged iteration from which S stays there.
-        flip_rate, flip_count: of the routing decisions, median over the log's second half.
+        flip_rate, flip_count: share, and number per token, of changed routing decisions (median); only in old files.
         experts_per_token: computed experts, mean over layers and over the steps since the log's second last line.
         inactive: number of each layer's experts that are inactive at the end.
         training_seconds: without evaluations and saves, from the log's time per iteration.
@@ -84,8 +85,6 @@ def read_result(folder: Path, per_byte: Mapping[str, float] | None = None) -> Re
         losses=losses,
         first_near=figures.first_near,
         settled=figures.settled,
-        flip_rate=_late_median(figures, "flip_rate"),
-        flip_count=_late_median(figures, "flip_count"),
         experts_per_token=experts_per_token,
         inactive=figures.inactive_experts,
         training_seconds=float(seconds.sum()) if len(seconds) else None,
@@ -102,11 +101,6 @@ def _mean_loss(figures: RunFigures, losses: Mapping[str, float], per_byte: Mappi
     tokens = weigh([figures.evaluations[name][-1] for name in wanted])
     weights = {name: number / per_byte.get(name, 1.0) for name, number in zip(wanted, tokens, strict=True)}
     return sum(losses[name] * weight for name, weight in weights.items()) / sum(weights.values())
-
-
-def _late_median(figures: RunFigures, name: str) -> float | None:
-    values = figures.curve(name).values
-    return float(np.median(values[len(values) // 2 :])) if len(values) else None
 
 
 def read_folder(output: Path) -> list[Row]:

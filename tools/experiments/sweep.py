@@ -58,7 +58,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     group = parser.add_argument_group("how to train", "Defaults of launch scripts are the paper's.")
     add = group.add_argument
     text = f"of each run (default: {Training().iterations}, or {tiny.TRAINING.iterations} with --tiny)"
-    add("--train-iters", "--steps", type=whole_number(1), dest="steps", metavar="N", help=text)
+    add("--train-iters", type=whole_number(1), dest="steps", metavar="N", help=text)
     add("--gpus-per-node", type=whole_number(1), default=8, metavar="N", help="(default: %(default)s)")
     text = "sequences per process and micro-batch (default: the script's)"
     add("--micro-batch-size", type=whole_number(1), metavar="N", help=text)

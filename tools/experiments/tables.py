@@ -74,7 +74,8 @@ def markdown(header: Sequence[str], lines: Sequence[Line]) -> Iterator[str]:
     if not verdicts:
         return
     yield ""
-    yield f"± is a 95 % t-interval, of paired gaps; verdicts are corrected by Holm for {len(verdicts)} comparisons."
+    corrected = f"; verdicts are corrected by Holm for {len(verdicts)} comparisons" if len(verdicts) > 1 else ""
+    yield f"± is a 95 % t-interval, of paired gaps{corrected}."
     spreads = [statistics.variance(values) for values in differences.values() if len(values) > 1]
     if spreads:
         deviation = math.sqrt(statistics.fmean(spreads))

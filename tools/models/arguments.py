@@ -82,9 +82,10 @@ def parse_evaluate(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def parse_analyze(arguments: Sequence[str]) -> argparse.Namespace:
-    """Show how a model routes held-out text: figures 7, 8, 9, 11, 12 and table 12 of the paper.
+    """Show how a model routes held-out text: figures 7 to 12 and table 12 of the paper.
 
-    remoe analyze --load RUN --data-path SET [SET...]        # RUN: a run, or a folder of remoe export
+    remoe analyze --load RUN --data-path SET [SET...]            # RUN: a run, or a folder of remoe export
+    remoe analyze --load RUN --data-path SET [SET...] --flips    # RUN: a run with --save-interval 1
 
     Each data set is one domain. Writes a .json and a .png of each analysis.
     """
@@ -95,7 +96,11 @@ def parse_analyze(arguments: Sequence[str]) -> argparse.Namespace:
     add("--output-dir", **FOLDER, help="folder to write (default: analysis/ in the folder of --load)")
     _add_sequences(add)
     add("--seed", type=int, default=SEED, help="random seed for the order of the sequences (default: %(default)s)")
+    text = "only write flips.json: the routing decisions that change between consecutive checkpoints (figure 10)"
+    add("--flips", action="store_true", help=text)
     args = parser.parse_args(arguments)
+    if args.flips and (args.ckpt_step is not None or args.tokenizer_model):
+        parser.error("--flips reads all checkpoints, without a tokenizer: leave out --ckpt-step and --tokenizer-model.")
     args.output_dir = args.output_dir or args.load / "analysis"
     return args
 
@@ -103,18 +108,17 @@ def parse_analyze(arguments: Sequence[str]) -> argparse.Namespace:
 def parse_convert(arguments: Sequence[str]) -> argparse.Namespace:
     """Start a ReMoE from a dense or top-k MoE checkpoint, convert a checkpoint, or change the model's class.
 
-    dense:         remoe convert --load DENSE --save OUT --num-experts 8
-    top-k:         remoe convert --load MOE --save OUT
-    fork:          remoe convert --from-fork --load RUN --save OUT
-    Megatron-FSDP: remoe convert --from-fsdp --load RUN --save OUT
-    class:         remoe convert --load RUN --save OUT --model hybrid|gpt
+    dense: remoe convert --load DENSE --save OUT --num-experts 8
+    top-k: remoe convert --load MOE --save OUT
+    fork:  remoe convert --from-fork --load RUN --save OUT
+    class: remoe convert --load RUN --save OUT --model hybrid|gpt
 
     The shape of a ReMoE, and the text that its routers are fitted to, come from the arguments in the checkpoint.
     Nothing is written if the loss grows by more than a bound. Then train it like any ReMoE, with
     --pretrained-checkpoint OUT.
 
     --from-fork and --model keep the optimizer state, for any routing: continue the run with --load OUT. The whole
-    checkpoint must fit into memory. From Megatron-FSDP, only weights are converted, to the format that all tools read.
+    checkpoint must fit into memory.
     """
     parser = _parser(parse_convert)
     parser.add_argument("--load", **FOLDER, required=True, help="checkpoints of a run (its --save)")
@@ -124,7 +128,6 @@ def parse_convert(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_mutually_exclusive_group().add_argument
     text = "convert a checkpoint of the authors' fork (github.com/thu-ml/ReMoE)"
     add("--from-fork", action="store_true", help=text)
-    add("--from-fsdp", action="store_true", help="convert a checkpoint of --use-megatron-fsdp (fsdp_dtensor)")
     text = "only change Megatron's model class; nothing is fitted or measured"
     add("--model", choices=("gpt", "hybrid"), help=text)
     add = parser.add_argument_group("shape of the ReMoE (default for a top-k checkpoint: the same)").add_argument
@@ -142,7 +145,7 @@ def parse_convert(arguments: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=int, default=SEED, help="random seed for the text and the fit (default: %(default)s)")
     args = parser.parse_args(arguments)
     refused = [f"--{name.replace('_', '-')}" for name in ONLY_FOR_REMOE if getattr(args, name) is not None]
-    if refused and (args.from_fork or args.from_fsdp or args.model):
+    if refused and (args.from_fork or args.model):
         parser.error(f"only a conversion to a ReMoE takes {', '.join(refused)}: leave it out, and convert the result.")
     args.tokens = args.tokens or FIT_TOKENS
     return args

@@ -26,7 +26,6 @@ from megatron.remoe.start.checkpoint_files import (
     RELEASE,
     TRACKER,
     check_complete,
-    is_fsdp_index,
     newest_complete,
     newest_iteration,
 )
@@ -40,12 +39,6 @@ EMBEDDING = "embedding.word_embeddings.weight"
 FAILURES = (Exception, CheckpointException)  # a damaged file can raise anything; CheckpointException is no Exception
 LAYOUT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True, RELU_KEY: True}
 OVERHEAD = 2**18  # minimum number of bytes of a checkpoint without its tensors
-# A norm's name in plain PyTorch layers → its key if it is fused with the next linear layer. Plain layers are saved with
-# the fused keys too. Transformer Engine does not fuse the norm before experts.
-NORMS = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
 
 
 @dataclass(frozen=True)
@@ -78,8 +71,6 @@ def find(root: Path, step: int | None) -> Checkpoint:
         ConversionError: there is no checkpoint, it cannot be read, or it has a different format.
     """
     folder, common, index = open_folder(root, step)
-    if is_fsdp_index(index):
-        raise ConversionError(f"{folder}: is Megatron-FSDP's. Use remoe convert --from-fsdp first.")
     args = common.get("args")
     if args is None:
         raise ConversionError(f"{folder}: holds no training arguments, so the model's shape is unknown.")
@@ -271,9 +262,12 @@ def _tensors(sharded: dict[str, Any]) -> Iterator[ShardedTensor | ShardedTensorF
 
 
 def rename_expert_norm(key: str) -> str:
-    """Swap the two names of a norm before experts in a key; other keys stay unchanged."""
-    plain = "pre_mlp_layernorm."
-    fused = NORMS[plain]
+    """Swap the two names of a norm before experts in a key; other keys stay unchanged.
+
+    Plain PyTorch layers are saved with the name of a norm that is fused with the next linear layer. Transformer Engine
+    does not fuse this norm.
+    """
+    plain, fused = "pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"
     return key.replace(fused, plain) if fused in key else key.replace(plain, fused)
 
 

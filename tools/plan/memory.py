@@ -15,7 +15,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from ..recipes.flops import key_value_heads
 from .parameters import Stage
 
-NOT_COUNTED = "the CUDA context, NCCL's and FSDP's buffers, temporary tensors and fragmentation, together some GiB"
+NOT_COUNTED = "the CUDA context, NCCL's buffers, temporary tensors and fragmentation, together some GiB"
 RECOMPUTED_PARTS = {  # name in --recompute-modules: parts of `layer_parts` that it drops
     "core_attn": ("scores",),
     "layernorm": ("norms",),
@@ -52,18 +52,13 @@ def element_size(args: argparse.Namespace) -> int:
 
 def gradient_size(args: argparse.Namespace) -> int:
     """Return the bytes per element of Megatron's gradient buffers."""
-    if args.use_megatron_fsdp:
-        dtype = args.megatron_fsdp_main_grads_dtype
-        return element_size(args) if dtype is None else dtype.itemsize
     return 4 if args.accumulate_allreduce_grads_in_fp32 else element_size(args)
 
 
-def sharding(args: argparse.Namespace) -> str:
-    """Return the --data-parallel-sharding-strategy in effect; "" if nothing is sharded."""
-    if args.use_megatron_fsdp:
-        return str(args.data_parallel_sharding_strategy)
+def shards_optimizer(args: argparse.Namespace) -> bool:
+    """Return whether data parallel ranks share the optimizer's state."""
     # The second is Muon's.
-    return "optim" * (args.use_distributed_optimizer or args.use_layer_wise_distributed_optimizer)
+    return bool(args.use_distributed_optimizer or args.use_layer_wise_distributed_optimizer)
 
 
 def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: float) -> dict[str, float]:
@@ -196,12 +191,12 @@ def stage_memory(args: argparse.Namespace, stages: list[Stage], index: int, expe
     per_stage = args.world_size // args.pipeline_model_parallel_size // args.num_distributed_optimizer_instances
     shared_copies = per_stage // args.tensor_model_parallel_size  # context parallel ranks share the optimizer too
     expert_copies = per_stage // (args.expert_tensor_parallel_size * args.expert_model_parallel_size)
-    part, sharded = stage.shared / shared_copies + stage.experts / expert_copies, sharding(args)
+    part = stage.shared / shared_copies + stage.experts / expert_copies
     on_gpu = 1 - args.optimizer_offload_fraction if args.optimizer_cpu_offload else 1
     return Memory(
-        weights=element_size(args) * (part if "params" in sharded else parameters),
-        gradients=gradient_size(args) * (part if "grads" in sharded else parameters),
-        optimizer=on_gpu * _optimizer_bytes(args) * (part if "optim" in sharded else parameters),
+        weights=element_size(args) * parameters,
+        gradients=gradient_size(args) * parameters,
+        optimizer=on_gpu * _optimizer_bytes(args) * (part if shards_optimizer(args) else parameters),
         activations=_activations(args, stages, index, experts_per_token),
     )
 

@@ -111,15 +111,13 @@ def estimate_collectives(args: argparse.Namespace, stages: list[Stage], gpus_per
             yield {"kind": kind, "ranks": ranks, "within_node": within, "times": times, "bytes": amount}
 
     bucket = args.ddp_bucket_size or max(BUCKET, 1e6 * args.data_parallel_size)
-    gradient, sharded = memory.gradient_size(args), memory.sharding(args)
-    # FSDP gathers the weights for both passes of each micro-batch, and reduces each micro-batch's gradients.
-    gathers, sums = 2 * micro_batches if "params" in sharded else 1, micro_batches if "grads" in sharded else 1
+    gradient = memory.gradient_size(args)
     for name, ranks in (("shared", per_stage // tp), ("experts", per_stage // expert_ranks)):
         mean = sum(getattr(stage, name) for stage in stages) / len(stages)  # parameters of a stage
         buckets = math.ceil(mean / bucket) if args.overlap_grad_reduce else 1
-        if "optim" in sharded:
-            yield from call("reduce_scatter_tensor", ranks, per_stage, sums * buckets, sums * gradient * mean)
-            yield from call("all_gather_into_tensor", ranks, per_stage, gathers * buckets, gathers * size * mean)
+        if memory.shards_optimizer(args):
+            yield from call("reduce_scatter_tensor", ranks, per_stage, buckets, gradient * mean)
+            yield from call("all_gather_into_tensor", ranks, per_stage, buckets, size * mean)
         else:
             yield from call("all_reduce", ranks, per_stage, buckets, gradient * mean)
     sublayers = [part for stage in stages for layer in stage.layers for part in layer]

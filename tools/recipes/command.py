@@ -16,7 +16,6 @@ from ..console.flags import split
 from ..console.places import LOG
 from .data import is_set
 from .launch import Launch, plan
-from .layout import RecipeError
 from .models import PAPER, ROUTINGS
 from .process import run_training
 
@@ -38,6 +37,7 @@ Environment variables; only the data is required:
   OUTPUT_DIR     folder for the checkpoints, scalars and log of the run (default: runs/<name>)
   WANDB_API_KEY  if set, figures also go to Weights & Biases
   CUDA_DEVICE_MAX_CONNECTIONS, PYTORCH_CUDA_ALLOC_CONF   set for GPUs, unless you set them
+  GOMP_SPINCOUNT set to 1000 with --cpu, unless you set it or OMP_WAIT_POLICY
   PYTHON         the interpreter (default: .venv's, else python3)
   DRY_RUN=1      print the cost of the run on GPUs, and the command; DRY_RUN=command: only the command
   REHEARSE=1     simulate the run without GPUs: whether it starts, its memory, waits and launches
@@ -57,10 +57,12 @@ def usage(size: str = "SIZE", routing: str = "remoe") -> str:
 def main(words: Sequence[str]) -> int:
     """Run a launch script, given size, routing and the script's arguments; return the exit code."""
     if len(words) < 2 or words[0] not in PAPER or words[1] not in ROUTINGS:
-        print(usage(), end="")
         if {"-h", "--help"} & set(words):
+            print(usage(), end="")
             return 0
-        print(f"error: give one of {', '.join(PAPER)} and one of {', '.join(ROUTINGS)}", file=sys.stderr)
+        given = f"{' '.join(words[:2])!r}: " if words else ""
+        wanted = f"give one of {', '.join(PAPER)} and one of {', '.join(ROUTINGS)}"
+        print(f"error: {given}{wanted}. remoe train --help explains both.", file=sys.stderr)
         return 2
     size, routing, *arguments = words
     if {"-h", "--help"} & set(split(arguments)[0]):
@@ -111,11 +113,5 @@ def train(launch: Launch) -> int:
     """Train and return the exit code. Each node writes its command and its output to a log in the run's folder."""
     output, node = Path(launch.output), launch.layout.node_rank(os.environ)
     log = output / (f"train.node{node}.log" if node else LOG)  # a shared disk can lose lines that two nodes append
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with log.open("a") as file:
-            file.write(launch.text())
-    except OSError as error:
-        raise RecipeError(f"OUTPUT_DIR={output} cannot be written: {error.strerror}") from error
     print(f"Run: {output} (log, checkpoints, tensorboard)", flush=True)
-    return run_training(launch.command, log)
+    return run_training(launch.command, log, launch.text())

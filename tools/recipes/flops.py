@@ -159,7 +159,7 @@ def stages(figures: RunFigures, flops: Flops) -> list[TrainingStage]:
     for name, end in ends:
         lines = (before < iterations) & (iterations <= end)
         if lines.any():
-            hours, mean = float(seconds[lines].sum()) / 3600, float((steps * experts)[lines].sum()) / (end - before)
+            hours, mean = float(seconds[lines].sum()) / 3600, float(np.average(experts[lines], weights=steps[lines]))
             stages_found.append(TrainingStage(name, before + 1, end, hours, float(cost[lines].sum()), mean))
             before = end
     return stages_found

@@ -14,7 +14,8 @@ from .megatron_values import read_values
 TRITON = ["--moe-kernels", "triton", "--cross-entropy-loss-fusion", "--ddp-average-in-collective"]
 GPU_FLAGS = ["--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
 PLAIN_PYTORCH = ["--transformer-impl", "local", "--no-persist-layer-norm", "--no-masked-softmax-fusion"]
-_WITHOUT_CONNECTIONS = {"--use-torch-fsdp2", "--use-megatron-fsdp", "--overlap-moe-expert-parallel-comm"}
+SPINNING = "GOMP_SPINCOUNT"  # how often a waiting thread of GNU's OpenMP looks before it sleeps
+_WITHOUT_CONNECTIONS = {"--use-torch-fsdp2", "--overlap-moe-expert-parallel-comm"}
 _WITHOUT_SEGMENTS = {"--use-nccl-ub", "--use-persistent-ckpt-worker"}
 
 
@@ -96,6 +97,15 @@ def gpu_flags(
     return [*GPU_FLAGS, *chosen], engine
 
 
+def cpu_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment variables of a training run on the CPU; they do not change what the user has set.
+
+    By default a waiting OpenMP thread keeps its core busy, while the thread that it waits for might have none because
+    of another program. docs/performance.md has the measurement.
+    """
+    return {} if {SPINNING, "OMP_WAIT_POLICY"} & set(environment) else {SPINNING: "1000"}
+
+
 def gpu_settings(
     flags: Sequence[str], values: Mapping[str, Any], environment: Mapping[str, str], gpu: str | None
 ) -> dict[str, str]:
@@ -108,8 +118,8 @@ def gpu_settings(
     if gpu is None:
         gpu = run(question).stdout if shutil.which(question[0]) else ""
     precedes_blackwell = re.search(r"\bg?b\d", gpu.lower()) is None
-    # Before Blackwell, Megatron refuses TP and CP unless this is 1. It refuses FSDP if this is 1, and the overlap of
-    # expert parallelism needs more connections.
+    # Before Blackwell, Megatron refuses TP and CP unless this is 1. It refuses --use-torch-fsdp2 if this is 1, and the
+    # overlap of expert parallelism needs more connections.
     is_parallel = max(values["--tensor-model-parallel-size"], values["--context-parallel-size"]) > 1
     if is_parallel and not _WITHOUT_CONNECTIONS & set(flags) and precedes_blackwell:
         chosen["CUDA_DEVICE_MAX_CONNECTIONS"] = environment.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -99,7 +99,7 @@ def plan(
 
     depth = _depth_flags(model, routing, layout, environment.get("MODEL") or "gpt", extra)
     launcher = layout.launcher(interpreter, environment, planned)
-    suited, engine, settings = list[str](), "", dict[str, str]()
+    suited, engine, settings = list[str](), "", hardware.cpu_settings(environment)
     if "--cpu" not in extra:
         if not planned:
             hardware.check_gpus(layout.gpus_per_node, interpreter)
@@ -130,6 +130,8 @@ def plan(
         notes.append(f"Split: {parts}, because the paper's {data.SPLITS[0]} leaves a part without documents")
     if engine:
         notes.append(f"Layers: {engine}")
+    if hardware.SPINNING in settings:
+        notes.append(f"CPU: {hardware.SPINNING}={settings[hardware.SPINNING]}, for runs beside other programs")
     if fast:
         notes.append(f"KERNELS=triton: {' '.join(fast)}")
     return Launch(launcher, flags, settings, output, layout, notes)

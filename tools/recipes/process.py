@@ -1,19 +1,21 @@
 """Run a training command and keep its log. At Ctrl-C, SIGTERM or a closed terminal, let it save a checkpoint first."""
 
 import contextlib
+import fcntl
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
 from ..console.flags import group_by_flag
+from .layout import RecipeError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAST_BYTES = 2**16  # the end of a log that is searched for the program's last error
@@ -61,17 +63,70 @@ def last_error(text: str) -> str:
     return errors[-1].strip() if errors else ""
 
 
-def run_training(command: Sequence[str], log: Path) -> int:
+def first_exit_code(text: str) -> int:
+    """Return the exit code of the process that failed first, in torchrun's report; 1 if there is no report."""
+    codes = re.findall(r"^Root Cause .*?^ *exitcode *: (-?\d+)", text, re.MULTILINE | re.DOTALL)
+    return int(codes[-1]) if codes else 1
+
+
+@contextlib.contextmanager
+def open_log(log: Path) -> Iterator[int]:
+    """Create the log of a run, lock it, and return its descriptor. The lock lasts until no process holds that.
+
+    Raises:
+        RecipeError: another run writes to the log, or the file cannot be written.
+    """
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        file = log.open("a")
+    except OSError as error:
+        raise RecipeError(f"OUTPUT_DIR={log.parent} cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            remedy = "Wait until it ends, stop it, or set a different OUTPUT_DIR"
+            raise RecipeError(f"OUTPUT_DIR={log.parent}: another run writes there. {remedy}") from error
+        except OSError:  # a file system without locks: Megatron's processes still find the lock in --save
+            _say(f"{log} cannot be locked: do not start a second run with this OUTPUT_DIR.")
+        yield file.fileno()
+
+
+def _describe_stop(command: Sequence[str]) -> str:
+    from megatron.remoe.start.checkpoint_files import newest_iteration  # imports PyTorch
+
+    flags = group_by_flag(command)
+    save = "".join(flags.get("--save", ()))
+    newest = newest_iteration(Path(save))
+    if not newest and "://" not in save:
+        return "Stopped before the first checkpoint. The same command starts again"
+    same = "The same command" + " without --ckpt-step" * ("--ckpt-step" in flags)
+    return f"Stopped. {same} continues from " + (f"iteration {newest}" if newest else "the last checkpoint")
+
+
+def run_training(command: Sequence[str], log: Path, title: str = "") -> int:
     """Run the command of a training run to its end.
 
     Args:
         command: program and arguments.
-        log: the run's output is appended to this file and printed; its last error is printed again at the end.
+        log: `title` and the run's output are appended to this file; the output is printed, and its last error again at
+            the end.
+        title: a line for the log.
 
     Returns:
-        The exit code, 128 + n after signal n; `STOPPED` if a signal to this process ended the run without an error.
+        The exit code of the process that failed first, 128 + n after signal n; `STOPPED` if a signal to this process
+        ended the run without an error.
+
+    Raises:
+        RecipeError: another run writes to the log, or the file cannot be written.
     """
-    start, stopping = log.stat().st_size if log.exists() else 0, False
+    with open_log(log) as file:
+        os.write(file, title.encode())
+        return _run(command, log, file)
+
+
+def _run(command: Sequence[str], log: Path, file: int) -> int:
+    start, stopping = log.stat().st_size, False
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until there is a run to stop
     # The run and tee get a process group each: a terminal's Ctrl-C reaches only this process. They ignore signals:
     # tee has to write the last line, and torchrun would limit the time for saving.
@@ -80,7 +135,9 @@ def run_training(command: Sequence[str], log: Path) -> int:
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0, preexec_fn=_ignore_signals,
     )  # fmt: skip
     assert job.stdout is not None
-    tee = subprocess.Popen(["tee", "-a", str(log)], stdin=job.stdout, process_group=0, preexec_fn=_ignore_signals)
+    tee = subprocess.Popen(
+        ["tee", "-a", str(log)], stdin=job.stdout, process_group=0, preexec_fn=_ignore_signals, pass_fds=[file],
+    )  # fmt: skip
     job.stdout.close()
 
     def stop(number: int, _: FrameType | None) -> None:
@@ -104,13 +161,14 @@ def run_training(command: Sequence[str], log: Path) -> int:
         tee.wait(60)  # --async-save's worker outlives a killed rank, and keeps the pipe open
     error = ""
     if code:
-        with log.open("rb") as file:
-            file.seek(max(start, log.stat().st_size - LAST_BYTES))
-            error = last_error(file.read().decode(errors="replace"))
+        with log.open("rb") as output:
+            output.seek(max(start, log.stat().st_size - LAST_BYTES))
+            text = output.read().decode(errors="replace")
+        error = last_error(text)
+        code = first_exit_code(text) if code == 1 else code  # torchrun's own
     if error:
         print(f"\n{error}", file=sys.stderr, flush=True)
     elif stopping:
-        same = "The same command" + " without --ckpt-step" * ("--ckpt-step" in group_by_flag(command))
-        _say(f"Stopped. {same} continues from the last checkpoint; the log is {log}")
+        _say(f"{_describe_stop(command)}; the log is {log}")
         return STOPPED
     return code if code >= 0 else 128 - code

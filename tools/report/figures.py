@@ -91,7 +91,6 @@ def panels(runs: Sequence[RunFigures]) -> dict[str, list[Panel]]:
                   find_level=lambda run: run.topk),
             *logged("l1_coefficient", "λ", "coefficient of the L1 term", y_axis_type="log"),
             *logged("l1_loss", "L1 term", "before λ; thin: layers"),
-            *logged("flip_rate", "Flips", "share of routing decisions that one update changes; thin: layers"),
         ],
         "Load of the experts": [panel for run in runs for panel in _load(run, x_range)],
     }  # fmt: skip

@@ -15,7 +15,6 @@ from megatron.remoe.training.run_log import read_run_log
 from ..console.errors import ToolError
 from .run_figures import Curve, Evaluation, RunFigures
 
-FLIPS = {"rate": "flip_rate", "count": "flip_count", "layer_rate": "layer_flip_rate"}
 NOT_FIGURES = frozenset({"kind", "time", "iteration", "parameters", "guarded_layers", "tokens_per_expert"})
 Points = dict[tuple[str, int], tuple[array, array]]  # figure, and layer (0 for none) → iterations and values
 
@@ -65,8 +64,6 @@ def _add(figures: RunFigures, curves: Points, record: Mapping[str, Any]) -> None
             figures.last = max(figures.last, iteration)
             loads = record.get("tokens_per_expert", {})
             figures.loads[iteration] = {int(layer): np.array(loads[layer], np.float32) for layer in loads}
-        case "flips":
-            _add_numbers(curves, iteration, {title: record.get(name) for name, title in FLIPS.items()})
         case "start":
             figures.args = dict(record.get("args", figures.args))
             figures.starts.append(iteration)

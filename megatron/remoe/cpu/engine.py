@@ -3,11 +3,9 @@
 import ctypes
 import os
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.distributed import DeviceMesh
 
 from megatron.remoe.cpu import facade
 from megatron.remoe.cpu.collectives import with_padding
@@ -54,8 +52,6 @@ def _adapt_tensors() -> None:
 
 
 def _adapt_modules() -> None:
-    from megatron.core.distributed.fsdp import mcore_fsdp_adapter
-    from megatron.core.distributed.fsdp.src.megatron_fsdp import megatron_fsdp
     from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as tensor_parallel_random
     from megatron.core.transformer.moe import token_dispatcher
@@ -69,12 +65,6 @@ def _adapt_modules() -> None:
     # gloo gathers only equal parts; experts that are split over tensor parallel ranks gather unequal ones.
     mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = with_padding(
         mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
-    )
-    # Megatron-FSDP builds a device's name from "cuda:" and the current device, and meshes of the type "cuda".
-    for module in (mcore_fsdp_adapter, megatron_fsdp):
-        module.torch = facade.with_one_device(module.torch)
-    mcore_fsdp_adapter.DeviceMesh = SimpleNamespace(
-        from_group=lambda *given, **options: DeviceMesh.from_group(*given, **options | {"device_type": "cpu"})
     )
     # This function warms up fused kernels, which do not exist here.
     initialize._warmup_jit_function = lambda *_args, **_kwargs: None

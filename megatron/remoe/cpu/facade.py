@@ -97,11 +97,6 @@ class _Facade(types.ModuleType):
         return getattr(torch, name)
 
 
-def with_one_device(facade: types.ModuleType) -> types.ModuleType:
-    """Return a copy of the facade whose `torch.device` returns the CPU for any name, and is no longer a type."""
-    return _copy(_Facade("torch"), facade, device=lambda *_args, **_kwargs: CPU)
-
-
 class _FacadeFinder(importlib.abc.MetaPathFinder):
     """Set the facade in each module of Megatron that is imported later, right after the module's code has run."""
 

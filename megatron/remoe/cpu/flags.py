@@ -13,7 +13,6 @@ SILENT: dict[str, tuple[object, str]] = {
     "gradient_accumulation_fusion": (False, "a CUDA kernel of apex"),
     "no_persist_layer_norm": (True, "a CUDA kernel of apex"),
     "masked_softmax_fusion": (False, "a CUDA kernel"),
-    "gradient_reduce_div_fusion": (False, "a reduction of NCCL"),
     "apply_rope_fusion": (False, "a CUDA kernel of Transformer Engine"),
     "bias_gelu_fusion": (False, "torch.compile fuses it, and is off"),
     "bias_swiglu_fusion": (False, "torch.compile fuses it, and is off"),
@@ -41,8 +40,6 @@ def adapt_arguments(args: argparse.Namespace, trains: bool = True) -> None:
     for name in ("fp16", "fp8", "fp4") if trains else ():
         if getattr(args, name, None):
             raise ValueError(f"--{name} needs an accelerator. On the CPU train in fp32 (the default) or with --bf16.")
-    if getattr(args, "use_megatron_fsdp", False):  # it refuses the value 1, which `install` sets
-        os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
     if not os.path.isdir("/proc/self/fd"):  # missing on macOS; Megatron's data loader workers read it
         args.num_workers = 0
     if trains and args.rank == 0 and not getattr(args, "cpu", True):

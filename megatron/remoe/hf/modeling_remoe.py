@@ -79,7 +79,8 @@ class RemoeDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = (Qwen3MoeAttention if config.qk_norm else LlamaAttention)(config, layer_idx)
+        attention: Any = Qwen3MoeAttention if config.qk_norm else LlamaAttention
+        self.self_attn = attention(config, layer_idx)
         is_sparse = bool(config.num_experts) and layer_idx not in config.mlp_only_layers
         self.mlp = RemoeSparseMoeBlock(config, layer_idx) if is_sparse else Qwen3MoeMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -71,22 +71,15 @@ class GroupedExperts(MegatronModule):
             weight.allreduce = False  # type: ignore[attr-defined]
             return weight
 
-        fc1 = parameter(2 * ffn, hidden, parallel_dim=1, stride=2)
-        fc2 = parameter(hidden, ffn, parallel_dim=2, stride=1)
+        self.fc1 = parameter(2 * ffn, hidden, parallel_dim=1, stride=2)
+        self.fc2 = parameter(hidden, ffn, parallel_dim=2, stride=1)
         if config.perform_initialization:
             # Draw expert by expert, as `SequentialMLP` does, so that the weights are equal.
             with torch.no_grad(), get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
-                for expert_fc1, expert_fc2 in zip(fc1, fc2, strict=True):
+                for expert_fc1, expert_fc2 in zip(self.fc1, self.fc2, strict=True):
                     config.init_method(expert_fc1)
                     config.output_layer_init_method(expert_fc2)
-        self._hold(fc1, fc2)
         self._register_load_state_dict_pre_hook(self._stack_sequential)
-
-    def _hold(self, fc1: torch.nn.Parameter, fc2: torch.nn.Parameter) -> None:
-        self.fc1, self.fc2 = fc1, fc2
-
-    def _weights(self) -> tuple[Any, Any]:
-        return self.fc1, self.fc2
 
     def forward(
         self,
@@ -107,9 +100,9 @@ class GroupedExperts(MegatronModule):
             `[P, H]`, or with an `order` each token's sum `[T, H]`; with expert tensor parallelism, this rank's part of
             the sum. And None, for no bias.
         """
-        fc1, fc2 = self._weights()
         order, sizes = SortedPairs() if order is None else order, tokens_per_expert.tolist()
-        return grouped_swiglu(permuted_local_hidden_states, permuted_probs, fc1, fc2, sizes, order, self.backend), None
+        inputs = permuted_local_hidden_states, permuted_probs, self.fc1, self.fc2
+        return grouped_swiglu(*inputs, sizes, order, self.backend), None
 
     def backward_dw(self) -> None:
         """Do nothing: weight gradients are never delayed."""
@@ -169,43 +162,6 @@ class GroupedExperts(MegatronModule):
                 state_dict.pop(key.replace(".weight", "._extra_state"), None)
 
 
-class SplitExperts(GroupedExperts):
-    """`GroupedExperts` for Megatron-FSDP: each matrix is a parameter with the name that `TEGroupedMLP` gives it.
-
-    Megatron-FSDP splits a parameter between rows of its first dimension. From these names, it numbers the experts of
-    all ranks in checkpoints.
-
-    Attributes:
-        linear_fc1: `weight0` ... of `[2 * F, H]`.
-        linear_fc2: `weight0` ... of `[H, F]`.
-    """
-
-    linear_fc1: "_Matrices"
-    linear_fc2: "_Matrices"
-
-    def _hold(self, fc1: torch.nn.Parameter, fc2: torch.nn.Parameter) -> None:
-        self.linear_fc1, self.linear_fc2 = _Matrices(fc1), _Matrices(fc2)
-
-    def _weights(self) -> tuple[Any, Any]:
-        return self.linear_fc1(), self.linear_fc2()
-
-
-class _Matrices(torch.nn.Module):
-    """One parameter for each expert. Megatron-FSDP gathers them when this module is called."""
-
-    def __init__(self, stacked: torch.nn.Parameter) -> None:
-        super().__init__()
-        dim, stride = stacked.partition_dim - 1, stacked.partition_stride  # type: ignore[attr-defined]
-        for number, matrix in enumerate(stacked.detach()):
-            weight = torch.nn.Parameter(matrix.clone())
-            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=stride)
-            weight.allreduce = False  # type: ignore[attr-defined]
-            self.register_parameter(f"weight{number}", weight)
-
-    def forward(self) -> list[torch.nn.Parameter]:
-        return list(self.parameters())
-
-
 def build_experts(
     num_local_experts: int,
     config: TransformerConfig,
@@ -213,9 +169,8 @@ def build_experts(
     pg_collection: ProcessGroupCollection,
     name: str | None = None,
     stock: Callable[..., torch.nn.Module],
-    kind: type[GroupedExperts] = GroupedExperts,
 ) -> torch.nn.Module:
-    """Build experts of class `kind` if they support the configuration, otherwise call `stock`, Megatron's builder."""
+    """Build `GroupedExperts` if they support the configuration, otherwise call `stock`, Megatron's builder."""
     if not supports_grouped_experts(config):
         return stock(num_local_experts, config, pg_collection=pg_collection, name=name)
-    return kind(num_local_experts, config, pg_collection)
+    return GroupedExperts(num_local_experts, config, pg_collection)

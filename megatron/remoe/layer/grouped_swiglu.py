@@ -22,19 +22,18 @@ def _generation(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
-def supports_grouped_kernel(fc1: torch.Tensor | list[torch.nn.Parameter]) -> bool:
-    """Return whether `grouped_mm` is one kernel for L matrices `[2 * F, H]`; otherwise it loops or raises an error."""
-    experts, matrix = len(fc1), fc1[0]
-    ffn, hidden = matrix.shape[0] // 2, matrix.shape[1]
+def supports_grouped_kernel(fc1: torch.Tensor) -> bool:
+    """Return whether `grouped_mm` is one kernel for weights `[L, 2 * F, H]`; otherwise it loops or raises an error."""
+    experts, ffn, hidden = len(fc1), fc1.shape[1] // 2, fc1.shape[2]
     takes_sizes = not (hidden % KERNEL_MULTIPLE or ffn % KERNEL_MULTIPLE or experts > KERNEL_EXPERTS)
-    return matrix.dtype == torch.bfloat16 and _generation(matrix.device) in (SM90, SM100) and takes_sizes
+    return fc1.dtype == torch.bfloat16 and _generation(fc1.device) in (SM90, SM100) and takes_sizes
 
 
 def grouped_swiglu(
     tokens_TH: torch.Tensor,
     gates_P: torch.Tensor,
-    fc1: torch.nn.Parameter | list[torch.nn.Parameter],
-    fc2: torch.nn.Parameter | list[torch.nn.Parameter],
+    fc1: torch.nn.Parameter,
+    fc2: torch.nn.Parameter,
     sizes: list[int],
     order: Order,
     backend: Backend,
@@ -44,16 +43,15 @@ def grouped_swiglu(
     Args:
         tokens_TH: x, `[T, H]`.
         gates_P: `[P]`, sorted by expert.
-        fc1: `[L, 2 * F, H]`, W_left and then W_right; or a list with the matrix of each expert.
-        fc2: `[L, H, F]`, W_down; or a list with the matrix of each expert.
+        fc1: `[L, 2 * F, H]`, W_left and then W_right.
+        fc2: `[L, H, F]`, W_down.
         sizes: the number of pairs of each expert.
         order: maps tokens to pairs and back.
         backend: computes SwiGLU between the products.
     """
     uses_one_kernel = len(gates_P) > 0 and supports_grouped_kernel(fc1)  # without rows grouped_mm may fail or hang
     products = OneKernel(sizes, tokens_TH.device) if uses_one_kernel else OneByOne(sizes)
-    weights = (*fc1, *fc2) if isinstance(fc1, list) else (fc1, fc2)
-    return _GroupedSwiGLU.apply(tokens_TH, gates_P, products, order, backend, *weights)
+    return _GroupedSwiGLU.apply(tokens_TH, gates_P, products, order, backend, fc1, fc2)
 
 
 class OneByOne:
@@ -107,11 +105,7 @@ class OneKernel:
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
-    """Save only the tokens and the first product; add weight gradients to Megatron's buffer if there is one.
-
-    `weights` are fc1 and fc2, or the matrices of all experts. The backward pass stacks the matrices again: a copy from
-    the forward pass would keep memory that Megatron-FSDP frees in between.
-    """
+    """Save only the tokens and the first product; add weight gradients to Megatron's buffer if there is one."""
 
     @staticmethod
     def forward(
@@ -121,11 +115,11 @@ class _GroupedSwiGLU(torch.autograd.Function):
         products: OneByOne | OneKernel,
         order: Order,
         backend: Backend,
-        *weights: torch.nn.Parameter,
+        fc1: torch.nn.Parameter,
+        fc2: torch.nn.Parameter,
     ) -> torch.Tensor:
         ctx.products, ctx.order_type, ctx.backend = products, type(order), backend
-        ctx.weights = weights  # save_for_backward would lose their main_grad under a checkpoint
-        fc1, fc2 = _stacked(weights)
+        ctx.weights = fc1, fc2  # save_for_backward would lose their main_grad under a checkpoint
         hidden = products.multiply(order.take(tokens_TH), fc1.transpose(1, 2))
         ctx.save_for_backward(tokens_TH, gates_P, hidden, *order)
         pairs_PH = products.multiply(backend.activate(hidden, gates_P), fc2.transpose(1, 2))
@@ -134,22 +128,14 @@ class _GroupedSwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tokens_TH, gates_P, hidden, *order_tensors = ctx.saved_tensors
-        products, order, (fc1, fc2) = ctx.products, ctx.order_type(*order_tensors), _stacked(ctx.weights)
+        products, order, (fc1, fc2) = ctx.products, ctx.order_type(*order_tensors), ctx.weights
         gradient_PH = order.take(gradient).contiguous()
         d_activated = products.multiply(gradient_PH, fc2)
         activated, d_hidden, d_gates = ctx.backend.activate_backward(hidden, gates_P, d_activated)
         d_fc2 = _weight_gradient(fc2, products, gradient_PH, activated)
         d_fc1 = _weight_gradient(fc1, products, d_hidden, order.take(tokens_TH))
         d_tokens = order.sum(products.multiply(d_hidden, fc1), len(tokens_TH))
-        d_weights = (d_fc1, d_fc2) if fc1 is ctx.weights[0] else (*d_fc1.unbind(), *d_fc2.unbind())
-        return d_tokens, d_gates, None, None, None, *d_weights
-
-
-def _stacked(weights: tuple[torch.nn.Parameter, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    if weights[0].dim() == 3:
-        return weights[0], weights[1]
-    half = len(weights) // 2
-    return torch.stack(weights[:half]), torch.stack(weights[half:])
+        return d_tokens, d_gates, None, None, None, d_fc1, d_fc2
 
 
 def _weight_gradient(

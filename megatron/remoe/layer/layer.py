@@ -115,12 +115,12 @@ class ReMoELayer(MoELayer):
         probs_TE, map_TE = self.route(hidden_states, padding_mask)
         counts_EB = getattr(self.router, "last_counts_EB", None)
         chunks = count_pairs(map_TE, counts_EB, self.token_dispatcher, self.backend, self.pairs_limit)
-        if isinstance(self.router, ReLURouter):
-            self.router.count_chunks(len(chunks))
         if len(chunks) == 1:
             self._free_activations(True)
             output = self._run_experts(hidden_states, probs_TE, map_TE, chunks[0])
         else:
+            if isinstance(self.router, ReLURouter):
+                self.router.count_extra_chunks(len(chunks) - 1)
             output = self._run_chunks(hidden_states, probs_TE, map_TE, chunks)
         return output if shared_expert_output is None else output + shared_expert_output
 

@@ -16,7 +16,7 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.remoe.layer.experts import GroupedExperts, build_experts
+from megatron.remoe.layer.experts import build_experts
 from megatron.remoe.layer.layer import ReMoELayer
 from megatron.remoe.routing.router import ReLURouter
 from megatron.remoe.transformer.attention import FusedDotProductAttention
@@ -42,16 +42,15 @@ def with_router(spec: LayerSpec, router: type[TopKRouter] = ReLURouter) -> Layer
     return replace_classes(spec, REMOE_LAYER, router)
 
 
-def with_fused_layers(spec: Any, experts: type[GroupedExperts] = GroupedExperts) -> Any:
+def with_fused_layers(spec: Any) -> Any:
     """Return a copy of `spec` whose local attention and experts use PyTorch's fused kernels.
 
     Dense MLPs, Transformer Engine's layers and routers stay the same.
 
     Args:
         spec: specification of a block or layer, or any part of one.
-        experts: class of the experts; `SplitExperts` for Megatron-FSDP.
     """
-    local = {DotProductAttention: FusedDotProductAttention, SequentialMLP: partial(build_experts, kind=experts)}
+    local = {DotProductAttention: FusedDotProductAttention, SequentialMLP: build_experts}
     return replace_classes(spec, REMOE_LAYER | local)
 
 

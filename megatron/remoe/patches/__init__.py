@@ -1,20 +1,21 @@
 """Change Megatron where no public hook exists; changes for CPUs are in `megatron/remoe/cpu`.
 
 Each patch states what it changes, what it provides, and which change in Megatron makes it unnecessary. For each patch,
-a test fails once Megatron no longer needs it.
+a test fails once Megatron no longer needs it. A patch is applied if the source that it changes is the one that it was
+written for, whatever the version.
 """
 
 import os
 import warnings
 
 import megatron.remoe
-from megatron.remoe.patches import checkpoints, fsdp, fusions, log_lines, optimizer, start, validation, waits
+from megatron.remoe.files.errors import UsageError
+from megatron.remoe.patches import checkpoints, fusions, log_lines, optimizer, start, validation, waits
 
-VERSIONS = ("0.19.2",)  # versions of megatron-core with the same patched code
+TESTED = "0.19.2"  # the version of megatron-core that the tests run with
 
 PATCHES = (
     start.use_shipped_helpers,
-    start.print_time_left,
     optimizer.enable_torch_adam_resume,
     optimizer.share_optimizer_steps,
     optimizer.keep_padding_of_buckets,
@@ -31,30 +32,35 @@ PATCHES = (
     checkpoints.name_relu_routers,
     checkpoints.protect_saving_from_sigterm,
     checkpoints.report_write_errors,
-    fsdp.adapt_fsdp_checkpoints,
-    fsdp.find_parameters_in_fp32,
-    fsdp.keep_loaded_main_weights,
-    fsdp.scale_once_per_step,
 )
 
 
 def apply_patches(saves: bool = True) -> None:
-    """Apply the patches. With an untested version of Megatron, apply none, and warn with a list of lost features.
+    """Apply the patches whose source in Megatron is unchanged. Warn of others that only add comfort or speed.
 
-    With the environment variable REMOE_TRY_MEGATRON, apply them to any version.
+    With the environment variable REMOE_TRY_MEGATRON, apply all.
 
     Args:
         saves: whether the run writes checkpoints.
+
+    Raises:
+        UsageError: the source of a needed patch has changed.
     """
-    patches = [patch for patch in PATCHES if saves or not patch.for_saving]
-    version = megatron.remoe.megatron_version()
-    if version in VERSIONS or os.environ.get("REMOE_TRY_MEGATRON"):
-        for patch in patches:
+    lost: dict[bool, str] = {True: "", False: ""}  # by Patch.is_needed
+    for patch in PATCHES:
+        if patch.for_saving and not saves:
+            continue
+        if (changed := patch.find_changed()) and not os.environ.get("REMOE_TRY_MEGATRON"):
+            lost[patch.is_needed] += f"\n- {patch.provides} (megatron.{', megatron.'.join(changed)})"
+        else:
             patch()
-    elif os.environ.get("RANK", "0") == "0":
-        missing = "".join(f"\n- {patch.provides} ({patch.changes})" for patch in patches)
-        warnings.warn(
-            f"megatron-core {version} is untested, so no patch is applied (tested: {', '.join(VERSIONS)}). "
-            f"Lost features:{missing}",
-            stacklevel=2,
+    version = megatron.remoe.megatron_version()
+    if lost[True]:
+        raise UsageError(
+            f"megatron-core {version} has changed code that this project patches. Without these patches, results would "
+            f"be wrong or checkpoints unsafe:{lost[True]}\nInstall megatron-core {TESTED}, or set REMOE_TRY_MEGATRON=1 "
+            "to apply the patches anyway.",
+            "REMOE-E104",
         )
+    if lost[False] and os.environ.get("RANK", "0") == "0":
+        warnings.warn(f"megatron-core {version} has changed code. Features that are off:{lost[False]}", stacklevel=2)

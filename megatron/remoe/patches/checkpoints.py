@@ -25,13 +25,12 @@ from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, check_o
 from megatron.training import checkpointing, initialize, training
 from megatron.training.global_vars import get_args
 
-ASYNC_FILE = "core/dist_checkpointing/strategies/filesystem_async.py"
-
 
 @patch(
-    changes="core/dist_checkpointing/strategies/torch.py: load_bytes of the planners, which is PyTorch's",
+    changes={"core.dist_checkpointing.strategies.torch:MCoreLoadPlanner": "859d936f"},
     provides="protection from code in a checkpoint's objects",
     ends="load_bytes unpickles with weights_only=True",
+    is_needed=True,
 )
 def refuse_unsafe_objects() -> None:
     """Refuse checkpoint objects that could run code.
@@ -47,9 +46,10 @@ def refuse_unsafe_objects() -> None:
 
 
 @patch(
-    changes="training/training.py: load_checkpoint",
+    changes={"training.training:load_checkpoint": "4f03d48a"},
     provides="going back from a damaged checkpoint; errors for failed loads; the schedule with --no-load-optim",
     ends="Megatron has a hook after loading, no sys.exit() in checkpointing.py, and keeps the schedule",
+    is_needed=True,
 )
 def go_back_from_damage() -> None:
     """Go back to the previous complete iteration if a checkpoint fails --verify-integrity or holds a damaged object.
@@ -88,10 +88,11 @@ def go_back_from_damage() -> None:
 
 
 @patch(
-    changes="training/checkpointing.py: _build_sharded_state_dict_metadata",
+    changes={"training.checkpointing:_build_sharded_state_dict_metadata": "c58be239"},
     provides="checkpoints of ReLU routing that no program loads as top-k routing",
     ends="Megatron compares the routing of a checkpoint with the model's",
     for_saving=True,
+    is_needed=True,
 )
 def name_relu_routers() -> None:
     """Save the weight of a ReLU router under a name that Megatron's own router does not look for."""
@@ -102,10 +103,14 @@ def name_relu_routers() -> None:
 
 
 @patch(
-    changes=f"{ASYNC_FILE}: _results_queue; training/initialize.py: init_persistent_async_worker",
+    changes={
+        "core.dist_checkpointing.strategies.filesystem_async:get_write_results_queue": "e395fb0e",
+        "training.initialize:init_persistent_async_worker": "ecf8aa39",
+    },
     provides="the checkpoint that is saved at SIGTERM where the signal goes to all processes, as Slurm's does",
     ends="the processes of the queue and of --async-save ignore SIGTERM, or there are none",
     for_saving=True,
+    is_needed=True,
 )
 def protect_saving_from_sigterm() -> None:
     """Keep two processes alive at SIGTERM: Megatron's queue of written shards, and the worker of --async-save.
@@ -144,7 +149,9 @@ def _serve_until_the_parent_ends() -> None:
 
 
 @patch(
-    changes=f"{ASYNC_FILE}: FileSystemWriterAsync.write_preloaded_data",
+    changes={
+        "core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.write_preloaded_data": "d6182c03",
+    },
     provides="the file and the reason where a checkpoint cannot be written",
     ends="the error of a failed write reaches the caller whole",
     for_saving=True,

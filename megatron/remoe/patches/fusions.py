@@ -11,7 +11,9 @@ from megatron.remoe.transformer.cross_entropy import vocab_parallel_cross_entrop
 
 
 @patch(
-    changes="core/tensor_parallel/layers.py: fused_weight_gradient_mlp_cuda",
+    changes={
+        "core.tensor_parallel.layers:LinearWithGradAccumulationAndAsyncCommunication.backward": "0a5b564d",
+    },
     provides="--gradient-accumulation-fusion on GPUs without apex",
     ends="linear layers accumulate weight gradients without apex's module",
 )
@@ -28,7 +30,9 @@ def enable_torch_weight_gradient_fusion() -> None:
 
 
 @patch(
-    changes="core/models/common/language_module/language_module.py: fused_vocab_parallel_cross_entropy",
+    changes={
+        "core.models.common.language_module.language_module:LanguageModule.compute_language_model_loss": "cfdd8209",
+    },
     provides="a cross entropy that reads the logits once in each direction, without Transformer Engine",
     ends="the native fusion reads bf16 logits once forward and once backward",
 )

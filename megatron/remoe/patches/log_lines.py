@@ -43,10 +43,15 @@ class _Sums(dict[str, Any]):
 
 
 @patch(
-    changes="training/training.py: training_log, evaluate_and_print_results and save_checkpoint",
+    changes={
+        "training.training:training_log": "5e34a182",
+        "training.training:evaluate_and_print_results": "699dfbe6",
+        "training.training:save_checkpoint": "b652984c",
+    },
     provides="losses and evaluations in SAVE/metrics.jsonl; a finished run that does not save again when restarted",
     ends="Megatron hands the figures of a log interval to a writer of the caller's, and saves only after training",
     for_saving=True,
+    is_needed=True,
 )
 def forward_figures() -> None:
     """Send records of log intervals, evaluations and checkpoints to `run_logger`.

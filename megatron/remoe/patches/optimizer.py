@@ -9,13 +9,16 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.remoe.patches.patch import patch, replace
 
-FILE = "core/optimizer/distrib_optimizer.py: DistributedOptimizer"
-
 
 @patch(
-    changes=f"{FILE}'s state_dict, load_state_dict and _set_main_param_and_optimizer_states",
+    changes={
+        "core.optimizer.distrib_optimizer:DistributedOptimizer.state_dict": "fe621ae6",
+        "core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict": "7e5f988b",
+        "core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states": "40cab784",
+    },
     provides="resuming the distributed optimizer without Transformer Engine or apex",
     ends="a distributed torch.optim.AdamW resumes",
+    is_needed=True,
 )
 def enable_torch_adam_resume() -> None:
     """Resume the distributed optimizer without Transformer Engine and apex.
@@ -48,8 +51,6 @@ def enable_torch_adam_resume() -> None:
     @torch.no_grad()
     def load_state_dict(stock: Any, self: DistributedOptimizer, loaded: Any) -> None:
         stock(self, loaded)
-        if self.ddp_config.use_megatron_fsdp:
-            return  # its checkpoints hold a counter for each parameter
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if "step" in (state := self.optimizer.state[parameter]):
@@ -61,9 +62,10 @@ def enable_torch_adam_resume() -> None:
 
 
 @patch(
-    changes="core/optimizer/optimizer.py: ChainedOptimizer.load_state_dict",
+    changes={"core.optimizer.optimizer:ChainedOptimizer.load_state_dict": "403774c7"},
     provides="resuming a run whose first pipeline stage has no experts",
     ends="Megatron saves the step count of an optimizer that has no parameters on rank 0",
+    is_needed=True,
 )
 def share_optimizer_steps() -> None:
     """Load the same step count into the optimizers of dense and of expert parameters.
@@ -87,9 +89,12 @@ def _share_largest(name: str, places: list[dict[str, Any]]) -> None:
 
 
 @patch(
-    changes=f"{FILE}.sharded_param_state_fully_reshardable",
+    changes={
+        "core.optimizer.distrib_optimizer:DistributedOptimizer.sharded_param_state_fully_reshardable": "6df6392a",
+    },
     provides="right optimizer states with --dist-ckpt-optim-fully-reshardable if a bucket of gradients is padded",
     ends="the method finds parameters at the same place as its world tensors, which leave the buckets' padding out",
+    is_needed=True,
 )
 def keep_padding_of_buckets() -> None:
     """Save and load buckets with their padding.
@@ -116,7 +121,7 @@ def _step(number: float, group: dict[str, Any], parameter: torch.Tensor) -> torc
 
 
 @patch(
-    changes="core/optimizer/optimizer.py: MegatronOptimizer.__init__",
+    changes={"core.optimizer.optimizer:MegatronOptimizer.__init__": "b70d6135"},
     provides="a fused Adam without Transformer Engine or apex",
     ends="Megatron creates PyTorch's Adam with fused=True",
 )

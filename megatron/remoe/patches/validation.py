@@ -13,10 +13,14 @@ from megatron.training.datasets.data_samplers import MegatronFullValidationSampl
 
 
 @patch(
-    changes="training/datasets/data_samplers.py: MegatronFullValidationSampler; "
-    "training/training.py: build_train_valid_test_data_iterators; core/datasets/blended_dataset.py: BlendedDataset",
+    changes={
+        "training.datasets.data_samplers:MegatronFullValidationSampler": "f60dd489",
+        "training.training:build_train_valid_test_data_iterators": "d12ed278",
+        "core.datasets.blended_dataset:BlendedDataset.__getitem__": "ab4036c7",
+    },
     provides="--full-validation with tensor or pipeline parallelism, and in fewer steps",
     ends="the sampler returns micro-batches of --eval-micro-batch-size",
+    is_needed=True,
 )
 def fill_validation_batches() -> None:
     """Return each sequence once, in full micro-batches.
@@ -66,9 +70,10 @@ def fill_validation_batches() -> None:
 
 
 @patch(
-    changes="training/training.py: build_pretraining_data_loader",
+    changes={"training.training:build_pretraining_data_loader": "1f53bc68"},
     provides="the same dropout after a stop on CPUs; a finished run that evaluates again",
     ends="data loaders have their own generators",
+    is_needed=True,
 )
 def seed_data_loaders() -> None:
     """Let data loaders draw their seeds from their own generators. On a CPU, dropout draws from PyTorch's default."""

@@ -13,7 +13,7 @@ from megatron.remoe.patches.patch import patch, replace
 
 
 @patch(
-    changes="core/optimizer/clip_grads.py: l2_norm_impl",
+    changes={"core.utils:local_multi_tensor_l2_norm": "01526c55"},
     provides="one host wait for the gradient norm, not one per tensor, on GPUs without Transformer Engine or apex",
     ends="local_multi_tensor_l2_norm in core/utils.py reads no value on the host",
 )
@@ -31,7 +31,10 @@ def keep_norms_on_device() -> None:
 
 
 @patch(
-    changes="core/rerun_state_machine.py: RerunStateMachine's validate_result and should_run_forward_backward",
+    changes={
+        "core.rerun_state_machine:RerunStateMachine.validate_result": "d62c830f",
+        "core.rerun_state_machine:RerunStateMachine.should_run_forward_backward": "eec0cc6e",
+    },
     provides="one host wait per step for the NaN and Inf checks instead of two per loss and gradient bucket",
     ends="validate_result reads no value on the host",
 )

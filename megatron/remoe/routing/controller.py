@@ -17,7 +17,6 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.counts import RoutingSummary, StepSums, count_layers, layer_numbers
@@ -104,7 +103,7 @@ class SparsityController:
             torch._foreach_copy_(guarded, [router.guarded for router in self.routers])
             sums.l1_exponent.copy_(self.routers[0].l1_exponent)
             sums.ranks.fill_(1.0)
-        gradients = [_reduced_gradient(parameter) for parameter in self._watched]
+        gradients = [getattr(parameter, "main_grad", parameter.grad) for parameter in self._watched]
         if gradients := [gradient for gradient in gradients if gradient is not None]:
             # 0 · x is 0, or NaN if a gradient is not finite; the all-reduce spreads NaN to all ranks. Sum in fp32: a
             # loss scale makes fp16 gradients large, and their sum could overflow.
@@ -126,10 +125,3 @@ class SparsityController:
             return None
         sums = StepSums.view(self._last.buffer.cpu(), self._num_layers)
         return RoutingSummary.compute(sums, self.config)
-
-
-def _reduced_gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
-    """Return the gradient that the optimizer reads; with Megatron-FSDP this rank's part of it."""
-    names = "main_grad", "decoupled_grad"  # the second is Megatron-FSDP's for Transformer Engine's Adam
-    gradient = next((getattr(parameter, name) for name in names if hasattr(parameter, name)), parameter.grad)
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

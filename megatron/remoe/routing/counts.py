@@ -14,7 +14,7 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.routing.config import ReMoEConfig
 
-COLUMNS = ("tokens", "l1_loss", "micro_batches", "left_out", "chunks")  # after the tokens of each expert
+COLUMNS = ("tokens", "l1_loss", "micro_batches", "left_out", "extra_chunks")  # after the tokens of each expert
 
 
 class RoutingCounts:
@@ -27,7 +27,7 @@ class RoutingCounts:
     - `l1_loss`: L_reg, summed over micro-batches;
     - `micro_batches`: their number; each of n ranks that share a sequence adds 1/n;
     - `left_out`: active pairs that are not computed, because of `moe_relu_max_experts`;
-    - `chunks`: chunks in which the layer ran, weighted like `micro_batches`; 0 if it ran as Megatron's layer.
+    - `extra_chunks`: chunks beyond the first in which the layer ran, weighted like `micro_batches`.
 
     Attributes:
         table: float64 `[..., E + 5]`, in this order.
@@ -156,7 +156,7 @@ class RoutingSummary:
             layer_sparsity={number: round(sparsity, 6) for number, sparsity in sparsities.items()},
             layer_l1_loss={number: float(f"{loss:.6g}") for number, loss in l1_losses.items()},
             layer_chunks={
-                number: round(max(1.0, (row["chunks"] / row["micro_batches"]).item()), 3)
+                number: round(1 + (row["extra_chunks"] / row["micro_batches"]).item(), 3)
                 for number, row in layers.items()
             },
             tokens_per_expert={number: [round(share, 5) for share in row] for number, row in shares.items()},

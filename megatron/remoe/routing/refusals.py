@@ -94,6 +94,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("moe_latent_size", "the planned dispatch does not project to the latent size", refused=_any_value),
     # transformer_layer.py: _forward_mlp
     Refusal("mlp_chunks_for_training", "it routes and balances parts of a sequence", refused=lambda parts: parts > 1),
+    # param_and_grad_buffer.py: gradient_reduce_preprocessing; NVIDIA/Megatron-LM issues 4910 and 6660
+    Refusal("use_megatron_fsdp", "it can compute wrong gradients of experts, and saving can hang"),
     # training/models/dist_utils.py: _ddp_wrap, to_empty_if_meta_device
     Refusal("use_torch_fsdp2", "it needs GPUs, and was never run with the router's state"),
     Refusal("init_model_with_meta_device", "experts and the router's state would stay uninitialized"),

@@ -94,10 +94,10 @@ class ReLURouter(TopKRouter):
         # Gates that are left out still get the gradient of λ · L_reg: `_RegularizedReLU` has the whole map.
         return torch.where(computed_TE, probs_TE, 0.0), computed_TE
 
-    def count_chunks(self, chunks: int) -> None:
-        """Count the chunks in which the layer runs this micro-batch. Call it once after each `routing`."""
+    def count_extra_chunks(self, chunks: int) -> None:
+        """Count the chunks beyond the first in which the layer runs this micro-batch."""
         if self.training and torch.is_grad_enabled():
-            self.counts["chunks"].add_(chunks / self.tp_cp_group.size())
+            self.counts["extra_chunks"].add_(chunks / self.tp_cp_group.size())
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """Return the tensors for a checkpoint, with the weight stored as `relu_weight` if `metadata` has `RELU_KEY`.

@@ -20,7 +20,6 @@ from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, read_in
 TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG = "metadata.json"  # the last file of a checkpoint that Megatron writes, except for integrity.json
 RELEASE = "release"  # content of the tracker, and name of a folder, for weights without an iteration
-_FSDP_SETTINGS = ("args", "iteration", "checkpoint_version")  # keys of fsdp_dtensor's settings
 _FOLDER = re.compile(r"iter_(\d{7,15})")
 _NUMBER = re.compile(r"[0-9]{1,15}")  # Megatron reads it into 64 bits
 
@@ -120,7 +119,7 @@ def check_complete(folder: Path) -> dict[str, Any]:
     """Check that all files of a checkpoint exist and are complete, without reading tensors. Return its settings.
 
     Args:
-        folder: `iter_...` of one iteration or `release`, in the format torch_dist, fsdp_dtensor or torch.
+        folder: `iter_...` of one iteration or `release`, in the format torch_dist or torch.
 
     Returns:
         The settings, as `common_state` returns them.
@@ -134,11 +133,10 @@ def check_complete(folder: Path) -> dict[str, Any]:
             raise BrokenCheckpointError(f"{file} cannot be read: it is truncated")
     if not legacy:
         index = read_index(folder)
-        if not is_fsdp_index(index):  # Megatron-FSDP writes the index last
-            try:
-                json.loads((folder / CONFIG).read_bytes())
-            except (OSError, ValueError) as error:
-                raise BrokenCheckpointError(f"{folder / CONFIG} is missing or empty: saving was cut off") from error
+        try:
+            json.loads((folder / CONFIG).read_bytes())
+        except (OSError, ValueError) as error:
+            raise BrokenCheckpointError(f"{folder / CONFIG} is missing or empty: saving was cut off") from error
         _check_sizes(folder, index)
     return common_state(folder)
 
@@ -190,11 +188,6 @@ def loaded_checkpoint(args: argparse.Namespace) -> tuple[str, Path | None]:
     return flag, Path(name, f"iter_{iteration:07d}") if name and iteration else None
 
 
-def is_fsdp_index(index: Metadata) -> bool:
-    """Return whether an index is in Megatron-FSDP's format, fsdp_dtensor, which has an entry for the settings."""
-    return "args" in index.state_dict_metadata
-
-
 def stored_object(folder: Path, entry: Any) -> io.BytesIO:
     """Return the bytes of an object in a checkpoint, as `torch.save` wrote them.
 
@@ -224,13 +217,12 @@ def common_state(folder: Path) -> dict[str, Any]:
         if files:
             state = torch.load(files[0], map_location="cpu", weights_only=True, mmap=files[0].name != "common.pt")
         else:
-            index = read_index(folder)
-            stored = {
-                key.fqn: torch.load(stored_object(folder, entry), map_location="cpu", weights_only=True)
-                for key, entry in index.storage_data.items()
-                if key.fqn in _FSDP_SETTINGS or key.fqn.startswith("common_state/")
-            }
-            state = stored if is_fsdp_index(index) else next(iter(stored.values()), {})
+            stored = (
+                torch.load(stored_object(folder, entry), map_location="cpu", weights_only=True)
+                for key, entry in read_index(folder).storage_data.items()
+                if key.fqn.startswith("common_state/")
+            )
+            state = next(stored, {})
         state = state[0] if isinstance(state, list) else state
         if isinstance(state, io.BytesIO):
             state.seek(0)

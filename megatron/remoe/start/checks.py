@@ -34,7 +34,7 @@ def check_required_flags(args: argparse.Namespace) -> None:
 
 def check_settings(args: argparse.Namespace) -> None:
     """Refuse settings that Megatron ignores or gets wrong, or with which it fails late or loses work."""
-    checks = (_launch, _ignored, _data, _pipeline, _saving, _skipped_steps, _fsdp)
+    checks = (_launch, _ignored, _data, _pipeline, _saving, _skipped_steps)
     problems = [problem for check in checks for problem in check(args)]
     for code, lines in (("REMOE-E202", [*_pattern(args)]), ("REMOE-E203", problems)):
         if lines:
@@ -133,22 +133,6 @@ def _skipped_steps(args: argparse.Namespace) -> Iterator[str]:
             f"--iterations-to-skip {shown(skipped)}: Megatron does not save in these steps, and fails with more than "
             "two pipeline stages, or virtual ones. Give a --save-interval that divides none, or leave it out."
         )
-
-
-def _fsdp(args: argparse.Namespace) -> Iterator[str]:
-    """Go on wrongly: Megatron-FSDP computes wrong gradients."""
-    if not args.use_megatron_fsdp:
-        return
-    # .../megatron_fsdp.py: all_gather_and_wait_parameters_ready makes the fusion overwrite earlier micro-batches.
-    if args.gradient_accumulation_fusion:
-        yield "--use-megatron-fsdp: add --no-gradient-accumulation-fusion."
-    # core/distributed/fsdp/src/megatron_fsdp/param_and_grad_buffer.py: gradient_reduce_preprocessing
-    if args.ddp_average_in_collective and args.expert_model_parallel_size > 1:
-        yield "--ddp-average-in-collective: Megatron-FSDP does not divide experts' gradients with it. Leave it out."
-    # If one rank of an instance holds a gradient, the same file divides it after each micro-batch. Only with
-    # --overlap-grad-reduce does training/training.py tell it which micro-batch is the last.
-    if args.num_distributed_optimizer_instances > 1:
-        yield "--num-distributed-optimizer-instances: Megatron-FSDP can compute wrong gradients with it. Leave it out."
 
 
 def _stages(args: argparse.Namespace) -> int:

@@ -31,7 +31,7 @@ NOT_COMPARED = ("ddp", "dist", "logger", "checkpoint", "profiling", "validation"
 # Groups of flags that are missing from the configurations, or have different names there.
 FLAG_GROUPS = ("network size", "moe", "data and dataloader")
 # Also compared: the kind of optimizer state, and settings of the training loop and of precision.
-ALWAYS_COMPARED = {"use_distributed_optimizer", "use_megatron_fsdp", "bf16", "fp16", "dataloader_type"}
+ALWAYS_COMPARED = {"use_distributed_optimizer", "bf16", "fp16", "dataloader_type"}
 ALWAYS_COMPARED |= {"global_batch_size", "step_batch_size_schedule"}
 # Settings of each group that change only speed or memory, or repeat a different setting. All others are compared, so a
 # new one of Megatron's is.

@@ -36,15 +36,6 @@ def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "instead of PyTorch's fused attention and grouped experts.",
     )
     group.add_argument(
-        "--moe-log-flips-interval",
-        type=int,
-        metavar="N",
-        help="Log how many routing decisions every Nth update changes, on a fixed micro-batch of validation text: as a "
-        "share of all token-expert pairs, and per token and layer. Takes about 2/(3NM) of the time with M "
-        "micro-batches per step; results do not change (default: off). The log line shows them if N is a multiple "
-        "of --log-interval.",
-    )
-    group.add_argument(
         "--no-moe-router-pre-softmax",
         action="store_false",
         dest="moe_router_pre_softmax",

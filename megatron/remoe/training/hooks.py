@@ -1,9 +1,9 @@
-"""Install routers, local layers and flips into Megatron's loop through its public hooks."""
+"""Install routers and local layers into Megatron's loop through its public hooks."""
 
 import argparse
 import inspect
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker, set_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -23,7 +23,7 @@ from megatron.remoe.baselines import ROUTERS
 from megatron.remoe.baselines.hash import pass_token_ids
 from megatron.remoe.files.errors import UsageError
 from megatron.remoe.kernels.backend import wants_kernels
-from megatron.remoe.layer.experts import GroupedExperts, SplitExperts, supports_grouped_experts
+from megatron.remoe.layer.experts import supports_grouped_experts
 from megatron.remoe.layer.specs import (
     REMOE_LAYER,
     SEQUENCE_PARALLEL_NORMS,
@@ -37,7 +37,6 @@ from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.controller import SparsityController
 from megatron.remoe.routing.router import ReLURouter
 from megatron.remoe.training.arguments import model_config_from_args
-from megatron.remoe.training.flips import FlipMeter
 from megatron.remoe.training.metrics import ReMoEMetricsTracker
 from megatron.remoe.training.pairs import PairCounter
 from megatron.remoe.transformer.hybrid import local_hybrid_stack_spec
@@ -179,7 +178,7 @@ def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> No
 
     def change(spec: LayerSpec, vp_stage: int | None) -> LayerSpec:
         if args.local_layer_fusion:
-            spec = with_fused_layers(spec, SplitExperts if args.use_megatron_fsdp else GroupedExperts)
+            spec = with_fused_layers(spec)
         if not args.sequence_parallel:
             return spec
         if isinstance(spec, ModuleSpec) and not is_hybrid:
@@ -231,41 +230,6 @@ def rebuild_prediction_layers(change: Callable[[Any, int | None], Any], model_ch
             submodules = change(chunk.mtp.submodules, chunk.vp_stage)
             chunk.mtp = MultiTokenPredictionBlock(chunk.config, submodules, chunk.vp_stage, chunk.pg_collection)
     return model_chunks
-
-
-def with_flips(
-    args: argparse.Namespace, model_cfg: ModelConfig, provider: Callable[..., Any], forward_step: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Install the meter of --moe-log-flips-interval. Return `provider`, extended to keep its calibration set.
-
-    Call it after `install_routing`. Without the flag, return `provider` unchanged.
-
-    Args:
-        args: Megatron's arguments.
-        model_cfg: the configuration that the model will be built from.
-        provider: builds the data sets.
-        forward_step: the function that Megatron's loop calls for each micro-batch.
-    """
-    if args.moe_log_flips_interval is None:
-        return provider
-    meter = FlipMeter(args, forward_step)
-
-    def install(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        meter.chunks = model_chunks
-        if not isinstance(get_moe_metrics_tracker(), ReMoEMetricsTracker):
-            set_moe_metrics_tracker(ReMoEMetricsTracker(args))
-        get_moe_metrics_tracker().flips = meter
-        return model_chunks
-
-    model_cfg.post_wrap_hooks.append(install)
-
-    @wraps(provider)
-    def calibrating(*arguments: Any, **options: Any) -> Any:
-        data_sets = provider(*arguments, **options)
-        meter.calibrate(data_sets)
-        return data_sets
-
-    return calibrating
 
 
 def build_model(args: argparse.Namespace) -> Any:

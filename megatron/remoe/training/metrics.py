@@ -1,4 +1,4 @@
-"""Log sparsity, λ, expert load and flips to Megatron's line, TensorBoard, Weights & Biases and the run's log."""
+"""Log sparsity, λ and expert load to Megatron's line, TensorBoard, Weights & Biases and the run's log."""
 
 import argparse
 from dataclasses import asdict
@@ -8,7 +8,6 @@ from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron.remoe.patches.log_lines import run_logger
 from megatron.remoe.routing.controller import SparsityController
 from megatron.remoe.routing.counts import RoutingSummary
-from megatron.remoe.training.flips import FlipMeter
 from megatron.remoe.training.pairs import PairCounter
 from megatron.training import print_rank_last
 
@@ -18,15 +17,14 @@ PRINTED |= {"lowest_layer_sparsity": ".6f", "highest_layer_sparsity": ".6f"}
 
 
 class ReMoEMetricsTracker(MoEMetricsTracker):
-    """Add the sparsity controller's figures and the measured flips to the report of Megatron's tracker.
+    """Add the sparsity controller's figures to the report of Megatron's tracker.
 
     Megatron's loop asks for a report after every step and prints it at log intervals. Figures are fetched from the
     device only if they are written.
     """
 
-    def __init__(self, args: argparse.Namespace, counter: SparsityController | PairCounter | None = None) -> None:
+    def __init__(self, args: argparse.Namespace, counter: SparsityController | PairCounter) -> None:
         super().__init__()
-        self.flips: FlipMeter | None = None
         self._args, self._counter, self._first = args, counter, True
         self._has_reached_target, self._has_warned = False, False
 
@@ -35,8 +33,8 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
         super().ensure_initialized(name, self._args.num_layers + (self._args.mtp_num_layers or 0), *others)
 
     def totals(self) -> dict[str, int]:
-        """Return the running sums of computed pairs and tokens; {} if nothing counts them. Waits for the device."""
-        return self._counter.totals() if self._counter is not None else {}
+        """Return the running sums of computed pairs and tokens. Waits for the device."""
+        return self._counter.totals()
 
     def report(
         self,
@@ -54,9 +52,7 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
         is_printed = self._first or iteration % self._args.log_interval == 0
         is_recorded = iteration % self._args.tensorboard_log_interval == 0 and (writer or wandb_writer)
         self._first = False
-        record = self._measure_flips(iteration, writer, wandb_writer)
-        if record:
-            text += f" flip rate: {record['flip_rate']:.6f} | flip count: {record['flip_count']:.6f} |"
+        record: dict[str, Any] = {}
         if isinstance(self._counter, SparsityController) and (is_printed or is_recorded):
             summary = self._counter.summary()
             if summary is not None:
@@ -74,9 +70,7 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
         elif isinstance(self._counter, PairCounter) and is_printed:
             record["tokens_per_expert"] = self._counter.tokens_per_expert()
         if is_printed:
-            record |= self.totals()
-            if record:
-                run_logger().info(record)
+            run_logger().info(record | self.totals())
         return text
 
     def _warn_of_chunks(self, summary: RoutingSummary) -> None:
@@ -85,20 +79,11 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
         if self._has_reached_target and layers and not self._has_warned:
             self._has_warned = True
             print_rank_last(
-                f"Layers that work in chunks although S has reached its target: {', '.join(map(str, layers))}. They have "
-                f"more than {self._args.moe_relu_activation_limit:g} x topk experts per token on a rank, and recompute "
-                "their experts in every step. If memory allows, raise --moe-relu-activation-limit."
+                f"Layers that work in chunks although S has reached its target: {', '.join(map(str, layers))}. "
+                f"They have more than {self._args.moe_relu_activation_limit:g} x topk experts per token on a rank, and "
+                "recompute their experts in every step. If memory allows, raise --moe-relu-activation-limit."
             )
         self._has_reached_target |= summary.sparsity >= summary.target_sparsity
-
-    def _measure_flips(self, iteration: int, writer: Any, wandb_writer: Any) -> dict[str, Any]:
-        """Measure and log the flips if they are due. Return their figures for the step's record, or {}."""
-        if self.flips is None or (flips := self.flips.after_update(iteration)) is None:
-            return {}
-        run_logger().info({"kind": "flips", "iteration": iteration, **flips})
-        record = {f"flip_{name}": flips[name] for name in ("rate", "count")}
-        self._log_scalars({f"moe/{name}": value for name, value in record.items()}, iteration, writer, wandb_writer)
-        return record | {"changed_tokens": flips["changed_tokens"]}
 
 
 def _scalars(figures: dict[str, Any], per_layer: bool) -> dict[str, float]:

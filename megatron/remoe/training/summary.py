@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Iterable
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from megatron.core import mpu
 from megatron.remoe.patches.log_lines import run_logger
@@ -65,8 +64,7 @@ def count_parameters(model_chunks: Iterable[torch.nn.Module]) -> int:
         else:
             replica = mpu.get_data_parallel_rank(with_context_parallel=True)
             tensor_rank = mpu.get_tensor_model_parallel_rank()
-        # With Megatron-FSDP, a parameter's size includes the parts of all tensor parallel ranks.
-        is_split = getattr(parameter, "tensor_model_parallel", False) and not isinstance(parameter, DTensor)
+        is_split = getattr(parameter, "tensor_model_parallel", False)
         # The last pipeline stage has a copy of tied embeddings.
         if replica == 0 and (is_split or tensor_rank == 0) and not getattr(parameter, "shared", False):
             counted += parameter.numel()

@@ -15,6 +15,7 @@ from ..arguments import parse_analyze
 from ..hf.opening import open_model
 from ..text import read_sequences
 from . import findings, pictures
+from .flips import measure_flips
 
 TITLES = "layer,mean,none,99 %,most,sparsity,imbalance,dead,inactive,domain bits".split(",")
 
@@ -48,6 +49,8 @@ def analyze(args: argparse.Namespace) -> None:
         UsageError: something is wrong with the flags, the model or the data.
         OSError: --output-dir cannot be written.
     """
+    if args.flips:
+        return measure_flips(args)
     opened = open_model(args.load, args.ckpt_step, args.tokenizer_model, needs_tokenizer=False)
     model = opened.model
     topk, experts = model.config.mean_experts_per_token, model.config.num_experts

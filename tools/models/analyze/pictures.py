@@ -138,7 +138,9 @@ def _draw_dots(axes: Any, layers: Layers, drawn: Sequence[tuple[str, str, str]])
     """
     for number, (key, color, label) in enumerate(drawn):
         values = [numpy.nan if layer[key] is None else layer[key] for layer in layers.values()]
-        axes.plot(values, range(len(layers)), "os^Dv"[number // len(DOMAINS) % 5], color=color, label=label)
+        axes.plot(
+            values, range(len(layers)), "os^Dv"[number // len(DOMAINS) % 5], color=color, label=label, clip_on=False
+        )
     axes.set_yticks(*_ticks([*layers]))
     axes.set(ylim=(len(layers) - 0.5, -0.5), ylabel="layer")
     if any(label for *_, label in drawn):

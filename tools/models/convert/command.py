@@ -21,7 +21,6 @@ from ..megatron_model import build, one_process
 from ..text import choose_blend, sample
 from .fitting import fit_router, keep_largest
 from .from_fork import convert_fork
-from .from_fsdp import convert_fsdp
 from .model_class import convert_class
 from .models import fill, record_routers, target_args
 
@@ -138,8 +137,6 @@ def run(options: argparse.Namespace) -> None:
     check_output(options.save)
     if options.from_fork:
         convert_fork(options)
-    elif options.from_fsdp:
-        convert_fsdp(options)
     elif options.model:
         convert_class(options)
     else:

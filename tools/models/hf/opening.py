@@ -156,7 +156,7 @@ def open_model(
         if step is not None:
             raise ConversionError(f"--ckpt-step {step}: {place} is an exported folder. Leave it out.")
         model = read_folder(place)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = find_folder_tokenizer(place, tokenizer_model, model.config)
     else:
         run = open_run(place, step)
