@@ -107,6 +107,8 @@ def _pipeline(args: argparse.Namespace) -> Iterator[str]:
 
 def _saving(args: argparse.Namespace) -> Iterator[str]:
     """Fail or hang at the first save, or write checkpoints that cannot be loaded."""
+    if args.use_megatron_fsdp:
+        yield "--use-megatron-fsdp: this program cannot resume its checkpoints. Leave it out."
     # training/checkpointing.py: iter_finalize_fn reads the tracker's content as a number.
     if args.save and args.save_retain_interval and newest_iteration(Path(args.save)) == RELEASE:
         given = f"--save-retain-interval: Megatron fails to save, as --save {args.save} holds a release."
