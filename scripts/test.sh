@@ -9,7 +9,7 @@ answer_help "$@"
 prepare_environment
 cd "$ROOT"
 if [[ ${1-} == --fast ]]; then
-  set -- -m "not slow and not bulk and not gpu and not servers" "${@:2}"
+  set -- -m "not slow and not bulk and not gpu and not servers and not slurm" "${@:2}"
 fi
 
 order=(--dist loadfile --no-loadscope-reorder) # tests/conftest.py has long files first
