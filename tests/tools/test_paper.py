@@ -135,7 +135,7 @@ def test_a_table_of_the_protocol(name: str, tmp_path: Path) -> None:
             cells.append(f"{fmean(each['experts_per_token'] for each in seeds):.2f}" if arm != "dense" else "")
             cells.append(", ".join(f"{fmean(counts):.0f}" for counts in layers))
             assert f"| {' | '.join(cells)} |" in EXPERIMENTS
-            if name in ("a1", "a2", "b1", "b2") and arm in ("dense", "moe", "moe-hash"):
+            if name in ("a1", "a2", "b1", "b2") and arm in ("dense", "moe", "moe-hash", "remoe"):
                 shown = interval(difference, "+", digits=3).replace("-", "−")
                 assert shown in (REPOSITORY / "README.md").read_text()
             elif arm == "remoe-normalized":
