@@ -1,5 +1,6 @@
 """Test figures that experiments read from runs, runs of equal FLOPs, stages, and tables against hand calculations."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from tools.experiments.results import Result, read_result
 from tools.experiments.run import Run
 from tools.experiments.sweep import make_panel, parse_arguments, plan_runs
 from tools.recipes import flops as stages
-from tools.runs.figure_reader import read_figures
+from tools.runs.figure_reader import STAMP, read_figures
 
 
 def read(folder: Path) -> Result:
@@ -41,8 +42,9 @@ def test_losses_of_several_sets_are_weighted_and_per_byte(tmp_path: Path) -> Non
     assert read(tmp_path).loss is None
     write_run(tmp_path, 20, line(20), *sets, validation_set_names=["code", "docs"])
     assert read(tmp_path).loss == pytest.approx((2.0 * 100 + 1.0 * 300) / 400)
-    result = read_result(tmp_path, per_byte | {"docs": 0.5})
-    assert result is not None and result.losses == {"code": 0.5, "docs": 0.5}
+    (tmp_path / STAMP).write_text(json.dumps({"per_byte": per_byte | {"docs": 0.5}}))
+    result = read(tmp_path)
+    assert result.losses == {"code": 0.5, "docs": 0.5}
     assert result.loss == pytest.approx((2.0 * 100 + 1.0 * 300) / (400 + 600))
 
 

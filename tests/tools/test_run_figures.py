@@ -98,11 +98,14 @@ def test_the_headline_compares_to_dense() -> None:
         return RunFigures(args, {"lm_loss": Curve(np.array([5]), np.array([loss]))}, last=5, name=name)
 
     runs = [run("dense", 1.79), run("fine", 1.678, num_experts=8, moe_relu_routing=True)]
-    assert headline(runs) == "fine 1.678, −0.112 vs. dense; dense 1.790 (training loss)"
+    assert headline(runs) == "fine 1.678, −0.112 vs. dense; dense 1.790 (training loss, nats per token)"
     assert headline([RunFigures()]) == ""
     for place, each in enumerate(runs):
         each.evaluations[""] = [Evaluation(4 + place, 1.8, True, 0)]
-    assert headline(runs).endswith("(validation loss, not after the same number of iterations)")
+    assert headline(runs).endswith("(validation loss, nats per token, not after the same number of iterations)")
+    for each in runs:
+        each.per_byte = {"": 0.5}
+    assert "fine 1.800 (0.900), " in headline(runs) and "nats per token (per byte)" in headline(runs)
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [((300, 100), 2.25), ((300, 0), 2.5)], ids=["all", "unknown"])
@@ -131,7 +134,7 @@ ODD = {
 def test_an_odd_line_is_left_out(name: str, tmp_path: Path) -> None:
     text, lines, unread = ODD[name]
     run = read_figures(write_metrics(tmp_path, {"train_iters": 20}, text), "run")
-    notes = [f"run: {unread} lines of its log cannot be read and are left out."] if unread else []
+    notes = [f"run: cannot read {unread} of its log's lines; ignored them."] if unread else []
     assert run.curve("lm_loss").values.tolist() == [3.0] * lines and run.notes == notes
     assert "<html" in make_page([run], None)
 

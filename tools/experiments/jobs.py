@@ -20,8 +20,8 @@ from ..recipes.data import find_data
 from ..recipes.hardware import GPU_FLAGS, PLAIN_PYTORCH, TRITON
 from ..recipes.launch import plan
 from ..recipes.layout import NAMES, RecipeError
-from ..runs.figure_reader import METRICS, read_run_log
-from .results import STAMP, Result, read_result
+from ..runs.figure_reader import METRICS, STAMP, read_run_log
+from .results import Result, read_result
 from .run import PLACES, TRAINED, Run, Text
 
 SURPLUS = 1.005  # Megatron takes this multiple of the samples that it needs from each text
@@ -99,7 +99,7 @@ class Job:
     def result(self) -> Result | None:
         """Return the run's result so far; None if it has not begun, or the folder holds a different run."""
         is_this = (self.folder / STAMP).exists() and not self.differences
-        return read_result(self.folder, self.stamp["per_byte"]) if is_this else None
+        return read_result(self.folder) if is_this else None
 
     @property
     def step_tokens(self) -> int:

@@ -13,12 +13,9 @@ from megatron.remoe.files.files import write_text
 
 from ..console.errors import ToolError
 from ..recipes.flops import flops_per_sequence, training_flops
-from ..runs.figure_reader import read_figures
+from ..runs.figure_reader import STAMP, read_figures
 from ..runs.run_figures import RunFigures, weigh
 from .run import Run, run_from_fields
-
-# In a run's folder: the run, tokens per byte, the text's files and what else its fingerprint depends on.
-STAMP = "run.json"
 
 
 @dataclass(frozen=True)
@@ -58,13 +55,8 @@ Results = Mapping[Run, Result]  # of finished runs
 Row = tuple[Run, Result | None]  # None: the run has no log yet
 
 
-def read_result(folder: Path, per_byte: Mapping[str, float] | None = None) -> Result | None:
-    """Return the results of the run in a folder; None if it has not begun.
-
-    Args:
-        folder: the run's folder.
-        per_byte: validation set → tokens per byte; None to keep losses per token.
-    """
+def read_result(folder: Path) -> Result | None:
+    """Return the results of the run in a folder; None if it has not begun."""
     try:
         figures = read_figures(folder)
     except ToolError:
@@ -72,9 +64,8 @@ def read_result(folder: Path, per_byte: Mapping[str, float] | None = None) -> Re
     if not figures.args and not figures.last:
         return None
     train_iters = figures.whole("train_iters")
-    per_byte = per_byte or {}
-    losses = {name: loss * per_byte.get(name, 1.0) for name, loss in figures.final_losses(train_iters).items()}
-    loss = _mean_loss(figures, losses, per_byte)
+    losses = {name: loss * figures.per_byte.get(name, 1.0) for name, loss in figures.final_losses(train_iters).items()}
+    loss = _mean_loss(figures, losses)
     experts = figures.experts_per_token(figures.curve("lm_loss").iterations[-2:])[-1:]
     experts_per_token = float(experts[0]) if len(experts) and np.isfinite(experts[0]) else figures.topk or None
     flops, seconds = training_flops(figures), figures.seconds
@@ -93,13 +84,13 @@ def read_result(folder: Path, per_byte: Mapping[str, float] | None = None) -> Re
     )
 
 
-def _mean_loss(figures: RunFigures, losses: Mapping[str, float], per_byte: Mapping[str, float]) -> float | None:
+def _mean_loss(figures: RunFigures, losses: Mapping[str, float]) -> float | None:
     """Return the mean loss of all sets, weighted by the size of their text; None until every set has a loss."""
     wanted = figures.args.get("validation_set_names") or [""]
     if not losses.keys() >= {*wanted}:
         return None
     tokens = weigh([figures.evaluations[name][-1] for name in wanted])
-    weights = {name: number / per_byte.get(name, 1.0) for name, number in zip(wanted, tokens, strict=True)}
+    weights = {name: number / figures.per_byte.get(name, 1.0) for name, number in zip(wanted, tokens, strict=True)}
     return sum(losses[name] * weight for name, weight in weights.items()) / sum(weights.values())
 
 
@@ -108,7 +99,7 @@ def read_folder(output: Path) -> list[Row]:
     rows: list[Row] = []
     for path in output.glob(f"*/{STAMP}"):
         stamp = json.loads(path.read_text(encoding="utf-8"))
-        rows.append((run_from_fields(stamp["run"]), read_result(path.parent, stamp.get("per_byte"))))
+        rows.append((run_from_fields(stamp["run"]), read_result(path.parent)))
     return sorted(rows, key=lambda row: row[0].name)
 
 

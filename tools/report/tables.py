@@ -47,10 +47,15 @@ def headline(runs: Sequence[RunFigures]) -> str:
     if not known:
         return ""
     dense = [run.name for run in runs if run.routing == "dense" and run.name in known]
+    per_byte = {run.name: run.validation_loss_per_byte for run in runs} if kind == "validation loss" else {}
+    if not all(per_byte.values()):
+        per_byte = {}
     parts = []
     for name, loss in sorted(known.items(), key=lambda item: item[1]):
         difference = f", {loss - known[dense[0]]:+.3f} vs. dense" if len(dense) == 1 and name != dense[0] else ""
-        parts.append(f"{name} {loss:.3f}" + difference.replace("-", "−"))
+        part = f"{name} {loss:.3f}" + (f" ({per_byte[name]:.3f})" if per_byte else "")
+        parts.append(part + difference.replace("-", "−"))
+    kind += ", nats per token" + " (per byte)" * bool(per_byte)
     if len({_measured_iteration(run, kind) for run in runs}) > 1:
         kind += ", not after the same number of iterations"
     return f"{'; '.join(parts)} ({kind})"
@@ -58,7 +63,7 @@ def headline(runs: Sequence[RunFigures]) -> str:
 
 def _measured_iteration(figures: RunFigures, kind: str) -> int:
     evaluated = [losses[-1].iteration for name, losses in figures.evaluations.items() if name != "test"]
-    return max(evaluated, default=0) if kind == "validation loss" else figures.last
+    return max(evaluated, default=0) if kind.startswith("validation loss") else figures.last
 
 
 def summary(runs: Sequence[RunFigures]) -> Table:
@@ -68,7 +73,9 @@ def summary(runs: Sequence[RunFigures]) -> Table:
         "last iteration": (lambda run: run.last, ","),
         "iterations": (lambda run: run.whole("train_iters") or None, ","),
         "training loss, nats per token": (lambda run: run.newest("lm_loss"), ".4f"),
-        **{f"validation loss {name}".strip(): (partial(_validation, name), ".4f") for name in sets},
+        **{
+            f"validation loss {name}".strip() + ", nats per token": (partial(_validation, name), ".4f") for name in sets
+        },
         "sparsity S": (lambda run: run.newest("sparsity"), ".4f"),
         "target": (lambda run: run.target_sparsity, ".4f"),
         "first within 1 % of the target, at iteration": (lambda run: run.first_near, ","),

@@ -13,8 +13,12 @@ from megatron.remoe.training.run_log import FILE as METRICS
 from megatron.remoe.training.run_log import read_run_log
 
 from ..console.errors import ToolError
+from ..console.files import read_json
 from .run_figures import Curve, Evaluation, RunFigures
 
+# In the folder of a run of sweep, compare or quickstart: the run, tokens per byte, the text's files and what else its
+# fingerprint depends on.
+STAMP = "run.json"
 NOT_FIGURES = frozenset({"kind", "time", "iteration", "parameters", "guarded_layers", "tokens_per_expert"})
 Points = dict[tuple[str, int], tuple[array, array]]  # figure, and layer (0 for none) → iterations and values
 
@@ -45,9 +49,15 @@ def read_figures(place: Path, name: str = "") -> RunFigures:
     if not has_records and (unread or place.is_file()):
         raise ToolError(f"{path} is not the log of a run: no line has a kind and an iteration.", "REMOE-E502")
     _set_curves(figures, curves)
+    figures.per_byte = _read_tokens_per_byte(path)
     if unread:
-        figures.notes.append(f"{name}: {len(unread):,} lines of its log cannot be read and are left out.")
+        figures.notes.append(f"{name}: cannot read {len(unread):,} of its log's lines; ignored them.")
     return figures
+
+
+def _read_tokens_per_byte(log: Path) -> dict[str, float]:
+    """Return validation set → tokens per byte from the stamp of the log's run; empty without one."""
+    return next(filter(None, (read_json(folder / STAMP).get("per_byte") for folder in log.parents[:2])), {})
 
 
 def _add(figures: RunFigures, curves: Points, record: Mapping[str, Any]) -> None:

@@ -65,6 +65,7 @@ class RunFigures:
         parameters: number of the whole model's parameters; None if unknown.
         starts: iterations at which sessions started.
         name: the run's name in a comparison.
+        per_byte: validation set → tokens per byte of its text; empty if unknown.
         notes: messages about data that could not be read or counted.
     """
 
@@ -77,6 +78,7 @@ class RunFigures:
     parameters: int | None = None
     starts: list[int] = field(default_factory=list)
     name: str = ""
+    per_byte: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def curve(self, name: str) -> Curve:
@@ -157,6 +159,16 @@ class RunFigures:
         weights = weigh(newest)
         losses = (evaluation.loss * weight for evaluation, weight in zip(newest, weights, strict=True))
         return sum(losses) / sum(weights) if newest else None
+
+    @property
+    def validation_loss_per_byte(self) -> float | None:
+        """Return the newest validation loss, in nats per byte of text of all sets; None if the bytes are unknown."""
+        names = [name for name in self.evaluations if name != "test"]
+        if (loss := self.validation_loss) is None or not {*names} <= self.per_byte.keys():
+            return None
+        tokens = weigh([self.evaluations[name][-1] for name in names])
+        sizes = (number / self.per_byte[name] for name, number in zip(names, tokens, strict=True))
+        return loss * sum(tokens) / sum(sizes)
 
     def final_losses(self, iteration: int) -> dict[str, float]:
         """Return validation set → its newest loss after a run of `iteration` steps, for sets that have one."""

@@ -17,6 +17,12 @@ from ..text import read_sequences
 from . import findings, pictures
 from .flips import measure_flips
 
+LEGEND = """\
+experts per token: mean, share of tokens with none, 99th percentile, most
+sparsity: share of inactive pairs of tokens and experts
+imbalance: load of the busiest expert over the mean load
+dead: experts that no token uses; inactive: experts with less than an eighth of the even share of tokens
+domain bits: mutual information of a token's expert and its text"""
 TITLES = "layer,mean,none,99 %,most,sparsity,imbalance,dead,inactive,domain bits".split(",")
 
 
@@ -38,8 +44,8 @@ def show(results: dict[str, Any]) -> None:
         row += [f"{balance['imbalance']:.2f}" if balance["imbalance"] else ""]
         row += [str(len(balance["dead"])), str(len(balance["inactive"]))]
         rows.append([*row, f"{special[layer]['bits']:.4f}" if special else ""])
-    print("Experts per token: mean, share of tokens without an expert (none), 99th percentile, and maximum (most).")
     print_table(TITLES, rows, text=0)
+    print(LEGEND)
 
 
 def analyze(args: argparse.Namespace) -> None:
