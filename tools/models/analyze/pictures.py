@@ -68,8 +68,7 @@ def _draw_load(figure: Any, numbers: Numbers) -> None:
     if special:
         _draw_dots(others[0], special, [("bits", MEASURED, "")])
         others[0].set(title="Mutual information of expert and domain", xlabel="bits per active pair")
-        others[0].margins(x=0.1)
-        others[0].set_xlim(left=0)
+        others[0].set_xlim(0, 1.05 * others[0].get_xlim()[1])
 
 
 def _draw_balance(figure: Any, numbers: Numbers) -> None:
