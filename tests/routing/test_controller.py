@@ -103,6 +103,27 @@ def test_exact_after_a_thousand_updates_and_bounded() -> None:
     assert 1e3 / 1.05 < router.l1_coefficient() <= 1e3
 
 
+@pytest.mark.parametrize("scope", ["model", "layer"])
+def test_one_lambda_or_one_for_each_layer(scope: str) -> None:
+    """Layer 1 routes too many tokens and layer 2 too few; together they route too many."""
+    controller = build_controller(num_layers=3, moe_relu_sparsity_scope=scope)
+    layers = [make_layer(controller.config) for _ in range(3)]
+    for number, layer in enumerate(layers, start=1):
+        layer.set_layer_number(number)
+    controller = SparsityController(layers, controller.config)
+    for _ in range(2):
+        for router, active in zip(controller.routers, (20, 3, 8), strict=True):
+            router.counts["tokens_per_expert"][0], router.counts["tokens"][...] = active, 8
+            router.counts["micro_batches"][...] = 1
+        controller.update()
+    exponents = [int(router.l1_exponent) for router in controller.routers]
+    assert exponents == ([2, 2, 2] if scope == "model" else [2, -2, 0])
+    summary = controller.summary()
+    last = [1, 1, 1] if scope == "model" else [1, -1, 0]
+    assert list(summary.layer_l1_coefficient.values()) == pytest.approx([1e-6 * 1.2**n for n in last])
+    assert summary.l1_coefficient == pytest.approx(1e-6 * 1.2 ** (sum(last) / 3))
+
+
 def test_lambda_returns_at_once_from_its_floor() -> None:
     controller = build_controller()
     for _ in range(40):

@@ -27,13 +27,14 @@ class Arm:
 
 
 UNBALANCED = "--moe-router-load-balancing-type none --moe-aux-loss-coeff 0"
+BOUND, LAYERS = "--moe-relu-max-experts {most}", "--moe-relu-sparsity-scope layer"
 BASELINE = f"{UNBALANCED} --moe-baseline-router"
 # Routing (dense, moe or remoe), or routing and a word → how it routes.
 ARMS: Mapping[str, Arm] = {
     "dense": Arm("dense", "D"),
     "moe": Arm("top-k", "s"),
     "remoe": Arm("ReMoE", "o"),
-    "remoe-capped": Arm("ReMoE with the bound", "v", "--moe-relu-max-experts {most}"),
+    "remoe-capped": Arm("ReMoE with the bound", "v", BOUND),
     "remoe-unbalanced": Arm("ReMoE, no load balancing", "d", "--no-moe-relu-l1-reg-load-balancing"),
     "moe-unbalanced": Arm("top-k, no load balancing", "X", UNBALANCED),
     "moe-warmup": Arm("top-k, near-dense warm-up", "^", "--moe-warmup-topk {near_dense} --moe-warmup-steps 100"),
@@ -46,9 +47,9 @@ ARMS: Mapping[str, Arm] = {
     "moe-expert-threshold": Arm("expert threshold", "8", f"{BASELINE} expert_threshold"),
     "moe-topp": Arm("top-p", "H", f"{BASELINE} top_p"),
     "moe-normalized": Arm("top-k, normalized ReLU", "P", "--moe-baseline-router normalized_top_k"),
-    "remoe-normalized": Arm(
-        "ReMoE, normalized", "*", "--moe-baseline-router normalized_relu --moe-relu-max-experts {most}"
-    ),
+    "remoe-layers": Arm("ReMoE, a λ per layer", "x", f"{BOUND} {LAYERS}"),
+    "remoe-normalized": Arm("ReMoE, normalized", "*", f"{BOUND} --moe-relu-normalize"),
+    "remoe-normalized-layers": Arm("ReMoE, normalized, a λ per layer", "+", f"{BOUND} --moe-relu-normalize {LAYERS}"),
     "remoe-deco": Arm(
         "DECO's router",
         "1",
@@ -56,7 +57,7 @@ ARMS: Mapping[str, Arm] = {
     ),
 }
 AUXILIARY = ("moe", "moe-warmup", "moe-sigmoid", "moe-normalized")  # with an auxiliary loss
-L1 = ("remoe", "remoe-capped", "remoe-unbalanced", "remoe-normalized")
+L1 = ("remoe", "remoe-capped", "remoe-unbalanced", "remoe-layers", "remoe-normalized", "remoe-normalized-layers")
 RATE = "lr"
 
 

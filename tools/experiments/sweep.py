@@ -32,7 +32,8 @@ VALUES: Mapping[str, Sequence[Any]] = {
 }
 WIDE = 8  # the paper's Dense x 8, as wide as 8 experts
 # Not in the figure over routings by default. With k = 1, top-p always chooses one expert.
-LEFT_OUT = ("moe-topp", "moe-expert-threshold", "moe-normalized", "remoe-normalized", "remoe-deco")
+LEFT_OUT = ("moe-topp", "moe-expert-threshold", "moe-normalized", "remoe-layers", "remoe-normalized",
+            "remoe-normalized-layers", "remoe-deco")  # fmt: skip
 FIGURES = (*VALUES, "routing", *SETTINGS)
 
 

@@ -13,7 +13,7 @@ from megatron.remoe.baselines.deco import DecoRouter
 from megatron.remoe.baselines.expert_choice import ExpertChoiceRouter
 from megatron.remoe.baselines.expert_threshold import ExpertThresholdRouter
 from megatron.remoe.baselines.hash import HashRouter
-from megatron.remoe.baselines.normalized import NormalizedReLURouter, NormalizedTopKRouter
+from megatron.remoe.baselines.normalized import NormalizedTopKRouter
 from megatron.remoe.baselines.top_p import TopPRouter
 
 # The key is the flag's value.
@@ -23,6 +23,5 @@ ROUTERS: dict[str, type[TopKRouter]] = {
     "expert_threshold": ExpertThresholdRouter,
     "top_p": TopPRouter,
     "normalized_top_k": NormalizedTopKRouter,
-    "normalized_relu": NormalizedReLURouter,
     "deco": DecoRouter,
 }

@@ -6,7 +6,7 @@ from typing import Literal
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.remoe.routing.refusals import routing_problems
 
-Baseline = Literal["hash", "expert_choice", "expert_threshold", "top_p", "normalized_top_k", "normalized_relu", "deco"]
+Baseline = Literal["hash", "expert_choice", "expert_threshold", "top_p", "normalized_top_k", "deco"]
 
 
 @dataclass
@@ -34,6 +34,14 @@ class ReMoEConfig(TransformerConfig):
     moe_relu_l1_reg_load_balancing: bool = True
     """Weigh each expert's gates in the L1 term by its share of the tokens, which balances the load (default); otherwise
     weigh all equally (f_e = 1, the paper's equation 9)."""
+
+    moe_relu_sparsity_scope: Literal["model", "layer"] = "model"
+    """Hold the mean sparsity of all layers at the target with one L1 coefficient (model, the paper's, default), or that
+    of each layer with its own coefficient (layer)."""
+
+    moe_relu_normalize: bool = False
+    """Divide each token's logits by their length before ReLU, and multiply the gates by a learned scale
+    (arXiv 2605.06665), so gates do not depend on the size of the logits."""
 
     moe_relu_layer_floor: float = 1e-3
     """Keep layers alive: a layer with fewer active experts per token than this share of topk is freed from the L1 term,
@@ -68,8 +76,7 @@ class ReMoEConfig(TransformerConfig):
     """Use a different router instead of top-k: hash (by the token's id), expert_choice (experts choose tokens and see
     the future of their sequence), normalized_top_k (of normalized ReLU gates, arXiv 2605.06665); with a number of
     experts that varies around topk: expert_threshold (arXiv 2603.11535), top_p (arXiv 2512.13996). With
-    --moe-relu-routing, change its gates: normalized_relu, or deco (an entropy instead of L1, and a scale for each
-    expert, arXiv 2605.10933)."""
+    --moe-relu-routing: deco (an entropy instead of L1, and a scale for each expert, arXiv 2605.10933)."""
 
     def __post_init__(self) -> None:
         if problems := routing_problems(self):

@@ -7,8 +7,9 @@ target and α slightly above 1:
     S      = 1 - active pairs / (tokens · E)      over all MoE layers and the global batch
     λ      ← λ · α^sign(target - S)
 
-The routers keep λ = λ₀ · α^n as the integer n, so the update adds -1, 0 or 1 to n. Unlike in the paper, λ stays from
-`SMALLEST_COEFFICIENT` to `LARGEST_COEFFICIENT`; the range includes λ₀.
+With `moe_relu_sparsity_scope` "layer", each layer has its own S and λ. The routers keep λ = λ₀ · α^n as the integer n,
+so the update adds -1, 0 or 1 to n. Unlike in the paper, λ stays from `SMALLEST_COEFFICIENT` to `LARGEST_COEFFICIENT`;
+the range includes λ₀.
 
 L layers, dense ones included.
 """
@@ -46,6 +47,7 @@ class SparsityController:
         self.routers = [module for module in modules if isinstance(module, ReLURouter)]
         self.device = torch.device(torch.cuda.current_device())
         self._rows = [number - 1 for number in layer_numbers(self.routers, modules, config.num_layers)]
+        self._row_indices = torch.tensor(self._rows, dtype=torch.int64, device=self.device)
         self._num_layers = count_layers(modules, config)
         self._smallest_exponent, self._largest_exponent = (
             int(math.log(bound / config.moe_relu_l1_reg_coeff_init, config.moe_relu_l1_reg_coeff_multiplier))
@@ -64,7 +66,7 @@ class SparsityController:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Sum the counts of all ranks, move λ by at most one factor α, choose the layers to guard, reset the counts.
+        """Sum the counts of all ranks, move each λ by at most a factor α, choose the layers to guard, reset the counts.
 
         Call it once per optimizer step on every rank, after the backward passes.
         """
@@ -80,16 +82,18 @@ class SparsityController:
         # The optimizer skips a step that is not finite, or Megatron stops: λ and the guarded layers stay unchanged.
         is_finite = torch.isfinite(sums.buffer).all()
         # target - S = (active - k · tokens) / (tokens · E). The sign of the whole number active - k · tokens is exact.
-        direction = torch.where(is_finite, torch.sign((active_L - topk * tokens_L).sum()), 0.0)
-        exponent = (self.routers[0].l1_exponent + direction.to(torch.int64)).clamp_(
-            min(self._smallest_exponent, 0), max(self._largest_exponent, 0)
-        )
+        excess_L = active_L - topk * tokens_L
+        if self.config.moe_relu_sparsity_scope == "model":
+            excess_L = excess_L.sum().expand_as(excess_L)
+        direction_L = torch.where(is_finite, torch.sign(excess_L), 0.0).to(torch.int64)
+        exponents = torch.stack([router.l1_exponent for router in self.routers]) + direction_L[self._row_indices]
+        exponents.clamp_(min(self._smallest_exponent, 0), max(self._largest_exponent, 0))
         is_almost_off_L = active_L < self.config.moe_relu_layer_floor * topk * tokens_L
         guarded_L = torch.where(is_finite, is_almost_off_L, sums.guarded > 0).to(torch.int64)
         # One launch for all routers.
         torch._foreach_copy_(
             [*(router.l1_exponent for router in self.routers), *(router.guarded for router in self.routers)],
-            [exponent] * len(self.routers) + [guarded_L[row] for row in self._rows],
+            [*exponents, *(guarded_L[row] for row in self._rows)],
         )
 
     def _collect(self) -> StepSums:
@@ -99,10 +103,11 @@ class SparsityController:
             tables = [router.counts.table for router in self.routers]
             torch._foreach_copy_([sums.counts.table[row] for row in self._rows], tables)
             torch._foreach_zero_(tables)
-            guarded = [sums.guarded[row] for row in self._rows]
-            torch._foreach_copy_(guarded, [router.guarded for router in self.routers])
-            sums.l1_exponent.copy_(self.routers[0].l1_exponent)
-            sums.ranks.fill_(1.0)
+            torch._foreach_copy_(
+                [*(sums.guarded[row] for row in self._rows), *(sums.l1_exponent[row] for row in self._rows)],
+                [*(router.guarded for router in self.routers), *(router.l1_exponent for router in self.routers)],
+            )
+            sums.ranks[self._row_indices] = 1.0
         gradients = [getattr(parameter, "main_grad", parameter.grad) for parameter in self._watched]
         if gradients := [gradient for gradient in gradients if gradient is not None]:
             # 0 · x is 0, or NaN if a gradient is not finite; the all-reduce spreads NaN to all ranks. Sum in fp32: a

@@ -75,11 +75,11 @@ class StepSums:
     """Everything that ranks add up after a step: the counts of all layers, and the state of their routers.
 
     Attributes:
-        buffer: float64 `[L·(E + 5) + L + 3]`; the others are views of it.
+        buffer: float64 `[L·(E + 8) + 1]`; the others are views of it.
         counts: a row for each layer.
         guarded: `[L]`, how many ranks guard the layer.
-        l1_exponent: a scalar, the sum of the ranks' exponent n of λ.
-        ranks: a scalar, the number of ranks that have a router and add their n. `l1_exponent / ranks` is n.
+        l1_exponent: `[L]`, the sum of the ranks' exponent n of the layer's λ.
+        ranks: `[L]`, the number of ranks that have the layer's router and add their n. `l1_exponent / ranks` is n.
         not_finite: a scalar, 0, or NaN if a gradient is not finite.
     """
 
@@ -94,13 +94,13 @@ class StepSums:
     def zeros(cls, num_layers: int, num_experts: int, device: torch.device) -> "StepSums":
         """Return sums that are 0."""
         width = num_experts + len(COLUMNS)
-        return cls.view(torch.zeros(num_layers * (width + 1) + 3, dtype=torch.float64, device=device), num_layers)
+        return cls.view(torch.zeros(num_layers * (width + 3) + 1, dtype=torch.float64, device=device), num_layers)
 
     @classmethod
     def view(cls, buffer: torch.Tensor, num_layers: int) -> "StepSums":
         """Return the sums whose fields are views of `buffer`."""
-        table, guarded, scalars = buffer.split([len(buffer) - num_layers - 3, num_layers, 3])
-        return cls(buffer, RoutingCounts(table.view(num_layers, -1)), guarded, *scalars.unbind())
+        table, *columns, not_finite = buffer.split([len(buffer) - 3 * num_layers - 1, *[num_layers] * 3, 1])
+        return cls(buffer, RoutingCounts(table.view(num_layers, -1)), *columns, not_finite.squeeze())
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,12 @@ class RoutingSummary:
     Attributes:
         sparsity: S, share of inactive (token, expert) pairs over all MoE layers, 0 to 1.
         target_sparsity: 1 - k/E.
-        l1_coefficient: λ during the step.
+        l1_coefficient: λ during the step, the geometric mean over layers.
         l1_loss: L_reg summed over layers, mean over micro-batches (without λ).
         lowest_layer_sparsity, highest_layer_sparsity: extremes over the layers; 1 without layers.
         guarded_layers: layers without L1 whose gates were pushed up, because they were almost off in the step before.
         layer_sparsity: layer → its sparsity, to 6 decimals.
+        layer_l1_coefficient: layer → its λ during the step, to 6 significant digits.
         layer_l1_loss: layer → its L_reg, to 6 significant digits.
         layer_chunks: layer → mean number of chunks over micro-batches and ranks, to 3 decimals. Above 1, the layer
             exceeded `moe_relu_activation_limit` and recomputed its experts.
@@ -131,6 +132,7 @@ class RoutingSummary:
     highest_layer_sparsity: float
     guarded_layers: list[int]
     layer_sparsity: dict[int, float]
+    layer_l1_coefficient: dict[int, float]
     layer_l1_loss: dict[int, float]
     layer_chunks: dict[int, float]
     tokens_per_expert: dict[int, list[float]]
@@ -141,19 +143,23 @@ class RoutingSummary:
         rows = {number: RoutingCounts(row) for number, row in enumerate(sums.counts.table, start=1)}
         layers = {number: row for number, row in rows.items() if row["tokens"] > 0}  # dense layers count nothing
         all_layers = RoutingCounts(sums.counts.table.sum(dim=0))
-        exponent = (sums.l1_exponent / sums.ranks.clamp(min=1.0)).item()
+        exponents_L = sums.l1_exponent / sums.ranks.clamp(min=1.0)
+        init, multiplier = config.moe_relu_l1_reg_coeff_init, config.moe_relu_l1_reg_coeff_multiplier
+        coefficients = {number: init * multiplier ** exponents_L[number - 1].item() for number in layers}
+        mean_exponent = (exponents_L.sum() / (sums.ranks > 0).sum().clamp(min=1)).item()
         l1_losses = {number: (row["l1_loss"] / row["micro_batches"]).item() for number, row in layers.items()}
         sparsities = {number: row.sparsity.item() for number, row in layers.items()}
         shares = {number: (row["tokens_per_expert"] / row["tokens"]).tolist() for number, row in layers.items()}
         return cls(
             sparsity=all_layers.sparsity.item() if layers else 1.0,
             target_sparsity=config.target_sparsity,
-            l1_coefficient=config.moe_relu_l1_reg_coeff_init * config.moe_relu_l1_reg_coeff_multiplier**exponent,
+            l1_coefficient=init * multiplier**mean_exponent,
             l1_loss=sum(l1_losses.values()),
             lowest_layer_sparsity=min(sparsities.values(), default=1.0),
             highest_layer_sparsity=max(sparsities.values(), default=1.0),
             guarded_layers=[number for number in layers if sums.guarded[number - 1] > 0],
             layer_sparsity={number: round(sparsity, 6) for number, sparsity in sparsities.items()},
+            layer_l1_coefficient={number: float(f"{value:.6g}") for number, value in coefficients.items()},
             layer_l1_loss={number: float(f"{loss:.6g}") for number, loss in l1_losses.items()},
             layer_chunks={
                 number: round(1 + (row["extra_chunks"] / row["micro_batches"]).item(), 3)

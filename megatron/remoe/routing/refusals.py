@@ -120,7 +120,7 @@ NOT_IN_CHUNKS = (
     ),
 )
 
-RELU_VARIANTS = ("normalized_relu", "deco")  # values of --moe-baseline-router for --moe-relu-routing
+RELU_VARIANTS = ("deco",)  # values of --moe-baseline-router for --moe-relu-routing
 NOT_WITH_HASH = (
     Refusal("mtp_num_layers", "its layers embed different ids, which would overwrite those of all routers"),
     Refusal("pipeline_model_parallel_size", "only the first and last stage have the ids", refused=lambda n: n > 1),
@@ -247,7 +247,9 @@ def _baseline(settings: Settings) -> Iterator[str]:
     changes_relu = settings.moe_baseline_router in RELU_VARIANTS
     if changes_relu and not settings.moe_relu_routing:
         yield f"{given} changes the gates of ReLU routing: add --moe-relu-routing."
-    if settings.moe_baseline_router == "deco" and not settings.moe_relu_l1_reg_load_balancing:
+    if changes_relu and settings.moe_relu_normalize:
+        yield f"--moe-relu-normalize cannot be used with {given}: both scale the gates. Leave it out."
+    if changes_relu and not settings.moe_relu_l1_reg_load_balancing:
         yield f"--no-moe-relu-l1-reg-load-balancing cannot be used with {given}: it does not balance. Leave it out."
     if (settings.moe_relu_routing and not changes_relu) or settings.moe_warmup_topk is not None:
         other = "--moe-relu-routing" if settings.moe_relu_routing else "--moe-warmup-topk"

@@ -8,12 +8,15 @@
 
 The paper also divides L_reg by the number of layers; its code does not, and λ adapts to either.
 
+With `moe_relu_normalize`, R(x) = ReLU(x W / ‖x W‖), and the layer's gates are s · c · R(x) (`gate_scale.py`).
+
 T tokens (sequence x batch), E experts, B blocks of tokens that a backend counts separately (PyTorch: 1).
 """
 
 from typing import Any
 
 import torch
+from torch.nn.functional import normalize
 
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -21,6 +24,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.remoe.kernels.backend import choose_backend
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.counts import RoutingCounts
+from megatron.remoe.routing.gate_scale import GateScale
 
 GUARD_COEFFICIENT = 0.1
 RELU_KEY = "relu_router_key"  # in a checkpoint's metadata: the router's weight is stored as `relu_weight`
@@ -35,6 +39,7 @@ class ReLURouter(TopKRouter):
     Attributes:
         l1_exponent: int64 scalar n of λ = λ₀ · αⁿ, saved with the model. Half-precision wrappers cast
             floating-point buffers and leave integers, so λ stays exact.
+        gate_scale: multiplies normalized gates; None without `moe_relu_normalize`.
         guarded: int64 scalar, 1 if the layer was almost off in the last optimizer step and is pushed up in this one.
         counts: sums since the last optimizer step, on the device.
         last_counts_EB: integers `[E, B]`, the pairs in the last returned routing map, for the layer. Always None with
@@ -54,6 +59,7 @@ class ReLURouter(TopKRouter):
         device = torch.cuda.current_device()
         for name in ("l1_exponent", "guarded"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
+        self.gate_scale = GateScale(config, self.weight) if config.moe_relu_normalize else None
         self.counts = RoutingCounts.zeros(self.num_experts, self.l1_exponent.device)
         self.last_counts_EB: torch.Tensor | None = None
         self.backend = choose_backend(config)
@@ -68,13 +74,15 @@ class ReLURouter(TopKRouter):
             padding_mask: bool `[sequence, batch]`, True at padding, which is neither routed nor counted.
 
         Returns:
-            probs: `[T, E]`, the gates ReLU(logits), with the gradient of λ · L_reg in training.
+            probs: `[T, E]`, the gates, with the gradient of λ · L_reg in training.
             routing_map: bool `[T, E]`, True where the gate is positive. With `moe_relu_max_experts` both keep only the
                 largest gates of each token.
         """
         logits_TE = logits.view(-1, self.num_experts)
         padding_mask_T = None if padding_mask is None else padding_mask.reshape(-1)
         logits_TE = self.apply_z_loss(logits_TE, padding_mask=padding_mask_T)
+        if self.gate_scale is not None:
+            logits_TE = normalize(logits_TE, dim=-1)
         if padding_mask_T is not None:  # no gates, and no gradient from the guard
             logits_TE = logits_TE.masked_fill(padding_mask_T.unsqueeze(-1), 0.0)
         # Count once: recomputation runs the forward pass twice, the first time without gradients.
@@ -83,16 +91,17 @@ class ReLURouter(TopKRouter):
             probs_TE, map_TE, self.last_counts_EB = _RegularizedReLU.apply(logits_TE, padding_mask_T, self)
         else:
             probs_TE, map_TE, self.last_counts_EB, _ = self.backend.gate(logits_TE)
+        scaled_TE = probs_TE if self.gate_scale is None else self.gate_scale(probs_TE)
         max_experts = self.config.moe_relu_max_experts
         if max_experts is None:
-            return probs_TE, map_TE
+            return scaled_TE, map_TE
         self.last_counts_EB = None
         largest_TE = torch.zeros_like(map_TE).scatter_(1, probs_TE.detach().topk(max_experts, dim=1).indices, True)
         computed_TE = map_TE & largest_TE
         if is_counted:
             self.counts["left_out"].add_((map_TE & ~computed_TE).sum())
         # Gates that are left out still get the gradient of λ · L_reg: `_RegularizedReLU` has the whole map.
-        return torch.where(computed_TE, probs_TE, 0.0), computed_TE
+        return torch.where(computed_TE, scaled_TE, 0.0), computed_TE
 
     def count_extra_chunks(self, chunks: int) -> None:
         """Count the chunks beyond the first in which the layer runs this micro-batch."""

@@ -73,6 +73,7 @@ SAME_RESULT = {
     """,
 }
 L1 = {"moe_relu_l1_reg_coeff_init", "moe_relu_l1_reg_coeff_multiplier"}  # a checkpoint has n of λ = λ₀ · αⁿ
+ROUTER = {"moe_relu_routing", "moe_relu_normalize"}  # they change the router's weights
 RATES = {"lr", "min_lr"}  # Megatron identifies parameter groups in a checkpoint by these
 ENDS = {"lr_decay_iters", "lr_decay_samples"}  # compared as samples
 # Validation replaces the words of these flags by dtypes; converted checkpoints still have the words.
@@ -104,8 +105,10 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None) -> bool:
         return False
     given = f"{resume.flag} {resume.folder}"
     has_exponent = getattr(resume.saved, "consumed_train_samples", 0)  # also a release, if it was trained
-    saved = argparse.Namespace(**{"moe_relu_routing": False} | vars(resume.saved))
-    fixed = {"moe_relu_routing"} | (L1 if has_exponent and not args.skip_train else set())
+    saved = argparse.Namespace(**dict.fromkeys(ROUTER, False) | vars(resume.saved))
+    fixed = ROUTER | (L1 if has_exponent and not args.skip_train else set())
+    if getattr(saved, "moe_relu_sparsity_scope", "model") == "layer":  # each layer has a different n
+        fixed.add("moe_relu_sparsity_scope")
     if any(resume.folder.glob("mp_rank_*")):  # Megatron loads what it finds, and leaves other weights random
         fixed.add("local_layer_fusion")
     if different := differences(args, saved, fixed):
