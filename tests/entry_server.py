@@ -111,8 +111,8 @@ if __name__ == "__main__":
     import megatron.remoe.start.data
     import megatron.remoe.start.run_lock
     import megatron.remoe.start.saved_settings
+    import megatron.remoe.training.build
     import megatron.remoe.training.gpt
-    import megatron.remoe.training.hooks
     import megatron.remoe.training.summary  # noqa: F401
     from megatron.training.arguments import add_megatron_arguments
 

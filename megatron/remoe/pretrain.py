@@ -89,9 +89,10 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", exit_st
     from megatron.remoe.start import console
     from megatron.remoe.start.messages import usage_errors
     from megatron.remoe.start.run_lock import check_folders_are_shared
-    from megatron.remoe.training import hooks
     from megatron.remoe.training.arguments import model_config_from_args
     from megatron.remoe.training.gpt import forward_step, train_valid_test_datasets_provider
+    from megatron.remoe.training.local_layers import install_local_layers
+    from megatron.remoe.training.routing_hooks import install_routing
     from megatron.remoe.training.run_log import write_run_log
     from megatron.remoe.training.summary import add_summary
     from megatron.training import pretrain
@@ -102,8 +103,8 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", exit_st
         args = checked_arguments(on_cpu, exit_stack)
         patches.apply_patches(saves=bool(args.save))
         model_cfg = model_config_from_args(args)
-        hooks.install_routing(args, model_cfg)
-        hooks.install_local_layers(args, model_cfg)
+        install_routing(args, model_cfg)
+        install_local_layers(args, model_cfg)
         add_summary(args, model_cfg)
         model_cfg.pre_wrap_hooks.append(lambda chunks: check_folders_are_shared(args, chunks))
         exit_stack.enter_context(write_run_log(args))

@@ -13,7 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.remoe.routing.router import ReLURouter
-from megatron.remoe.training import hooks
+from megatron.remoe.training.routing_hooks import install_routing
 from tests.baselines import layers as baseline_layers
 from tests.layers import HIDDEN, make_config, make_layer
 
@@ -26,7 +26,7 @@ def install(layer: torch.nn.Module) -> list[torch.nn.Module]:
     args = argparse.Namespace(log_interval=1, tensorboard_log_interval=1, save=None, iteration=0)
     for name in ("moe_relu_routing", "moe_warmup_topk", "moe_baseline_router"):
         setattr(args, name, getattr(layer.config, name))
-    hooks.install_routing(args, model_cfg)
+    install_routing(args, model_cfg)
     (hook,) = model_cfg.post_wrap_hooks
     return hook([layer])
 
@@ -83,7 +83,7 @@ def test_layers_of_the_callers_own_get_the_router(given: Callable[[ModuleSpec], 
     own = get_gpt_layer_local_spec(4, False, normalization="RMSNorm")
     model_cfg = argparse.Namespace(transformer=make_config(), transformer_layer_spec=given(own), post_wrap_hooks=[])
     flags = {"moe_relu_routing": True, "moe_warmup_topk": None, "moe_baseline_router": None, "save": None}
-    hooks.install_routing(argparse.Namespace(**flags), model_cfg)
+    install_routing(argparse.Namespace(**flags), model_cfg)
     changed = model_cfg.transformer_layer_spec(model_cfg, vp_stage=1)
     assert changed.submodules.mlp.keywords["submodules"].router is ReLURouter
     assert changed.submodules.self_attention is own.submodules.self_attention
@@ -92,6 +92,6 @@ def test_layers_of_the_callers_own_get_the_router(given: Callable[[ModuleSpec], 
 def test_another_configuration_class_is_refused() -> None:
     model_cfg = argparse.Namespace(transformer=object())
     with pytest.raises(TypeError, match="needs a ReMoEConfig, got object"):
-        hooks.install_routing(argparse.Namespace(moe_relu_routing=True, moe_baseline_router=None), model_cfg)
+        install_routing(argparse.Namespace(moe_relu_routing=True, moe_baseline_router=None), model_cfg)
     none = {"moe_relu_routing": False, "moe_warmup_topk": None, "moe_baseline_router": None, "num_experts": None}
-    hooks.install_routing(argparse.Namespace(**none), model_cfg)
+    install_routing(argparse.Namespace(**none), model_cfg)

@@ -11,8 +11,10 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.remoe.layer.layer import ReMoELayer
 from megatron.remoe.routing.controller import SparsityController
 from megatron.remoe.routing.router import ReLURouter
-from megatron.remoe.training import hooks
+from megatron.remoe.training import layer_changes
+from megatron.remoe.training.local_layers import install_local_layers
 from megatron.remoe.training.pairs import PairCounter
+from megatron.remoe.training.routing_hooks import install_routing
 from megatron.remoe.transformer.attention import FusedDotProductAttention
 from megatron.training.models.base import compose_hooks
 from megatron.training.models.gpt import GPTModelConfig
@@ -30,8 +32,8 @@ ARGS.iteration = 0
 
 def built(model_cfg: GPTModelConfig | HybridModelConfig) -> Any:
     """Build the model with this project's routing and local layers, before it is wrapped."""
-    hooks.install_routing(ARGS, model_cfg)
-    hooks.install_local_layers(ARGS, model_cfg)
+    install_routing(ARGS, model_cfg)
+    install_local_layers(ARGS, model_cfg)
     model = model_cfg.get_builder_cls()(model_cfg).build_model(ProcessGroupCollection.use_mpu_process_groups())
     (model,) = compose_hooks(model_cfg.pre_wrap_hooks)([model])
     return model
@@ -47,7 +49,7 @@ def make_settings(num_layers: int, **changes: Any) -> dict[str, Any]:
 def test_megatron_still_specifies_the_layers_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Megatron builds MTP layers with its own router, so hooks rebuild them. If this fails, remove the rebuilding."""
     settings = make_settings(2)
-    monkeypatch.setattr(hooks, "rebuild_prediction_layers", lambda _change, chunks: chunks)
+    monkeypatch.setattr(layer_changes, "rebuild_prediction_layers", lambda _change, chunks: chunks)
     stock: GPTModel = built(GPTModelConfig(**settings))
     assert [type(layer.mtp_model_layer.mlp.router) for layer in stock.mtp.layers] == [TopKRouter] * 2
     monkeypatch.undo()

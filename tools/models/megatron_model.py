@@ -16,7 +16,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.enums import AttnBackend
 from megatron.remoe import cpu
-from megatron.remoe.training.hooks import build_model
+from megatron.remoe.training.build import build_model
 
 from ..console.errors import ConversionError
 

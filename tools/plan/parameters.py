@@ -16,7 +16,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.remoe.training.arguments import model_config_from_args
-from megatron.remoe.training.hooks import install_local_layers, install_routing
+from megatron.remoe.training.local_layers import install_local_layers
+from megatron.remoe.training.routing_hooks import install_routing
 
 LAYOUT = "tensor_model pipeline_model virtual_pipeline_model context expert_model expert_tensor".split()
 UNEVEN = "pipeline_model_parallel_layout decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers".split()

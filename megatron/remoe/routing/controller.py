@@ -1,7 +1,7 @@
 """Hold the sparsity S at its target with an adaptive L1 coefficient λ (paper section 3.3).
 
-Once per optimizer step, after its backward passes (training/hooks.py calls `update`), with k experts per token as the
-target and α slightly above 1:
+Once per optimizer step, after its backward passes (training/routing_hooks.py calls `update`), with k experts per token
+as the target and α slightly above 1:
 
     target = 1 - k/E
     S      = 1 - active pairs / (tokens · E)      over all MoE layers and the global batch

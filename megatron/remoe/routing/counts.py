@@ -99,8 +99,10 @@ class StepSums:
     @classmethod
     def view(cls, buffer: torch.Tensor, num_layers: int) -> "StepSums":
         """Return the sums whose fields are views of `buffer`."""
-        table, *columns, not_finite = buffer.split([len(buffer) - 3 * num_layers - 1, *[num_layers] * 3, 1])
-        return cls(buffer, RoutingCounts(table.view(num_layers, -1)), *columns, not_finite.squeeze())
+        sizes = [len(buffer) - 3 * num_layers - 1, num_layers, num_layers, num_layers, 1]
+        table, guarded, l1_exponent, ranks, not_finite = buffer.split(sizes)
+        counts = RoutingCounts(table.view(num_layers, -1))
+        return cls(buffer, counts, guarded, l1_exponent, ranks, not_finite.squeeze())
 
 
 @dataclass(frozen=True)
