@@ -126,7 +126,7 @@ if __name__ == "__main__":  # the worker imports this file
 def test_megatron_still_ends_a_failed_load_in_success(monkeypatch) -> None:
     assert "sys.exit()" in inspect.getsource(checkpointing._load_base_checkpoint)
     monkeypatch.setattr(training, "load_checkpoint", sys.exit)
-    args = SimpleNamespace(load="run", ckpt_step=1, pretrained_checkpoint=None, verify_integrity=False)
+    args = SimpleNamespace(resume_flag="--load", resume_folder="run", ckpt_step=1, verify_integrity=False)
     monkeypatch.setattr(patches.checkpoints, "get_args", lambda: args)
     patches.checkpoints.go_back_from_damage()
     with pytest.raises(BrokenCheckpointError, match="--load run"):

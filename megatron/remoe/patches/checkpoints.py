@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from multiprocessing.managers import SyncManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
 from megatron.core.rerun_state_machine import Call, Caller
 from megatron.remoe.patches.patch import patch, replace
 from megatron.remoe.routing.router import RELU_KEY
-from megatron.remoe.start.checkpoint_files import go_back, loaded_checkpoint
+from megatron.remoe.start.checkpoint_files import go_back
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, check_object, unwrap
 from megatron.training import checkpointing, initialize, training
 from megatron.training.global_vars import get_args
@@ -64,8 +65,8 @@ def go_back_from_damage() -> None:
         asked = None if getattr(args, "is_going_back", False) else args.ckpt_step
         verifies = args.verify_integrity
         while True:
-            flag, folder = loaded_checkpoint(args)
-            args.verify_integrity = verifies and folder is not None and (folder / INTEGRITY_FNAME).is_file()
+            flag, folder = args.resume_flag, Path(args.resume_folder)
+            args.verify_integrity = verifies and (folder / INTEGRITY_FNAME).is_file()
             try:
                 loaded = stock(model, *rest, **options)
                 break
@@ -77,7 +78,7 @@ def go_back_from_damage() -> None:
             except (BrokenCheckpointError, CheckpointingException, CheckpointException) as error:
                 cause = unwrap(error)  # all ranks fail in the same way
                 is_damage = getattr(cause, "code", "") == BrokenCheckpointError.code
-                if folder is None or not (is_damage or "integrity verification failed" in str(cause)):
+                if not folder.name or not (is_damage or "integrity verification failed" in str(cause)):
                     raise cause from None
                 go_back(flag, folder, " ".join(str(cause).split()), asked).apply(args)
             finally:

@@ -13,7 +13,6 @@ import torch
 from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.remoe.patches.patch import patch, replace
-from megatron.remoe.start.checkpoint_files import loaded_checkpoint
 from megatron.training import get_args, get_timers, training
 
 COUNTERS = ("advanced iterations", "skipped iterations", "nan iterations")
@@ -94,8 +93,7 @@ def forward_figures() -> None:
     @replace(training, "save_checkpoint")
     def save(stock: Any, iteration: int, *others: Any, **options: Any) -> Any:
         args = get_args()
-        _, loaded = loaded_checkpoint(args)
-        is_there = loaded is not None and loaded.parent.resolve() == Path(args.save).resolve()
+        is_there = args.resume_folder and Path(args.resume_folder).parent.resolve() == Path(args.save).resolve()
         if is_there and iteration == args.iteration >= args.train_iters:
             return None  # writing in place could destroy the run's last checkpoint
         # Megatron's own tracker has no totals.

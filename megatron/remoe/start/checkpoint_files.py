@@ -43,7 +43,11 @@ class Resume:
     notice: str = ""
 
     def apply(self, args: argparse.Namespace) -> None:
-        """Set --ckpt-step, copy an unused position flag, repair the tracker file, and print the notice on rank 0."""
+        """Set --ckpt-step, copy an unused position flag, repair the tracker file, and print the notice on rank 0.
+
+        Also record the checkpoint as `args.resume_flag` and `args.resume_folder`.
+        """
+        args.resume_flag, args.resume_folder = self.flag, str(self.folder)
         if self.step is not None:
             args.ckpt_step, args.is_going_back = self.step, True
         if getattr(args, "position_embedding_type", "learned_absolute") != "learned_absolute":
@@ -171,21 +175,6 @@ def newest_iteration(root: Path) -> str:
     """Return the content of the tracker file: a number or `RELEASE` unless it is damaged; "" if it is missing."""
     tracker = root / TRACKER
     return tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
-
-
-def loaded_checkpoint(args: argparse.Namespace) -> tuple[str, Path | None]:
-    """Return the flag whose folder Megatron loads, and the folder of the iteration or release (None without one).
-
-    The flag is --pretrained-checkpoint, if given, while --load has no tracker file.
-    """
-    has_tracker = args.load and os.path.lexists(os.path.join(args.load, TRACKER))
-    flag = "--pretrained-checkpoint" if args.pretrained_checkpoint and not has_tracker else "--load"
-    name = args.load if flag == "--load" else args.pretrained_checkpoint
-    newest = newest_iteration(Path(name)) if name else ""
-    if newest == RELEASE:
-        return flag, Path(name, RELEASE)
-    iteration = args.ckpt_step or (int(newest) if newest.isdecimal() else None)
-    return flag, Path(name, f"iter_{iteration:07d}") if name and iteration else None
 
 
 def stored_object(folder: Path, entry: Any) -> io.BytesIO:

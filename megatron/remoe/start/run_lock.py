@@ -16,7 +16,6 @@ from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Time
 
 from megatron.remoe.files.errors import UsageError
 from megatron.remoe.files.files import sync
-from megatron.remoe.start.checkpoint_files import loaded_checkpoint
 from megatron.remoe.start.checks import make_writable_folder
 
 LOCK = "training.lock"
@@ -74,16 +73,18 @@ def check_folders_are_shared(args: argparse.Namespace, model_chunks: list[Any]) 
     end = time.monotonic() + SECONDS_TO_APPEAR
     while is_unseen and (is_unseen := not Path(args.save, LOCK).exists()) and time.monotonic() < end:
         time.sleep(0.5)
-    flag, folder = loaded_checkpoint(args)
     answers = [("", "")] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(answers, (socket.gethostname() if is_unseen else "", str(folder)))
+    torch.distributed.all_gather_object(answers, (socket.gethostname() if is_unseen else "", args.resume_folder))
     hosts, folders = ({*each} for each in zip(*answers, strict=True))
     if host := max(hosts):
         problem = f"{host} does not see the first node's {LOCK} there. Give a folder that all nodes share"
         raise UsageError(f"--save {args.save}: {problem}.", "REMOE-E105")
     if len(folders) > 1:
         problem = f"ranks read different checkpoints there ({', '.join(sorted(folders))})"
-        raise UsageError(f"{flag}: {problem}. Give a folder that all nodes share, or start again.", "REMOE-E105")
+        raise UsageError(
+            f"{args.resume_flag}: {problem}. Give a folder that all nodes share, or start again.",
+            "REMOE-E105",
+        )
     return model_chunks
 
 

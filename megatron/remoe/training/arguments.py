@@ -68,6 +68,7 @@ def parse_args(extra_args_provider: ArgumentsProvider | None = None) -> argparse
         parser.set_defaults(enable_one_logger=False, tokenizer_type=GPT2_TOKENIZER)
         # One rank builds the data index while all others wait. After the first step, a hanging rank is found quickly.
         parser.set_defaults(distributed_timeout_minutes=60, distributed_timeout_seconds_after_init=600)
+        parser.set_defaults(resume_flag="--load", resume_folder="")  # set by `Resume.apply`
         explain_flag_errors(parser)
         return extra_args_provider(parser) if extra_args_provider is not None else parser
 
