@@ -20,13 +20,13 @@ from tools.recipes.megatron_values import read_values
 from tools.runs.log_reader import read_log
 
 HERE = Path(__file__).parent
-TIMED_ENTRY = ROOT / "benchmarks" / "timed_entry.py"
+BENCHMARK = ROOT / "benchmarks" / "step.py"
 SEQUENCES, LENGTH = 64, 1024  # a GPU's share of the paper's 512 sequences per step on 8 GPUs; tokens per sequence
 # Weights hardly move, so routers stay at the target, which training reaches only after hundreds of steps.
 AT_TARGET = "--lr 1e-7 --min-lr 0 --lr-warmup-fraction 0".split()
 SHARES = {"dense": 0.5, "steady": 0.125}  # active share of the pairs, for the forecast and a rehearsal
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-WARM_UP = 15  # steps: routers are fitted in the first four, then the memory pool and the clock settle
+WARM_UP = 15  # steps: routers get their levels in the first four, then the memory pool and the clock settle
 FUSED_FLAGS = [flag for flag in FLAGS if flag != "--no-local-layer-fusion"]  # the golden run with fused layers
 # Flags for fp32 on a GPU: local layers, and no fusion that needs Apex or Transformer Engine.
 FP32_GPU = """
@@ -104,7 +104,7 @@ def train_launched(machine: Machine, case: Case, stage: str, steps: int, limit: 
     environment |= {"BENCHMARK_RECORD": str(record), "BENCHMARK_SHARE": str(SHARES[stage])}
     environment |= {"BENCHMARK_LOAD": "1"} if stage == "steady" else {}
     quiet = ["--log-interval", "10"]
-    printed = machine.python(TIMED_ENTRY, *flags, *more, *quiet, share=SHARES[stage], limit=limit, **environment)
+    printed = machine.python(BENCHMARK, *flags, *more, *quiet, share=SHARES[stage], limit=limit, **environment)
     measured = json.loads(record.read_text())
     first = min(WARM_UP, len(measured["steps"]) - 1)
     seconds = statistics.median(measured["steps"][first:])
@@ -116,7 +116,6 @@ def train_launched(machine: Machine, case: Case, stage: str, steps: int, limit: 
         "peak_allocated_gib": (measured["held_bytes"] + measured["peak_bytes"]) / 2**30,
         "forecast_gib": measured["forecast"]["forecast_gib"]["now"],
         "flops": measured["forecast"]["step_flops"],
-        "matmul_tflops": measured["peak_flops"] / 1e12,
         "losses": [float(fields["lm loss"]) for fields in read_log(printed).values()],
     }
 
@@ -127,7 +126,7 @@ def profile(machine: Machine, case: Case, trace: Path) -> dict[str, Any]:
     start = f"--profile --use-pytorch-profiler --profile-step-start {WARM_UP} --profile-step-end {WARM_UP + 2}"
     place = ["--tensorboard-dir", str(machine.folder / "profile" / "tensorboard")]
     environment |= {"BENCHMARK_RECORD": str(machine.folder / "record.json"), "BENCHMARK_LOAD": "1"}
-    machine.python(TIMED_ENTRY, *flags, *AT_TARGET, *start.split(), *place, share=SHARES["steady"], **environment)
+    machine.python(BENCHMARK, *flags, *AT_TARGET, *start.split(), *place, share=SHARES["steady"], **environment)
     shutil.move(machine.folder / "profile" / "torch_profile" / "rank-0.json.gz", trace)
     with gzip.open(trace) as file:
         events = [one for one in json.load(file)["traceEvents"] if "dur" in one]
