@@ -155,11 +155,11 @@ def parse_export(arguments: Sequence[str]) -> argparse.Namespace:
     """Export a checkpoint to Hugging Face transformers, or make a checkpoint from an exported folder.
 
     remoe export --load RUN --save FOLDER               # a dense, top-k or ReMoE checkpoint → a folder
-    remoe export --load RUN --save FOLDER --max-experts-per-token 4     # a ReMoE for vLLM, and the loss at each K
+    remoe export --load RUN --save FOLDER --max-experts-per-token 4     # a ReMoE for vLLM
     remoe export --reverse --load FOLDER --save OUT     # a folder, fine-tuned or not → a checkpoint
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) loads it, with torch and transformers only.
-    Both directions compare the logits of the two models. If they differ, nothing is written.
+    Both directions compare the logits of the two models on random tokens. If they differ, nothing is written.
     """
     parser = _parser(parse_export)
     add = parser.add_argument
@@ -168,14 +168,9 @@ def parse_export(arguments: Sequence[str]) -> argparse.Namespace:
     add("--reverse", action="store_true", help="--load is an exported folder, --save a checkpoint")
     add("--ckpt-step", type=int, metavar="N", help="iteration to export (default: the newest)")
     add("--tokenizer-model", **FOLDER, help="a Hugging Face tokenizer (default: the run's)")
-    text = "text to compare the models on, as in Megatron (default: the run's, held-out if it names some)"
-    add("--data-path", nargs="+", metavar="WORD", help=text)
     text = "export a ReMoE with only the N largest gates: servers compute the same number of experts for each token"
     add("--max-experts-per-token", **NUMBER, help=text)
     args = parser.parse_args(arguments)
-    if args.reverse and (args.data_path or args.ckpt_step is not None or args.max_experts_per_token):
-        parser.error(
-            "--reverse reads a folder, and compares on random tokens: leave out --ckpt-step, --data-path and "
-            "--max-experts-per-token."
-        )
+    if args.reverse and (args.ckpt_step is not None or args.max_experts_per_token):
+        parser.error("--reverse reads a folder: leave out --ckpt-step and --max-experts-per-token.")
     return args
