@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from bokeh.models import HoverTool
 from playwright.sync_api import Browser, ConsoleMessage, sync_playwright
 
 from tests.tiny_model import RELU
-from tests.training_runs import REPOSITORY, TINY, finish, run, wait_until
+from tests.training_runs import TINY, run
 from tools.report.command import main
 from tools.report.figures import FEW, panels
 from tools.runs.figure_reader import read_figures
@@ -120,20 +118,13 @@ def test_looks_right_in_a_browser(page: Path, browser, width: int, height: int, 
     assert wrong == []
 
 
-def test_watches_until_the_run_is_done(trained: Path, tmp_path: Path) -> None:
+def test_a_run_in_progress(trained: Path, tmp_path: Path) -> None:
     lines = (trained / "checkpoints" / "metrics.jsonl").read_text().splitlines(keepends=True)
     early = next(place for place, line in enumerate(lines) if json.loads(line).get("iteration") == 6)
-    metrics, page = tmp_path / "metrics.jsonl", tmp_path / "report.html"
-    metrics.write_text("".join(lines[:early]))
-    command = [sys.executable, str(REPOSITORY / "tools"), "report", str(tmp_path), "--watch", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_until(page.exists, process)
-    first = page.read_text()
-    assert 'http-equiv="refresh" content="1"' in first and "<td>5</td>" in first and "time left" in first
-    metrics.write_text("".join(lines))
-    finish(process, 0)
-    assert "http-equiv" not in page.read_text() and "<td>last iteration</td><td>8</td>" in page.read_text()
-    assert not list(tmp_path.glob("*.new*"))
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:early]))
+    assert main([str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "<td>last iteration</td><td>5</td>" in page and "time left" in page
 
 
 def test_wrong_files_are_named(tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,6 +143,3 @@ def test_wrong_files_are_named(tmp_path: Path, trained: Path, capsys: pytest.Cap
         assert str(words[-1]) in error and code in error
     assert not (tmp_path / "report.html").exists()
     assert main([str(trained), "--output", str(tmp_path / "new" / "page.html")]) == 0
-    with pytest.raises(SystemExit, match="2"):
-        main([str(tmp_path), "--watch", "0"])
-    assert "--watch" in (error := capsys.readouterr().err) and "unrecognized" not in error

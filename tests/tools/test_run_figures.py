@@ -42,15 +42,6 @@ def test_stages_of_a_run_that_continues_another(tmp_path: Path) -> None:
     assert [*layers["ys"][0]] == [16.0] * 2 and [*mean["y"]] == [4.0] * 2, "positive gates, and computed experts"
 
 
-def test_a_run_is_done_after_its_last_evaluation(tmp_path: Path) -> None:
-    args = {"train_iters": 20, "log_interval": 10, "do_valid": True, "do_test": True}
-    rows: list[dict[str, object]] = [{"kind": "log", "iteration": at, "lm_loss": 3.0} for at in (10, 20)]
-    for name in ("validation", "test"):
-        assert not read_figures(write_metrics(tmp_path / "run", args, *rows)).done
-        rows.append({"kind": "validation", "iteration": 20, "lm_loss": 3.0, "final": True, "set": name})
-    assert read_figures(write_metrics(tmp_path / "run", args, *rows)).done
-
-
 def test_experts_per_token_of_a_baseline(tmp_path: Path) -> None:
     args = {"global_batch_size": 4, "num_experts": 8, "moe_router_topk": 2, "moe_baseline_router": "top_p"}
     pairs = ((10, 300), (20, 450))
@@ -136,7 +127,7 @@ def test_an_odd_line_is_left_out(name: str, tmp_path: Path) -> None:
     run = read_figures(write_metrics(tmp_path, {"train_iters": 20}, text), "run")
     notes = [f"run: cannot read {unread} of its log's lines; ignored them."] if unread else []
     assert run.curve("lm_loss").values.tolist() == [3.0] * lines and run.notes == notes
-    assert "<html" in make_page([run], None)
+    assert "<html" in make_page([run])
 
 
 def test_a_long_log_is_bounded(tmp_path: Path) -> None:
@@ -149,7 +140,7 @@ def test_a_long_log_is_bounded(tmp_path: Path) -> None:
         file.writelines(line % (at, 99.0 if at == 123_456 else 2.0) for at in range(1, lines + 1))
     began = time.process_time()
     run = read_figures(tmp_path, "run")
-    text = make_page([run], None)
+    text = make_page([run])
     assert time.process_time() - began < 20 and len(text) < 3e6
     assert run.last == lines and max(run.loads) == lines
     (training,) = panels([run])["Loss"]

@@ -38,23 +38,18 @@ def parse_generate(arguments: Sequence[str]) -> argparse.Namespace:
     """Continue a text with a trained model: a run's checkpoint, or a folder that remoe export wrote.
 
     remoe generate --load RUN --prompt "Once upon a time"
-    remoe generate --load FOLDER --prompt-file start.txt --max-new-tokens 500
     remoe generate --load FOLDER                             # reads a text from each line of standard input
     """
     parser = _parser(parse_generate)
     add = parser.add_argument
     _add_models(add)
-    text = parser.add_mutually_exclusive_group()
-    text.add_argument("--prompt", metavar="TEXT", help="text to continue")
-    text.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with the text to continue")
+    add("--prompt", metavar="TEXT", help="text to continue")
     add("--max-new-tokens", **NUMBER, default=200, help="generate at most N tokens (default: %(default)s)")
     add("--temperature", type=float, default=1.0, metavar="X", help="divide logits by X; 0: no sampling (default: 1)")
-    add("--top-k", type=whole_number(0), default=0, metavar="K", help="sample from K tokens (default: all)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling threshold")
     add("--seed", type=int, default=SEED, help="random seed for sampling (default: %(default)s)")
     args = parser.parse_args(arguments)
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
-        parser.error("--temperature must not be negative, and --top-p must be above 0 and at most 1.")
+    if args.temperature < 0:
+        parser.error("--temperature must not be negative.")
     return args
 
 
