@@ -104,23 +104,16 @@ def test_from_topk_into_two_processes(data: Path, tmp_path: Path, capfd: pytest.
     check_start(train_converted(data, tmp_path / "remoe", *layout, steps=11, processes=2), before, sparsity)
 
 
-def test_parts_of_some_layers(dense: tuple[Path, str], tmp_path: Path, monkeypatch, capfd) -> None:
-    """The second layer is split into G = 2 parts, and each part is copied to 4 experts. The first stays dense."""
+def test_experts_in_some_layers(dense: tuple[Path, str], tmp_path: Path, monkeypatch, capfd) -> None:
+    """The second layer is copied to each expert. The first stays dense."""
     monkeypatch.setattr(fitting, "STEPS", 150)
-    words = "--num-experts 4 --moe-granularity 2 --moe-layer-freq [0,1]"
+    words = "--num-experts 4 --moe-layer-freq [0,1]"
     assert main("--load", dense[0], "--save", tmp_path / "remoe", *words.split(), "--loss-bound", "0.1") == 0
-    size = checkpoints.find(dense[0], None).args.ffn_hidden_size
-    printed = shlex.split(capfd.readouterr().out)
-    for flag, value in (
-        *zip(words.split()[::2], words.split()[1::2], strict=True),
-        ("--moe-ffn-hidden-size", str(size)),
-    ):
-        assert printed[printed.index(flag) + 1] == value
+    assert "--moe-layer-freq '[0,1]'" in capfd.readouterr().out
     source, target = (open_run(folder, None).model.state_dict() for folder in (dense[0], tmp_path / "remoe"))
     mlp = "decoder.layers.1.mlp."
-    parts = fitting.split_mlp({key.removeprefix(mlp): source[key] for key in source if key.startswith(mlp)}, 2, True)
-    for expert, name in itertools.product(range(8), ("linear_fc1.weight", "linear_fc2.weight")):
-        assert torch.equal(target[f"{mlp}experts.local_experts.{expert}.{name}"], parts[expert // 4][name])
+    for expert, name in itertools.product(range(4), ("linear_fc1.weight", "linear_fc2.weight")):
+        assert torch.equal(target[f"{mlp}experts.local_experts.{expert}.{name}"], source[mlp + name])
     kept = [key for key, value in source.items() if torch.is_tensor(value) and mlp not in key]
     assert all(torch.equal(target[key], source[key]) for key in kept)
 
@@ -144,7 +137,7 @@ def test_layout_and_speed_of_the_source_are_free(dense: tuple[Path, str]) -> Non
     """Settings that ReLU routing refuses in a run do not stop a conversion if they do not change the weights."""
     saved = checkpoints.find(dense[0], None).args
     free = {"tensor_model_parallel_size": 2, "fp8": "e4m3", "cuda_graph_impl": "full_iteration"}
-    given = argparse.Namespace(num_experts=4, moe_router_topk=None, moe_granularity=None, moe_layer_freq=None)
+    given = argparse.Namespace(num_experts=4, moe_router_topk=None, moe_layer_freq=None)
     target = models.target_args(complete(argparse.Namespace(**(vars(saved) | free))), given)
     assert target.moe_relu_routing and target.tensor_model_parallel_size == 2
 
@@ -152,7 +145,6 @@ def test_layout_and_speed_of_the_source_are_free(dense: tuple[Path, str]) -> Non
 REFUSED = [
     ([], "--num-experts"),
     (["--num-experts", "8", "--moe-router-topk", "8"], "--moe-router-topk 8"),
-    (["--num-experts", "8", "--moe-granularity", "3"], "--moe-granularity 3"),
     (["--num-experts", "8", "--moe-layer-freq", "[0,0]"], "--moe-layer-freq [0,0]"),
     (["--num-experts", "8", "--moe-layer-freq", "[1]"], "Megatron cannot build"),
     (["--num-experts", "8", "--moe-layer-freq", "often"], "--moe-layer-freq often:"),

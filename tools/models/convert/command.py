@@ -100,8 +100,7 @@ def _fit_routers(
         for number, layer in enumerate(layers):
             seen = torch.cat(inputs.pop(layer))
             if args.num_experts is None:
-                wanted = torch.ones(len(seen), new_args.moe_granularity)
-                copies, start = new_args.num_experts // new_args.moe_granularity, None
+                wanted, copies, start = torch.ones(len(seen), 1), new_args.num_experts, None
             else:
                 wanted, copies = torch.cat(gates.pop(layer)), 1
                 if new_args.moe_router_topk < args.moe_router_topk:
