@@ -1,7 +1,6 @@
 """Make the tables of the page, and its headline."""
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,6 @@ LEFT_OUT = frozenset(
     use_layer_wise_distributed_optimizer variable_seq_lengths
     """.split()
 )
-SHOWN = 60  # maximum number of characters of a flag's value
 
 
 @dataclass(frozen=True)
@@ -56,14 +54,7 @@ def headline(runs: Sequence[RunFigures]) -> str:
         part = f"{name} {loss:.3f}" + (f" ({per_byte[name]:.3f})" if per_byte else "")
         parts.append(part + difference.replace("-", "−"))
     kind += ", nats per token" + " (per byte)" * bool(per_byte)
-    if len({_measured_iteration(run, kind) for run in runs}) > 1:
-        kind += ", not after the same number of iterations"
     return f"{'; '.join(parts)} ({kind})"
-
-
-def _measured_iteration(figures: RunFigures, kind: str) -> int:
-    evaluated = [losses[-1].iteration for name, losses in figures.evaluations.items() if name != "test"]
-    return max(evaluated, default=0) if kind.startswith("validation loss") else figures.last
 
 
 def summary(runs: Sequence[RunFigures]) -> Table:
@@ -125,11 +116,8 @@ def differences(runs: Sequence[RunFigures]) -> Table:
     rows = []
     for name in names:
         cells = [_format_flag(run, name) for run in logged]
-        common = os.path.commonprefix([cell for cell in cells if cell is not None])
-        if any(cell not in (None, common) for cell in cells):
-            start = max(0, len(common) - SHOWN // 2)
-            shown = ("…" * (start > 0 and bool(cell)) + (cell or "")[start:][:SHOWN] for cell in cells)
-            rows.append([f"--{name.replace('_', '-')}", *shown])
+        if len({cell for cell in cells if cell is not None}) > 1:
+            rows.append([f"--{name.replace('_', '-')}", *(cell or "" for cell in cells)])
     return Table("Flags that differ", ["", *(run.name for run in logged)], rows)
 
 
