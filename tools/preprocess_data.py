@@ -60,9 +60,8 @@ def run(args: argparse.Namespace) -> None:
     seconds = max(time.monotonic() - start, 1e-9)
     rates = f"{summary.text_bytes / 1e6 / seconds:.1f} MB/s  {summary.tokens / 1e6 / seconds:.2f}M tokens/s"
     counts = f"{summary.documents:,} documents ({summary.empty:,} empty), {summary.tokens:,} tokens"
-    print(
-        f"{', '.join(map(str, map(job.prefix, job.json_keys)))}: {counts}; {duration(seconds)}, {rates} with {encoder.engine}"
-    )
+    places = ", ".join(str(job.prefix(key)) for key in job.json_keys)
+    print(f"{places}: {counts}; {duration(seconds)}, {rates} with {encoder.engine}")
 
 
 main = make_main("preprocess", parse_arguments, run, "interrupted; nothing was written")

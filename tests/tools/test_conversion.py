@@ -19,7 +19,6 @@ from tools.models.convert import fitting, models
 from tools.models.convert.command import main as command
 from tools.models.hf.opening import open_run
 from tools.models.hf.settings import complete
-from tools.models.megatron_model import build
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 STEPS_BEFORE, STEPS_AFTER = 80, 50
@@ -116,21 +115,6 @@ def test_experts_in_some_layers(dense: tuple[Path, str], tmp_path: Path, monkeyp
         assert torch.equal(target[f"{mlp}experts.local_experts.{expert}.{name}"], source[mlp + name])
     kept = [key for key, value in source.items() if torch.is_tensor(value) and mlp not in key]
     assert all(torch.equal(target[key], source[key]) for key in kept)
-
-
-def test_fewer_experts_per_token(dense: tuple[Path, str], tmp_path: Path, monkeypatch, capfd) -> None:
-    """For a smaller k, routers are fitted to the k largest gates only, so the ReMoE is sparser."""
-    monkeypatch.setattr(fitting, "STEPS", 150)
-    args = complete(checkpoints.find(dense[0], None).args)
-    vars(args).update(num_experts=8, moe_router_topk=3, moe_ffn_hidden_size=64, moe_router_pre_softmax=True)
-    checkpoints.save(build(args), args, tmp_path / "topk")
-    sparsity = []
-    for topk in (3, 1):
-        words = f"--load {tmp_path}/topk --save {tmp_path}/{topk} --moe-router-topk {topk} --loss-bound 0.1"
-        assert main(*words.split()) == 0
-        assert f"--moe-router-topk {topk}" in (printed := capfd.readouterr().out)
-        sparsity.append(measured(printed)[2])
-    assert sparsity[1] > sparsity[0] + 0.1
 
 
 def test_layout_and_speed_of_the_source_are_free(dense: tuple[Path, str]) -> None:

@@ -158,18 +158,6 @@ def test_repeats_are_pairs_seen_before() -> None:
     assert measure_loss(model, [ids[:, :2]]).repeats_loss is None
 
 
-def test_results_before_an_error_are_kept(data: Path, tmp_path: Path, capfd) -> None:
-    make("relu", vocab_size=300).save_pretrained(tmp_path / "model")
-    words = ["--load", tmp_path / "model", "--seq-length", "32", "--sequences", "8"]
-    words += ["--output", tmp_path / "results.json", "--data-path"]
-    assert main([*map(str, [*words, data, tmp_path / "nothing"])]) == 1
-    assert "[REMOE-E301]" in capfd.readouterr().err
-    kept = (tmp_path / "results.json").read_text()
-    assert [*json.loads(kept)["text"][str(tmp_path / "model")]] == [str(data)]
-    assert main([*map(str, [*words, tmp_path / "nothing"])]) == 1
-    assert (tmp_path / "results.json").read_text() == kept
-
-
 def test_loss_per_byte(tokenizer: Path, data: Path, tmp_path: Path) -> None:
     """The bytes are those of the text that the tokens decode to, and one for the end of a document."""
     loaded = AutoTokenizer.from_pretrained(tokenizer)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tools.models.convert.fitting import fit_router, keep_largest
+from tools.models.convert.fitting import fit_router
 
 
 def normed_inputs(common: float) -> torch.Tensor:
@@ -35,9 +35,3 @@ def test_gates_of_another_router_are_found() -> None:
     weight, error, _ = fit_router(inputs, torch.relu(inputs @ wanted.T), start=7 * off)
     assert error < 0.02
     torch.testing.assert_close(weight, wanted, rtol=0, atol=0.02)
-
-
-def test_largest_gates_take_over_the_others() -> None:
-    kept = keep_largest(torch.tensor([[0.5, 0.0, 0.3, 0.2], [0.1, 0.1, 0.0, 0.6]], dtype=torch.float64), 2)
-    assert kept[0].tolist() == pytest.approx([0.625, 0.0, 0.375, 0.0])
-    assert ((kept > 0).sum(dim=1) == 2).all() and kept.sum(dim=1).tolist() == pytest.approx([1.0, 0.8])

@@ -125,11 +125,10 @@ def parse_convert(arguments: Sequence[str]) -> argparse.Namespace:
     add("--from-fork", action="store_true", help=text)
     text = "only change Megatron's model class; nothing is fitted or measured"
     add("--model", choices=("gpt", "hybrid"), help=text)
-    add = parser.add_argument_group("shape of the ReMoE (default for a top-k checkpoint: the same)").add_argument
+    add = parser.add_argument_group("shape of a ReMoE from a dense checkpoint").add_argument
     add("--num-experts", type=whole_number(2), metavar="E", help="experts, each as large as the dense layer")
-    text = "k of the target sparsity; can be smaller than a top-k checkpoint's k (default: 1 from dense)"
-    add("--moe-router-topk", type=int, metavar="K", help=text)
-    add("--moe-layer-freq", metavar="PATTERN", help="layers with experts (from dense; default: 1, all of them)")
+    add("--moe-router-topk", type=int, metavar="K", help="k of the target sparsity (default: 1)")
+    add("--moe-layer-freq", metavar="PATTERN", help="layers with experts (default: 1, all of them)")
     add = parser.add_argument_group("fit").add_argument
     add("--data-path", nargs="+", metavar="WORD", help="text, as in Megatron (default: the run's)")
     text = f"tokens to fit the routers to, and as many again to measure the loss (default: {FIT_TOKENS})"

@@ -83,7 +83,7 @@ def export(options: argparse.Namespace) -> None:
     model = convert_model(run.model, config)
     checkpoint, parameters = run.name, model.num_parameters()
     del run
-    with new_folder(options.save, sum(tensor.nbytes for tensor in model.state_dict().values())) as aside:
+    with new_folder(options.save) as aside:
         logging.disable_progress_bar()
         model.generation_config = generation_config(config, tokenizer)
         model.save_pretrained(aside)

@@ -19,7 +19,7 @@ from ..hf.settings import complete, make_words
 from ..measuring import count_experts, mean_experts, measure_loss, split_batches
 from ..megatron_model import build, one_process
 from ..text import choose_blend, sample
-from .fitting import fit_router, keep_largest
+from .fitting import fit_router
 from .from_fork import convert_fork
 from .model_class import convert_class
 from .models import fill, record_routers, target_args
@@ -103,8 +103,6 @@ def _fit_routers(
                 wanted, copies, start = torch.ones(len(seen), 1), new_args.num_experts, None
             else:
                 wanted, copies = torch.cat(gates.pop(layer)), 1
-                if new_args.moe_router_topk < args.moe_router_topk:
-                    wanted = keep_largest(wanted, new_args.moe_router_topk)
                 start = source.decoder.layers[layer].mlp.router.weight.detach()
             routers[layer], error, sparsity = fit_router(seen, wanted, copies, start, options.seed + number)
             advance(1)

@@ -62,19 +62,6 @@ def fit_router(
     return weights, float(error.sqrt()), 1.0 - float((gates > 0).double().mean())
 
 
-def keep_largest(gates: torch.Tensor, topk: int) -> torch.Tensor:
-    """Return the `topk` largest gates of each token, scaled so that their sum equals the sum of all its gates.
-
-    Args:
-        gates: `[tokens, num_experts]`, 0 where an expert is not used.
-        topk: number of experts per token.
-    """
-    values, experts = gates.topk(topk, dim=1)
-    tiny = torch.finfo(gates.dtype).tiny
-    values = values * gates.sum(dim=1, keepdim=True) / values.sum(dim=1, keepdim=True).clamp(min=tiny)
-    return torch.zeros_like(gates).scatter_(1, experts, values)
-
-
 def _whiten(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return coordinates in which the inputs' directions have about the same size.
 

@@ -47,7 +47,7 @@ def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argp
     if source.num_experts is None:
         _become_mixture(target, options)
     else:
-        _keep_mixture(target, options)
+        _refuse_shape(options)
     target.moe_relu_routing = True
     target.moe_router_load_balancing_type, target.moe_token_dispatcher_type = "none", "alltoall"
     defaults = vars(make_parser().parse_args([]))
@@ -76,12 +76,10 @@ def _become_mixture(target: argparse.Namespace, options: argparse.Namespace) -> 
     target.moe_ffn_hidden_size = target.ffn_hidden_size
 
 
-def _keep_mixture(target: argparse.Namespace, options: argparse.Namespace) -> None:
-    for name in ("num_experts", "moe_layer_freq"):
+def _refuse_shape(options: argparse.Namespace) -> None:
+    for name in ("num_experts", "moe_router_topk", "moe_layer_freq"):
         if getattr(options, name) is not None:
             raise ConversionError(f"{flag_name(name)}: --load is a top-k checkpoint, whose experts are kept.", BAD_FLAG)
-    if options.moe_router_topk is not None:
-        target.moe_router_topk = options.moe_router_topk * target.moe_granularity
 
 
 @torch.no_grad()
