@@ -12,7 +12,7 @@ from tools.recipes.flops import Flops, training_flops
 from tools.recipes.flops import stages as compute_stages
 from tools.report.figures import panels
 from tools.report.page import page as make_page
-from tools.report.tables import differences, headline
+from tools.report.tables import headline
 from tools.runs.figure_reader import read_figures
 from tools.runs.run_figures import Curve, Evaluation, RunFigures
 
@@ -65,17 +65,6 @@ def test_a_batch_that_grows(target: float | None, tmp_path: Path) -> None:
     stages = compute_stages(figures, Flops(100.0, 10.0))
     assert sum(stage.flops for stage in stages) == pytest.approx(100.0 * 260)
     assert sum(stage.hours for stage in stages) == pytest.approx(30 * 2.0 / 3600)
-
-
-def test_what_differs_are_flags_that_act(tmp_path: Path) -> None:
-    noted = "iteration curr_iteration consumed_train_samples num_floating_point_operations_so_far encoder_num_layers"
-    more = [
-        {"moe_router_topk": 2, "moe_z_loss_coeff": None},  # dense
-        {"num_experts": 8, "moe_router_topk": 1, "moe_z_loss_coeff": False, "moe_relu_routing": True},
-    ]
-    given = [dict.fromkeys([*noted.split(), "lr", "_explicit"], n) | group for n, group in enumerate(more)]
-    runs = [read_figures(write_metrics(tmp_path / str(n), args), str(n)) for n, args in enumerate(given)]
-    assert differences(runs).rows == [["--lr", "0", "1"], ["--num-experts", "", "8"]]
 
 
 def test_the_headline_compares_to_dense() -> None:

@@ -197,10 +197,10 @@ def overlay(
         if len(drawn.faint.values):
             plot.line(*thin(drawn.faint, POINTS), line_dash=dash, alpha=0.3, **style)
         if count := len(drawn.curve.values):
-            # Labels are placed side by side, since curves often end close to each other.
-            x, y = ([values[-1 - count * len(curves) // LABELS % count]] for values in drawn.curve)
-            plot.text(x, y, text=[run.name], text_align="right", text_baseline="bottom", **style)
             curves.append(plot.line(*thin(drawn.curve, POINTS), line_dash=dash, width=2, **style))
+            # Labels are placed side by side, since curves often end close to each other.
+            x, y = ([values[-1 - count * (len(curves) - 1) // LABELS % count]] for values in drawn.curve)
+            plot.text(x, y, text=[run.name], text_align="right", text_baseline="bottom", **style)
         if len(drawn.marks.values):
             plot.scatter(*thin(drawn.marks, POINTS), size=11, line_color=RIM, line_width=2, **style)
     for level in {level for run in runs if (level := find_level(run))}:

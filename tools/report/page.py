@@ -32,7 +32,6 @@ def page(runs: Sequence[RunFigures]) -> str:
         stages=tables.stages({run.name: _stages(run) for run in runs}),
         sections=sections,
         next_plot=iter([Markup(plot) for plot in plots]).__next__,
-        differences=tables.differences(runs),
         notes=[note for run in runs for note in run.notes],
     )
 
