@@ -1,7 +1,6 @@
 """Test the conversion of dense and top-k checkpoints to ReMoE: the loss at once, further training, and refusals."""
 
 import argparse
-import itertools
 import os
 import re
 import shlex
@@ -9,15 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron.remoe.start.checkpoint_index import read_index
 from tests.tiny_model import RELU, TOPK
 from tests.training_runs import REPOSITORY, TINY, run, series
 from tools.models import checkpoints
-from tools.models.convert import fitting, models
+from tools.models.convert import models
 from tools.models.convert.command import main as command
-from tools.models.hf.opening import open_run
 from tools.models.hf.settings import complete
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
@@ -103,25 +100,11 @@ def test_from_topk_into_two_processes(data: Path, tmp_path: Path, capfd: pytest.
     check_start(train_converted(data, tmp_path / "remoe", *layout, steps=11, processes=2), before, sparsity)
 
 
-def test_experts_in_some_layers(dense: tuple[Path, str], tmp_path: Path, monkeypatch, capfd) -> None:
-    """The second layer is copied to each expert. The first stays dense."""
-    monkeypatch.setattr(fitting, "STEPS", 150)
-    words = "--num-experts 4 --moe-layer-freq [0,1]"
-    assert main("--load", dense[0], "--save", tmp_path / "remoe", *words.split(), "--loss-bound", "0.1") == 0
-    assert "--moe-layer-freq '[0,1]'" in capfd.readouterr().out
-    source, target = (open_run(folder, None).model.state_dict() for folder in (dense[0], tmp_path / "remoe"))
-    mlp = "decoder.layers.1.mlp."
-    for expert, name in itertools.product(range(4), ("linear_fc1.weight", "linear_fc2.weight")):
-        assert torch.equal(target[f"{mlp}experts.local_experts.{expert}.{name}"], source[mlp + name])
-    kept = [key for key, value in source.items() if torch.is_tensor(value) and mlp not in key]
-    assert all(torch.equal(target[key], source[key]) for key in kept)
-
-
 def test_layout_and_speed_of_the_source_are_free(dense: tuple[Path, str]) -> None:
     """Settings that ReLU routing refuses in a run do not stop a conversion if they do not change the weights."""
     saved = checkpoints.find(dense[0], None).args
     free = {"tensor_model_parallel_size": 2, "fp8": "e4m3", "cuda_graph_impl": "full_iteration"}
-    given = argparse.Namespace(num_experts=4, moe_router_topk=None, moe_layer_freq=None)
+    given = argparse.Namespace(num_experts=4, moe_router_topk=None)
     target = models.target_args(complete(argparse.Namespace(**(vars(saved) | free))), given)
     assert target.moe_relu_routing and target.tensor_model_parallel_size == 2
 
@@ -129,9 +112,6 @@ def test_layout_and_speed_of_the_source_are_free(dense: tuple[Path, str]) -> Non
 REFUSED = [
     ([], "--num-experts"),
     (["--num-experts", "8", "--moe-router-topk", "8"], "--moe-router-topk 8"),
-    (["--num-experts", "8", "--moe-layer-freq", "[0,0]"], "--moe-layer-freq [0,0]"),
-    (["--num-experts", "8", "--moe-layer-freq", "[1]"], "Megatron cannot build"),
-    (["--num-experts", "8", "--moe-layer-freq", "often"], "--moe-layer-freq often:"),
     (["--num-experts", "8", "--ckpt-step", "7"], "iter_0000007"),
     (["--num-experts", "8", "--data-path", "/nowhere/text"], "/nowhere/text.idx"),
     (["--num-experts", "2", "--tokens", "256", "--loss-bound", "0"], "bound 0.00%): nothing was written"),

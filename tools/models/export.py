@@ -22,9 +22,6 @@ from .megatron_model import build, one_process
 
 TOKENS = 2048  # on which both models are compared
 SEQUENCE = 4096  # sequence length for training, if the model has more positions
-# Batch size, steps and learning rate are for the user to choose.
-PROGRAM = "remoe-pretrain --micro-batch-size 1 --global-batch-size 8 --train-iters 100 --lr 1e-4"
-PROGRAM += " --eval-interval 100 --save RUN --load RUN --save-interval 100"
 CARD = """\
 ---
 library_name: transformers
@@ -122,7 +119,7 @@ def write_card(folder: Path, args: argparse.Namespace, config: RemoeConfig, resu
 def write_checkpoint(folder: Path, output: Path, tokenizer_model: Path | None) -> None:
     """Write a folder's model as a checkpoint, if the logits of both models agree on random tokens.
 
-    Prints the command to continue training.
+    Print the flags of the model.
 
     Args:
         folder: of an exported model.
@@ -143,8 +140,8 @@ def write_checkpoint(folder: Path, output: Path, tokenizer_model: Path | None) -
     print(compare_models(source, compute_all_logits(model, ids), ids))
     del source
     save(model, args, output)
-    words = ["--data-path", "DATA", "--pretrained-checkpoint", str(output), *flags]
-    print(f"wrote {output}. Continue training with:\n{PROGRAM} {shlex.join(words)}")
+    words = shlex.join(["--pretrained-checkpoint", str(output), *flags])
+    print(f"wrote {output}. Train with your flags for data, batch, learning rate and --save, and with:\n{words}")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -43,12 +43,11 @@ class Panel:
 
 @dataclass(frozen=True)
 class RunCurves:
-    """A run in a figure: its curve, thin curves of its layers, a faint curve, and single values as marks."""
+    """A run in a figure: its curve, thin curves of its layers, and a faint curve."""
 
     curve: Curve = EMPTY
     layers: Layers = field(default_factory=dict)
     faint: Curve = EMPTY
-    marks: Curve = EMPTY
 
 
 def panels(runs: Sequence[RunFigures]) -> dict[str, list[Panel]]:
@@ -63,7 +62,7 @@ def panels(runs: Sequence[RunFigures]) -> dict[str, list[Panel]]:
         )
 
     sets = (name for run in runs for name, losses in run.evaluations.items() if len(losses) > 1)
-    pairs = "share of token–expert pairs that are off; thin: layers, dashed: target, mark: first within 1 % of it"
+    pairs = "share of token–expert pairs that are off; thin: layers, dashed: target"
     sections: dict[str, list[Panel]] = {
         "Loss": [
             *draw(
@@ -82,8 +81,8 @@ def panels(runs: Sequence[RunFigures]) -> dict[str, list[Panel]]:
             *logged("tokens_per_second", "Throughput", "tokens per second, of all processes", form="@y{0,0}"),
         ],
         "Routing": [
-            *draw(_sparsity, "Sparsity S", pairs, "S", "@y{0.0000}",
-                  find_level=lambda run: run.target_sparsity),
+            *logged("sparsity", "Sparsity S", pairs, unit="S", form="@y{0.0000}",
+                    find_level=lambda run: run.target_sparsity),
             *draw(_experts, "Experts per token", "computed, mean; thin: positive gates by layer, dashed: k",
                   form="@y{0.000}",
                   find_level=lambda run: run.topk),
@@ -111,14 +110,7 @@ def _range_of_losses(runs: Sequence[RunFigures], first: float) -> dict[str, Rang
 
 def _validation(name: str, figures: RunFigures) -> RunCurves:
     losses = {evaluation.iteration: evaluation.loss for evaluation in figures.evaluations.get(name, ())}
-    curve = Curve(np.array([*losses], np.int64), np.array([*losses.values()]))
-    return RunCurves(curve, marks=curve)
-
-
-def _sparsity(figures: RunFigures) -> RunCurves:
-    near = np.array([figures.first_near] if figures.first_near else [], np.int64)
-    marks = Curve(near, figures.values("sparsity", near))
-    return RunCurves(figures.curve("sparsity"), figures.layers.get("layer_sparsity", {}), marks=marks)
+    return RunCurves(Curve(np.array([*losses], np.int64), np.array([*losses.values()])))
 
 
 def _experts(figures: RunFigures) -> RunCurves:
@@ -201,8 +193,6 @@ def overlay(
             # Labels are placed side by side, since curves often end close to each other.
             x, y = ([values[-1 - count * (len(curves) - 1) // LABELS % count]] for values in drawn.curve)
             plot.text(x, y, text=[run.name], text_align="right", text_baseline="bottom", **style)
-        if len(drawn.marks.values):
-            plot.scatter(*thin(drawn.marks, POINTS), size=11, line_color=RIM, line_width=2, **style)
     for level in {level for run in runs if (level := find_level(run))}:
         plot.add_layout(Span(location=level, dimension="width", line_dash="dashed", line_color=RIM))
     tips = [("run", "$name"), ("iteration", "@x{0,0}"), (unit or title, form)]

@@ -9,7 +9,6 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from ...console.display import show_step
 from ...console.errors import ConversionError
 from ...runs.running import make_main
 from ..arguments import parse_convert
@@ -28,7 +27,7 @@ BOUNDS = {"dense": 0.01, "top-k": 0.05}
 # turned off before they differ.
 GENTLE = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1.05".split()
 # Arguments of a ReMoE from a dense checkpoint that differ from its source's.
-SHAPE = "num_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_layer_freq"
+SHAPE = "num_experts", "moe_router_topk", "moe_ffn_hidden_size"
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -50,8 +49,8 @@ def convert(options: argparse.Namespace) -> None:
     to_fit, to_measure = sample(blend, 2 * sequences, args.seq_length, args.padded_vocab_size, options.seed).chunk(2)
     with one_process(options.seed):
         target, loss_before = _fit_routers(options, checkpoint, args, new_args, to_fit, to_measure)
-        with show_step("running the ReMoE", len(to_measure)) as advance, count_experts(target) as histograms:
-            loss_after = measure_loss(target, split_batches(to_measure), advance).loss
+        with count_experts(target) as histograms:
+            loss_after = measure_loss(target, split_batches(to_measure)).loss
         active, target_sparsity = mean_experts(histograms.values()), 1 - new_args.moe_router_topk / new_args.num_experts
         sparsity = 1 - active / new_args.num_experts
         bound = BOUNDS[kind] if options.loss_bound is None else options.loss_bound
@@ -82,23 +81,20 @@ def _fit_routers(
     source, target = build(args), build(new_args)
     load(checkpoint, source)
     layers = [number for number, layer in enumerate(target.decoder.layers) if isinstance(layer.mlp, MoELayer)]
-    with show_step("running the source", len(to_fit) + len(to_measure)) as advance:
-        with record_routers(source, layers) as (inputs, gates):
-            measure_loss(source, split_batches(to_fit), advance)
-        loss_before = measure_loss(source, split_batches(to_measure), advance).loss
+    with record_routers(source, layers) as (inputs, gates):
+        measure_loss(source, split_batches(to_fit))
+    loss_before = measure_loss(source, split_batches(to_measure)).loss
     routers = {}
-    with show_step("fitting the routers", len(layers)) as advance:
-        for number, layer in enumerate(layers):
-            seen = torch.cat(inputs.pop(layer))
-            if args.num_experts is None:
-                wanted, copies, start = torch.ones(len(seen), 1), new_args.num_experts, None
-            else:
-                wanted, copies = torch.cat(gates.pop(layer)), 1
-                start = source.decoder.layers[layer].mlp.router.weight.detach()
-            routers[layer], error, sparsity = fit_router(seen, wanted, copies, start, options.seed + number)
-            advance(1)
-            fit = f"gates within {error:.1%} (root mean square), sparsity {sparsity:.3f}"
-            print(f"layer {layer + 1} of {args.num_layers}: {fit}", flush=True)
+    for number, layer in enumerate(layers):
+        seen = torch.cat(inputs.pop(layer))
+        if args.num_experts is None:
+            wanted, copies, start = torch.ones(len(seen), 1), new_args.num_experts, None
+        else:
+            wanted, copies = torch.cat(gates.pop(layer)), 1
+            start = source.decoder.layers[layer].mlp.router.weight.detach()
+        routers[layer], error, sparsity = fit_router(seen, wanted, copies, start, options.seed + number)
+        fit = f"gates within {error:.1%} (root mean square), sparsity {sparsity:.3f}"
+        print(f"layer {layer + 1} of {args.num_layers}: {fit}", flush=True)
     fill(target, source, routers)
     for parameter in target.parameters():  # measure the weights that will be saved
         parameter.data = parameter.data.to(args.params_dtype).float()

@@ -13,11 +13,9 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.remoe.routing.refusals import flag_name, routing_problems
-from megatron.training.arguments import moe_freq_type
 
 from ...console.errors import ConversionError
 from ...recipes.megatron_values import make_parser
-from ..hybrid import moe_layer_pattern
 from ..megatron_model import EXPERT, SINGLE_PROCESS_SETTINGS
 
 # Settings that only top-k routing uses; a ReMoE has their defaults.
@@ -65,19 +63,12 @@ def _become_mixture(target: argparse.Namespace, options: argparse.Namespace) -> 
         raise ConversionError("--load is a dense checkpoint: give --num-experts.", BAD_FLAG)
     target.num_experts, target.moe_ffn_hidden_size = options.num_experts, None
     target.moe_router_topk = 1 if options.moe_router_topk is None else options.moe_router_topk
-    target.moe_granularity = 1
-    pattern = options.moe_layer_freq or "1"
-    try:
-        target.moe_layer_freq = moe_freq_type(pattern)
-        if not any(moe_layer_pattern(target)):
-            raise ValueError("no layer has experts")
-    except (ValueError, SyntaxError, TypeError, ZeroDivisionError) as error:
-        raise ConversionError(f"--moe-layer-freq {pattern}: {error}.", BAD_FLAG) from error
+    target.moe_granularity = target.moe_layer_freq = 1
     target.moe_ffn_hidden_size = target.ffn_hidden_size
 
 
 def _refuse_shape(options: argparse.Namespace) -> None:
-    for name in ("num_experts", "moe_router_topk", "moe_layer_freq"):
+    for name in ("num_experts", "moe_router_topk"):
         if getattr(options, name) is not None:
             raise ConversionError(f"{flag_name(name)}: --load is a top-k checkpoint, whose experts are kept.", BAD_FLAG)
 
