@@ -22,7 +22,6 @@ from tools.models.checkpoints import save
 from tools.models.hf.opening import open_model
 from tools.models.measuring import find_blocks
 from tools.models.text import read_batches, read_sequences, sample
-from tools.runs.names import name_data_sets
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 
@@ -209,10 +208,6 @@ def choices(model: RemoeForCausalLM, domains: list[Path]) -> list[list[set[int]]
     """Return layer → token → its experts."""
     layers = zip(*(recount(model, prefix) for prefix in domains), strict=True)
     return [[{*token} for domain in layer for sequence in domain for token in sequence] for layer in layers]
-
-
-def test_sets_of_equal_names_are_told_apart_by_folder() -> None:
-    assert name_data_sets(["pile/arxiv/val_text_document", "pile/code/val"]) == ["arxiv/val_text_document", "code/val"]
 
 
 def test_information() -> None:

@@ -106,9 +106,7 @@ def test_settings_of_a_gpu_and_noise() -> None:
 
 
 @pytest.mark.parametrize(("setting", "value", "code", "fact"), [
-    ("qk_l2_norm", True, "E512", "--qk-l2-norm"),
     ("moe_mlp_glu_interleave_size", 4, "E512", "--moe-mlp-glu-interleave-size 4"),
-    ("multi_latent_attention", True, "E512", "--multi-latent-attention"),
     ("moe_router_score_function", "sqrtsoftplus", "E512", "--moe-router-score-function sqrtsoftplus"),
     ("moe_baseline_router", "top_p", "E512", "--moe-baseline-router top_p"),
     ("moe_router_load_balancing_type", "quantile_balancing", "E512", "--moe-router-load-balancing-type quantile"),
