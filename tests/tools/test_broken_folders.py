@@ -88,16 +88,13 @@ def write(name: str, content: bytes | str) -> Callable[[Path], object]:
 # Damage to the folder, and a word of the error message.
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (change_tensors(lambda one: one.pop("model.layers.1.mlp.experts.down_proj")), "experts.down_proj"),
-    "unexpected": (change_tensors(lambda one: one.update(more=torch.ones(3))), "more"),
     "other shape": (change_tensors(lambda one: one.update({NORM: torch.ones(33)})), NORM),
     "not finite": (change_tensors(lambda one: one[NORM].fill_(NAN)), NORM),
     "pickle": (pickled, "safetensors"),
     "truncated": (lambda folder: os.truncate(folder / WEIGHTS, 9_000), "cannot be read"),
-    "a string for a number": (set_field("num_attention_heads", "4"), "num_attention_heads"),
     "too many experts": (set_field("max_experts_per_token", 9), "max_experts_per_token"),
     "quantized": (set_field("quantization_config", {"quant_method": "bitsandbytes"}), "config.json"),
     "a different model": (set_field("model_type", "llama"), "config.json"),
-    "config is cut off": (write("config.json", '{"model_type": "remoe",'), "config.json"),
     "adapter": (write("adapter_config.json", "{}"), "adapter"),
     "tokenizer is empty": (write("tokenizer.json", "{}"), "tokenizer"),
 }  # fmt: skip

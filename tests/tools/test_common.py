@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from megatron.remoe.files.files import write_atomically
 from tests.training_runs import REPOSITORY
 from tools.console.errors import ToolError
-from tools.console.files import lock, new_folder, write_json
+from tools.console.files import lock, new_folder
 from tools.start import COMMANDS, IMPORT_TORCH
 
 TOOLS = REPOSITORY / "tools"
@@ -88,16 +87,6 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
         assert len([*tmp_path.iterdir()]) == len(left)
 
 
-def test_a_written_file_is_on_the_disk_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, calls = tmp_path / "results.json", []
-    fsync, rename = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: calls.append(Path(f"/proc/self/fd/{file}").resolve()) or fsync(file))
-    monkeypatch.setattr(os, "replace", lambda old, new: calls.append(Path(new)) or rename(old, new))
-    write_json(path, {"a": 1})
-    assert [calls[1], calls[2]] == [path, tmp_path] and calls[0].name.endswith("results.json") and len(calls) == 3
-    assert path.read_text() == '{\n "a": 1\n}\n'
-
-
 def test_a_folder_is_locked_once(tmp_path: Path) -> None:
     with lock(tmp_path / "runs", "sweep"), pytest.raises(ToolError, match="sweep .*/runs"):
         lock(tmp_path / "runs", "sweep")
@@ -106,36 +95,12 @@ def test_a_folder_is_locked_once(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- processes
 
-STEPS = """
-from tools.console.display import show_step
-with show_step("reading", 2):
-    print("a result", flush=True)
-"""
 NOHUP = """
 import os, signal
 from tools.runs.running import run_tool
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 raise SystemExit(run_tool("test", lambda: os.kill(os.getpid(), signal.SIGHUP)))
 """
-
-
-def read_terminal(terminal: int) -> str:
-    """Return the terminal's next output, or "" at its end, where Linux raises an error."""
-    try:
-        return os.read(terminal, 10_000).decode()
-    except OSError:
-        return ""
-
-
-def test_results_go_to_the_file_while_the_bar_is_on_the_terminal() -> None:
-    terminal, side = pty.openpty()
-    pipes = {"stdout": subprocess.PIPE, "stderr": side, "capture_output": False}
-    result = run("-c", STEPS, cwd=REPOSITORY, env=os.environ | {"TERM": "xterm"}, check=True, **pipes)
-    os.close(side)
-    shown = "".join(iter(lambda: read_terminal(terminal), ""))
-    os.close(terminal)
-    assert result.stdout == "a result\n"
-    assert "reading" in shown and "a result" not in shown
 
 
 def test_a_tool_under_nohup_continues_after_a_hangup() -> None:

@@ -1,7 +1,6 @@
 """Test the conversion of dense and top-k checkpoints to ReMoE: the loss at once, further training, and refusals."""
 
 import argparse
-import itertools
 import os
 import re
 import shlex
@@ -9,17 +8,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron.remoe.start.checkpoint_index import read_index
 from tests.tiny_model import RELU, TOPK
 from tests.training_runs import REPOSITORY, TINY, run, series
 from tools.models import checkpoints
-from tools.models.convert import fitting, models
+from tools.models.convert import models
 from tools.models.convert.command import main as command
-from tools.models.hf.opening import open_run
 from tools.models.hf.settings import complete
-from tools.models.megatron_model import build
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 STEPS_BEFORE, STEPS_AFTER = 80, 50
@@ -82,9 +78,9 @@ def test_from_dense(data: Path, dense: tuple[Path, str], tmp_path: Path, capfd: 
     result = run(["convert", *words], script=REPOSITORY / "tools" / "__main__.py")
     loss_before, loss_after, sparsity = measured(result)
     assert loss_after < loss_before * 1.01 and sparsity > 0.5 and LAMBDA in result
-    printed = shlex.split(next(line for line in result.splitlines() if line.startswith("remoe-pretrain")))[1:]
-    more = f"--train-iters {STEPS_AFTER} --eval-interval {STEPS_AFTER} --log-interval 1 --lr-warmup-iters 10 --cpu"
-    output = run([*(str(tmp_path / "run") if word == "RUN" else word for word in printed), *more.split()])
+    printed = shlex.split(next(line for line in result.splitlines() if line.startswith("--pretrained-checkpoint")))
+    more = f"--train-iters {STEPS_AFTER} --eval-interval {STEPS_AFTER} --lr-warmup-iters 10"
+    output = train(data, *printed, *more.split())
     check_start(output, before, sparsity)
     assert sum(series(output, "sparsity")[-10:]) / 10 == pytest.approx(0.875, abs=0.04)
     assert validation_loss(output) < validation_loss(before)
@@ -104,47 +100,11 @@ def test_from_topk_into_two_processes(data: Path, tmp_path: Path, capfd: pytest.
     check_start(train_converted(data, tmp_path / "remoe", *layout, steps=11, processes=2), before, sparsity)
 
 
-def test_parts_of_some_layers(dense: tuple[Path, str], tmp_path: Path, monkeypatch, capfd) -> None:
-    """The second layer is split into G = 2 parts, and each part is copied to 4 experts. The first stays dense."""
-    monkeypatch.setattr(fitting, "STEPS", 150)
-    words = "--num-experts 4 --moe-granularity 2 --moe-layer-freq [0,1]"
-    assert main("--load", dense[0], "--save", tmp_path / "remoe", *words.split(), "--loss-bound", "0.1") == 0
-    size = checkpoints.find(dense[0], None).args.ffn_hidden_size
-    printed = shlex.split(capfd.readouterr().out)
-    for flag, value in (
-        *zip(words.split()[::2], words.split()[1::2], strict=True),
-        ("--moe-ffn-hidden-size", str(size)),
-    ):
-        assert printed[printed.index(flag) + 1] == value
-    source, target = (open_run(folder, None).model.state_dict() for folder in (dense[0], tmp_path / "remoe"))
-    mlp = "decoder.layers.1.mlp."
-    parts = fitting.split_mlp({key.removeprefix(mlp): source[key] for key in source if key.startswith(mlp)}, 2, True)
-    for expert, name in itertools.product(range(8), ("linear_fc1.weight", "linear_fc2.weight")):
-        assert torch.equal(target[f"{mlp}experts.local_experts.{expert}.{name}"], parts[expert // 4][name])
-    kept = [key for key, value in source.items() if torch.is_tensor(value) and mlp not in key]
-    assert all(torch.equal(target[key], source[key]) for key in kept)
-
-
-def test_fewer_experts_per_token(dense: tuple[Path, str], tmp_path: Path, monkeypatch, capfd) -> None:
-    """For a smaller k, routers are fitted to the k largest gates only, so the ReMoE is sparser."""
-    monkeypatch.setattr(fitting, "STEPS", 150)
-    args = complete(checkpoints.find(dense[0], None).args)
-    vars(args).update(num_experts=8, moe_router_topk=3, moe_ffn_hidden_size=64, moe_router_pre_softmax=True)
-    checkpoints.save(build(args), args, tmp_path / "topk")
-    sparsity = []
-    for topk in (3, 1):
-        words = f"--load {tmp_path}/topk --save {tmp_path}/{topk} --moe-router-topk {topk} --loss-bound 0.1"
-        assert main(*words.split()) == 0
-        assert f"--moe-router-topk {topk}" in (printed := capfd.readouterr().out)
-        sparsity.append(measured(printed)[2])
-    assert sparsity[1] > sparsity[0] + 0.1
-
-
 def test_layout_and_speed_of_the_source_are_free(dense: tuple[Path, str]) -> None:
     """Settings that ReLU routing refuses in a run do not stop a conversion if they do not change the weights."""
     saved = checkpoints.find(dense[0], None).args
     free = {"tensor_model_parallel_size": 2, "fp8": "e4m3", "cuda_graph_impl": "full_iteration"}
-    given = argparse.Namespace(num_experts=4, moe_router_topk=None, moe_granularity=None, moe_layer_freq=None)
+    given = argparse.Namespace(num_experts=4, moe_router_topk=None)
     target = models.target_args(complete(argparse.Namespace(**(vars(saved) | free))), given)
     assert target.moe_relu_routing and target.tensor_model_parallel_size == 2
 
@@ -152,10 +112,6 @@ def test_layout_and_speed_of_the_source_are_free(dense: tuple[Path, str]) -> Non
 REFUSED = [
     ([], "--num-experts"),
     (["--num-experts", "8", "--moe-router-topk", "8"], "--moe-router-topk 8"),
-    (["--num-experts", "8", "--moe-granularity", "3"], "--moe-granularity 3"),
-    (["--num-experts", "8", "--moe-layer-freq", "[0,0]"], "--moe-layer-freq [0,0]"),
-    (["--num-experts", "8", "--moe-layer-freq", "[1]"], "Megatron cannot build"),
-    (["--num-experts", "8", "--moe-layer-freq", "often"], "--moe-layer-freq often:"),
     (["--num-experts", "8", "--ckpt-step", "7"], "iter_0000007"),
     (["--num-experts", "8", "--data-path", "/nowhere/text"], "/nowhere/text.idx"),
     (["--num-experts", "2", "--tokens", "256", "--loss-bound", "0"], "bound 0.00%): nothing was written"),

@@ -5,7 +5,6 @@ import io
 import itertools
 import json
 import random
-import re
 import shutil
 import tarfile
 from dataclasses import replace
@@ -114,17 +113,6 @@ def test_texts_at_any_depth() -> None:
     assert list(technical.find_texts(described, {"documentation"})) == ["One.", "Two."]
     values = {"enumDescriptions": ["Three.", "Four."], "enum": ["no"], "description": {"description": "Five."}}
     assert list(technical.find_texts(values, {"description", "enumDescriptions"})) == ["Three.", "Four.", "Five."]
-
-
-def test_services_of_the_packages() -> None:
-    few = re.compile(technical.AMAZON.files.pattern.replace("([^/]+)", "(acm|sqs|sns)", 1))
-    try:
-        documents = list(technical.documents(replace(technical.AMAZON, files=few), set()))
-    except ToolError as error:
-        pytest.skip(str(error))
-    assert [each.id for each in documents] == ["amazon/acm", "amazon/sns", "amazon/sqs"]
-    for each in documents:
-        assert len(each.text) > 10_000 and not re.search(r"</?(p|b|i|a|code|li|ul)\b|&\w+;", each.text)
 
 
 def test_a_wrong_hash_is_refused_before_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,8 +35,9 @@ def test_memory_is_given_back(monkeypatch) -> None:
     assert np.array_equal(first.ids, encoder.encode(texts).ids) and encoder._fast is not before
 
 
-def without_gigatoken(how: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Break gigatoken as `how` says, and return the reason that the warning must give."""
+@pytest.mark.parametrize("how", ["absent", "wrong"])
+def test_gigatoken_that_does_not_work(how, byte_files, tokenizer, capsys, monkeypatch) -> None:
+    """A single warning gives the reason, and the ids are right."""
     import gigatoken
 
     encode_batch = gigatoken.Tokenizer.encode_batch
@@ -46,25 +47,13 @@ def without_gigatoken(how: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
     if how == "absent":
         monkeypatch.setitem(sys.modules, "gigatoken", None)
-        return "import of gigatoken halted"
-    if how == "fails":
-        monkeypatch.delattr(gigatoken.Tokenizer, "__init__")
-        return "takes no arguments"
-    monkeypatch.setattr(gigatoken.Tokenizer, "encode_batch", wrong)
-    return "it gives different ids for 'import this'"
-
-
-@pytest.mark.parametrize("how", ["absent", "fails", "wrong"])
-def test_gigatoken_that_does_not_work(how, byte_files, tokenizer, capsys, monkeypatch) -> None:
-    """A single warning gives the reason, and the ids are right."""
-    reference = transformers_tokenizer(str(tokenizer))
-    texts = ["import this", "naïve", ""]
-    reason = without_gigatoken(how, monkeypatch)
-    encoder = gpt2_encoder(*byte_files)
+    else:
+        monkeypatch.setattr(gigatoken.Tokenizer, "encode_batch", wrong)
+    texts, encoder = ["import this", "naïve", ""], gpt2_encoder(*byte_files)
+    expected = transformers_tokenizer(str(tokenizer))(texts).input_ids
     with ThreadPoolExecutor(4) as pool:
         for encoded in pool.map(encoder.encode, [texts] * 8):
-            assert [ids.tolist() for ids in encoded.documents()] == reference(texts).input_ids
+            assert [ids.tolist() for ids in encoded.documents()] == expected
+    reason = {"absent": "import of gigatoken halted", "wrong": "it gives different ids for 'import this'"}[how]
     error = capsys.readouterr().err
-    assert error.startswith("warning: gigatoken cannot be used here (") and reason in error
-    assert error.endswith("about 30 times slower.\n") and error.count("\n") == 1
-    assert encoder.engine == "tokenizers"
+    assert reason in error and error.count("\n") == 1 and encoder.engine == "tokenizers"

@@ -22,7 +22,6 @@ from tests.data_sets import write_documents
 from tests.hf.models import make
 from tests.tiny_model import RELU
 from tests.training_runs import REPOSITORY, TINY, logged, run, series
-from tools.models.arguments import parse_evaluate
 from tools.models.evaluate import main
 from tools.models.export import main as export
 from tools.models.hf.tokenizer import count_token_bytes
@@ -134,16 +133,6 @@ def test_a_bound_ends_with_its_data_set(data: Path, tmp_path: Path) -> None:
     assert first["none"]["experts"]["1"]["largest"] > 1 and again == first
 
 
-@pytest.mark.parametrize("kind", ["top-k, normed", "hash"])
-def test_models_without_relu_keep_their_experts(kind: str, data: Path, tmp_path: Path) -> None:
-    model = make(kind, vocab_size=300)
-    model.save_pretrained(tmp_path / "model")
-    words = ["--load", tmp_path / "model", "--data-path", data, "--seq-length", "32", "--sequences", "8"]
-    measured = evaluate(tmp_path, *words)["text"][str(tmp_path / "model")][str(data)]["none"]
-    batches = read_batches(read_sequences(str(data), 32, 1234, 300), 8, 300)
-    assert measured["loss"] == pytest.approx(measure_loss(model, batches).loss, rel=1e-6)
-
-
 def test_repeats_are_pairs_seen_before() -> None:
     """Their loss and number are those of a search through all earlier pairs of each sequence."""
     model = make("relu", vocab_size=300).eval()
@@ -156,18 +145,6 @@ def test_repeats_are_pairs_seen_before() -> None:
     assert measured.repeats == expected.sum() and measured.tokens == expected.numel()
     assert measured.repeats_loss == pytest.approx(losses[expected].mean().item(), rel=1e-5)
     assert measure_loss(model, [ids[:, :2]]).repeats_loss is None
-
-
-def test_results_before_an_error_are_kept(data: Path, tmp_path: Path, capfd) -> None:
-    make("relu", vocab_size=300).save_pretrained(tmp_path / "model")
-    words = ["--load", tmp_path / "model", "--seq-length", "32", "--sequences", "8"]
-    words += ["--output", tmp_path / "results.json", "--data-path"]
-    assert main([*map(str, [*words, data, tmp_path / "nothing"])]) == 1
-    assert "[REMOE-E301]" in capfd.readouterr().err
-    kept = (tmp_path / "results.json").read_text()
-    assert [*json.loads(kept)["text"][str(tmp_path / "model")]] == [str(data)]
-    assert main([*map(str, [*words, tmp_path / "nothing"])]) == 1
-    assert (tmp_path / "results.json").read_text() == kept
 
 
 def test_loss_per_byte(tokenizer: Path, data: Path, tmp_path: Path) -> None:
@@ -185,11 +162,6 @@ def test_loss_per_byte(tokenizer: Path, data: Path, tmp_path: Path) -> None:
     fast = AutoTokenizer.from_pretrained(gpt2_tokenizer_folder(tmp_path / "vocab.json", tmp_path / "merges.txt"))
     ids = fast(text + "<|endoftext|>").input_ids
     assert len(ids) < len(text) and count_token_bytes(fast, 400)[ids].sum() == len(text.encode()) + 1
-
-
-def test_models_read_the_same_sequences() -> None:
-    words = "--data-path a --sequences 8 --load one".split()
-    assert parse_evaluate(words).seed is None and parse_evaluate([*words, "two"]).seed is not None
 
 
 TEXTS = ["the cat has caught a mouse", "she opened the old door", "it rained all day long"]

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import re
 import resource
 import shutil
 from pathlib import Path
@@ -23,7 +22,7 @@ from tools.models.convert.command import main as convert
 from tools.models.hf.opening import read_folder
 from tools.models.hf.tokenizer import find_training_tokenizer
 from tools.models.hf.weights import fill_megatron
-from tools.models.measuring import compute_logits, measure_loss, split_batches
+from tools.models.measuring import compute_logits
 from tools.text.corpora.dataset import byte_level_vocabulary
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
@@ -50,7 +49,7 @@ def test_exported_folder(trained: Path, tokenizer: Path, tmp_path: Path, capfd: 
     assert main("--load", trained, "--save", there, "--tokenizer-model", tokenizer) == 0
     output = capfd.readouterr().out
     assert float(output.split("largest difference of logits ")[1].split()[0]) < 1e-5
-    assert "on 2,048 tokens" in output
+    assert "on 2,048 random tokens" in output
     model = AutoModelForCausalLM.from_pretrained(there)
     loaded = AutoTokenizer.from_pretrained(there, trust_remote_code=False)
     assert (loaded.padding_side, loaded.pad_token, loaded.eos_token_id) == ("left", "<|endoftext|>", 256)
@@ -64,14 +63,10 @@ def test_exported_folder(trained: Path, tokenizer: Path, tmp_path: Path, capfd: 
 
 
 def test_bound_for_servers(trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Two config fields hold K for servers. The loss at each K is printed. Converted back, the model keeps k and K."""
+    """Two config fields hold K for servers. Converted back, the model keeps k and K."""
     folder, most = tmp_path / "folder", "--max-experts-per-token"
     assert main("--load", trained, "--save", folder, most, 9) == 1 and "[REMOE-E501]" in capfd.readouterr().err
-    assert main("--load", trained, "--save", folder, "--data-path", "/nowhere") == 1
-    assert "[REMOE-E301]" in capfd.readouterr().err
     assert main("--load", trained, "--ckpt-step", 2, "--save", folder, most, 2) == 0
-    losses = [float(loss) for loss in re.findall(r"loss with K = [1248]: (\S+\d)", capfd.readouterr().out)]
-    assert len(losses) == 4 and f"tokens | {losses[1]:.4f} nats" in (folder / "README.md").read_text()
     config = AutoConfig.from_pretrained(folder)
     assert config.max_experts_per_token == config.num_experts_per_tok == 2 and config.mean_experts_per_token == 1
     assert config.router_aux_loss_coef == pytest.approx(1e-8 * 1.2**2, rel=1e-9)
@@ -80,15 +75,8 @@ def test_bound_for_servers(trained: Path, tmp_path: Path, capfd: pytest.CaptureF
     assert checkpoints.find(tmp_path / "back", None).args.moe_router_topk == 1
 
 
-def test_loss_with_fewer_experts() -> None:
-    model, text = make("relu"), tokens()
-    losses = command.measure_bounds(model, text, {1, 2, 4, 8})
-    assert len(set(losses.values())) == 4
-    assert losses["loss with K = 8"] == f"{measure_loss(model, split_batches(text)).loss:.4f}"
-
-
 @pytest.mark.parametrize("name", ["dense", "relu, norms, shared gate", "sigmoid, bias", "hash"])
-def test_other_models(name: str, tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_other_models(name: str, tokenizer: Path, tmp_path: Path) -> None:
     """Models in bf16 keep their logits. Checkpoints name the experts' norm as both layer implementations do."""
     model = make(name, vocab_size=264)
     for parameter in model.parameters():
@@ -98,8 +86,6 @@ def test_other_models(name: str, tokenizer: Path, tmp_path: Path, capfd: pytest.
     stored = checkpoints.find(tmp_path / "run", None).index.state_dict_metadata
     assert all(checkpoints.rename_expert_norm(key) in stored for key in stored if "pre_mlp_layernorm." in key)
     assert main("--load", tmp_path / "run", "--save", tmp_path / "out", "--tokenizer-model", tokenizer) == 0
-    assert "on 2,048 random tokens" in capfd.readouterr().out
-    assert "| loss on" not in (tmp_path / "out" / "README.md").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.dtype == torch.bfloat16 and loaded.config.tie_word_embeddings == (name == "dense")
     with torch.no_grad():
@@ -120,9 +106,7 @@ def test_settings_of_a_gpu_and_noise() -> None:
 
 
 @pytest.mark.parametrize(("setting", "value", "code", "fact"), [
-    ("qk_l2_norm", True, "E512", "--qk-l2-norm"),
     ("moe_mlp_glu_interleave_size", 4, "E512", "--moe-mlp-glu-interleave-size 4"),
-    ("multi_latent_attention", True, "E512", "--multi-latent-attention"),
     ("moe_router_score_function", "sqrtsoftplus", "E512", "--moe-router-score-function sqrtsoftplus"),
     ("moe_baseline_router", "top_p", "E512", "--moe-baseline-router top_p"),
     ("moe_router_load_balancing_type", "quantile_balancing", "E512", "--moe-router-load-balancing-type quantile"),

@@ -114,14 +114,6 @@ def test_state_of_several_optimizers_is_put_together(saved: Path, tmp_path: Path
     assert [len(part["optimizer"]["param_groups"]) for part in settings[0].values()] == [2, 1]
 
 
-def test_a_different_vocabulary_padding_is_noted(saved: Path, text: Path, tmp_path: Path) -> None:
-    """The run is refused, because a different divisor changes the padded size of the vocabulary."""
-    here, run, flags = tmp_path / "here", tmp_path / "run", ("--make-vocab-size-divisible-by", "48")
-    assert convert("--load", saved / "dense", "--save", here) == 0
-    output = continued("dense", text, here, run, *flags, expect=2)
-    assert "--padded-vocab-size 64 in the checkpoint, 96 here" in output
-
-
 def test_refusals(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refusal(name: str) -> str:
         assert convert("--load", tmp_path / name, "--save", tmp_path / "out") == 1

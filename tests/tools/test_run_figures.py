@@ -12,7 +12,7 @@ from tools.recipes.flops import Flops, training_flops
 from tools.recipes.flops import stages as compute_stages
 from tools.report.figures import panels
 from tools.report.page import page as make_page
-from tools.report.tables import differences, headline
+from tools.report.tables import headline
 from tools.runs.figure_reader import read_figures
 from tools.runs.run_figures import Curve, Evaluation, RunFigures
 
@@ -42,15 +42,6 @@ def test_stages_of_a_run_that_continues_another(tmp_path: Path) -> None:
     assert [*layers["ys"][0]] == [16.0] * 2 and [*mean["y"]] == [4.0] * 2, "positive gates, and computed experts"
 
 
-def test_a_run_is_done_after_its_last_evaluation(tmp_path: Path) -> None:
-    args = {"train_iters": 20, "log_interval": 10, "do_valid": True, "do_test": True}
-    rows: list[dict[str, object]] = [{"kind": "log", "iteration": at, "lm_loss": 3.0} for at in (10, 20)]
-    for name in ("validation", "test"):
-        assert not read_figures(write_metrics(tmp_path / "run", args, *rows)).done
-        rows.append({"kind": "validation", "iteration": 20, "lm_loss": 3.0, "final": True, "set": name})
-    assert read_figures(write_metrics(tmp_path / "run", args, *rows)).done
-
-
 def test_experts_per_token_of_a_baseline(tmp_path: Path) -> None:
     args = {"global_batch_size": 4, "num_experts": 8, "moe_router_topk": 2, "moe_baseline_router": "top_p"}
     pairs = ((10, 300), (20, 450))
@@ -76,23 +67,6 @@ def test_a_batch_that_grows(target: float | None, tmp_path: Path) -> None:
     assert sum(stage.hours for stage in stages) == pytest.approx(30 * 2.0 / 3600)
 
 
-def test_what_differs_are_flags_that_act(tmp_path: Path) -> None:
-    noted = "iteration curr_iteration consumed_train_samples num_floating_point_operations_so_far encoder_num_layers"
-    more = [
-        {"moe_router_topk": 2, "moe_z_loss_coeff": None},  # dense
-        {"num_experts": 8, "moe_router_topk": 1, "moe_z_loss_coeff": False, "moe_relu_routing": True},
-    ]
-    given = [dict.fromkeys([*noted.split(), "lr", "_explicit"], n) | group for n, group in enumerate(more)]
-    runs = [read_figures(write_metrics(tmp_path / str(n), args), str(n)) for n, args in enumerate(given)]
-    assert differences(runs).rows == [["--lr", "0", "1"], ["--num-experts", "", "8"]]
-    runs[0].args["aux_data"] = "a" * 50
-    assert ["--aux-data", "a" * 50, ""] in differences(runs).rows
-    for n, run in enumerate(runs):
-        run.args["data_path"] = ["shared/" * 20, f"end{n}"]
-    _, shown, *_ = differences(runs).rows
-    assert shown[0] == "--data-path" and "end0" in shown[1] and "end1" in shown[2], "they differ late in the value"
-
-
 def test_the_headline_compares_to_dense() -> None:
     def run(name: str, loss: float, **args: object) -> RunFigures:
         return RunFigures(args, {"lm_loss": Curve(np.array([5]), np.array([loss]))}, last=5, name=name)
@@ -100,11 +74,8 @@ def test_the_headline_compares_to_dense() -> None:
     runs = [run("dense", 1.79), run("fine", 1.678, num_experts=8, moe_relu_routing=True)]
     assert headline(runs) == "fine 1.678, −0.112 vs. dense; dense 1.790 (training loss, nats per token)"
     assert headline([RunFigures()]) == ""
-    for place, each in enumerate(runs):
-        each.evaluations[""] = [Evaluation(4 + place, 1.8, True, 0)]
-    assert headline(runs).endswith("(validation loss, nats per token, not after the same number of iterations)")
     for each in runs:
-        each.per_byte = {"": 0.5}
+        each.evaluations[""], each.per_byte = [Evaluation(4, 1.8, True, 0)], {"": 0.5}
     assert "fine 1.800 (0.900), " in headline(runs) and "nats per token (per byte)" in headline(runs)
 
 
@@ -136,7 +107,7 @@ def test_an_odd_line_is_left_out(name: str, tmp_path: Path) -> None:
     run = read_figures(write_metrics(tmp_path, {"train_iters": 20}, text), "run")
     notes = [f"run: cannot read {unread} of its log's lines; ignored them."] if unread else []
     assert run.curve("lm_loss").values.tolist() == [3.0] * lines and run.notes == notes
-    assert "<html" in make_page([run], None)
+    assert "<html" in make_page([run])
 
 
 def test_a_long_log_is_bounded(tmp_path: Path) -> None:
@@ -149,7 +120,7 @@ def test_a_long_log_is_bounded(tmp_path: Path) -> None:
         file.writelines(line % (at, 99.0 if at == 123_456 else 2.0) for at in range(1, lines + 1))
     began = time.process_time()
     run = read_figures(tmp_path, "run")
-    text = make_page([run], None)
+    text = make_page([run])
     assert time.process_time() - began < 20 and len(text) < 3e6
     assert run.last == lines and max(run.loads) == lines
     (training,) = panels([run])["Loss"]

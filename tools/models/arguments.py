@@ -10,7 +10,7 @@ from ..console.flags import tool_parser, whole_number
 
 FOLDER: dict[str, Any] = {"type": Path, "metavar": "FOLDER"}
 NUMBER: dict[str, Any] = {"type": whole_number(1), "metavar": "N"}
-ONLY_FOR_REMOE = "num_experts moe_router_topk moe_granularity moe_layer_freq data_path tokens loss_bound".split()
+ONLY_FOR_REMOE = "num_experts moe_router_topk data_path tokens loss_bound".split()
 SEED = 1234  # Megatron's default
 FIT_TOKENS = 32768
 
@@ -38,23 +38,18 @@ def parse_generate(arguments: Sequence[str]) -> argparse.Namespace:
     """Continue a text with a trained model: a run's checkpoint, or a folder that remoe export wrote.
 
     remoe generate --load RUN --prompt "Once upon a time"
-    remoe generate --load FOLDER --prompt-file start.txt --max-new-tokens 500
     remoe generate --load FOLDER                             # reads a text from each line of standard input
     """
     parser = _parser(parse_generate)
     add = parser.add_argument
     _add_models(add)
-    text = parser.add_mutually_exclusive_group()
-    text.add_argument("--prompt", metavar="TEXT", help="text to continue")
-    text.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with the text to continue")
+    add("--prompt", metavar="TEXT", help="text to continue")
     add("--max-new-tokens", **NUMBER, default=200, help="generate at most N tokens (default: %(default)s)")
     add("--temperature", type=float, default=1.0, metavar="X", help="divide logits by X; 0: no sampling (default: 1)")
-    add("--top-k", type=whole_number(0), default=0, metavar="K", help="sample from K tokens (default: all)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling threshold")
     add("--seed", type=int, default=SEED, help="random seed for sampling (default: %(default)s)")
     args = parser.parse_args(arguments)
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
-        parser.error("--temperature must not be negative, and --top-p must be above 0 and at most 1.")
+    if args.temperature < 0:
+        parser.error("--temperature must not be negative.")
     return args
 
 
@@ -87,7 +82,7 @@ def parse_analyze(arguments: Sequence[str]) -> argparse.Namespace:
     remoe analyze --load RUN --data-path SET [SET...]            # RUN: a run, or a folder of remoe export
     remoe analyze --load RUN --data-path SET [SET...] --flips    # RUN: a run with --save-interval 1
 
-    Each data set is one domain. Writes a .json and a .png of each analysis.
+    Each data set is one domain. Writes a .json of each analysis, and two pictures.
     """
     parser = _parser(parse_analyze)
     add = parser.add_argument
@@ -130,12 +125,9 @@ def parse_convert(arguments: Sequence[str]) -> argparse.Namespace:
     add("--from-fork", action="store_true", help=text)
     text = "only change Megatron's model class; nothing is fitted or measured"
     add("--model", choices=("gpt", "hybrid"), help=text)
-    add = parser.add_argument_group("shape of the ReMoE (default for a top-k checkpoint: the same)").add_argument
+    add = parser.add_argument_group("shape of a ReMoE from a dense checkpoint").add_argument
     add("--num-experts", type=whole_number(2), metavar="E", help="experts, each as large as the dense layer")
-    text = "k of the target sparsity; can be smaller than a top-k checkpoint's k (default: 1 from dense)"
-    add("--moe-router-topk", type=int, metavar="K", help=text)
-    add("--moe-granularity", **NUMBER, help="split each expert into N (default: 1 from dense)")
-    add("--moe-layer-freq", metavar="PATTERN", help="layers with experts (from dense; default: 1, all of them)")
+    add("--moe-router-topk", type=int, metavar="K", help="k of the target sparsity (default: 1)")
     add = parser.add_argument_group("fit").add_argument
     add("--data-path", nargs="+", metavar="WORD", help="text, as in Megatron (default: the run's)")
     text = f"tokens to fit the routers to, and as many again to measure the loss (default: {FIT_TOKENS})"
@@ -155,11 +147,11 @@ def parse_export(arguments: Sequence[str]) -> argparse.Namespace:
     """Export a checkpoint to Hugging Face transformers, or make a checkpoint from an exported folder.
 
     remoe export --load RUN --save FOLDER               # a dense, top-k or ReMoE checkpoint → a folder
-    remoe export --load RUN --save FOLDER --max-experts-per-token 4     # a ReMoE for vLLM, and the loss at each K
+    remoe export --load RUN --save FOLDER --max-experts-per-token 4     # a ReMoE for vLLM
     remoe export --reverse --load FOLDER --save OUT     # a folder, fine-tuned or not → a checkpoint
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) loads it, with torch and transformers only.
-    Both directions compare the logits of the two models. If they differ, nothing is written.
+    Both directions compare the logits of the two models on random tokens. If they differ, nothing is written.
     """
     parser = _parser(parse_export)
     add = parser.add_argument
@@ -168,14 +160,9 @@ def parse_export(arguments: Sequence[str]) -> argparse.Namespace:
     add("--reverse", action="store_true", help="--load is an exported folder, --save a checkpoint")
     add("--ckpt-step", type=int, metavar="N", help="iteration to export (default: the newest)")
     add("--tokenizer-model", **FOLDER, help="a Hugging Face tokenizer (default: the run's)")
-    text = "text to compare the models on, as in Megatron (default: the run's, held-out if it names some)"
-    add("--data-path", nargs="+", metavar="WORD", help=text)
     text = "export a ReMoE with only the N largest gates: servers compute the same number of experts for each token"
     add("--max-experts-per-token", **NUMBER, help=text)
     args = parser.parse_args(arguments)
-    if args.reverse and (args.data_path or args.ckpt_step is not None or args.max_experts_per_token):
-        parser.error(
-            "--reverse reads a folder, and compares on random tokens: leave out --ckpt-step, --data-path and "
-            "--max-experts-per-token."
-        )
+    if args.reverse and (args.ckpt_step is not None or args.max_experts_per_token):
+        parser.error("--reverse reads a folder: leave out --ckpt-step and --max-experts-per-token.")
     return args

@@ -1,8 +1,6 @@
 """Read and write Megatron's distributed checkpoints (torch_dist) in one process."""
 
 import argparse
-import errno
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -38,7 +36,6 @@ from .measuring import check_finite
 EMBEDDING = "embedding.word_embeddings.weight"
 FAILURES = (Exception, CheckpointException)  # a damaged file can raise anything; CheckpointException is no Exception
 LAYOUT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True, RELU_KEY: True}
-OVERHEAD = 2**18  # minimum number of bytes of a checkpoint without its tensors
 
 
 @dataclass(frozen=True)
@@ -153,8 +150,7 @@ def save(model: GPTModel, args: argparse.Namespace, output: Path) -> None:
     renamed = ((tensor, rename_expert_norm(tensor.key)) for tensor in _tensors(sharded))
     norms = [replace(tensor, key=key) for tensor, key in renamed if key != tensor.key]
     state = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "num_floating_point_operations_so_far": 0}
-    size = sum(tensor.nbytes for tensor in model.state_dict().values() if torch.is_tensor(tensor))
-    with new_folder(output, size + OVERHEAD) as aside:
+    with new_folder(output) as aside:
         (aside / RELEASE).mkdir()
         dist_checkpointing.save(
             state | {"model": sharded, "norms": norms}, str(aside / RELEASE), content_metadata=dict(LAYOUT)
@@ -176,21 +172,17 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def new_folder(output: Path, size: int) -> Iterator[Path]:
-    """Yield a temporary folder with enough room; rename it to `output` if the block ends without an exception.
+def new_folder(output: Path) -> Iterator[Path]:
+    """Yield a temporary folder; rename it to `output` if the block ends without an exception.
 
     Args:
         output: an empty or missing folder.
-        size: approximate number of bytes that will be written.
 
     Raises:
         ConversionError: something cannot be written, for instance because the disk is full.
     """
     try:
         with files.new_folder(output) as aside:
-            # On a full disk, Megatron's writers end in a traceback.
-            if (free := shutil.disk_usage(aside).free) < size:
-                raise OSError(errno.ENOSPC, f"{size:,} bytes are needed, and {free:,} are free")
             yield aside
     except UsageError:
         raise

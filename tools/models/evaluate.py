@@ -4,10 +4,9 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
-from megatron.remoe.routing.refusals import flag_name
 
 from ..console.display import print_table, show_step
 from ..console.errors import ToolError
@@ -20,10 +19,6 @@ from .hf.tokenizer import count_token_bytes
 from .measuring import count_experts, measure_loss, summarize_experts
 from .text import read_batches, read_sequences
 
-if TYPE_CHECKING:
-    from megatron.core.datasets.gpt_dataset import GPTDataset
-
-MASKS = ("eod_mask_loss", "reset_attention_mask", "reset_position_ids")  # applied only in a run's validation
 REPEATS, BY_LAYER = "repeats", "by layer"
 TITLES = ("model", "data set", "K", "nats/token", "nats/byte", REPEATS, "experts", BY_LAYER)
 EXPLAINED = {
@@ -54,35 +49,26 @@ def bound_experts(model: RemoeForCausalLM, bound: int | None) -> Iterator[None]:
         model.config.max_experts_per_token = before
 
 
-def read_text(args: argparse.Namespace, opened: OpenedModel, prefix: str) -> "GPTDataset":
-    """Return the sequences of a data set for a model.
-
-    Their order follows --seed. By default it is the run's, so the loss over all sequences equals that of the run's log.
-    """
-    config = opened.model.config
-    seed = getattr(opened.args, "seed", SEED) if args.seed is None else args.seed
-    return read_sequences(prefix, opened.sequence_length(args.seq_length), seed, config.vocab_size)
-
-
-def measure_text(args: argparse.Namespace, models: dict[str, OpenedModel], results: dict[str, Any]) -> None:
-    """Fill `results`: model → data set → bound on the experts per token, or "none" → measurements.
+def measure_text(args: argparse.Namespace, models: dict[str, OpenedModel]) -> dict[str, Any]:
+    """Return model → data set → bound on the experts per token, or "none" → measurements.
 
     Measurements are the fields of `TextLoss`, and "experts": number of a layer with experts → the result of
-    `summarize_experts`. They are added as soon as they are complete.
+    `summarize_experts`.
 
     Raises:
         UsageError: a model does not support a bound (checked first), or a data set is broken or does not fit a model.
     """
+    results: dict[str, Any] = {}
     for name, opened in models.items():
         for bound in args.max_experts_per_token:
             check_bound(name, opened.model.config, bound)
     for name, opened in models.items():
-        if ignored := [flag_name(mask) for mask in MASKS if getattr(opened.args, mask, False)]:
-            print(f"{name}: evaluated without {', '.join(ignored)}", flush=True)
         model, tokenizer = opened.model, opened.tokenizer
+        # In the run's order by default, so that the loss over all sequences equals that of the run's log.
+        seed = getattr(opened.args, "seed", SEED) if args.seed is None else args.seed
         lengths = count_token_bytes(tokenizer, model.config.vocab_size) if tokenizer else None
         for prefix in args.data_path:
-            data = read_text(args, opened, prefix)
+            data = read_sequences(prefix, opened.sequence_length(args.seq_length), seed, model.config.vocab_size)
             for bound in [None, *args.max_experts_per_token]:
                 with (
                     show_step(f"{name}, {Path(prefix).name}", min(len(data), args.sequences or len(data))) as advance,
@@ -95,6 +81,7 @@ def measure_text(args: argparse.Namespace, models: dict[str, OpenedModel], resul
                 result = measured._asdict() | {"experts": experts}
                 bounds = results.setdefault(name, {}).setdefault(prefix, {})
                 bounds["none" if bound is None else str(bound)] = result
+    return results
 
 
 def show(results: dict[str, Any]) -> None:
@@ -118,23 +105,19 @@ def show(results: dict[str, Any]) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Measure, show and write the results; after an error or a stop, only those that are complete.
+    """Measure, show and write the results.
 
     Raises:
         UsageError: something is wrong with the flags, a model or the data.
         OSError: --output cannot be written.
     """
-    results: dict[str, Any] = {}
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        models = {str(place): open_model(place, args.ckpt_step, args.tokenizer_model, False) for place in args.load}
-        measure_text(args, models, results)
-    finally:
-        if results:
-            show(results)
-            if args.output is not None:
-                write_json(args.output, {"text": results})
+    models = {str(place): open_model(place, args.ckpt_step, args.tokenizer_model, False) for place in args.load}
+    results = measure_text(args, models)
+    show(results)
+    if args.output is not None:
+        write_json(args.output, {"text": results})
 
 
 main = make_main("evaluate", parse_evaluate, evaluate)

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from megatron.remoe.files.errors import UsageError
-from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
+from megatron.remoe.hf import RemoeConfig
 
 from ..runs.running import make_main
 from .arguments import SEED, parse_export
@@ -18,25 +17,11 @@ from .hf.opening import open_run, read_folder
 from .hf.settings import make_flags, parse_flags, set_bound, vocabulary_flags
 from .hf.tokenizer import find_folder_tokenizer, find_training_tokenizer, generation_config
 from .hf.weights import convert_model, fill_megatron
-from .measuring import (
-    compare_models,
-    compute_all_logits,
-    count_experts,
-    describe_difference,
-    mean_experts,
-    measure_loss,
-    split_batches,
-)
+from .measuring import compare_models, compute_all_logits
 from .megatron_model import build, one_process
-from .text import choose_blend, sample
 
-TOKENS = 2048
+TOKENS = 2048  # on which both models are compared
 SEQUENCE = 4096  # sequence length for training, if the model has more positions
-RANDOM_TOKENS = 512
-RANDOM = "random tokens"
-# Batch size, steps and learning rate are for the user to choose.
-PROGRAM = "remoe-pretrain --micro-batch-size 1 --global-batch-size 8 --train-iters 100 --lr 1e-4"
-PROGRAM += " --eval-interval 100 --save RUN --load RUN --save-interval 100"
 CARD = """\
 ---
 library_name: transformers
@@ -66,44 +51,25 @@ The code next to the weights needs torch and transformers 5.12 or newer.
 PAPER = "ReLU routing: [arXiv 2412.14711](https://arxiv.org/abs/2412.14711). "
 
 
-def choose_text(args: argparse.Namespace, data_path: list[str] | None, config: RemoeConfig) -> tuple[torch.Tensor, str]:
-    """Return text of --data-path, else the run's (its held-out text if it has some), else random tokens.
-
-    Returns:
-        int64 `[sequences, length + 1]`, and a name for them.
-
-    Raises:
-        UsageError: the data sets given cannot be read.
-    """
-    length = min(args.seq_length, TOKENS)
-    held_out = None if data_path else getattr(args, "valid_data_path", None)
-    try:
-        blend = choose_blend(args, data_path or held_out)
-        tokens = sample(blend, TOKENS // length, length, config.vocab_size, SEED)
-        return tokens, "held-out tokens" if held_out else "tokens"
-    except UsageError:
-        if data_path:
-            raise
-    return _random_tokens(config, TOKENS // length, length + 1), RANDOM
-
-
-def _random_tokens(config: RemoeConfig, *shape: int) -> torch.Tensor:
-    return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(SEED))
+def random_tokens(config: RemoeConfig) -> torch.Tensor:
+    """Return `TOKENS` random tokens of the vocabulary, int64 `[sequences, length]`."""
+    length = min(config.max_position_embeddings, TOKENS)
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.randint(config.vocab_size, (TOKENS // length, length), generator=generator)
 
 
 def export(options: argparse.Namespace) -> None:
     """Export a checkpoint to a folder for transformers.
 
     Raises:
-        UsageError: something is wrong with the flags, the checkpoint, the text or the tokenizer, or the logits differ.
+        UsageError: something is wrong with the flags, the checkpoint or the tokenizer, or the logits differ.
     """
     run = open_run(options.load, options.ckpt_step)
     args, config = run.args, run.config
     tokenizer = find_training_tokenizer(args, options.tokenizer_model, config)
     if tokenizer is None:
         print("no tokenizer: the run had none (NullTokenizer). Give one with --tokenizer-model.", flush=True)
-    text, name = choose_text(args, options.data_path, config)
-    ids = text[:, :-1]
+    ids = random_tokens(config)
     logits = compute_all_logits(run.model, ids)
     trained_bound = config.max_experts_per_token or config.num_experts
     if (bound := options.max_experts_per_token) is not None:
@@ -114,7 +80,7 @@ def export(options: argparse.Namespace) -> None:
     model = convert_model(run.model, config)
     checkpoint, parameters = run.name, model.num_parameters()
     del run
-    with new_folder(options.save, sum(tensor.nbytes for tensor in model.state_dict().values())) as aside:
+    with new_folder(options.save) as aside:
         logging.disable_progress_bar()
         model.generation_config = generation_config(config, tokenizer)
         model.save_pretrained(aside)
@@ -124,34 +90,12 @@ def export(options: argparse.Namespace) -> None:
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
         written = read_folder(aside, torch.float32)
-        with bound_experts(written, bound and trained_bound), count_experts(written) as histograms:
-            difference = describe_difference(compare_models(written, logits, ids), ids, name)
+        with bound_experts(written, bound and trained_bound):
+            difference = compare_models(written, logits, ids)
         print(difference, flush=True)
-        results = {"compared with Megatron": difference}
-        if name == RANDOM:
-            print("no text: the card has no losses. Give some with --data-path.", flush=True)
-        else:
-            measured = measure_loss(written, split_batches(text))
-            results[f"loss on {measured.tokens:,} {name}"] = f"{measured.loss:.4f} nats per token"
-            if bound is not None:
-                results |= measure_bounds(written, text, {1, 2, 4, 8, bound, trained_bound})
-            if histograms and config.moe_relu_routing:
-                active, target = mean_experts(histograms.values()), config.mean_experts_per_token
-                shares = [1 - experts / config.num_experts for experts in (active, target)]
-                results["sparsity, target"] = f"{shares[0]:.4f}, {shares[1]:.4f}"
-        write_card(aside, args, config, {"checkpoint": checkpoint, "parameters": f"{parameters:,}"} | results)
+        results = {"checkpoint": checkpoint, "parameters": f"{parameters:,}", "compared with Megatron": difference}
+        write_card(aside, args, config, results)
     print(f"wrote {options.save}: {parameters:,} parameters")
-
-
-def measure_bounds(model: RemoeForCausalLM, text: torch.Tensor, bounds: set[int]) -> dict[str, str]:
-    """Print the loss with only the K largest gates, for each K of `bounds` up to E; return rows for the card."""
-    rows = {}
-    for bound in sorted(bound for bound in bounds if bound <= model.config.num_experts):
-        with bound_experts(model, bound):
-            loss = measure_loss(model, split_batches(text)).loss
-        rows[f"loss with K = {bound}"] = f"{loss:.4f}"
-    print(", ".join(f"{row}: {loss}" for row, loss in rows.items()))
-    return rows
 
 
 def write_card(folder: Path, args: argparse.Namespace, config: RemoeConfig, results: dict[str, str]) -> None:
@@ -175,7 +119,7 @@ def write_card(folder: Path, args: argparse.Namespace, config: RemoeConfig, resu
 def write_checkpoint(folder: Path, output: Path, tokenizer_model: Path | None) -> None:
     """Write a folder's model as a checkpoint, if the logits of both models agree on random tokens.
 
-    Prints the command to continue training.
+    Print the flags of the model.
 
     Args:
         folder: of an exported model.
@@ -192,12 +136,12 @@ def write_checkpoint(folder: Path, output: Path, tokenizer_model: Path | None) -
     args = parse_flags(flags, config)
     model = build(args)
     fill_megatron(model, source)
-    ids = _random_tokens(config, 1, min(RANDOM_TOKENS, config.max_position_embeddings))
-    print(describe_difference(compare_models(source, compute_all_logits(model, ids), ids), ids, RANDOM))
+    ids = random_tokens(config)
+    print(compare_models(source, compute_all_logits(model, ids), ids))
     del source
     save(model, args, output)
-    words = ["--data-path", "DATA", "--pretrained-checkpoint", str(output), *flags]
-    print(f"wrote {output}. Continue training with:\n{PROGRAM} {shlex.join(words)}")
+    words = shlex.join(["--pretrained-checkpoint", str(output), *flags])
+    print(f"wrote {output}. Train with your flags for data, batch, learning rate and --save, and with:\n{words}")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -17,15 +17,10 @@ from .hf.opening import open_model
 from .measuring import count_experts, mean_experts
 
 
-def read_prompts(args: argparse.Namespace) -> Iterator[str]:
-    """Yield the texts to continue: the given one, or the lines of standard input that are not empty."""
-    if args.prompt is not None:
-        yield args.prompt
-    elif args.prompt_file is not None:
-        yield args.prompt_file.read_text(encoding="utf-8", errors="replace")
-    else:
-        lines = (line.decode(errors="replace") for line in sys.stdin.buffer)
-        yield from (line.rstrip("\r\n") for line in lines if line.strip())
+def read_prompts() -> Iterator[str]:
+    """Yield the lines of standard input that are not empty."""
+    lines = (line.decode(errors="replace") for line in sys.stdin.buffer)
+    yield from (line.rstrip("\r\n") for line in lines if line.strip())
 
 
 def continue_text(
@@ -49,9 +44,9 @@ def continue_text(
             f"the prompt has {length} tokens, and must have 1 to {context - 1}: the model's context is {context}.",
             "REMOE-E501",
         )
-    sampling = {"do_sample": False}
-    if args.temperature > 0:
-        sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    sampling = (
+        {"do_sample": True, "temperature": args.temperature, "top_k": 0} if args.temperature else {"do_sample": False}
+    )
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     started = time.perf_counter()
     with count_experts(model) as counts, torch.inference_mode():
@@ -76,7 +71,7 @@ def generate(args: argparse.Namespace) -> None:
     model, tokenizer, _ = open_model(args.load, args.ckpt_step, args.tokenizer_model)
     assert tokenizer is not None
     torch.manual_seed(args.seed)
-    for prompt in read_prompts(args):
+    for prompt in read_prompts() if args.prompt is None else [args.prompt]:
         print(continue_text(model, tokenizer, prompt, args), file=sys.stderr, flush=True)
 
 

@@ -116,13 +116,13 @@ def measure_loss(
 
 
 @torch.no_grad()
-def compare_models(model: Any, expected: list[torch.Tensor], ids: torch.Tensor) -> float:
-    """Return the largest difference between two models' logits for a text, as a share of the largest logit.
+def compare_models(model: Any, expected: list[torch.Tensor], ids: torch.Tensor) -> str:
+    """Return the largest difference between two models' logits as text.
 
     Args:
         model: of Megatron or of transformers, on the CPU in float32, in evaluation mode.
         expected: the other model's logits, from `compute_all_logits`.
-        ids: int64 `[sequences, length]`.
+        ids: random tokens, int64 `[sequences, length]`.
 
     Raises:
         ConversionError: the difference is above `MAX_LOGIT_DIFFERENCE`, so it is not just rounding.
@@ -133,18 +133,12 @@ def compare_models(model: Any, expected: list[torch.Tensor], ids: torch.Tensor) 
         difference = torch.maximum(difference, differences.max())  # keeps NaN, as `max` does not
         largest = torch.maximum(largest, logits.abs().max())
     share = float(difference / largest)
+    text = f"largest difference of logits {share:.1e} of the largest, on {ids.numel():,} random tokens"
     if not share <= MAX_LOGIT_DIFFERENCE:
         raise ConversionError(
-            f"{describe_difference(share, ids)}, above {MAX_LOGIT_DIFFERENCE:.0e}: nothing was written. Please report "
-            "this error.",
-            "REMOE-E514",
+            f"{text}, above {MAX_LOGIT_DIFFERENCE:.0e}: nothing was written. Please report this error.", "REMOE-E514"
         )
-    return share
-
-
-def describe_difference(difference: float, ids: torch.Tensor, name: str = "tokens") -> str:
-    """Return the result of `compare_models` as text; `name` says which tokens were compared."""
-    return f"largest difference of logits {difference:.1e} of the largest, on {ids.numel():,} {name}"
+    return text
 
 
 def find_blocks(model: RemoeForCausalLM) -> dict[int, RemoeSparseMoeBlock]:

@@ -2,21 +2,18 @@
 
 remoe report runs/quickstart/remoe                                         # writes report.html there
 remoe report runs/quickstart/{dense,moe,remoe} --output comparison.html    # compares them
-remoe report runs/llama_182m_remoe_e8g1 --watch                            # again every 30 s while it trains
 """
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.remoe.files.files import write_text
 
-from ..console.flags import tool_parser, whole_number
+from ..console.flags import tool_parser
 from ..runs.figure_reader import read_figures
 from ..runs.names import name_models
-from ..runs.run_figures import RunFigures
 from ..runs.running import make_main
 
 
@@ -26,13 +23,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder or its --save")
     add("--output", type=Path, metavar="FILE", help="page to write (default: report.html in the first run's folder)")
-    text = "rewrite the page every N seconds (default: 30) until the runs are done; it reloads itself"
-    add("--watch", type=whole_number(1), nargs="?", const=30, metavar="SECONDS", help=text)
     return parser.parse_args(arguments)
 
 
 def report(args: argparse.Namespace) -> None:
-    """Write the page; with --watch repeatedly, until all runs are done or it is stopped.
+    """Write the page.
 
     Raises:
         ToolError: a run has no log.
@@ -44,19 +39,11 @@ def report(args: argparse.Namespace) -> None:
     output = args.output or (places[0] if places[0].is_dir() else places[0].parent) / "report.html"
     output.parent.mkdir(parents=True, exist_ok=True)
 
-    def write(reload_after: int | None) -> list[RunFigures]:
-        runs = [read_figures(place, name) for place, name in zip(places, name_models(places), strict=True)]
-        write_text(output, page(runs, reload_after))
-        return runs
-
-    try:
-        while args.watch and not all(run.done for run in write(args.watch)):
-            print(f"{output}, {time.strftime('%H:%M:%S')}", flush=True)
-            time.sleep(args.watch)
-    finally:
-        for run in write(None):
-            for note in run.notes:
-                print(note, file=sys.stderr)
+    runs = [read_figures(place, name) for place, name in zip(places, name_models(places), strict=True)]
+    write_text(output, page(runs))
+    for run in runs:
+        for note in run.notes:
+            print(note, file=sys.stderr)
     print(output)
 
 

@@ -1,7 +1,5 @@
-"""Draw the figures of the page: each shows all runs, and has one tooltip; a heat map shows one run."""
+"""Draw the figures of the page: each shows all runs; a heat map shows one run."""
 
-import html
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +19,6 @@ from bokeh.models import (
 )
 from bokeh.palettes import RdBu, interp_palette
 from bokeh.plotting import figure
-from numpy.typing import NDArray
 
 from ..console.picture_style import line_styles
 from ..runs.run_figures import EMPTY, TOTALS, Curve, RunFigures, smooth
@@ -29,7 +26,7 @@ from ..runs.run_figures import EMPTY, TOTALS, Curve, RunFigures, smooth
 COLUMNS = 240  # maximum number of columns of a heat map
 FIRST_SHARE = 0.05  # share of steps at the start that the loss axis ignores: their fall would hide later differences
 LABELS = 6  # side by side in a figure
-POINTS, FEW = 1000, 300  # maximum number of points of a curve, and of a layer's curve and the tooltip
+POINTS, FEW = 1000, 300  # maximum number of points of a curve, and of a layer's curve
 RIM = "#888888"  # visible on light and on dark
 Layers = Mapping[int, Curve]
 
@@ -46,12 +43,11 @@ class Panel:
 
 @dataclass(frozen=True)
 class RunCurves:
-    """A run in a figure: its curve, thin curves of its layers, a faint curve, and single values as marks."""
+    """A run in a figure: its curve, thin curves of its layers, and a faint curve."""
 
     curve: Curve = EMPTY
     layers: Layers = field(default_factory=dict)
     faint: Curve = EMPTY
-    marks: Curve = EMPTY
 
 
 def panels(runs: Sequence[RunFigures]) -> dict[str, list[Panel]]:
@@ -66,7 +62,7 @@ def panels(runs: Sequence[RunFigures]) -> dict[str, list[Panel]]:
         )
 
     sets = (name for run in runs for name, losses in run.evaluations.items() if len(losses) > 1)
-    pairs = "share of token–expert pairs that are off; thin: layers, dashed: target, mark: first within 1 % of it"
+    pairs = "share of token–expert pairs that are off; thin: layers, dashed: target"
     sections: dict[str, list[Panel]] = {
         "Loss": [
             *draw(
@@ -82,12 +78,13 @@ def panels(runs: Sequence[RunFigures]) -> dict[str, list[Panel]]:
         "Optimization": [
             *logged("learning_rate", "Learning rate"),
             *logged("grad_norm", "Gradient norm", "before it is clipped"),
-            *logged("tokens_per_second", "Throughput", "tokens per second, of all processes", form=",.0f"),
+            *logged("tokens_per_second", "Throughput", "tokens per second, of all processes", form="@y{0,0}"),
         ],
         "Routing": [
-            *draw(_sparsity, "Sparsity S", pairs, "S", ".4f",
-                  find_level=lambda run: run.target_sparsity),
-            *draw(_experts, "Experts per token", "computed, mean; thin: positive gates by layer, dashed: k", form=".3f",
+            *logged("sparsity", "Sparsity S", pairs, unit="S", form="@y{0.0000}",
+                    find_level=lambda run: run.target_sparsity),
+            *draw(_experts, "Experts per token", "computed, mean; thin: positive gates by layer, dashed: k",
+                  form="@y{0.000}",
                   find_level=lambda run: run.topk),
             *logged("l1_coefficient", "λ", "coefficient of the L1 term", y_axis_type="log"),
             *logged("l1_loss", "L1 term", "before λ; thin: layers"),
@@ -113,14 +110,7 @@ def _range_of_losses(runs: Sequence[RunFigures], first: float) -> dict[str, Rang
 
 def _validation(name: str, figures: RunFigures) -> RunCurves:
     losses = {evaluation.iteration: evaluation.loss for evaluation in figures.evaluations.get(name, ())}
-    curve = Curve(np.array([*losses], np.int64), np.array([*losses.values()]))
-    return RunCurves(curve, marks=curve)
-
-
-def _sparsity(figures: RunFigures) -> RunCurves:
-    near = np.array([figures.first_near] if figures.first_near else [], np.int64)
-    marks = Curve(near, figures.values("sparsity", near))
-    return RunCurves(figures.curve("sparsity"), figures.layers.get("layer_sparsity", {}), marks=marks)
+    return RunCurves(Curve(np.array([*losses], np.int64), np.array([*losses.values()])))
 
 
 def _experts(figures: RunFigures) -> RunCurves:
@@ -172,7 +162,7 @@ def overlay(
     title: str,
     note: str = "",
     unit: str = "",
-    form: str = ".5g",
+    form: str = "@y",
     find_level: Callable[[RunFigures], float | None] = lambda _: None,
     **settings: Any,
 ) -> Iterator[Panel]:
@@ -184,56 +174,31 @@ def overlay(
         draw: returns the curves of a run.
         title, note: of the panel.
         unit: of the values (default: the title).
-        form: format of the values in the tooltip.
+        form: of the values in the tooltip, for Bokeh.
         find_level: returns a run's target, a dashed line.
         settings: for Bokeh's `figure`.
     """
     plot = new_figure(x_range, unit or title, **settings)
-    hovered: list[tuple[str, str, Curve]] = []
+    curves = []
     for run, (color, dash) in zip(runs, line_styles(run.routing for run in runs), strict=True):
         drawn, style = draw(run), {"color": color, "name": run.name}
         if drawn.layers:
             thinned = [thin(curve, FEW) for curve in drawn.layers.values()]
             xs, ys = zip(*thinned, strict=True)
             plot.multi_line(list(xs), list(ys), alpha=0.45, **style)
-        for curve, width in ((drawn.faint, {"alpha": 0.3}), (drawn.curve, {"width": 2})):
-            if len(curve.values):
-                plot.line(*thin(curve, POINTS), line_dash=dash, **style, **width)
-        if len(drawn.marks.values):
-            plot.scatter(*thin(drawn.marks, POINTS), size=11, line_color=RIM, line_width=2, **style)
+        if len(drawn.faint.values):
+            plot.line(*thin(drawn.faint, POINTS), line_dash=dash, alpha=0.3, **style)
         if count := len(drawn.curve.values):
+            curves.append(plot.line(*thin(drawn.curve, POINTS), line_dash=dash, width=2, **style))
             # Labels are placed side by side, since curves often end close to each other.
-            x, y = ([values[-1 - count * len(hovered) // LABELS % count]] for values in drawn.curve)
+            x, y = ([values[-1 - count * (len(curves) - 1) // LABELS % count]] for values in drawn.curve)
             plot.text(x, y, text=[run.name], text_align="right", text_baseline="bottom", **style)
-            hovered.append((run.name, color, drawn.curve))
     for level in {level for run in runs if (level := find_level(run))}:
         plot.add_layout(Span(location=level, dimension="width", line_dash="dashed", line_color=RIM))
-    if hovered:
-        _add_tooltip(plot, unit or title, form, hovered)
+    tips = [("run", "$name"), ("iteration", "@x{0,0}"), (unit or title, form)]
+    plot.add_tools(HoverTool(renderers=curves, tooltips=tips))
     if plot.renderers:
         yield Panel(title, note, plot)
-
-
-def _add_tooltip(plot: figure, unit: str, form: str, hovered: Sequence[tuple[str, str, Curve]]) -> None:
-    """Add one tooltip for all runs, on an invisible line: several would cover each other."""
-    iterations = np.unique(np.concatenate([thin(curve, FEW).iterations for _, _, curve in hovered]))
-    if len(iterations) > FEW:
-        iterations = iterations[np.linspace(0, len(iterations) - 1, FEW).astype(int)]
-    values = np.array([_newest_values(curve, iterations) for _, _, curve in hovered])
-    known = np.isfinite(values)
-    means = np.where(known, values / known.sum(axis=0).clip(min=1), 0.0).sum(axis=0)
-    source: dict[str, Any] = {"x": iterations, "y": means}
-    rows = [("", f"<div>iteration <b>@x{{0,0}}</b> · {_plain(unit)}</div>")]
-    for number, (name, color, _) in enumerate(hovered):
-        texts = ["" if math.isnan(value) else f"{value:{form}}" for value in values[number]]
-        source[f"run{number}"] = texts
-        square = f"<span style='color: {color}'>■</span>"
-        rows.append((name, f"<div>{square} {_plain(name)} <b>@run{number}</b></div>"))
-    line = plot.line("x", "y", source=source, alpha=0)
-    tips = "".join(row for _, row in rows)
-    hover = HoverTool(renderers=[line], tooltips=tips, mode="vline", point_policy="follow_mouse")
-    hover.tags = rows  # the page leaves out the runs that are hidden
-    plot.add_tools(hover)
 
 
 def thin(curve: Curve, limit: int) -> Curve:
@@ -259,15 +224,3 @@ def new_figure(x_range: Range1d, unit: str, **settings: Any) -> figure:
     plot.toolbar.logo, plot.toolbar.autohide = None, True
     plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
     return plot
-
-
-def _plain(text: str) -> str:
-    """Escape a text for a tooltip, in which @, $ and braces have a meaning."""
-    return "".join(f"&#{ord(sign)};" if sign in "@${}" else sign for sign in html.escape(text))
-
-
-def _newest_values(curve: Curve, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the curve's newest value at each iteration; NaN before its first and after its last iteration."""
-    place = np.searchsorted(curve.iterations, iterations, side="right") - 1
-    outside = (place < 0) | (iterations > curve.iterations[-1])
-    return np.where(outside, math.nan, curve.values[place])

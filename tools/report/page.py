@@ -15,13 +15,8 @@ from . import tables
 from .figures import panels
 
 
-def page(runs: Sequence[RunFigures], reload_after: int | None) -> str:
-    """Return the page as HTML that needs no network.
-
-    Args:
-        runs: at least one.
-        reload_after: seconds after which the page reloads itself (None: never).
-    """
+def page(runs: Sequence[RunFigures]) -> str:
+    """Return the page for one or more runs as HTML that needs no network."""
     sections = panels(runs)
     drawn = [panel.plot for section in sections.values() for panel in section]
     script, plots = components(drawn) if drawn else ("", [])
@@ -30,7 +25,6 @@ def page(runs: Sequence[RunFigures], reload_after: int | None) -> str:
     return loader.get_template("page.html").render(
         title=f"Training of {', '.join(run.name for run in runs)}",
         headline=tables.headline(runs),
-        reload_after=reload_after,
         library=Markup(Resources(mode="inline", components=["bokeh"]).render()),
         script=Markup(script),
         runs=[*zip((run.name for run in runs), colours, strict=True)],
@@ -38,7 +32,6 @@ def page(runs: Sequence[RunFigures], reload_after: int | None) -> str:
         stages=tables.stages({run.name: _stages(run) for run in runs}),
         sections=sections,
         next_plot=iter([Markup(plot) for plot in plots]).__next__,
-        differences=tables.differences(runs),
         notes=[note for run in runs for note in run.notes],
     )
 

@@ -1,11 +1,9 @@
 """Make the tables of the page, and its headline."""
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -14,19 +12,6 @@ from ..recipes.flops import TrainingStage
 from ..runs.run_figures import RunFigures
 
 RECENT = 20  # newest lines of the log, whose median rate gives the time left
-# Paths and process numbers, which differ between any two runs; then values that Megatron stores with the flags.
-LEFT_OUT = frozenset(
-    """
-    save load tensorboard_dir data_cache_path wandb_project wandb_exp_name wandb_save_dir rank local_rank
-
-    iteration curr_iteration consumed_train_samples consumed_valid_samples skipped_train_samples
-    num_floating_point_operations_so_far do_train do_valid do_test world_size data_parallel_size cpu
-    transformer_pipeline_model_parallel_size virtual_pipeline_model_parallel_size encoder_num_layers
-    encoder_seq_length gtp_weight_remat_size expert_gtp_weight_remat_size use_dist_ckpt
-    use_layer_wise_distributed_optimizer variable_seq_lengths
-    """.split()
-)
-SHOWN = 60  # maximum number of characters of a flag's value
 
 
 @dataclass(frozen=True)
@@ -56,14 +41,7 @@ def headline(runs: Sequence[RunFigures]) -> str:
         part = f"{name} {loss:.3f}" + (f" ({per_byte[name]:.3f})" if per_byte else "")
         parts.append(part + difference.replace("-", "−"))
     kind += ", nats per token" + " (per byte)" * bool(per_byte)
-    if len({_measured_iteration(run, kind) for run in runs}) > 1:
-        kind += ", not after the same number of iterations"
     return f"{'; '.join(parts)} ({kind})"
-
-
-def _measured_iteration(figures: RunFigures, kind: str) -> int:
-    evaluated = [losses[-1].iteration for name, losses in figures.evaluations.items() if name != "test"]
-    return max(evaluated, default=0) if kind.startswith("validation loss") else figures.last
 
 
 def summary(runs: Sequence[RunFigures]) -> Table:
@@ -116,28 +94,3 @@ def stages(by_run: Mapping[str, Sequence[TrainingStage]]) -> Table:
         for stage in parts
     ]
     return Table("Stages", ["run", "stage", "iterations", "experts per token", "time", "FLOPs"], rows)
-
-
-def differences(runs: Sequence[RunFigures]) -> Table:
-    """Return the flags that differ between runs; a flag that is off counts as not given."""
-    logged = [run for run in runs if run.args]
-    names = sorted({name for run in logged for name in run.args if not name.startswith("_")} - LEFT_OUT)
-    rows = []
-    for name in names:
-        cells = [_format_flag(run, name) for run in logged]
-        common = os.path.commonprefix([cell for cell in cells if cell is not None])
-        if any(cell not in (None, common) for cell in cells):
-            start = max(0, len(common) - SHOWN // 2)
-            shown = ("…" * (start > 0 and bool(cell)) + (cell or "")[start:][:SHOWN] for cell in cells)
-            rows.append([f"--{name.replace('_', '-')}", *shown])
-    return Table("Flags that differ", ["", *(run.name for run in logged)], rows)
-
-
-def _format_flag(run: RunFigures, name: str) -> str | None:
-    """Return the value of a flag as text, "" if it is off; None if it has no effect on this run."""
-    if name.startswith("moe_") and not run.num_experts:
-        return None
-    value: Any = run.args.get(name)
-    if value is None or value is False:
-        return ""
-    return "yes" if value is True else str(value)

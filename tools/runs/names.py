@@ -1,6 +1,5 @@
 """Give runs, exported folders and data sets short names for tables and pictures."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +13,6 @@ def name_models(places: Sequence[Path]) -> list[str]:
 
 
 def name_data_sets(prefixes: Sequence[str]) -> list[str]:
-    """Return short names for Megatron's data sets; with their folders if two would be equal."""
+    """Return short names for Megatron's data sets; their prefixes if two would be equal."""
     short = [Path(prefix).name.removesuffix("_text_document") for prefix in prefixes]
-    if len(set(short)) == len(short):
-        return short
-    folder = os.path.commonpath(map(os.path.abspath, prefixes))
-    return [os.path.relpath(prefix, folder) for prefix in prefixes]
+    return short if len(set(short)) == len(short) else [*prefixes]

@@ -95,15 +95,6 @@ class RunFigures:
         return whole_number(self.args.get(name)) or 0
 
     @property
-    def done(self) -> bool:
-        """Return whether the log is complete."""
-        end = self.whole("train_iters")
-        if not end or self.last + (self.whole("log_interval") or 1) <= end:
-            return False
-        losses = self.final_losses(end)
-        return "test" in losses if self.args.get("do_test") else bool(losses or not self.args.get("do_valid"))
-
-    @property
     def num_experts(self) -> int:
         """Return the number of experts of a layer, with granularity; 0 for dense models, and if unknown."""
         counted = (len(load) for layers in self.loads.values() for load in layers.values())

@@ -54,11 +54,7 @@ def inspect(args: argparse.Namespace) -> None:
     print(f"{data.documents:,} documents ({data.documents - len(filled):,} empty), {data.tokens:,} tokens")
     if not len(filled):
         return
-    median, long, longest = np.percentile(lengths, (50, 90, 100))
-    print(
-        f"tokens per document: mean {lengths.mean():,.1f}, median {median:,.0f}, 90 % up to {long:,.0f}, "
-        f"longest {longest:,.0f}"
-    )
+    print(f"tokens per document: mean {lengths.mean():,.1f}, longest {lengths.max():,}")
     for index in sorted({int(filled[int(i)]) for i in np.linspace(0, len(filled) - 1, args.documents)}):
         # A token has at least one byte, and a character at most four.
         ids = data.document(index)[: 4 * CHARACTERS + 4]

@@ -43,7 +43,7 @@ def show(results: dict[str, Any]) -> None:
         row += [str(experts["largest"]), f"{balance['sparsity']:.4f}"]
         row += [f"{balance['imbalance']:.2f}" if balance["imbalance"] else ""]
         row += [str(len(balance["dead"])), str(len(balance["inactive"]))]
-        rows.append([*row, f"{special[layer]['bits']:.4f}" if special else ""])
+        rows.append([*row, f"{special[layer]:.4f}" if special else ""])
     print_table(TITLES, rows, text=0)
     print(LEGEND)
 
@@ -74,9 +74,10 @@ def analyze(args: argparse.Namespace) -> None:
     }
     for name, numbers in results.items():
         write_json(args.output_dir / f"{name}.json", numbers)
-        pictures.draw(args.output_dir / f"{name}.png", name, numbers)
+    pictures.draw_experts_per_token(args.output_dir / "experts_per_token.png", results["experts_per_token"])
+    pictures.draw_load(args.output_dir / "load.png", results["load"])
     show(results)
-    print(f"Pictures and figures: {args.output_dir}")
+    print(f"Files: {args.output_dir}")
 
 
 main = make_main("analyze", parse_analyze, analyze)

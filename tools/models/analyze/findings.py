@@ -103,8 +103,7 @@ def _by_frequency(counts: Counts) -> Numbers:
     if len(frequency.unique()) > 1 and experts.min() < experts.max():  # top-k gives all tokens the same number
         tenfold = frequency.log10() - frequency.log10().mean()
         slopes = experts @ tenfold / tenfold.square().sum()  # slopes of lines fitted by least squares
-        named = zip([*counts.layers, "mean"], slopes.tolist(), strict=True)
-        result["slopes"] = {name: {"slope": slope} for name, slope in named}
+        result["slopes"] = dict(zip([*counts.layers, "mean"], slopes.tolist(), strict=True))
     return result
 
 
@@ -125,8 +124,7 @@ def load(counts: Counts, names: Sequence[str], even: float, token_text: Callable
             "experts_per_token": dict(zip(counts.layers, rows.sum(dim=-1).tolist(), strict=True)),
         }
     if len(names) > 1:
-        bits = zip(counts.layers, information(counts.routed).tolist(), strict=True)
-        result["specialization"] = {layer: {"bits": value} for layer, value in bits}
+        result["specialization"] = dict(zip(counts.layers, information(counts.routed).tolist(), strict=True))
     result["tokens"] = {layer: _list_tokens(counts, place, token_text) for place, layer in enumerate(counts.layers)}
     return result
 
@@ -165,7 +163,7 @@ def _list_tokens(counts: Counts, place: int, token_text: Callable[[int], str | N
 
 
 def balance(counts: Counts, topk: int) -> Numbers:
-    """Return the target sparsity and, for each layer, sparsity (figure 8d), load, and experts with no or few tokens.
+    """Return the target sparsity and, for each layer, sparsity (figure 8d), imbalance, and idle experts.
 
     Args:
         topk: k of the target sparsity.
@@ -178,7 +176,6 @@ def balance(counts: Counts, topk: int) -> Numbers:
         layers[layer] = {
             "sparsity": 1 - int(row.sum()) / (tokens * experts),
             "imbalance": float(row.max() / mean) if mean else None,  # the largest load over the mean
-            "relative_load": (row / mean.clamp(min=1e-30)).tolist(),
             "dead": (row == 0).nonzero()[:, 0].tolist(),
             "inactive": (row < INACTIVE * tokens * topk / experts).nonzero()[:, 0].tolist(),
         }

@@ -1,6 +1,4 @@
-"""Cut a dense layer into experts, and fit routers that keep a layer's output."""
-
-from collections.abc import Mapping
+"""Fit routers that keep a layer's output."""
 
 import torch
 
@@ -13,35 +11,6 @@ RIDGE = 0.1  # in units of the inputs' mean square: directions with less are not
 # Weights of two terms for sums of gates: give all experts the same share, and each token few of them.
 BALANCE = 0.1  # without it, one copy gets nearly all of the sum
 CONCENTRATION = 0.05  # 0, 0.05 and 0.1 have errors of 0.051, 0.056 and 0.068, and sparsities of 0.10, 0.15 and 0.22
-
-
-def split_mlp(weights: Mapping[str, torch.Tensor], parts: int, gated: bool) -> list[dict[str, torch.Tensor]]:
-    """Cut a feed-forward layer into narrower ones whose outputs add up to its output.
-
-    Args:
-        weights: `linear_fc1.weight` `[ffn, hidden]` (`[2·ffn, hidden]`, gate and then up, if `gated`),
-            `linear_fc2.weight` `[hidden, ffn]`, and `linear_fc1.bias` and `linear_fc2.bias` where there are biases.
-        parts: number of layers to make; divides ffn.
-        gated: whether fc1 holds a gate too, as in SwiGLU.
-
-    Returns:
-        The weights of each part, under the same names.
-    """
-
-    def rows(tensor: torch.Tensor, part: int) -> torch.Tensor:
-        halves = tensor.chunk(2) if gated else (tensor,)
-        return torch.cat([half.chunk(parts)[part] for half in halves])
-
-    cuts = {
-        "linear_fc1.weight": rows,
-        "linear_fc1.bias": rows,
-        "linear_fc2.weight": lambda tensor, part: tensor.chunk(parts, dim=1)[part],
-        "linear_fc2.bias": lambda tensor, _part: tensor / parts,
-    }
-    return [
-        {name: cut(weights[name], part).clone() for name, cut in cuts.items() if name in weights}
-        for part in range(parts)
-    ]
 
 
 def fit_router(
@@ -91,19 +60,6 @@ def fit_router(
     error = (_sum_copies(gates, copies) - targets).square().sum(dim=1).mean() / scale
     weights = torch.linalg.solve_triangular(root.T, fitted.T, upper=True).T.contiguous()
     return weights, float(error.sqrt()), 1.0 - float((gates > 0).double().mean())
-
-
-def keep_largest(gates: torch.Tensor, topk: int) -> torch.Tensor:
-    """Return the `topk` largest gates of each token, scaled so that their sum equals the sum of all its gates.
-
-    Args:
-        gates: `[tokens, num_experts]`, 0 where an expert is not used.
-        topk: number of experts per token.
-    """
-    values, experts = gates.topk(topk, dim=1)
-    tiny = torch.finfo(gates.dtype).tiny
-    values = values * gates.sum(dim=1, keepdim=True) / values.sum(dim=1, keepdim=True).clamp(min=tiny)
-    return torch.zeros_like(gates).scatter_(1, experts, values)
 
 
 def _whiten(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

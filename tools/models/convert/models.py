@@ -13,14 +13,10 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.remoe.routing.refusals import flag_name, routing_problems
-from megatron.remoe.training.arguments import apply_granularity
-from megatron.training.arguments import moe_freq_type
 
 from ...console.errors import ConversionError
 from ...recipes.megatron_values import make_parser
-from ..hybrid import moe_layer_pattern
 from ..megatron_model import EXPERT, SINGLE_PROCESS_SETTINGS
-from .fitting import split_mlp
 
 # Settings that only top-k routing uses; a ReMoE has their defaults.
 TOPK_ONLY = """moe_aux_loss_coeff moe_router_score_function moe_router_enable_expert_bias moe_router_topk_scaling_factor
@@ -49,7 +45,7 @@ def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argp
     if source.num_experts is None:
         _become_mixture(target, options)
     else:
-        _keep_mixture(target, options)
+        _refuse_shape(options)
     target.moe_relu_routing = True
     target.moe_router_load_balancing_type, target.moe_token_dispatcher_type = "none", "alltoall"
     defaults = vars(make_parser().parse_args([]))
@@ -67,29 +63,19 @@ def _become_mixture(target: argparse.Namespace, options: argparse.Namespace) -> 
         raise ConversionError("--load is a dense checkpoint: give --num-experts.", BAD_FLAG)
     target.num_experts, target.moe_ffn_hidden_size = options.num_experts, None
     target.moe_router_topk = 1 if options.moe_router_topk is None else options.moe_router_topk
-    target.moe_granularity = options.moe_granularity or 1
-    pattern = options.moe_layer_freq or "1"
-    try:
-        target.moe_layer_freq = moe_freq_type(pattern)
-        if not any(moe_layer_pattern(target)):
-            raise ValueError("no layer has experts")
-    except (ValueError, SyntaxError, TypeError, ZeroDivisionError) as error:
-        raise ConversionError(f"--moe-layer-freq {pattern}: {error}.", BAD_FLAG) from error
-    apply_granularity(target)
-    target.moe_ffn_hidden_size = target.ffn_hidden_size // target.moe_granularity
+    target.moe_granularity = target.moe_layer_freq = 1
+    target.moe_ffn_hidden_size = target.ffn_hidden_size
 
 
-def _keep_mixture(target: argparse.Namespace, options: argparse.Namespace) -> None:
-    for name in ("num_experts", "moe_granularity", "moe_layer_freq"):
+def _refuse_shape(options: argparse.Namespace) -> None:
+    for name in ("num_experts", "moe_router_topk"):
         if getattr(options, name) is not None:
             raise ConversionError(f"{flag_name(name)}: --load is a top-k checkpoint, whose experts are kept.", BAD_FLAG)
-    if options.moe_router_topk is not None:
-        target.moe_router_topk = options.moe_router_topk * target.moe_granularity
 
 
 @torch.no_grad()
 def fill(target: GPTModel, source: GPTModel, routers: dict[int, torch.Tensor]) -> None:
-    """Copy the source's weights into the ReMoE; a dense layer, or one part of it, goes into each expert.
+    """Copy the source's weights into the ReMoE; a dense layer goes into each expert.
 
     Args:
         target: the ReMoE, changed.
@@ -97,8 +83,6 @@ def fill(target: GPTModel, source: GPTModel, routers: dict[int, torch.Tensor]) -
         routers: layer's index → router weights `[num_experts, hidden]`.
     """
     state = source.state_dict()
-    config = target.config
-    parts: dict[str, list[dict[str, torch.Tensor]]] = {}
     for name, tensor in target.state_dict().items():
         expert, router = EXPERT.fullmatch(name), ROUTER.fullmatch(name)
         if router and router["name"] == "weight":
@@ -106,12 +90,7 @@ def fill(target: GPTModel, source: GPTModel, routers: dict[int, torch.Tensor]) -
         elif not torch.is_tensor(tensor) or router:
             continue  # λ starts at λ₀
         elif expert and name not in state:
-            mlp = expert["mlp"]
-            if mlp not in parts:
-                weights = {key.removeprefix(mlp): value for key, value in state.items() if key.startswith(mlp)}
-                parts[mlp] = split_mlp(weights, config.moe_granularity, config.gated_linear_unit)
-            copies = config.num_moe_experts // config.moe_granularity
-            tensor.copy_(parts[mlp][int(expert["expert"]) // copies][expert["weight"]])
+            tensor.copy_(state[expert["mlp"] + expert["weight"]])
         else:
             tensor.copy_(state[name])
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from megatron.remoe.start.checkpoint_files import CONFIG, RELEASE, TRACKER, stored_object
 
-from ..checkpoints import OVERHEAD, new_folder, read_tensors, reading
+from ..checkpoints import new_folder, read_tensors, reading
 
 # The name of a weight in a layer; it has no number if the tensor holds the weights of all layers.
 LAYER = re.compile(r"(?P<before>(?:.*\.)?decoder\.layers\.)(?:(?P<number>\d+)\.)?(?P<rest>.+)")
@@ -62,8 +62,7 @@ def write_content(content: Content, state: dict[str, Any], output: Path, name: s
     Raises:
         ConversionError: it cannot be written, for instance because the disk is full.
     """
-    size = sum(value.nbytes for value in content.values() if torch.is_tensor(value))
-    with new_folder(output, size + OVERHEAD) as aside:
+    with new_folder(output) as aside:
         writer, planner = FileSystemWriter(aside / name), _Planner(flatten_state_dict=False)
         settings = io.BytesIO()
         torch.save([state], settings)  # dcp.save would turn whole numbers among the keys into text

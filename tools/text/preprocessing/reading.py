@@ -1,4 +1,4 @@
-"""Read lines from files, compressed or not, in blocks; extract their texts, and report lines that have none."""
+"""Read lines from files, compressed or not, in blocks; and extract their texts."""
 
 import glob
 import gzip
@@ -83,33 +83,28 @@ def _unpacked(file: io.BufferedReader) -> io.BufferedIOBase:
     return file
 
 
-def parse_documents(block: Block, keys: Sequence[str], skip_bad: bool) -> tuple[dict[str, list[str]], list[str]]:
-    """Return the texts of a block's good lines, by key, and a message for each of the others.
+def parse_documents(block: Block, keys: Sequence[str]) -> dict[str, list[str]]:
+    """Return the texts of a block's lines, by key.
 
     Args:
         block: lines.
-        keys: names of the JSON fields that hold text; a line without one of them makes no document.
-        skip_bad: collect the messages instead of raising the first.
+        keys: names of the JSON fields that hold text.
 
     Raises:
-        DataError: the first bad line, unless `skip_bad`.
+        DataError: a line cannot be read, or has no text at a key.
     """
     documents: dict[str, list[str]] = {key: [] for key in keys}
-    problems = []
     for number, line in enumerate(block.lines, start=block.first_line):
         try:
             texts = _read_texts(line, keys)
         except (ValueError, RecursionError) as error:
             start = line[:CHARACTERS_SHOWN].decode("utf-8", errors="backslashreplace").rstrip("\n")
-            message = f"{block.source}, line {number}: cannot be read ({str(error)[:200]}): {start!r}"
-            if not skip_bad:
-                remedy = "Correct it, or give --on-error skip to leave out lines that cannot be read."
-                raise DataError(f"{message}\n{remedy}") from None
-            problems.append(message)
-        else:
-            for key, text in zip(keys, texts, strict=True):
-                documents[key].append(text)
-    return documents, problems
+            raise DataError(
+                f"{block.source}, line {number}: cannot be read ({str(error)[:200]}): {start!r}. Correct or remove it."
+            ) from None
+        for key, text in zip(keys, texts, strict=True):
+            documents[key].append(text)
+    return documents
 
 
 def _read_texts(line: bytes, keys: Sequence[str]) -> list[str]:
