@@ -78,9 +78,9 @@ def test_from_dense(data: Path, dense: tuple[Path, str], tmp_path: Path, capfd: 
     result = run(["convert", *words], script=REPOSITORY / "tools" / "__main__.py")
     loss_before, loss_after, sparsity = measured(result)
     assert loss_after < loss_before * 1.01 and sparsity > 0.5 and LAMBDA in result
-    printed = shlex.split(next(line for line in result.splitlines() if line.startswith("--pretrained-checkpoint")))
-    more = f"--train-iters {STEPS_AFTER} --eval-interval {STEPS_AFTER} --lr-warmup-iters 10"
-    output = train(data, *printed, *more.split())
+    printed = shlex.split(next(line for line in result.splitlines() if line.startswith("remoe-pretrain")))[1:]
+    more = f"--train-iters {STEPS_AFTER} --eval-interval {STEPS_AFTER} --log-interval 1 --lr-warmup-iters 10 --cpu"
+    output = run([*(str(tmp_path / "run") if word == "RUN" else word for word in printed), *more.split()])
     check_start(output, before, sparsity)
     assert sum(series(output, "sparsity")[-10:]) / 10 == pytest.approx(0.875, abs=0.04)
     assert validation_loss(output) < validation_loss(before)

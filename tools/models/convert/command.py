@@ -10,6 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from ...console.errors import ConversionError
+from ...recipes.megatron_values import make_parser
 from ...runs.running import make_main
 from ..arguments import parse_convert
 from ..checkpoints import Checkpoint, check_output, find, load, save
@@ -26,8 +27,17 @@ BOUNDS = {"dense": 0.01, "top-k": 0.05}
 # λ starts higher than in a run from scratch, or the model would get denser at first. It moves less, or experts would be
 # turned off before they differ.
 GENTLE = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1.05".split()
-# Arguments of a ReMoE from a dense checkpoint that differ from its source's.
-SHAPE = "num_experts", "moe_router_topk", "moe_ffn_hidden_size"
+# Arguments of the source that the printed command repeats where they are not Megatron's defaults.
+REPEATED = """num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention num_query_groups
+kv_channels qk_layernorm attention_dropout hidden_dropout normalization layernorm_epsilon swiglu squared_relu
+add_bias_linear add_qkv_bias position_embedding_type rotary_base rotary_percent max_position_embeddings
+init_method_std untie_embeddings_and_output_weights make_vocab_size_divisible_by vocab_size tokenizer_type
+tokenizer_model vocab_file merge_file moe_relu_routing num_experts moe_router_topk moe_granularity
+moe_ffn_hidden_size moe_layer_freq moe_router_dtype moe_token_dispatcher_type moe_shared_expert_intermediate_size
+moe_shared_expert_gate seq_length bf16 fp16 micro_batch_size global_batch_size train_iters lr min_lr lr_decay_style
+lr_decay_iters lr_wsd_decay_style lr_wsd_decay_iters lr_warmup_iters lr_warmup_fraction weight_decay adam_beta1
+adam_beta2 clip_grad seed data_path train_data_path valid_data_path test_data_path split multiple_validation_sets
+validation_set_names full_validation eval_interval eval_iters save_interval""".split()
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -65,8 +75,7 @@ def convert(options: argparse.Namespace) -> None:
         experts = f"{active:.1f} experts per token instead of {new_args.moe_router_topk}"
         print(f"starts at sparsity {sparsity:.3f}, target {target_sparsity:.3f}: {experts}", flush=True)
         save(target, new_args, options.save)
-    added = shlex.join(added_flags(args, new_args, options.save))
-    print(f"wrote {options.save}. Train with the source's flags and a new --save, and with:\n{added}", flush=True)
+    print(f"wrote {options.save}. Train with:\n{shlex.join(training_command(new_args, options.save))}", flush=True)
 
 
 def _fit_routers(
@@ -101,11 +110,19 @@ def _fit_routers(
     return target, loss_before
 
 
-def added_flags(args: argparse.Namespace, new_args: argparse.Namespace, output: Path) -> list[str]:
-    """Return the flags that train the ReMoE in `output`, in addition to its source's."""
-    values = {name: getattr(new_args, name) for name in SHAPE if args.num_experts is None}
-    values |= {"moe_relu_routing": True, "moe_token_dispatcher_type": "alltoall"}
-    return ["--pretrained-checkpoint", str(output), *make_words(values), *GENTLE]
+def training_command(args: argparse.Namespace, output: Path) -> list[str]:
+    """Return the command that trains the ReMoE in `output`, with its source's flags."""
+    values = {name: getattr(args, name) for name in REPEATED}
+    for name in ("num_experts", "moe_router_topk"):
+        values[name] //= args.moe_granularity
+    if values["moe_ffn_hidden_size"]:
+        values["moe_ffn_hidden_size"] *= args.moe_granularity
+    if values["lr_decay_iters"] == values["train_iters"]:  # the default
+        values["lr_decay_iters"] = None
+    usual = vars(make_parser().parse_args([]))
+    values = {name: value for name, value in values.items() if value != usual.get(name)}
+    places = ["--pretrained-checkpoint", str(output), "--save", "RUN", "--load", "RUN"]
+    return ["remoe-pretrain", *places, *make_words(values), *GENTLE]
 
 
 def run(options: argparse.Namespace) -> None:
