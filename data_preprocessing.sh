@@ -7,7 +7,7 @@
 #   WORKERS      threads, at most 8                               (default: one per core)
 #   SHARDS       which ones                                       (default: "00 01 02 ... 29")
 #   PYTHON       the interpreter                                  (default: .venv's, else python3)
-# Arguments go to tools/preprocess_data.py
+# Arguments go to remoe preprocess
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/lib/python.sh"
 
@@ -56,7 +56,7 @@ process() { # SHARD, further arguments to preprocess_data.py; sets RESULT
 answer_help "$@"
 choose_python
 for word in "$@"; do
-  case $word in --json-keys* | --tokenizer-type*) die "$word: not with this script; call tools/preprocess_data.py" ;; esac
+  case $word in --json-keys* | --tokenizer-type*) die "$word: not with this script; use remoe preprocess" ;; esac
 done
 [[ -d ${INPUT_DIR:-} ]] || die "INPUT_DIR '${INPUT_DIR-}': give the folder of the Pile's shards, 00.jsonl.zst and so on"
 [[ -n ${OUTPUT_DIR:-} ]] || die "OUTPUT_DIR is not set: give the folder for the data sets"

@@ -29,7 +29,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the flags. Those of Megatron-LM's tool keep their meaning."""
     parser = tool_parser("preprocess", __doc__)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="FILE", help="files to read, or patterns")
+    add("--input", nargs="+", required=True, metavar="FILE", help="files to read, or patterns: a JSON object per line")
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="text fields, a data set each (default: text)")
     add("--tokenizer-type", choices=TOKENIZER_TYPES, required=True, help="the run's --tokenizer-type")
     add("--vocab-file", metavar="FILE", help="GPT2BPETokenizer: encoder.json or vocab.json")

@@ -86,7 +86,8 @@ def main() -> int:
         lines = [f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()]
         print("usage: remoe COMMAND ...", "", *lines, "", "remoe COMMAND --help lists a command's options.", sep="\n")
     else:
-        similar = " or ".join(difflib.get_close_matches(command, COMMANDS)) or "one that remoe --help lists"
-        print(f"error: there is no command {command}. Did you mean {similar}?", file=sys.stderr)
+        similar = " or ".join(difflib.get_close_matches(command, COMMANDS))
+        remedy = f"Did you mean {similar}?" if similar else "remoe --help lists the commands."
+        print(f"error: there is no command {command}. {remedy}", file=sys.stderr)
         return 2
     return 0

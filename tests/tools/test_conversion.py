@@ -15,6 +15,7 @@ from tests.training_runs import REPOSITORY, TINY, run, series
 from tools.models import checkpoints
 from tools.models.convert import models
 from tools.models.convert.command import main as command
+from tools.models.convert.command import training_command
 from tools.models.hf.settings import complete
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
@@ -86,6 +87,13 @@ def test_from_dense(data: Path, dense: tuple[Path, str], tmp_path: Path, capfd: 
     assert validation_loss(output) < validation_loss(before)
     assert main("--load", tmp_path / "remoe", "--save", tmp_path / "again", "--num-experts", "8") == 1
     assert "a checkpoint of a ReMoE already" in capfd.readouterr().err
+
+
+def test_the_command_leaves_out_what_full_validation_computes(dense: tuple[Path, str]) -> None:
+    args = complete(checkpoints.find(dense[0], None).args)
+    vars(args).update(num_experts=8, full_validation=True, multiple_validation_sets=True, eval_iters=[11, 10])
+    words = training_command(args, Path("OUT"))
+    assert "--full-validation" in words and "--eval-iters" not in words
 
 
 def test_from_topk_into_two_processes(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

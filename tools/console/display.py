@@ -36,10 +36,10 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], text: int)
     """Print a table to standard output; the first `text` columns are left-aligned, the others right-aligned."""
     table = Table(box=None, pad_edge=False)
     for place, title in enumerate(titles):
-        table.add_column(title, justify="left" if place < text else "right", overflow="fold")
+        table.add_column(title, justify="left" if place < text else "right")
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    Console(highlight=False, width=500).print(table)  # on a narrower terminal, do not break words
 
 
 def duration(seconds: float) -> str:

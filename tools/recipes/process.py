@@ -147,7 +147,7 @@ def _run(command: Sequence[str], log: Path, file: int) -> int:
             return
         wanted = signal.SIGKILL if stopping else signal.SIGTERM
         if not stopping:
-            _say("Saving a checkpoint; a second Ctrl-C ends at once, without one.")
+            _say("Stopping; a run that trains saves a checkpoint first. A second Ctrl-C ends at once, without one.")
         stopping = True
         with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
             _signal_training(job.pid, wanted)

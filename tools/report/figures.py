@@ -25,7 +25,6 @@ from ..runs.run_figures import EMPTY, TOTALS, Curve, RunFigures, smooth
 
 COLUMNS = 240  # maximum number of columns of a heat map
 FIRST_SHARE = 0.05  # share of steps at the start that the loss axis ignores: their fall would hide later differences
-LABELS = 6  # side by side in a figure
 POINTS, FEW = 1000, 300  # maximum number of points of a curve, and of a layer's curve
 RIM = "#888888"  # visible on light and on dark
 Layers = Mapping[int, Curve]
@@ -188,11 +187,8 @@ def overlay(
             plot.multi_line(list(xs), list(ys), alpha=0.45, **style)
         if len(drawn.faint.values):
             plot.line(*thin(drawn.faint, POINTS), line_dash=dash, alpha=0.3, **style)
-        if count := len(drawn.curve.values):
+        if len(drawn.curve.values):
             curves.append(plot.line(*thin(drawn.curve, POINTS), line_dash=dash, width=2, **style))
-            # Labels are placed side by side, since curves often end close to each other.
-            x, y = ([values[-1 - count * (len(curves) - 1) // LABELS % count]] for values in drawn.curve)
-            plot.text(x, y, text=[run.name], text_align="right", text_baseline="bottom", **style)
     for level in {level for run in runs if (level := find_level(run))}:
         plot.add_layout(Span(location=level, dimension="width", line_dash="dashed", line_color=RIM))
     tips = [("run", "$name"), ("iteration", "@x{0,0}"), (unit or title, form)]

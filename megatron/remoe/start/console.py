@@ -29,8 +29,9 @@ UNHELPFUL_LOGS = {
 }
 
 GPT_MODEL = (
-    "Megatron only fixes bugs in GPTModel, which this run trains. For its successor, HybridModel, replace --num-layers "
-    "with --hybrid-layer-pattern: per layer '*E' with experts, '*-' without."
+    "This run trains Megatron's GPTModel, which gets no new features. Its successor is HybridModel: set MODEL=hybrid "
+    "with a launch script; otherwise replace --num-layers with --hybrid-layer-pattern (per layer '*E' with experts, "
+    "'*-' without)."
 )
 
 

@@ -119,6 +119,8 @@ def training_command(args: argparse.Namespace, output: Path) -> list[str]:
         values["moe_ffn_hidden_size"] *= args.moe_granularity
     if values["lr_decay_iters"] == values["train_iters"]:  # the default
         values["lr_decay_iters"] = None
+    if args.full_validation:  # Megatron has replaced it by the number of steps of each set
+        values["eval_iters"] = None
     usual = vars(make_parser().parse_args([]))
     values = {name: value for name, value in values.items() if value != usual.get(name)}
     places = ["--pretrained-checkpoint", str(output), "--save", "RUN", "--load", "RUN"]

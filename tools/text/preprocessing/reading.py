@@ -121,6 +121,7 @@ def _read_texts(line: bytes, keys: Sequence[str]) -> list[str]:
         raise ValueError("each line must be a JSON object")
     for key in keys:
         if not isinstance(record.get(key), str):
-            raise ValueError(f"no text at the key {key!r}; keys: {', '.join(map(repr, record)) or 'none'}")
+            given = "it is not a string" if key in record else f"keys: {', '.join(map(repr, record)) or 'none'}"
+            raise ValueError(f"no text at the key {key!r}; {given}")
         record[key].encode()  # fails for a lone surrogate from an escape, which no tokenizer accepts
     return [record[key] for key in keys]
