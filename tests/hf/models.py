@@ -28,6 +28,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "relu, k = 1": RELU | {"num_experts_per_tok": 1},
     "relu, shared, not balanced": RELU
     | {"shared_expert_intermediate_size": 12, "mlp_only_layers": [0], "moe_relu_load_balancing": False},
+    "relu, normalized": RELU
+    | {"moe_relu_normalize": True, "max_experts_per_token": 4, "target_experts_per_token": 2}
+    | {"num_experts_per_tok": 4, "mlp_only_layers": [0]},
     "relu, norms, shared gate": RELU
     | {"qk_norm": "head", "shared_expert_intermediate_size": 12, "shared_expert_gate": True, "mlp_only_layers": [0]},
     "relu, shared": RELU | {"shared_expert_intermediate_size": 12, "mlp_only_layers": [0], "router_dtype": "float64"},

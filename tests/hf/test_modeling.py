@@ -18,6 +18,8 @@ from tools.console.places import ROOT
 from tools.models.hf.settings import complete, make_config
 from tools.models.measuring import compute_logits
 
+TRAINED = ["relu, shared", "relu, shared, not balanced", "relu, normalized", "top-k", "sigmoid", "sigmoid, bias"]
+
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_megatrons(name: str, process_groups: None) -> None:
@@ -31,7 +33,7 @@ def test_logits_are_megatrons(name: str, process_groups: None) -> None:
         assert getattr(back, key) == getattr(model.config, key), (key, value)
 
 
-@pytest.mark.parametrize("name", ["relu, shared", "relu, shared, not balanced", "top-k", "sigmoid", "sigmoid, bias"])
+@pytest.mark.parametrize("name", TRAINED)
 def test_training_is_megatrons(name: str, process_groups: None) -> None:
     """Loss, sparsity and gradients of L1 or load balancing agree, with and without activation checkpointing."""
     model, ids = make(name, router_aux_loss_coef=0.05), tokens()
@@ -57,6 +59,9 @@ def test_training_is_megatrons(name: str, process_groups: None) -> None:
             assert float(outputs.sparsity) == pytest.approx(1 - float(router.counts.active) / pairs, abs=1e-6)
         block = model.model.layers[1].mlp
         torch.testing.assert_close(block.gate.weight.grad, router.weight.grad, rtol=1e-4, atol=1e-6)
+        if model.config.moe_relu_normalize:  # the gradient of s is c times that of s · c
+            scale = router.gate_scale
+            torch.testing.assert_close(block.gate.gate_scale.grad * scale.initial, scale.scale.grad)
         fc1 = megatron.decoder.layers[1].mlp.experts.local_experts[3].linear_fc1
         torch.testing.assert_close(block.experts.gate_up_proj.grad[3], fc1.weight.grad, rtol=1e-4, atol=1e-6)
 

@@ -33,6 +33,8 @@ class RemoeConfig(LlamaConfig):
     """Layers without experts, from 0."""
     moe_relu_routing: bool = True
     """Gates are ReLU(x W) and an expert is active where its gate is positive; False: top-k of scores."""
+    moe_relu_normalize: bool = False
+    """ReLU routing: logits are divided by their length, and gates multiplied by a learned scale (arXiv 2605.06665)."""
     moe_relu_load_balancing: bool = True
     """ReLU routing: the L1 term weighs each expert by its load."""
     scoring_func: Literal["softmax", "sigmoid"] = "softmax"

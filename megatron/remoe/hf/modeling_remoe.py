@@ -133,6 +133,8 @@ class RemoePreTrainedModel(LlamaPreTrainedModel):
         elif isinstance(module, RemoeRouter):
             if not self.config.hash_routing:
                 init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            if module.gate_scale is not None:
+                init.ones_(module.gate_scale)
             if module.e_score_correction_bias is not None:
                 init.zeros_(module.e_score_correction_bias)
 

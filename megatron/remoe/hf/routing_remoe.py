@@ -22,6 +22,7 @@ class RemoeRouter(nn.Module):
         self.dtype = getattr(torch, config.router_dtype) if config.router_dtype else None
         if not config.hash_routing:
             self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.gate_scale = nn.Parameter(torch.ones(1)) if config.moe_relu_normalize else None
         # float32 even in a half-precision model.
         bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.router_expert_bias else None
         self.register_buffer("e_score_correction_bias", bias)
@@ -32,7 +33,8 @@ class RemoeRouter(nn.Module):
         """Return logits, gates and experts, as the routers of transformers' MoE models do.
 
         ReLU routing returns the K = `max_experts_per_token` largest gates, which can be 0, or all (K = E) if that is
-        None. Other routing has K = k. Servers depend on the order of results and operations (docs/huggingface.md).
+        None. Its logits are normalized with `moe_relu_normalize`. Other routing has K = k. Servers depend on the order
+        of results and operations (docs/huggingface.md).
 
         Args:
             hidden_states: `[tokens, hidden]`.
@@ -55,7 +57,11 @@ class RemoeRouter(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False) if is_cast else nullcontext():
             logits = nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype))
         if self.config.moe_relu_routing:
+            if self.gate_scale is not None:
+                logits = nn.functional.normalize(logits, dim=-1)
             gates = torch.relu(logits)
+            if self.gate_scale is not None:
+                gates = gates * self.gate_scale.to(gates.dtype)
             if self.config.max_experts_per_token is not None:
                 return logits, *gates.topk(self.config.max_experts_per_token)
             return logits, gates, torch.arange(self.config.num_experts, device=gates.device).expand_as(gates)

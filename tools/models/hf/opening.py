@@ -133,7 +133,7 @@ def open_run(root: Path, step: int | None) -> LoadedRun:
         load(checkpoint, model)
     if args.num_experts and args.moe_relu_routing:
         exponents = [int(value) for name, value in model.state_dict().items() if name.endswith("router.l1_exponent")]
-        config.router_aux_loss_coef *= args.moe_relu_l1_reg_coeff_multiplier ** max(exponents, default=0)
+        config.router_aux_loss_coef *= args.moe_relu_l1_reg_coeff_multiplier ** round(sum(exponents) / len(exponents))
     return LoadedRun(model, checkpoint.args, args, config, checkpoint.name)
 
 

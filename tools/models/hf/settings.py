@@ -35,7 +35,11 @@ EXPERTS = {
     "shared_expert_gate": "moe_shared_expert_gate",
     "moe_relu_routing": "moe_relu_routing",
 }
-RELU = {"moe_relu_load_balancing": "moe_relu_l1_reg_load_balancing", "max_experts_per_token": "moe_relu_max_experts"}
+RELU = {
+    "moe_relu_load_balancing": "moe_relu_l1_reg_load_balancing",
+    "moe_relu_normalize": "moe_relu_normalize",
+    "max_experts_per_token": "moe_relu_max_experts",
+}
 TOPK = {
     "scoring_func": "moe_router_score_function",
     "routed_scaling_factor": "moe_router_topk_scaling_factor",

@@ -7,6 +7,8 @@ import torch
 
 from megatron.core.models.gpt import GPTModel
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
+from megatron.remoe.hf.routing_remoe import RemoeRouter
+from megatron.remoe.routing.gate_scale import GateScale, initial_scale
 
 from ..hybrid import FINAL_NORM
 from ..megatron_model import EXPERT
@@ -29,6 +31,7 @@ RENAMED_WEIGHTS = {
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
     "mlp.router.weight": "mlp.gate.weight",
+    "mlp.router.gate_scale.scale": "mlp.gate.gate_scale",
     "mlp.router.expert_bias": "mlp.gate.e_score_correction_bias",
     "mlp.shared_experts.linear_fc2.weight": "mlp.shared_expert.down_proj.weight",
     "mlp.shared_experts.gate_weight": "mlp.shared_expert_gate.weight",
@@ -46,6 +49,9 @@ def fill_megatron(model: GPTModel, source: RemoeForCausalLM) -> None:
     """
     for tensor, other in match_parts(model.state_dict(), source.state_dict(), source.config):
         tensor.copy_(other)
+    for module in model.modules():
+        if isinstance(module, GateScale):  # the folder has s · c
+            module.scale.div_(module.initial)
 
 
 @torch.no_grad()
@@ -54,6 +60,9 @@ def convert_model(model: GPTModel, config: RemoeConfig) -> RemoeForCausalLM:
     target = RemoeForCausalLM._from_config(config, dtype=config.dtype or torch.float32).eval()
     for tensor, other in match_parts(model.state_dict(), target.state_dict(), config):
         other.copy_(tensor)
+    for module in target.modules():
+        if isinstance(module, RemoeRouter) and module.gate_scale is not None:
+            module.gate_scale.mul_(initial_scale(config.num_experts, config.mean_experts_per_token))
     return target
 
 
