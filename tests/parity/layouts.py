@@ -14,6 +14,8 @@ MODEL = [
 ROUTINGS: dict[str, list[str]] = {"ReMoE": [*RELU, "--moe-relu-l1-reg-coeff-init", "1e-3"], "top-k": TOPK}
 FEW_EXPERTS = "ReMoE, at most 2 experts"
 ROUTINGS[FEW_EXPERTS] = [*ROUTINGS["ReMoE"], "--moe-relu-max-experts", "2"]
+NORMALIZED = "ReMoE, normalized, a λ per layer"
+ROUTINGS[NORMALIZED] = [*ROUTINGS["ReMoE"], *"--moe-relu-normalize --moe-relu-sparsity-scope layer".split()]
 DENSE_AND_MOE = "dense and MoE layers"
 VARIANTS: dict[str, list[str]] = {
     "plain": [],

@@ -12,7 +12,7 @@ import pytest
 
 from megatron.remoe.files.files import write_text
 from tests.data_sets import real_text, write_documents
-from tests.parity.layouts import DENSE_AND_MOE, FEW_EXPERTS, LAYOUTS, SINGLE, VARIANTS
+from tests.parity.layouts import DENSE_AND_MOE, FEW_EXPERTS, LAYOUTS, NORMALIZED, SINGLE, VARIANTS
 from tests.parity.measure import Case, Difference, Training, compare, train
 from tests.training_runs import run
 from tools.console import markdown
@@ -26,6 +26,8 @@ CORE = [
     Case("gpt", "ReMoE", "plain", "TP2 x EP2, expert TP 2"),
     Case("gpt", "ReMoE", DENSE_AND_MOE, "PP2 x EP2"),
     Case("gpt", FEW_EXPERTS, DENSE_AND_MOE, "PP2, 2 virtual stages"),
+    Case("gpt", NORMALIZED, DENSE_AND_MOE, "PP2 x EP2"),
+    Case("gpt", NORMALIZED, "plain", "TP2 + SP"),
     # HybridModel in a layout against GPTModel in one process.
     Case("hybrid", "ReMoE", DENSE_AND_MOE, "PP2, 2 virtual stages"),
 ]
@@ -33,6 +35,7 @@ CORE = [
 CHECKED = {
     ("gpt", "ReMoE"): "",
     ("gpt", FEW_EXPERTS): "at most 2 experts, largest",
+    ("gpt", NORMALIZED): "normalized, a λ per layer, largest",
     ("gpt", "top-k"): "top-k, largest",
     ("hybrid", "ReMoE"): "HybridModel, largest",
 }

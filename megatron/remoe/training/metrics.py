@@ -91,6 +91,7 @@ def _scalars(figures: dict[str, Any], per_layer: bool) -> dict[str, float]:
     scalars = {name: figures[name] for name in PRINTED} | {"guarded_layers": len(figures["guarded_layers"])}
     for number, sparsity in figures["layer_sparsity"].items() if per_layer else ():
         scalars[f"sparsity_layer_{number}"] = sparsity
+        scalars[f"l1_coefficient_layer_{number}"] = figures["layer_l1_coefficient"][number]
         scalars[f"l1_loss_layer_{number}"] = figures["layer_l1_loss"][number]
         scalars[f"chunks_layer_{number}"] = figures["layer_chunks"][number]
         for expert, share in enumerate(figures["tokens_per_expert"][number]):
