@@ -20,6 +20,8 @@ COMPARED = {
     "--moe-router-topk 2": "--moe-router-topk 1 in the checkpoint, 2 here",
     "--multi-latent-attention --rotary-scaling-factor 40": "--rotary-scaling-factor 1.0 in the checkpoint, 40.0 here",
     "--moe-relu-l1-reg-coeff-multiplier 1.5": "1.2 in the checkpoint, 1.5 here",
+    "--moe-relu-normalize": "--moe-relu-normalize False in the checkpoint, (on) here",
+    "--moe-relu-sparsity-scope layer": "--moe-relu-sparsity-scope model in the checkpoint, layer here",
     "--rotary-interleaved": "--rotary-interleaved False in the checkpoint, (on) here",
     "--split 80,20,0": "--split 90,10,0 in the checkpoint, 80,20,0 here",
     "--data-path 1 here/text 1.0 other": "--data-path text in the checkpoint, 1.0 text 1.0 other here",
