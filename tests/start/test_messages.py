@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megatron.remoe.files.errors import DataError
 from megatron.remoe.start import messages
@@ -35,13 +34,6 @@ def test_the_first_rank_says_it_at_once(waited, monkeypatch, capsys) -> None:
     assert said(ValueError("--lr is wrong"), capsys) == "own_script.py: error: --lr is wrong\n"
     assert said(DataError("no data"), capsys) == f"own_script.py: error: no data [{DataError.code}]\n"
     assert not waited
-
-
-def test_torchrun_repeats_it(waited, monkeypatch, capsys, tmp_path) -> None:
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    said(ValueError("--lr is wrong"), capsys)
-    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
-    assert "--lr is wrong" in str(ChildFailedError("pretrain_gpt.py", {0: failure}))
 
 
 def test_other_ranks_print_rank_specific_errors(waited, monkeypatch, capsys, tmp_path) -> None:
