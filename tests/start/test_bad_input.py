@@ -6,12 +6,11 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from megatron.remoe.files.indexed import bin_path, idx_path
 from megatron.remoe.start.console import GPT_MODEL
-from tests.data_sets import write_documents, write_tokens
+from tests.data_sets import write_documents
 from tests.entry import LIMIT, shared_entry
 from tests.start.mistakes import ENTRY, HYBRID, User, on, plain
 from tests.tiny_model import RELU
@@ -32,7 +31,6 @@ def make_data_sets(user: User, source: Path) -> None:
     os.truncate(user.folder / "short_bin.bin", 1000)
     write_documents(user.folder / "few", [b"abc"])
     write_documents(user.folder / "one", [b"abc" * 1000])
-    write_tokens(user.folder / "negative", np.array([5, -7, *[6] * 1000], dtype=np.int32), [1002])
     (user.folder / "file").write_text("a regular file\n")
     (user.folder / "release").mkdir()
     (user.folder / "release" / "latest_checkpointed_iteration.txt").write_text("release")
@@ -48,9 +46,6 @@ def user(data: Path, tmp_path_factory: pytest.TempPathFactory) -> User:
         saving = f"--save {{{name}}} --save-interval 2 --train-iters 2"
         code, output = shared_entry().run(plain(f"{routing} {saving}")(user))
         assert code == 0, output[-3000:]
-    shutil.copytree(user["dense"], user["cut"])
-    for file in (user.folder / "cut" / "iter_0000002").glob("*.distcp"):
-        os.truncate(file, file.stat().st_size // 2)
     return user
 
 
@@ -65,7 +60,7 @@ def used_port() -> Iterator[str]:
 def test_entry(name: str, user: User, used_port: str) -> None:
     case, before = ENTRY[name], changes(user.folder)
     environment = {key: value or used_port for key, value in (case.environment or {}).items()}
-    code, output = shared_entry().run(case.arguments(user), environment, list(case.unset))
+    code, output = shared_entry().run(case.arguments(user), environment)
     assert code is not None, f"hangs: {output[-2000:]}"
     message = last_error(output)
     assert code == case.code and message.count("\n") <= LINES and len(message) < 1000, message
