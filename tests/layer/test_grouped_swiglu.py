@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron.remoe.kernels.interface import Order
 from megatron.remoe.kernels.pytorch import PYTORCH, SortedPairs, TokenOrder
 from megatron.remoe.layer import grouped_swiglu as module
 from megatron.remoe.layer.grouped_swiglu import OneByOne, OneKernel, _GroupedSwiGLU, grouped_swiglu
@@ -28,10 +27,6 @@ def one_by_one(tokens, gates, fc1, fc2, sizes: list[int], rows: torch.Tensor | N
         outputs.append((torch.nn.functional.silu(left) * right * gate[:, None]) @ second.T)
     output = torch.cat(outputs)
     return output if rows is None else torch.zeros_like(tokens).index_add(0, rows, output)
-
-
-def make_order(rows: torch.Tensor | None) -> Order:
-    return SortedPairs() if rows is None else TokenOrder(rows)
 
 
 def some_rows(sizes: list[int], gathers: bool) -> tuple[int, torch.Tensor | None]:
@@ -53,6 +48,7 @@ def test_values_and_gradients(sizes: list[int], kind, dtype: torch.dtype, near: 
     torch.manual_seed(len(sizes))
     hidden, ffn = 32, 24  # the kernel needs rows of a multiple of 16 bytes
     num_tokens, rows = some_rows(sizes, gathers)
+    order = SortedPairs() if rows is None else TokenOrder(rows)
     options = {"dtype": dtype, "device": DEVICE}
     inputs = [torch.randn(num_tokens, hidden, **options), torch.rand(sum(sizes), **options)]
     inputs += [0.2 * torch.randn(len(sizes), *shape, **options) for shape in ((2 * ffn, hidden), (hidden, ffn))]
@@ -64,7 +60,7 @@ def test_values_and_gradients(sizes: list[int], kind, dtype: torch.dtype, near: 
         weight.main_grad, weight.grad_added_to_main_grad = torch.ones_like(weight, dtype=buffers), False
     # Values show less than the types of sums, because a CPU rounds less often.
     with Watch(lambda name, given: given[0].dtype if name.startswith("index_add") else None) as sums:
-        output = _GroupedSwiGLU.apply(*ours[:2], products, make_order(rows), PYTORCH, *ours[2:])
+        output = _GroupedSwiGLU.apply(*ours[:2], products, order, PYTORCH, *ours[2:])
         direction = torch.randn_like(output)
         (output * direction).sum().backward()
     assert torch.bfloat16 not in sums.seen and bool(sums.seen) == (gathers and any(sizes))
