@@ -31,7 +31,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 LONG = """
 test_rehearse test_quickstart test_training test_parity test_experiments_training test_shapes test_conversion
 test_hybrid test_checkpoints test_resharding test_finetuning test_export test_golden test_rehearsed
-test_faults test_launch_training test_run_lock test_megatron_changes test_wheel test_slurm test_evaluate test_report
+test_faults test_launch_training test_run_lock test_megatron_changes test_wheel test_evaluate test_report
 test_preprocess
 """.split()
 
@@ -50,15 +50,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # Folders and files that take seconds; `scripts/test.sh --fast` runs only these. All others start runs or tools.
 FAST = """
 tools/test_common.py tools/test_corpus.py tools/test_encoding.py tools/test_run_figures.py
-files kernels/test_plan.py kernels/test_swiglu.py layer/test_grouped_swiglu.py
+files kernels/test_values.py layer/test_grouped_swiglu.py
 layer/test_moe_layer.py layer/test_bounded_memory.py layer/test_host_syncs.py
 start/test_data.py start/test_messages.py start/test_saved_settings.py routing
 scripts/test_launch_commands.py test_rooms.py test_static_checks.py training/test_arguments.py
 tools/test_rehearse_command.py hf/test_modeling.py tools/test_fitting.py
-tools/test_experiments.py tools/test_paper.py tools/test_results.py tools/test_significance.py
+tools/test_experiments.py tools/test_published.py tools/test_results.py tools/test_significance.py
 test_patches.py test_checkpoint_patches.py start/test_machine.py scripts/test_launch.py scripts/test_fork.py
-tools/test_flops.py tools/test_cost.py training/test_hooks.py baselines/test_routers.py kernels/test_gates.py
-layer/test_upstream.py scripts/test_cluster.py
+tools/test_flops.py tools/test_cost.py training/test_hooks.py baselines/test_routers.py
+layer/test_upstream.py scripts/test_cluster.py scripts/test_slurm.py
 training/test_tokenizer.py layer/test_transformer_engine.py
 """.split()
 

@@ -30,7 +30,6 @@ class Entry:
         self,
         arguments: Sequence[str],
         environment: dict[str, str] | None = None,
-        unset: Sequence[str] = (),
         processes: int = 1,
         script: Path = ROOT / "pretrain_gpt.py",
         limit: float = LIMIT,
@@ -49,7 +48,7 @@ class Entry:
         number = next(self.numbers)
         with tempfile.NamedTemporaryFile("r", errors="replace") as output:
             request = {"number": number, "output": output.name, "script": str(script), "processes": processes}
-            request |= {"arguments": list(arguments), "environment": environment or {}, "unset": list(unset)}
+            request |= {"arguments": list(arguments), "environment": environment or {}}
             self.process.stdin.write(json.dumps(request | {"limit": limit, "kill": kill}) + "\n")
             self.process.stdin.flush()
             for line in self.process.stdout:

@@ -1,7 +1,7 @@
 """Run the training entry, or a script around it, in forked children for each request; import Megatron only once.
 
-A request is a line of JSON on standard input: {"number", "arguments", "environment", "unset", "processes", "script",
-"output", "limit", "kill"}. The children print to the file "output". The answer is a line on standard output: "answer",
+A request is a line of JSON on standard input: {"number", "arguments", "environment", "processes", "script", "output",
+"limit", "kill"}. The children print to the file "output". The answer is a line on standard output: "answer",
 the number, and the exit code, or null after `limit` seconds. "kill" is null or [signal, file, seconds]: the children
 get the signal this long after the file appears, or after their start if its name is empty.
 """
@@ -38,8 +38,6 @@ def child(request: dict[str, Any], rank: dict[str, str]) -> NoReturn:
         os.dup2(output, stream)
     os.setpgid(0, 0)
     os.environ.update(rank | request["environment"])
-    for name in request["unset"]:
-        os.environ.pop(name, None)
     sys.argv = [request["script"], *request["arguments"]]
     code = 0
     try:

@@ -10,14 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from megatron.core.safe_globals import register_safe_globals
 from megatron.remoe.hf import RemoeForCausalLM
+from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.hf.models import make
 from tests.training_runs import run
 from tools.console.places import ROOT
+from tools.text.corpora.dataset import byte_level_vocabulary
 
 STEPS = 4
 
@@ -40,13 +41,9 @@ def program() -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder like an exported one, with a model in bfloat16 and a tokenizer of bytes."""
     folder = tmp_path_factory.mktemp("exported")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_alone = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
-    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bytes_alone.decoder = decoders.ByteLevel()
-    model = make("relu", vocab_size=256)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=bytes_alone).save_pretrained(folder)
+    make("relu", vocab_size=257).to(torch.bfloat16).save_pretrained(folder)
+    files = byte_level_vocabulary(tmp_path_factory.mktemp("bytes"))
+    AutoTokenizer.from_pretrained(gpt2_tokenizer_folder(*files)).save_pretrained(folder)
     return folder
 
 

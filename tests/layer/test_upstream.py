@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,10 +26,8 @@ def patched_source() -> str:
 @pytest.mark.usefixtures("process_groups")
 @pytest.mark.parametrize("rows", [
     pytest.param([[0, 1], [1, 2], [0, 3]], id="two each"),
-    pytest.param([[0], [1, 2], [0, 3]], id="replay with an expert twice"),
-    pytest.param([[0, 1], [2, 3], []], id="padding goes to no expert"),
-    pytest.param([[0, 1, 2], [3], []], id="0 to U experts, k per token that is not padding"),
-    pytest.param([[0, 1, 2, 3], [0, 2, 3], [1]], id="ReLU routing, dense"),
+    pytest.param([[0, 1, 2], [3], []], id="k per token in the mean"),
+    pytest.param([[0, 1, 2, 3], [0, 2, 3], [1]], id="dense"),
 ])  # fmt: skip
 def test_all_pairs_arrive(rows: list[list[int]], tmp_path: Path) -> None:
     tokens, map_TE = torch.rand(3, 1, HIDDEN, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.bool)
@@ -38,18 +37,15 @@ def test_all_pairs_arrive(rows: list[list[int]], tmp_path: Path) -> None:
     config = make_config(moe_router_topk=2)
     config.moe_router_dynamic_topk = True
 
-    def through(module: object) -> torch.Tensor:
-        dispatcher = module.MoEAlltoAllTokenDispatcher(  # type: ignore[attr-defined]
-            4, [0, 1, 2, 3], config, pg_collection=get_default_pg_collection()
-        )
-        given = dispatcher.token_dispatch(*dispatcher.dispatch_preprocess(tokens, map_TE, probs_TE))
-        pairs, _, gates = dispatcher.dispatch_postprocess(*given)
-        pairs = dispatcher.combine_preprocess(pairs * gates.unsqueeze(-1))
-        return dispatcher.combine_postprocess(dispatcher.token_combine(pairs))
-
-    def all_pairs_arrive(module: object) -> bool:
+    def all_pairs_arrive(module: Any) -> bool:
+        groups = get_default_pg_collection()
+        dispatcher = module.MoEAlltoAllTokenDispatcher(4, [0, 1, 2, 3], config, pg_collection=groups)
         try:
-            return torch.allclose(through(module), tokens * probs_TE.sum(dim=1).view(3, 1, 1))
+            given = dispatcher.token_dispatch(*dispatcher.dispatch_preprocess(tokens, map_TE, probs_TE))
+            pairs, _, gates = dispatcher.dispatch_postprocess(*given)
+            pairs = dispatcher.combine_preprocess(pairs * gates.unsqueeze(-1))
+            output = dispatcher.combine_postprocess(dispatcher.token_combine(pairs))
+            return torch.allclose(output, tokens * probs_TE.sum(dim=1).view(3, 1, 1))
         except (AssertionError, RuntimeError):
             return False
 

@@ -9,8 +9,14 @@ import numpy as np
 import pytest
 
 from tests.data_sets import write_tokens
-from tests.scripts.launching import launch, main, planned, value
-from tools.recipes.models import PAPER, ROUTINGS
+from tests.scripts.launching import launch, planned, value
+
+
+def write_program(path: Path, lines: str) -> str:
+    """Write a shell script, and return its path."""
+    path.write_text(f"#!/usr/bin/env bash\n{lines}\n")
+    path.chmod(0o755)
+    return str(path)
 
 
 def test_missing_and_double_shards_are_named(tmp_path: Path) -> None:
@@ -93,8 +99,7 @@ def test_starts_on_gpus_as_it_says(name: str, expected: str, tmp_path: Path) -> 
         'echo "connections=${CUDA_DEVICE_MAX_CONNECTIONS-} memory=${PYTORCH_CUDA_ALLOC_CONF-}"',
     }
     for program, lines in answers.items():
-        (tmp_path / program).write_text(f"#!/usr/bin/env bash\n{lines}\n")
-        (tmp_path / program).chmod(0o755)
+        write_program(tmp_path / program, lines)
     for file in ("encoder.json", "vocab.bpe"):
         (tmp_path / file).touch()
     (tmp_path / HIDING).write_text(HIDDEN)
@@ -112,10 +117,8 @@ def test_starts_on_gpus_as_it_says(name: str, expected: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(("rank", "written"), [("0", "train.log"), ("1", "train.node1.log")])
 def test_each_node_has_its_own_log(rank: str, written: str, tmp_path: Path) -> None:
     """All nodes can share the folder."""
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\n[ "$1" = -m ] || exec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    environment = TWO | {"NODE_RANK": rank, "DATA_PATH": "pile", "OUTPUT_DIR": str(tmp_path), "PYTHON": str(python)}
+    python = write_program(tmp_path / "python", f'[ "$1" = -m ] || exec {sys.executable} "$@"')
+    environment = TWO | {"NODE_RANK": rank, "DATA_PATH": "pile", "OUTPUT_DIR": str(tmp_path), "PYTHON": python}
     result = launch("182m_remoe", "1", "--", "--cpu", "--tokenizer-type", "NullTokenizer", **environment)
     assert result.returncode == 0, result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["python", written]
@@ -125,11 +128,13 @@ def test_each_node_has_its_own_log(rank: str, written: str, tmp_path: Path) -> N
 def test_several_nodes_do_not_choose_different_layers(switch: str, nodes: str, code: int, tmp_path: Path) -> None:
     (tmp_path / "transformer_engine").mkdir()
     (tmp_path / ENGINE).write_text(BROKEN)
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\ncase "$*" in *count*) echo 1;; -m*) ;; *) exec {sys.executable} "$@";; esac\n')
-    python.chmod(0o755)
+    stub = f'case "$*" in *count*) echo 1;; -m*) ;; *) exec {sys.executable} "$@";; esac'
     environment = TWO | {"NNODES": nodes, "NODE_RANK": "0", "DATA_PATH": "pile", "PYTHONPATH": str(tmp_path)}
-    environment |= {"OUTPUT_DIR": str(tmp_path / "run"), "PYTHON": str(python), "DRY_RUN": switch}
+    environment |= {
+        "OUTPUT_DIR": str(tmp_path / "run"),
+        "PYTHON": write_program(tmp_path / "python", stub),
+        "DRY_RUN": switch,
+    }
     result = launch("182m_remoe", "1", "--", "--tokenizer-type", "NullTokenizer", **environment)
     assert result.returncode == code and ("--transformer-impl local" in result.stderr) == bool(code), result.stderr
 
@@ -160,19 +165,7 @@ def test_errors(words: str, environment: dict[str, str], facts: str) -> None:
 
 def test_too_few_gpus(tmp_path: Path) -> None:
     """More processes than GPUs are refused; without GPUs each process would train on the CPU."""
-    (tmp_path / "python").write_text("#!/bin/sh\necho 2\n")
-    (tmp_path / "python").chmod(0o755)
-    environment = {"PYTHON": str(tmp_path / "python"), "OUTPUT_DIR": str(tmp_path / "run")}
+    environment = {"PYTHON": write_program(tmp_path / "python", "echo 2"), "OUTPUT_DIR": str(tmp_path / "run")}
     result = planned("182m_remoe", "8", "--", "--tokenizer-type", "NullTokenizer", **TO_TRAIN, **environment)
     assert result.returncode == 2 and "sees 2 GPUs" in result.stderr and "--cpu" in result.stderr
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "code"), [("", 2), ("--help", 0), ("182m", 2), ("183m remoe", 2), ("182m remo 8", 2), ("182m --help", 0)]
-)
-def test_sizes_and_routings_are_named(words: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(words.split()) == code
-    printed = capsys.readouterr()
-    assert bool(printed.out) != bool(code) == bool(printed.err)
-    assert all(name in printed.err for name in (*PAPER, *ROUTINGS)) or not code

@@ -80,7 +80,7 @@ def test_a_signal_before_torchrun_has_children_is_not_lost(training, number: int
 
 
 def test_trains_saves_at_sigterm_and_resumes(data: Path, tmp_path: Path) -> None:
-    """SIGTERM reaches only the script (kill, docker stop); test_slurm.py signals all. Paths have blanks and umlauts."""
+    """SIGTERM reaches only the script, as with kill and docker stop. Paths have blanks and umlauts."""
     folder = tmp_path / "dätä of mine"
     folder.mkdir()
     for suffix in (".bin", ".idx"):

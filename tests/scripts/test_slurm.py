@@ -1,4 +1,4 @@
-"""Test the Slurm job file with real training runs on one node; only Slurm's three commands are stubs.
+"""Test the Slurm job file with stubs of Slurm's three commands; test_slurm_cluster.py trains on a real Slurm.
 
 They behave as observed with Slurm 24.11: `scancel --signal` reaches all processes of a step, including data loaders,
 but not the job file's shell; srun, on SIGTERM, kills its tasks; `scontrol requeue` also requeues canceled jobs.
@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.scripts.launching import alone
-from tests.training_runs import REPOSITORY, SMALL, popen, records, wait_until
+from tests.training_runs import REPOSITORY, popen, wait_until
 
 JOB_FILE = REPOSITORY / "scripts" / "slurm" / "train.sbatch"
-TRAINING_SCRIPT = REPOSITORY / "scripts" / "train_llama_182m_remoe.sh"
 SLURM = """#!{python}
 import json, os, signal, subprocess, sys
 from pathlib import Path
@@ -94,35 +93,11 @@ class Job:
         return "train.sh"
 
 
-def test_time_limit_saves_and_queues_again(data: Path, tmp_path: Path) -> None:
-    """SIGTERM saves and requeues a job. A finished job is not requeued. test_launch_training.py tests resuming."""
-    small = [*SMALL, *"--moe-ffn-hidden-size 128 --split 90,10,0 --eval-iters 0".split()]
-    environment = {"DATA_PATH": str(data), "OUTPUT_DIR": str(tmp_path / "run"), "PYTHON": sys.executable}
-    environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
-    job, training = Job(tmp_path, **environment), [str(TRAINING_SCRIPT), "1", "1000000", "2", "--", *small]
-    saved = tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
-
-    # The signal comes after an interval save: the processes that this save started are needed for the next one.
-    process = job.start(*training, "--save-interval", "3")
-    wait_until(saved.exists, process)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, output[-6000:]
-    assert job.requeued == 1
-    assert "Job 4321 is queued again" in output
-    last = int(saved.read_text())
-    assert "exiting program after receiving SIGTERM" in output, output[-6000:]
-    assert last in (logged := max(records(output)), logged + 1) and last > 3
-
-    status, output = job.run(job.script("exit 0"))
-    assert status == 0 and job.requeued == 1, output
-
-
 @pytest.mark.parametrize("image", ["", "registry.example.com#remoe:0.1.0"])
 def test_script_gets_its_arguments_and_the_first_nodes_address(image: str, tmp_path: Path) -> None:
     job = Job(tmp_path, DATA_DIR="/pile with spaces", CONTAINER_IMAGE=image, CONTAINER_MOUNTS="/data:/data")
     status, output = job.run(job.script('printf "<%s>" "$@"'), "8", "two words", "--", "--lr", "1e-3")
-    assert (status, output) == (0, "<8><two words><--><--lr><1e-3>")
+    assert (status, output, job.requeued) == (0, "<8><two words><--><--lr><1e-3>", 0)
     options, environment = json.loads((job.commands / "srun.json").read_text())
     expected = {"MASTER_ADDR": "node7", "MASTER_PORT": "14321", "DATA_DIR": "/pile with spaces"}
     assert expected.items() <= environment.items() and {"--export=ALL", "--kill-on-bad-exit=1"} <= set(options)

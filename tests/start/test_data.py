@@ -21,14 +21,14 @@ def parse_data_flags(prefix: Path) -> argparse.Namespace:
     return make_parser().parse_args(words.split())
 
 
-@pytest.mark.parametrize("place", [0, 2_200_000, 3_999_999])
-def test_samples_come_from_all_over_the_data(place: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("place", "token"), [(0, 70_000), (2_200_000, -7), (3_999_999, 70_000)])
+def test_samples_come_from_all_over_the_data(place: int, token: int, tmp_path: Path) -> None:
     ids = np.full(4_000_000, 6, np.int32)
-    ids[place] = 70_000
+    ids[place] = token
     write_tokens(tmp_path / "large", ids, [len(ids)])
     args = parse_data_flags(tmp_path / "large")
     args.padded_vocab_size = 384
-    with pytest.raises(DataError, match="has token 70000"):
+    with pytest.raises(DataError, match=f"has token {token}"):
         check_vocabulary(args)
 
 

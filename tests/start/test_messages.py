@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megatron.remoe.files.errors import DataError
 from megatron.remoe.start import messages
@@ -37,13 +36,6 @@ def test_the_first_rank_says_it_at_once(waited, monkeypatch, capsys) -> None:
     assert not waited
 
 
-def test_torchrun_repeats_it(waited, monkeypatch, capsys, tmp_path) -> None:
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    said(ValueError("--lr is wrong"), capsys)
-    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
-    assert "--lr is wrong" in str(ChildFailedError("pretrain_gpt.py", {0: failure}))
-
-
 def test_other_ranks_print_rank_specific_errors(waited, monkeypatch, capsys, tmp_path) -> None:
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
@@ -58,22 +50,22 @@ def test_other_ranks_print_rank_specific_errors(waited, monkeypatch, capsys, tmp
     assert 0 < waited[1] < waited[0] == waited[2], "torchrun ends the others when the first of a machine has spoken"
 
 
-def test_last_words_are_of_the_program(waited, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize(("text", "remedy", "has_traceback"), [
+    ("CUDA out of memory", "--micro-batch-size", True),
+    ("DataLoader worker (pid 7) is killed by signal: Terminated. ", "was killed", False),
+])  # fmt: skip
+def test_last_words_are_of_the_program(text, remedy: str, has_traceback: bool, waited, monkeypatch, capsys) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as stop:
-        messages.exit_with_message(RuntimeError("CUDA out of memory"))
-    words = capsys.readouterr().err.splitlines()[-2:]
-    assert stop.value.code == 1
-    assert words[0] == "own_script.py: error: rank 1: RuntimeError: CUDA out of memory"
-    assert "--micro-batch-size" in words[1]
-
-
-def test_a_lost_reader_of_data_is_one_line_and_a_remedy(waited, monkeypatch, capsys) -> None:
-    with pytest.raises(SystemExit):
-        messages.exit_with_message(RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. "))
+        try:
+            raise RuntimeError(text)
+        except RuntimeError as error:
+            messages.exit_with_message(error)
     output = capsys.readouterr().err
-    assert "Traceback" not in output and "was killed" in output
+    words = output.splitlines()[-2:]
+    assert stop.value.code == 1 and ("Traceback" in output) == has_traceback
+    assert words[0].startswith(f"own_script.py: error: rank 1: RuntimeError: {text.strip()}") and remedy in words[1]
 
 
 @pytest.mark.parametrize(("error", "remedy"), [

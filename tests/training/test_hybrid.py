@@ -47,7 +47,8 @@ def test_a_stage_without_experts_and_the_z_loss(data: Path) -> None:
 
 
 SPLITS = ("", "--tensor-model-parallel-size 2 --sequence-parallel", "--pipeline-model-parallel-size 2")
-CASES = [("*E*E", "", RUN), ("*-*E", "--moe-layer-freq ([0,1])", RUN)]
+FEATURES = [*RUN, *"--moe-shared-expert-intermediate-size 64 --moe-granularity 2".split()]
+CASES = [("*E*E", "", RUN), ("*-*E", "--moe-layer-freq ([0,1])", FEATURES)]
 for split in SPLITS:  # 52 steps after the conversion
     flags, cut = ["--train-iters", "54", *split.split()], "|" if "pipeline" in split else ""
     long = ((f"*{mlp}{cut}*{mlp}", "", [*routing, *flags]) for mlp, routing in (("-", []), ("E", TOPK), ("E", RUN)))
@@ -74,22 +75,6 @@ def test_one_training_in_two_classes(pattern: str, gpt: str, both: list[str], da
         assert resumed(f"as {model}", model) == expected
     if not gpt:  # Megatron can load it unconverted if all layers are alike
         assert resumed("gpt", "hybrid") == expected
-
-
-WITH = {  # features of layers, and other routings
-    "shared expert and granularity": [*RUN, *"--moe-shared-expert-intermediate-size 64 --moe-granularity 2".split()],
-    "Megatron's layers in bf16, recomputed in chunks": [
-        *[*RUN, "--no-local-layer-fusion", "--bf16"],
-        *"--recompute-granularity selective --recompute-modules moe --moe-relu-activation-limit 1".split(),
-    ],
-    "top-k": TOPK,
-}
-
-
-@pytest.mark.parametrize("kind", WITH)
-def test_features_of_layers(kind: str, data: Path) -> None:
-    flags = [*WITH[kind], "--train-iters", "3"]
-    assert train(data, *flags, "--hybrid-layer-pattern", "*E*E") == train(data, *flags)
 
 
 def test_multi_token_prediction(data: Path, tmp_path: Path) -> None:

@@ -123,12 +123,6 @@ def test_lines_that_are_no_records_are_left_out(tmp_path: Path) -> None:
     assert all(isinstance(json.loads(each), dict) for each in (tmp_path / FILE).read_text().splitlines())
 
 
-def test_a_training_outlives_a_file_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / FILE).mkdir()
-    with pytest.warns(UserWarning, match=r"metrics\.jsonl.* Training continues"):
-        tell(make_log(tmp_path, iteration=1), line(2))
-
-
 SPLIT = ["--split", "80,10,10"]
 EVALUATED = [*SPLIT, "--eval-iters", "1"]
 

@@ -1,9 +1,9 @@
 """Test GPT-2's vocabulary from two files, without network, in Megatron's own tokenizer."""
 
 import json
-import os
 import random
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -68,36 +68,23 @@ def test_bytes_as_a_vocabulary(tmp_path, monkeypatch) -> None:
         assert len(ids) == len(text.replace("<|endoftext|>", "e").encode())
 
 
-def test_cache_that_cannot_be_written(tmp_path, monkeypatch) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    folder = gpt2_tokenizer_folder(*gpt2_files())
-    assert folder.parent == tmp_path / f"megatron-remoe-{os.getuid()}" and (folder / "vocab.json").exists()
+END = "<|endoftext|>"
+Tokens = dict[str, int]
+WRONG: dict[str, Callable[[Tokens], Tokens]] = {  # part of the message → the vocabulary that has it
+    r"<\|endoftext\|>.*256\)": lambda tokens: {token: number for token, number in tokens.items() if token != END},
+    "ids": lambda tokens: tokens | {END: 300},
+    "1 of .*'a'": lambda tokens: {("<x>" if token == "a" else token): number for token, number in tokens.items()},
+}
 
 
-def broken(what: str, folder: Path) -> tuple[Path, Path]:
-    vocab_file, merge_file = byte_level_vocabulary(folder)
-    tokens = json.loads(vocab_file.read_text())
-    if what == "swapped":
-        vocab_file, merge_file = merge_file, vocab_file
-    elif what == "no end of text":
-        vocab_file.write_text(json.dumps({token: i for token, i in tokens.items() if token != "<|endoftext|>"}))
-    elif what == "gap":
-        vocab_file.write_text(json.dumps(tokens | {"<|endoftext|>": 300}))
-    elif what == "no byte":
-        vocab_file.write_text(json.dumps({("<x>" if token == "a" else token): i for token, i in tokens.items()}))
-    return vocab_file, merge_file
-
-
-@pytest.mark.parametrize(("what", "message"), [
-    *(("swapped", "not a vocabulary"), ("gap", "ids"), ("no byte", "1 of .*'a'")),
-    ("no end of text", r"<\|endoftext\|>.*256\)"),
-])  # fmt: skip
-def test_files_that_are_wrong(what, message, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("message", [*WRONG, "not a vocabulary"])
+def test_files_that_are_wrong(message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    files = broken(what, tmp_path)
-    message = f"--vocab-file {files[0]}.*{message}"
-    with pytest.raises(DataError, match=message):
+    files = byte_level_vocabulary(tmp_path)
+    if message in WRONG:
+        files[0].write_text(json.dumps(WRONG[message](json.loads(files[0].read_text()))))
+    else:
+        files = files[1], files[0]
+    with pytest.raises(DataError, match=f"--vocab-file {files[0]}.*{message}"):
         gpt2_tokenizer_folder(*files)
     assert not (tmp_path / "cache").exists()

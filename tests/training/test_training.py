@@ -70,11 +70,6 @@ def test_same_training_in_one_micro_batch(data: Path) -> None:
     assert series(output, "l1 coefficient") == series(expected, "l1 coefficient")
 
 
-def test_each_parameter_counts_once(data: Path) -> None:
-    layout = "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2".split()
-    assert "ReMoE, 468,288 parameters" in summary(train(data, *RELU, *layout, processes=4))
-
-
 EP2 = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --expert-model-parallel-size 2 --bf16"
 
 

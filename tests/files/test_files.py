@@ -1,12 +1,15 @@
-"""Test the inspection of a data set: what it shows, and how it reports damaged files."""
+"""Test the inspection of a data set, also of damaged files, and the cache folder of a user without a home."""
 
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron.remoe.files.errors import DataError
+from megatron.remoe.files.files import find_cache_folder
 from megatron.remoe.files.indexed import HEADER, IndexedReader
 from tools.text import inspect_data
 from tools.text.corpora.dataset import byte_level_vocabulary
@@ -97,3 +100,19 @@ def test_a_wrong_vocabulary_is_found(copy, tmp_path, capsys) -> None:
     np.full(1024, 257, dtype=np.uint16).tofile(f"{copy}.bin")
     assert inspect_data.main([str(copy), "--vocab-file", str(vocab_file), "--merge-file", str(merge_file)]) == 1
     assert "token 257" in capsys.readouterr().err
+
+
+def test_a_temporary_folder_of_others_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = find_cache_folder()
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
+    assert find_cache_folder() == folder
+    folder.chmod(0o777)
+    private = find_cache_folder()
+    assert private != folder and private.stat().st_mode & 0o777 == 0o700
+    folder.rmdir()
+    folder.symlink_to(private)
+    assert find_cache_folder() not in (folder, private)
+    assert os.listdir(private) == []
