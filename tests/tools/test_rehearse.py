@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from tests.scripts.launching import PLAIN, Launch
-from tests.tools.test_cost_command import cost, step_milliseconds
 from tests.training_runs import REPOSITORY
 from tools.console.files import write_json
 from tools.plan import rehearse
-from tools.plan.gpus import rates
-from tools.plan.step_time import StepTime
+from tools.plan.gpus import GPUS
+from tools.plan.step_time import rates
 from tools.recipes.megatron_values import read_values
 
 needs_cuda_build = pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built for CPUs only")
@@ -33,7 +32,6 @@ CASES = {
     "ReMoE, PP2 with virtual stages, hybrid": Launch(settings={"MODEL": "hybrid", "PP": "2", "VPP": "2"}),
     "ReMoE, G = 8": Launch(flags=("--moe-granularity", "8")),
     "ReMoE, MoE recomputed": Launch(flags=tuple("--recompute-granularity selective --recompute-modules moe".split())),
-    "ReMoE, Megatron's layers": Launch(flags=("--no-local-layer-fusion",)),
     "ReMoE, Triton": Launch(settings={"KERNELS": "triton"}),
 }
 CASES = {name: replace(case, flags=(*ONE_MICRO_BATCH, *PLAIN, *case.flags)) for name, case in CASES.items()}
@@ -53,7 +51,7 @@ def select_figures(record: dict[str, Any]) -> dict[str, float]:
 def test_launch_commands(name: str, request: pytest.FixtureRequest) -> None:
     """Each command starts; figures are 10 % below to 2 % above the committed ones (--update-golden renews them).
 
-    An estimate without a rehearsal gives the same memory within 6 %, and the same time within 15 %.
+    The estimate of memory is within 6 %.
     """
     record = CASES[name].rehearse()
     assert record["starts"], record["error"]
@@ -72,17 +70,12 @@ def test_launch_commands(name: str, request: pytest.FixtureRequest) -> None:
     assert all(":" in where for where in record["host_syncs"])
     kinds = {one["kind"] for one in record["collectives"]}
     assert "reduce_scatter_tensor" in kinds and ("all_to_all_single" in kinds) is ("EP8" in name)
-    timed = ("ReMoE", "EP8", "PP2 with virtual stages", "MoE recomputed", "Triton", "top-k")
-    if name.removeprefix("ReMoE, ") in timed:
-        estimated = step_milliseconds(cost("--gpus", "8", "--", *CASES[name].plan()[1]))
-        time = StepTime(**record["time"])
-        assert estimated == pytest.approx([1e3 * time.least, 1e3 * time.most], rel=0.15)
 
 
 @needs_cuda_build
 def test_a_stage_without_data_takes_its_steps(tmp_path: Path) -> None:
     """A middle pipeline stage starts without data. In a real run the first rank tells it to train."""
-    options = Namespace(gpus=8, gpus_per_node=8, gpu="h100", stage=None, rates=rates("h100"))
+    options = Namespace(gpus=8, gpus_per_node=8, gpu="h100", stage=None, rates=rates(GPUS["h100"]))
     flags = [*REMOE_182M, "--pipeline-model-parallel-size", "4"]
     flags = rehearse.rehearsal_flags(flags, read_values(flags), rehearse.MOST_STEPS)
     record = rehearse.simulate(4, options, flags, tmp_path)

@@ -8,9 +8,9 @@ import torch
 from tests.scripts.launching import PLAIN
 from tools.plan import rehearsal_report, rehearse
 from tools.plan import roofline as engine
-from tools.plan.gpus import rates
-from tools.plan.rank_entry import plan_steps
-from tools.plan.step_time import StepTime, collective_seconds, conclude, grouped_share, host_seconds, waiting_seconds
+from tools.plan.gpus import GPUS, judge_memory
+from tools.plan.rank_entry import choose_steps
+from tools.plan.step_time import StepTime, collective_seconds, grouped_share, host_seconds, rates, waiting_seconds
 from tools.recipes.megatron_values import make_parser
 
 REMOE = "--num-experts 8 --moe-router-topk 1 --moe-relu-routing".split()
@@ -31,7 +31,7 @@ def test_flags_of_a_rehearsal() -> None:
 
 
 def test_steps_and_ranks() -> None:
-    steps = plan_steps({"dense": 4.0, "way": 1.8, "steady": 1.0})
+    steps = choose_steps({"dense": 4.0, "way": 1.8, "steady": 1.0})
     assert [phase for phase, purpose in steps if purpose == "memory"] == ["dense", "way", "steady"]
     assert len(steps) == rehearse.MOST_STEPS and steps[-1] == ("steady", "roofline")
     assert [*rehearse.choose_ranks(4, 16)] == [0, 8, 12] and [*rehearse.choose_ranks(1, 16)] == [0]
@@ -69,7 +69,7 @@ def test_mfu_of_a_pipeline() -> None:
     record["stages"] = {"steady": {"peak_allocated_gib": 1.0, "peak_reserved_gib": 1.0}}
     work = {"operations": 1, "bytes": 1e9, "flops": 1e12, "seconds": 0.1}
     record |= {"roofline": {"products": work}, "calls": 0, "launches": 20_000, "host_syncs": {}}
-    options = argparse.Namespace(gpus=8, gpu="h100", rates=rates("h100") | {"launch": 10.0}, iterations=0)
+    options = argparse.Namespace(gpus=8, gpu="h100", rates=rates(GPUS["h100"]) | {"launch": 10.0}, iterations=0)
     figures = rehearsal_report.summarize([record], options)
     text = "\n".join(rehearsal_report.write_lines(figures, options))
     assert figures["mfu"] == pytest.approx(1e13 / (1.25 * 0.2) / 989e12, rel=1e-2)
@@ -123,13 +123,13 @@ def test_small_experts_and_heads_are_slower() -> None:
     """Products take 8.7 of 10.2 and 9.7 of 11.4 ms of step_time.py's published layers. Heads of 64 halve the rate."""
     for ffn, pairs, seconds in ((768, 32768 * 8, 8.7e-3), (512, 32768 * 10, 9.7e-3)):
         args = argparse.Namespace(moe_ffn_hidden_size=ffn, expert_tensor_parallel_size=1)
-        roofline = engine.Roofline(args, rates("h100"), engine.EngineCalls())
+        roofline = engine.Roofline(args, rates(GPUS["h100"]), engine.EngineCalls())
         roofline.add(0, 6.0 * pairs * 2048 * ffn, "grouped", grouped_share(args))
         assert roofline.parts["grouped"]["seconds"] == pytest.approx(seconds, rel=0.05)
     for latent, tflop in ((False, 227.5), (True, 455)):
         heads = {"kv_channels": 64, "qk_head_dim": 128, "qk_pos_emb_head_dim": 64}
         args = argparse.Namespace(multi_latent_attention=latent, **heads)
-        roofline = engine.Roofline(args, rates("h100"), engine.EngineCalls())
+        roofline = engine.Roofline(args, rates(GPUS["h100"]), engine.EngineCalls())
         roofline.add(0, tflop * 1e12, "attention")
         assert roofline.parts["attention"]["seconds"] == pytest.approx(1.0, rel=0.01)
 
@@ -138,7 +138,8 @@ def test_hours_from_and_to() -> None:
     """At best, nothing waits and collectives are hidden; at most, the parts add up."""
     time = StepTime(products=0.2, traffic=0.1, waiting=0.1, links=0.1, network=0.6, bubble=1.5)
     assert (time.least, time.most) == pytest.approx((0.45, 0.6 + 0.7)) and "between nodes (46%)" in time.limit()
-    text = "\n".join(conclude(time, 3600, 70.0, 80.0))
-    assert "Fits: 70.0 of 80 GiB" in text and "27.0 minutes, 1.3 hours" in text and "450 to 1,300 ms" in text
+    text = "\n".join(rehearsal_report.time_lines(time, 3600))
+    assert "27.0 minutes, 1.3 hours" in text and "450 to 1,300 ms" in text
+    assert [*judge_memory(70.0, GPUS["h100"])] == ["Fits: 70.0 of 80 GiB"]
     for needed in (90.0, None):
-        assert "DOES NOT FIT" in [*conclude(time, 0, needed, 80.0)][-1]
+        assert "DOES NOT FIT" in [*judge_memory(needed, GPUS["h100"])][-1]

@@ -1,4 +1,4 @@
-"""Write the text of an estimate: layout, compute, checkpoints, memory and time."""
+"""Write the text of an estimate: layout, compute, checkpoints, memory, tokens sent and hours."""
 
 import argparse
 import math
@@ -6,17 +6,16 @@ from collections.abc import Iterator
 
 from ..recipes import flops
 from . import memory
-from .gpus import GPUS
+from .gpus import GPUS, format_duration, judge_memory
 from .parameters import Stage
-from .step_estimate import estimate_step
-from .step_time import TITLES, conclude, experts_by_phase
+from .phases import TITLES, experts_by_phase
 
 
 def _layout_lines(args: argparse.Namespace, options: argparse.Namespace) -> Iterator[str]:
     names = ("tensor_model", "pipeline_model", "context", "data", "expert_model")
     sizes = (f"{name.removesuffix('_model')} {getattr(args, f'{name}_parallel_size')}" for name in names)
     gpu = GPUS[options.gpu]
-    yield f"Plan: {options.gpus} x {options.gpu} ({gpu.memory:g} GiB, {gpu.tflops:g} TFLOP/s dense bf16)"
+    yield f"Estimate for {options.gpus} x {options.gpu} ({gpu.memory:g} GiB, {gpu.tflops:g} TFLOP/s dense bf16)"
     yield f"  parallel sizes  {', '.join(sizes)}"
     yield f"  layers          {args.transformer_impl} (--transformer-impl)"
     if args.num_experts and args.expert_model_parallel_size > 1:
@@ -25,7 +24,7 @@ def _layout_lines(args: argparse.Namespace, options: argparse.Namespace) -> Iter
             yield f"  WARNING: expert-parallel groups of {ranks} GPUs do not fit in nodes of {options.gpus_per_node}."
             yield "  All-to-all crosses the network. Reduce EP or --expert-tensor-parallel-size."
     if args.fp8 or args.fp4:
-        yield "  number format   FP8 and FP4 count as bf16, in memory and in time"
+        yield "  number format   FP8 and FP4 count as bf16"
 
 
 def write_lines(
@@ -59,10 +58,15 @@ def write_lines(
         memories = (memory.stage_memory(args, stages, index, active) for index in range(len(stages)))
         fullest[phase] = max(memories, key=sum)
     yield from _memory_lines(args, stages, fullest)
-    needed = max(map(sum, fullest.values())) / 2**30
-    time = estimate_step(args, stages, options.rates, options.gpus_per_node)
     yield ""
-    yield from conclude(time, sequences / args.global_batch_size, needed, GPUS[options.gpu].memory)
+    *advice, verdict = judge_memory(max(map(sum, fullest.values())) / 2**30, GPUS[options.gpu])
+    yield from advice
+    yield "Hours are without the dense start, evaluations and saves. For a model of the step's time: remoe rehearse, or"
+    yield "  REHEARSE=1"
+    low, high = options.mfu
+    seconds = sequences * flops.flops_per_sequence(args) / (options.gpus * GPUS[options.gpu].tflops * 1e12)  # at 100 %
+    least, most = (format_duration(100 * seconds / share) for share in (high, low))
+    yield f"{verdict}; {least} to {most} at {high:g} to {low:g} % of the peak (--mfu)"
 
 
 def _compute_lines(args: argparse.Namespace, sequences: int, total: int, experts: int) -> Iterator[str]:
@@ -92,7 +96,8 @@ def _memory_lines(args: argparse.Namespace, stages: list[Stage], fullest: dict[s
         yield f"  {name:<22}" + "".join(f"{amount / 2**30:15.2f}" for amount in row)
     if len(stages) > 1:
         yield f"  in the fullest of {len(stages)} pipeline stages"
-    yield f"  without {memory.NOT_COUNTED}"
+    yield f"  without {memory.NOT_COUNTED[0]}"
+    yield f"  {memory.NOT_COUNTED[1]}"
     if args.num_experts and args.expert_model_parallel_size > 1:
         sent = [memory.exchanged_bytes(args, stages, experts) for experts in phases.values()]
         yield f"{'Tokens sent, GB a step':<24}" + "".join(f"{amount / 1e9:15.2f}" for amount in sent)

@@ -13,7 +13,6 @@ from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.remoe.training.arguments import model_config_from_args
 from megatron.remoe.training.local_layers import install_local_layers
@@ -98,7 +97,7 @@ def _stage(args: argparse.Namespace, rank: int) -> Stage:
 
 
 def count(models: list[torch.nn.Module]) -> Stage:
-    """Count the parameters and layers of a stage from its model chunks. A layer counts as often as it is used."""
+    """Count the parameters and layers of a stage from its model chunks."""
     shared, experts, layers = 0, 0, list[str]()
     for model in models:
         for name, parameter in model.named_parameters():
@@ -107,9 +106,6 @@ def count(models: list[torch.nn.Module]) -> Stage:
             else:
                 shared += parameter.numel()
         layers += _sublayers(model)
-        for block in model.modules():
-            if isinstance(block, MultiTokenPredictionBlock):  # --mtp-use-repeated-layer
-                layers += (block.config.mtp_num_layers - len(block.layers)) * _sublayers(block)
     return Stage(shared, experts, tuple(layers))
 
 

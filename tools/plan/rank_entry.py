@@ -25,8 +25,8 @@ from megatron.remoe import pretrain
 from ..console.files import write_json
 from ..recipes.flops import flops_per_sequence
 from . import fake_ranks
+from .phases import experts_by_phase
 from .roofline import EngineCalls, Roofline
-from .step_time import experts_by_phase
 
 GIB = 2**30
 # Functions of torch.distributed: position and name of the argument whose bytes a rank handles.
@@ -41,13 +41,13 @@ COLLECTIVES = {
 }
 
 
-def plan_steps(phases: dict[str, float]) -> list[tuple[str, str]]:
+def choose_steps(phases: dict[str, float]) -> list[tuple[str, str]]:
     """Return the steps to simulate, as phase and purpose.
 
     The first step warms up, one in each phase measures memory, one counts events, and one the operations' work.
     """
     first, last = next(iter(phases)), next(reversed(phases))
-    return [(first, "start"), *((phase, "memory") for phase in phases), (last, "events"), (last, "roofline")]
+    return [(first, "warm-up"), *((phase, "memory") for phase in phases), (last, "events"), (last, "roofline")]
 
 
 class Collectives:
@@ -147,7 +147,7 @@ class Rehearsal:
         self.args: argparse.Namespace  # Megatron's, from `observe` on
         self.record: dict[str, Any] = {"stages": {}, "model": {}}
         self.phases: dict[str, float] = {}
-        self.plan: list[tuple[str, str]] = []
+        self.schedule: list[tuple[str, str]] = []
         self.steps = 0
 
     def observe(self, model_cfg: Any) -> None:
@@ -159,14 +159,14 @@ class Rehearsal:
         self.phases = experts_by_phase(args)
         if wanted := self.options["stage"]:
             self.phases = {wanted: self.phases[wanted]}
-        self.plan = plan_steps(self.phases)
-        args.train_iters = len(self.plan)
+        self.schedule = choose_steps(self.phases)
+        args.train_iters = len(self.schedule)
         self.engine.watch()
         self.pairs.install()
         train_step = training.train_step
 
         def step(function: Any, data: Any, model: list[torch.nn.Module], *arguments: Any, **options: Any) -> Any:
-            phase, purpose = self.plan[self.steps]
+            phase, purpose = self.schedule[self.steps]
             self.steps += 1
             result = self._step(phase, purpose, lambda: train_step(function, data, model, *arguments, **options))
             self.record["model"] = describe_model(model, args, self.phases)
@@ -179,7 +179,7 @@ class Rehearsal:
         experts = self.args.num_experts
         self.pairs.share = self.phases[phase] / experts if experts else 0.0
         torch.cuda.reset_peak_memory_stats()
-        start = time.monotonic()
+        began = time.monotonic()
         measure = {"events": self._count_events, "roofline": self._count_work}.get(purpose, lambda run: run())
         result = measure(run)
         if purpose == "memory":
@@ -187,8 +187,10 @@ class Rehearsal:
                 "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
                 "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
             }
-        line = f"rehearsal: rank {self.options['rank']}, step {self.steps} of {len(self.plan)} ({phase}, {purpose}): "
-        print(f"{line}{time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+        line = (
+            f"rehearsal: rank {self.options['rank']}, step {self.steps} of {len(self.schedule)} ({phase}, {purpose}): "
+        )
+        print(f"{line}{time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
         return result
 
     def _count_events(self, run: Any) -> Any:
@@ -218,13 +220,15 @@ def describe_model(chunks: list[torch.nn.Module], args: argparse.Namespace, phas
         phases: from `experts_by_phase`.
 
     Returns:
-        "forecast_gib": GiB by phase; "step_flops": the model's FLOPs per GPU and step; "bubble": see
-        `step_estimate.bubble`.
+        "forecast_gib": GiB by phase; "step_flops": the model's FLOPs per GPU and step; "bubble": the pipeline's
+        slowdown (m v + p - 1) / (m v) with m micro-batches, v virtual stages per rank and p ranks.
     """
     from megatron.core import parallel_state
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-    from . import memory, parameters, step_estimate
+    from . import memory, parameters
 
+    steps = get_num_microbatches() * (args.virtual_pipeline_model_parallel_size or 1)
     stages = [parameters.count(chunks)] * args.pipeline_model_parallel_size
     stage = parallel_state.get_pipeline_model_parallel_rank()
     return {
@@ -232,7 +236,7 @@ def describe_model(chunks: list[torch.nn.Module], args: argparse.Namespace, phas
             phase: sum(memory.stage_memory(args, stages, stage, experts)) / GIB for phase, experts in phases.items()
         },
         "step_flops": flops_per_sequence(args) * args.global_batch_size / args.world_size,
-        "bubble": step_estimate.bubble(args),
+        "bubble": (steps + args.pipeline_model_parallel_size - 1) / steps,
     }
 
 

@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from .gpus import CONTEXT, GPUS
-from .step_time import StepTime, collective_seconds, conclude, host_seconds, waiting_seconds
+from .gpus import CONTEXT, GPUS, format_duration, judge_memory
+from .step_time import StepTime, collective_seconds, host_seconds, waiting_seconds
 
 MEMORY = {"peak_allocated_gib": "allocated at most", "peak_reserved_gib": "reserved at most"}
 
@@ -54,25 +54,34 @@ def write_lines(figures: dict[str, Any], options: argparse.Namespace) -> Iterato
     else:
         yield f"THE TRAINING DOES NOT START ({figures['ranks'][-1]['kind']}):"
         yield from (f"  {line}" for line in figures["error"].splitlines())
-    stages, gpu, time = figures["stages"], GPUS[options.gpu], None
+    stages, gpu = figures["stages"], GPUS[options.gpu]
     if stages:
         yield f"\nMemory of the fullest rank ({figures['kind']}), GiB" + "".join(f"{name:>10}" for name in stages)
         rows = {title: [stage[key] for stage in stages.values()] for key, title in MEMORY.items()}
         rows["estimate"] = [figures["model"]["forecast_gib"][name] for name in stages]
         yield from (f"  {title:<45}" + "".join(f"{size:10.2f}" for size in row) for title, row in rows.items())
     if "time" in figures:
-        time = StepTime(**figures["time"])
-        yield from _step_lines(figures, time)
+        yield from _step_lines(figures)
     yield ""
     if figures["starts"]:
         needed = max(stage["peak_reserved_gib"] for stage in stages.values()) + CONTEXT
-        yield from conclude(time, options.iterations, needed, gpu.memory)
+        *advice, verdict = judge_memory(needed, gpu)
+        *step, hours = time_lines(StepTime(**figures["time"]), options.iterations)
+        yield from (*advice, *step, f"{verdict}; {hours}")
     elif "out of memory" in figures["error"]:
-        yield from conclude(None, 0, None, gpu.memory)
+        yield from judge_memory(None, gpu)
 
 
-def _step_lines(figures: dict[str, Any], time: StepTime) -> Iterator[str]:
-    waits = figures["host_syncs"]
+def time_lines(time: StepTime, iterations: float) -> Iterator[str]:
+    """Yield the time of a step, then the run's hours and their limit; `iterations` is 0 if unknown."""
+    yield f"Time: {time.least * 1e3:,.0f} to {time.most * 1e3:,.0f} ms a step. Modelled, not measured"
+    least, most = (format_duration(seconds * iterations) for seconds in (time.least, time.most))
+    hours = f"at best {least}, {most} if nothing overlaps; " if iterations else ""
+    yield f"{hours}limited by {time.limit()}"
+
+
+def _step_lines(figures: dict[str, Any]) -> Iterator[str]:
+    waits, time = figures["host_syncs"], StepTime(**figures["time"])
     yield f"\nLaunches of a step    {figures['launches']:,} kernels, products, collectives, fills and copies"
     yield f"\nThe host waits for the device {sum(waits.values())} times in a step"
     yield from (f"  {times:4d} x {where}" for where, times in waits.items())

@@ -22,11 +22,12 @@ from ..recipes.megatron_values import child_environment, read_values
 from ..recipes.process import last_error
 from ..runs.running import run_tool
 from . import no_op_cuda, rehearsal_report
-from .gpus import parse_plan, plan_parser, planned_flags
-from .step_time import TITLES, experts_by_phase
+from .gpus import GPUS, complete_flags, machine_parser, parse_machine
+from .phases import TITLES, experts_by_phase
+from .step_time import rates, read_rate
 
 PROGRESS = "rehearsal:"
-MOST_STEPS = 6  # the most that `rank_entry.plan_steps` returns
+MOST_STEPS = 6  # the most that `rank_entry.choose_steps` returns
 LINES_OF_ERROR = 12  # last lines of the output, shown if the program has printed no error
 # Flags to drop: a rehearsal uses mock data, saves, loads and reports nothing, and sets the number of steps.
 LEFT_OUT = set(
@@ -41,7 +42,7 @@ LEFT_OUT = set(
 
 def rehearsal_flags(flags: Sequence[str], values: argparse.Namespace, steps: int) -> list[str]:
     """Return a run's `flags` with mock data, `steps` steps and nothing saved; `values` are the values of `flags`."""
-    kept = planned_flags(without(flags, LEFT_OUT), values)
+    kept = complete_flags(without(flags, LEFT_OUT), values)
     run = f"--mock-data --train-iters {steps} --log-interval 1 --eval-interval 1000000 --eval-iters 0 --num-workers 0"
     return [*kept, *run.split(), "--lr-wsd-decay-iters", "1"]  # needed by WSD
 
@@ -109,9 +110,13 @@ def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """Return the exit code: 0, 1 if the run does not start or cannot be rehearsed, 130 after an interruption."""
-    parser = plan_parser("rehearse", __doc__)
+    parser = machine_parser("rehearse", __doc__)
+    text = "set a rate of the time model: products, grouped, attention (TFLOP/s), bandwidth (TB/s), link, network "
+    text += "(GB/s), smallest, latency, network_latency, frame, launch (microseconds)"
+    parser.add_argument("--rate", type=read_rate, action="append", default=[], metavar="NAME=VALUE", help=text)
     text = "rehearse only this phase of ReMoE's training (default: all, in order; launches and times are the last's)"
     parser.add_argument("--stage", choices=TITLES, help=text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
-    options, flags = parse_plan(parser, arguments)
+    options, flags = parse_machine(parser, arguments)
+    options.rates = rates(GPUS[options.gpu]) | dict(options.rate)
     return run_tool("rehearse", lambda: rehearse(options, flags))

@@ -40,7 +40,7 @@ class Roofline(TorchDispatchMode):
 
     Args:
         args: Megatron's, for the sizes of experts and heads.
-        rates: from `gpus.rates`.
+        rates: from `step_time.rates`.
         engine: watches Transformer Engine's functions.
 
     Attributes:

@@ -1,15 +1,16 @@
 """Model the time of a training step on a GPU. Nothing is measured, and no operation overlaps another.
 
 An operation takes the time of its bytes or of its FLOPs, whichever is longer. The host launches operations one after
-another, and the GPU can wait for it. A rehearsal counts operations, launches and collectives; `step_estimate`
-calculates them from Megatron's arguments.
+another, and the GPU can wait for it. A rehearsal counts operations, launches and collectives.
 """
 
 import argparse
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from ..console.flags import above_zero
+from .gpus import GPUS, Gpu
 
 # PyTorch's grouped_mm reaches F / (F + 800) of the rate with experts of FFN size F. For a layer's forward pass this
 # gives 10.5 and 11.1 ms; ByteDance-Seed/VeOmni#460 has 10.2 (128 experts of 768, 242 TFLOP/s), 11.4 (512 of 512, 181).
@@ -22,27 +23,46 @@ FULL_RATE_HEAD = 128
 STALLS = 0.11
 RINGS = {"all_reduce": 2.0}  # how often a ring sends (n - 1)/n of the bytes; once for other collectives
 POINT_TO_POINT = ("isend", "irecv")
-DENSE_SHARE = 0.5  # share of the experts that is active before training
-BELOW_LIMIT = 0.9  # share of the activation limit up to which no layer of a rehearsal works in chunks
-TITLES = {"dense": "dense start", "way": "on the way", "steady": "at the target"}
+
+# Shares of the data sheet's figures, until --rate gives measured rates. Bandwidth: copies on H100 and H200 with PyTorch
+# 2.11 reach 3.0 and 4.3 TB/s. Grouped: Transformer Engine's product of 8 experts, 509 to 650 TFLOP/s on H100
+# (NVIDIA/TransformerEngine#2045). Link: NCCL's bound for NVLink, 360 of 450 GB/s on Hopper. Products, and attention at
+# head size 128: assumed, between published figures.
+SHARES = {"products": 0.57, "grouped": 0.57, "attention": 0.46, "bandwidth": 0.9, "link": 0.8}
+NETWORK = 50.0  # GB/s per direction from each GPU to other nodes: 400 Gbit/s, as in a DGX H100
+SMALLEST = 2.3  # microseconds of the shortest kernel; assumed
+# Microseconds of a collective per doubling of its ranks, within a node and between nodes: `hwLatencies` of NCCL's
+# tuning model, for a tree with the protocol Simple.
+LATENCY, NETWORK_LATENCY = 4.0, 14.0
+# Microseconds of the host for each call of a Python function, and for each launch with PyTorch's work around it. They
+# are fitted to the CPU time of two 182M steps over the no-op CUDA on an AMD EPYC Zen 5 with Python 3.13: 103 ms with
+# 73,400 calls and 4,783 launches, and 123 ms with 43,600 and 9,603. The hosts of H100s take HOST times as long: 114 ns
+# for a call that takes the EPYC 77 to 98 (pytorch/pytorch#187862), and 8.7 µs, driver included, for a Triton launch
+# that takes it 5.2 (vllm-project/vllm#34838). DRIVER, the time of the launch itself, is assumed.
+FRAME, LAUNCH, HOST, DRIVER = 0.8, 9.0, 1.3, 2.0
 
 
-def experts_by_phase(args: argparse.Namespace) -> dict[str, float]:
-    """Return the phases of a run: phase → experts computed per token in every MoE layer.
+def rates(gpu: Gpu) -> dict[str, float]:
+    """Return the rates of the time model for a kind of GPU.
 
-    The phases are the dense start, the moment when layers stop using chunks ("way") if the start uses them, and the
-    rest ("steady"). Top-k has a dense start only with --moe-warmup-topk.
-
-    Args:
-        args: Megatron's arguments. Before validation, granularity is missing, and only the phases' names are right.
+    Returns:
+        name → rate: products, grouped, attention in TFLOP/s; bandwidth in TB/s; link, network in GB/s; the others in
+        microseconds.
     """
-    topk = float(args.moe_router_topk) if args.num_experts else 0.0
-    if not (args.num_experts and args.moe_relu_routing):
-        return ({"dense": float(args.moe_warmup_topk)} if args.moe_warmup_topk else {}) | {"steady": topk}
-    dense = max(topk, min(DENSE_SHARE * args.num_experts, args.moe_relu_max_experts or args.num_experts))
-    limit = args.moe_relu_activation_limit * topk
-    way = {"way": BELOW_LIMIT * limit} if topk < limit < dense else {}
-    return {"dense": dense, **way, "steady": topk}
+    figures = {kind: SHARES[kind] * gpu.tflops for kind in ("products", "grouped", "attention")}
+    figures |= {"bandwidth": SHARES["bandwidth"] * gpu.bandwidth, "link": SHARES["link"] * gpu.link}
+    figures |= {"network": NETWORK, "smallest": SMALLEST, "latency": LATENCY, "network_latency": NETWORK_LATENCY}
+    figures |= {"frame": HOST * FRAME, "launch": HOST * LAUNCH + DRIVER}
+    return {kind: round(rate, 3) for kind, rate in figures.items()}
+
+
+def read_rate(text: str) -> tuple[str, float]:
+    """Convert NAME=VALUE to a rate's name and value; an argparse type."""
+    name, _, value = text.partition("=")
+    names = rates(GPUS["h100"])
+    if name not in names:
+        raise argparse.ArgumentTypeError(f"{text!r}: choose a name from {', '.join(names)}")
+    return name, above_zero(value)
 
 
 @dataclass(frozen=True)
@@ -89,38 +109,6 @@ class StepTime:
         return f"{name} ({parts[name] / self.most:.0%})"
 
 
-def conclude(time: StepTime | None, iterations: float, needed: float | None, available: float) -> Iterator[str]:
-    """Yield the end of a plan. Its last line has whether the run fits, its hours (best and worst) and their limit.
-
-    Args:
-        time: of a step; None if unknown.
-        iterations: steps of the run; 0 if unknown.
-        needed: GiB of memory; None if unknown, but more than `available`.
-        available: GiB of the GPU's memory.
-    """
-    fits = needed is not None and needed <= available
-    if not fits:
-        yield "To fit, choose a smaller micro-batch, more expert, tensor or pipeline parallelism, or"
-        yield "  --recompute-granularity selective --recompute-modules moe."
-    amount = "more than" if needed is None else f"{needed:.1f} of"
-    verdict = f"{'Fits' if fits else 'DOES NOT FIT'}: {amount} {available:g} GiB"
-    if time is None:
-        yield verdict
-        return
-    yield f"Time: {time.least * 1e3:,.0f} to {time.most * 1e3:,.0f} ms a step. Modelled, not measured"
-    least, most = (format_duration(seconds * iterations) for seconds in (time.least, time.most))
-    hours = f"; at best {least}, {most} if nothing overlaps" if iterations else ""
-    yield f"{verdict}{hours}; limited by {time.limit()}"
-
-
-def format_duration(seconds: float) -> str:
-    """Return a duration as text: in minutes below an hour, else in hours, with the days above 48 hours."""
-    hours = seconds / 3600
-    if hours < 1:
-        return f"{hours * 60:.1f} minutes"
-    return f"{hours:,.1f} hours" + (f" ({hours / 24:.1f} days)" if hours > 48 else "")
-
-
 def grouped_share(args: argparse.Namespace) -> float:
     """Return the share of its rate that PyTorch's grouped product reaches with experts of this size."""
     ffn = args.moe_ffn_hidden_size / args.expert_tensor_parallel_size
@@ -138,7 +126,7 @@ def collective_seconds(call: dict[str, Any], rates: dict[str, float]) -> float:
 
     Args:
         call: "kind", "ranks" of the group, whether it is "within_node", "times", and "bytes" of all times.
-        rates: from `gpus.rates`.
+        rates: from `rates`.
     """
     ranks, within = call["ranks"], call["within_node"]
     sent = call["bytes"] * (1 if call["kind"] in POINT_TO_POINT else (ranks - 1) / ranks)

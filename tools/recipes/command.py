@@ -40,7 +40,7 @@ Environment variables; only the data is required:
   GOMP_SPINCOUNT set to 1000 with --cpu, unless you set it or OMP_WAIT_POLICY
   PYTHON         the interpreter (default: .venv's, else python3)
   DRY_RUN=1      print the cost of the run on GPUs, and the command; DRY_RUN=command: only the command
-  REHEARSE=1     simulate the run without GPUs: whether it starts, its memory, waits and launches
+  REHEARSE=1     simulate the run without GPUs: whether it starts, its memory, waits, launches and time
   GPU            kind of GPU for both (default: h100)
   REHEARSE_JSON  a file for the rehearsal's figures
 """
