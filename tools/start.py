@@ -9,7 +9,7 @@ from typing import Any
 
 # Command → module that has `main`, and one line of help.
 COMMANDS = {
-    "train": ("recipes.command", "train a model of the paper: remoe train SIZE ROUTING [its script's arguments]"),
+    "train": ("train", "train a model of the paper: remoe train SIZE ROUTING [its script's arguments]"),
     "quickstart": ("experiments.quickstart", "train three tiny models on a CPU and compare them"),
     "sweep": ("experiments.sweep", "train the paper's grids of models and tabulate them"),
     "compare": ("experiments.compare", "compare routings at equal steps and equal FLOPs"),
@@ -57,7 +57,7 @@ def _load(command: str, arguments: Sequence[str]) -> Any:
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(name=name)
     if command in BUILDS_ON_CPU:
-        from .models.on_cpu import megatron_on_cpu
+        from .recipes.on_cpu import megatron_on_cpu
 
         megatron_on_cpu()
     return importlib.import_module(module)

@@ -17,8 +17,8 @@ from megatron.remoe.training.arguments import apply_granularity
 from megatron.training.arguments import moe_freq_type
 
 from ...console.errors import ConversionError
+from ...recipes.flops import moe_layer_pattern
 from ...recipes.megatron_values import make_parser
-from ..hybrid import moe_layer_pattern
 from ..megatron_model import EXPERT, SINGLE_PROCESS_SETTINGS
 from .fitting import split_mlp
 
