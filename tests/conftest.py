@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from megatron.remoe import cpu
-from megatron.remoe.start import console
+from megatron.remoe.start import unhelpful_warnings
 from tests.data_sets import real_text, write_documents
 
-console.hide_unhelpful_warnings()
+unhelpful_warnings.hide_unhelpful_warnings()
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's module is imported
     # Tests run in parallel, so more threads would mostly wait, here and in the processes that tests start.

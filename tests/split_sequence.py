@@ -12,9 +12,9 @@ import torch
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from megatron.remoe import cpu  # noqa: E402
-from megatron.remoe.start import console  # noqa: E402
+from megatron.remoe.start import unhelpful_warnings  # noqa: E402
 
-console.hide_unhelpful_warnings()
+unhelpful_warnings.hide_unhelpful_warnings()
 cpu.install()
 
 from megatron.core import parallel_state  # noqa: E402

@@ -92,3 +92,9 @@ def test_public_names_are_there() -> None:
         assert getattr(remoe, name).__module__.startswith("megatron.remoe."), name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         remoe.nothing  # noqa: B018
+
+
+def test_recipes_import_neither_plans_nor_models() -> None:
+    for path in (REPOSITORY / "tools" / "recipes").glob("*.py"):
+        above = [node.module or "" for node in ast.walk(ast.parse(path.read_text())) if getattr(node, "level", 0) > 1]
+        assert not {"plan", "models"} & {module.split(".")[0] for module in above}, path

@@ -12,9 +12,9 @@ from pathlib import Path
 
 if __name__ == "__main__":  # run as a script, in a clone
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from tools.start import start
+    from tools.start import run_command
 
-    sys.exit(start("preprocess", sys.argv[1:]))
+    sys.exit(run_command("preprocess", sys.argv[1:]))
 
 from megatron.remoe.files.errors import DataError
 

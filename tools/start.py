@@ -9,7 +9,7 @@ from typing import Any
 
 # Command → module that has `main`, and one line of help.
 COMMANDS = {
-    "train": ("recipes.command", "train a model of the paper: remoe train SIZE ROUTING [its script's arguments]"),
+    "train": ("train", "train a model of the paper: remoe train SIZE ROUTING [its script's arguments]"),
     "quickstart": ("experiments.quickstart", "train three tiny models on a CPU and compare them"),
     "sweep": ("experiments.sweep", "train the paper's grids of models and tabulate them"),
     "compare": ("experiments.compare", "compare routings at equal steps and equal FLOPs"),
@@ -31,7 +31,7 @@ NEEDED_LATE = {"quickstart": ("tokenizers", "matplotlib"), "analyze": ("matplotl
 NEEDED_LATE["compare"] = NEEDED_LATE["quickstart"]
 
 
-def start(command: str, arguments: Sequence[str]) -> int:
+def run_command(command: str, arguments: Sequence[str]) -> int:
     """Run a command of `COMMANDS` and return its exit code: 2 if Python is too old or a package is missing."""
     if sys.version_info < (3, 12):  # noqa: UP036 - older ones are started by mistake
         return _refuse(f"is Python {sys.version.split()[0]}, and 3.12 or newer is needed")
@@ -50,14 +50,14 @@ def _load(command: str, arguments: Sequence[str]) -> Any:
         from .models import arguments as parsers
 
         getattr(parsers, f"parse_{command}")(arguments)  # answers --help at once
-        from megatron.remoe.start.console import hide_unhelpful_warnings
+        from megatron.remoe.start.unhelpful_warnings import hide_unhelpful_warnings
 
         hide_unhelpful_warnings()
     for name in NEEDED_LATE.get(command, ()):
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(name=name)
     if command in BUILDS_ON_CPU:
-        from .models.on_cpu import megatron_on_cpu
+        from .recipes.on_cpu import megatron_on_cpu
 
         megatron_on_cpu()
     return importlib.import_module(module)
@@ -77,7 +77,7 @@ def main() -> int:
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in COMMANDS:
         sys.argv[:2] = [f"remoe {command}"]
-        return start(command, arguments)
+        return run_command(command, arguments)
     if command == "--version":
         from megatron.remoe import __version__
 

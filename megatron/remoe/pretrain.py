@@ -60,7 +60,7 @@ def exit_on_error() -> Iterator[None]:
 def prepare() -> bool:
     """Set up the process before Megatron is imported. Return whether it trains on the CPU."""
     from megatron.remoe import cpu
-    from megatron.remoe.start import console, machine
+    from megatron.remoe.start import machine, unhelpful_warnings
 
     if "RANK" not in os.environ:
         os.environ.update(SINGLE_PROCESS)
@@ -68,7 +68,7 @@ def prepare() -> bool:
     if sys.platform == "linux" and multiprocessing.get_start_method(allow_none=True) is None:
         # Megatron's data loaders pass a local function to workers. Python 3.14's default, forkserver, cannot pickle it.
         multiprocessing.set_start_method("fork")
-    console.hide_unhelpful_warnings()
+    unhelpful_warnings.hide_unhelpful_warnings()
     on_cpu = cpu.is_wanted(sys.argv)
     machine.disable_unavailable(on_cpu)
     if on_cpu:
@@ -86,7 +86,7 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", exit_st
     """
     from megatron.core.enums import ModelType
     from megatron.remoe import patches
-    from megatron.remoe.start import console
+    from megatron.remoe.start import unhelpful_warnings
     from megatron.remoe.start.messages import usage_errors
     from megatron.remoe.start.run_lock import check_folders_are_shared
     from megatron.remoe.training.arguments import model_config_from_args
@@ -109,7 +109,7 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", exit_st
         model_cfg.pre_wrap_hooks.append(lambda chunks: check_folders_are_shared(args, chunks))
         exit_stack.enter_context(write_run_log(args))
     if args.rank == 0 and not args.hybrid_layer_pattern:
-        print(console.GPT_MODEL, file=sys.stderr, flush=True)
+        print(unhelpful_warnings.GPT_MODEL, file=sys.stderr, flush=True)
 
     if observe is not None:
         observe(model_cfg)

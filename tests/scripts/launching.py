@@ -20,10 +20,10 @@ import pytest
 import megatron.training.arguments  # noqa: F401  # so that plans read flags in this process
 from tests.entry import shared_entry
 from tests.training_runs import REPOSITORY
-from tools.recipes.command import main
 from tools.recipes.data import PLACEHOLDER
-from tools.recipes.launch import plan
+from tools.recipes.launch import make_launch, read_recipe
 from tools.recipes.layout import NAMES
+from tools.train import main
 
 SCRIPTS = REPOSITORY / "scripts"
 SETTINGS = {
@@ -121,5 +121,6 @@ class Launch:
     def plan(self) -> tuple[dict[str, str], list[str]]:
         """Return the environment variables and the flags of the training run."""
         environment = self.environment({"DRY_RUN": "command", "DATA_PATH": PLACEHOLDER})
-        training = plan(self.size, self.routing, [str(self.gpus), "--", *self.flags], environment)
+        recipe = read_recipe(self.size, self.routing, [str(self.gpus), "--", *self.flags], environment)
+        training = make_launch(recipe, environment)
         return training.settings, training.flags

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron.remoe.files.indexed import bin_path, idx_path
-from megatron.remoe.start.console import GPT_MODEL
+from megatron.remoe.start.unhelpful_warnings import GPT_MODEL
 from tests.data_sets import write_documents
 from tests.entry import LIMIT, shared_entry
 from tests.start.mistakes import ENTRY, HYBRID, fill, on, plain

@@ -1,33 +1,22 @@
-"""Start the sweep as a user does, and write the files of runs that were never trained."""
+"""Run the sweep in this process, and write the files of runs that were never trained."""
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.scripts.launching import alone, in_process
-from tests.training_runs import REPOSITORY
-from tools.experiments import jobs, results
+from tests.scripts.launching import in_process
 from tools.experiments.run import Run, Text
+from tools.experiments.run_folders import STAMP, Grid, RunFolder, make_run_folder, write_json
 from tools.experiments.sweep import main
 from tools.recipes.models import Routing, Size
 from tools.recipes.tiny import SIZE
 
-GIVEN = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "DATA_PATH": "pile"}
 TEXT = Text(Path("text"), {"code": 30, "docs": 10}, "text", {"code": 1.0, "docs": 1.0, "": 1.0})
-
-
-def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """Start a sweep as a process in an unrelated folder."""
-    command = [sys.executable, str(REPOSITORY / "tools"), "sweep", *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd="/", env=alone(GIVEN | environment), text=True, **pipes)
 
 
 def sweep(*arguments: str, code: int = 0, **environment: str) -> tuple[str, str]:
     """Run a sweep in this process, assert its exit code, and return its output and errors."""
-    result = in_process(main, [*arguments], "/", GIVEN | environment)
+    result = in_process(main, [*arguments], "/", environment)
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout, result.stderr
 
@@ -75,13 +64,13 @@ def model_arguments(size: Size, routing: Routing, vocabulary: int) -> argparse.N
     )  # fmt: skip
 
 
-def finish_run(grid: jobs.Grid, run: Run, loss: float = 2.0, **args: object) -> jobs.Job:
-    """Write a finished run's metrics and stamp as its job would; return the job."""
-    job = jobs.make_job(run, grid)
+def finish_run(grid: Grid, run: Run, loss: float = 2.0, **args: object) -> RunFolder:
+    """Write the metrics and the stamp of a finished run; return its folder."""
+    folder = make_run_folder(run, grid)
     losses = [final(run.steps, loss, set=name, tokens=100) for name in TEXT.train_tokens]
     logged = range(5, run.steps + 1, 5)
     steps = [line(at, lm_loss=2.0, total_active_pairs=150 * at, total_layer_tokens=100 * at) for at in logged]
     known = vars(model_arguments(SIZE, Routing(run.routing, run.experts), 257))
-    write_run(job.folder, run.steps, *steps, *losses, **known, validation_set_names=[*TEXT.train_tokens], **args)
-    jobs.write_json(job.folder / results.STAMP, job.stamp)
-    return job
+    write_run(folder.path, run.steps, *steps, *losses, **known, validation_set_names=[*TEXT.train_tokens], **args)
+    write_json(folder.path / STAMP, folder.stamp)
+    return folder

@@ -1,7 +1,6 @@
-"""Test the plans of experiments: runs, names, flags, refusals, tuning, and jobs for Slurm."""
+"""Test lists of runs: the paper's, names, flags, refusals, tuning, and folders of runs."""
 
 import json
-import os
 import re
 import shlex
 from dataclasses import replace
@@ -11,37 +10,60 @@ from typing import Any
 import pytest
 from matplotlib.image import imread
 
+from tests.scripts.launching import command, value
 from tests.tools.sweeping import TEXT, final, finish_run, line, sweep, write_run
 from tests.training_runs import REPOSITORY
 from tools.console.flags import group_by_flag
-from tools.experiments import compare, jobs, results
+from tools.experiments import compare, results, run_folders
 from tools.experiments.arms import ARMS, SETTINGS
 from tools.experiments.run import Run, check_flags, run_from_fields
+from tools.experiments.run_folders import Grid, make_run_folder
 from tools.recipes.layout import RecipeError
 from tools.text.corpora import dataset
 
 
 def paper_runs(*words: str, **environment: str) -> dict[str, list[str]]:
-    """Return run name → launch command, read from the output of a dry run."""
-    output, _ = sweep("--dry-run", "--output-dir", "/nowhere/runs", *words, **environment)
-    *lines, last = output.splitlines()
-    assert last == f"# to train: {len(lines) // 2} runs"
-    heads = [head.removeprefix("# ").removesuffix(": not started") for head in lines[::2]]
-    return dict(zip(heads, map(shlex.split, lines[1::2]), strict=True))
+    """Return run name → the words of its printed command."""
+    lines, _ = sweep("--output-dir", "/nowhere/runs", *words, **environment)
+    commands = [shlex.split(line) for line in lines.splitlines()]
+    assert all(words[0] == "env" and words[1].startswith("OUTPUT_DIR=/nowhere/runs/") for words in commands)
+    return {Path(words[1]).name: words[2:] for words in commands}
 
 
 def test_the_papers_figures() -> None:
     """The default list has the paper's 32 runs, as calls of the launch scripts with the paper's defaults."""
-    commands = paper_runs()
     expected = [f"182m_dense.sh 8 60000  {expansion}" for expansion in (1, 8)]
     expected += [f"{size}_dense.sh 8 60000  1" for size in ("469m", "978m")]
     for routing in ("moe", "remoe"):
         expected += [f"{size}_{routing}.sh 8 60000  8 1" for size in ("182m", "469m", "978m")]
         expected += [f"182m_{routing}.sh 8 60000  {experts} 1" for experts in (4, 16, 32, 64, 128)]
         expected += [f"182m_{routing}.sh 8 60000  8 {granularity}" for granularity in (2, 4, 8, 16, 32, 64)]
-    expected = [f"{REPOSITORY}/scripts/train_llama_{words} -- --seed 1234" for words in expected]
-    assert sorted(" ".join(words[2:]) for words in commands.values()) == sorted(expected)
-    assert all(words[:2] == [f"OUTPUT_DIR=/nowhere/runs/{name}", "bash"] for name, words in commands.items())
+    expected = [f"bash {REPOSITORY}/scripts/train_llama_{words} -- --seed 1234" for words in expected]
+    assert sorted(" ".join(words) for words in paper_runs().values()) == sorted(expected)
+
+
+def test_printed_commands_are_calls_of_launch_scripts() -> None:
+    """EP is lowered to divide the experts, dense models get no --moe flags, and each script accepts its command."""
+    options = "--figures lr --lrs 2 --routings dense moe --micro-batch-size 4 -- --moe-z-loss-coeff 1 --clip-grad 0.5"
+    dense, moe = paper_runs(*options.split(), EP="12").values()
+    rate = "-- --lr 0.001 --min-lr 0.0001 --seed 1234"
+    assert " ".join(dense[2:]) == f"8 60000 4 1 {rate} --clip-grad 0.5"
+    assert moe[0] == "EP=4" and " ".join(moe[3:]) == f"8 60000 4 8 1 {rate} --moe-z-loss-coeff 1 --clip-grad 0.5"
+    for script, words in (("182m_dense", dense[2:]), ("182m_moe", moe[3:])):
+        assert value(command(script, *words), "--lr") == "0.001"
+
+
+def test_finished_runs_of_launch_scripts_are_collected(tmp_path: Path) -> None:
+    names = [*paper_runs("--figures", "size", "--sizes", "469m")]
+    options = ["--figures", "size", "--sizes", "469m", "--output-dir", str(tmp_path)]
+    sweep(*options, "--collect", code=1)
+    for name, loss in zip(names[:2], (3.0, 2.5), strict=True):
+        write_run(tmp_path / name, 60000, line(60000), final(60000, loss))
+    write_run(tmp_path / names[2], 60000, line(50))
+    output, _ = sweep(*options, "--collect")
+    assert f"| 469m_moe_e8g1k1_gpu_steps60000 | {2.5:.4f} |" in output
+    assert f"{names[2]}: not finished, at iteration 50 of 60000" in output
+    assert [name in sweep(*options)[0] for name in names] == [False, False, True]
 
 
 @pytest.mark.parametrize(("words", "names"), [
@@ -56,15 +78,14 @@ def test_the_papers_figures() -> None:
     ("--figures size --sizes 182m --routings moe --seeds 1 2", "182m_moe_e8g1k1 182m_moe_e8g1k1"),
 ])  # fmt: skip
 def test_narrowed_lists(words: str, names: str) -> None:
-    planned = [re.sub(r"_gpu_steps\d+_seed\d+", "", name) for name in paper_runs(*words.split())]
-    assert planned == names.split()
+    listed = [re.sub(r"_gpu_steps\d+_seed\d+", "", name) for name in paper_runs(*words.split())]
+    assert listed == names.split()
 
 
 @pytest.mark.parametrize(("words", "facts"), [
     ("--experts 1", "--experts: '1'"),
     ("--train-iters many", "'many'"),
     ("--l1-inits 0", "--l1-inits: '0'"),
-    ("--slurm --tiny", "--slurm --tiny"),
     ("--tokens subwords", "--tokens --tiny"),
     ("-- --num-experts 4", "--num-experts"),
     ("--figures gate -- --moe-router-topk-scaling-factor 2", "--moe-router-topk-scaling-factor _gate2"),
@@ -89,13 +110,6 @@ def test_flags_that_runs_set_themselves_are_refused(flag: str) -> None:
         check_flags([flag, "1"], [Run("moe", steps=400, is_wsd=True)])
     check_flags(["--lr-warmup-iters", "1"], [Run("moe")])
     check_flags(["--vocab-file", "1"], [Run("moe", is_tiny=False)])
-
-
-def test_errors_of_the_scripts_stop_it_before_the_first_run(tmp_path: Path) -> None:
-    _, errors = sweep("--output-dir", str(tmp_path), code=2, DATA_PATH="")
-    assert errors.startswith("sweep: error: 182m_dense_ffn1_gpu") and "set DATA_PATH" in errors
-    _, errors = sweep("--output-dir", str(tmp_path), code=2, TP="x")
-    assert "TP is 'x'" in errors
 
 
 # ---------------------------------------------------------------- runs
@@ -144,44 +158,44 @@ def test_every_arm_and_setting_is_documented() -> None:
 
 
 def test_a_run_is_done_when_its_folder_has_its_settings_and_loss(tmp_path: Path) -> None:
-    grid, run = jobs.Grid(tmp_path, text=TEXT), Run("moe", steps=20)
-    assert jobs.make_job(run, grid).loss is None
-    assert finish_run(grid, run).loss == 2.0
+    grid, run = Grid(tmp_path, TEXT), Run("moe", steps=20)
+    assert make_run_folder(run, grid).read_loss() is None
+    assert finish_run(grid, run).read_loss() == 2.0
     moved = replace(TEXT, folder=Path("elsewhere"))
-    assert jobs.make_job(run, replace(grid, text=moved)).loss == 2.0, "the same text in a different place"
+    assert make_run_folder(run, replace(grid, text=moved)).read_loss() == 2.0, "the same text in a different place"
     changed = {"text": replace(TEXT, inputs="later")}, {"flags": ("--lr", "1e-3")}, {"flags": ("--bf16",)}
     for change in changed:
-        other = jobs.make_job(run, replace(grid, **change))
-        assert other.loss is None
+        other = make_run_folder(run, replace(grid, **change))
+        assert other.read_loss() is None
         with pytest.raises(RecipeError, match="text was text and is now later|--lr was 4e-3 and is now 1e-3|--bf16"):
-            jobs.check_conflicts([other])
+            run_folders.check_conflicts([other])
 
 
 def test_a_longer_run_goes_on_from_the_decay_of_a_shorter_one(tmp_path: Path) -> None:
     text = replace(TEXT, folder=tmp_path, train_tokens={"code": 100_000, "docs": 100_000})
-    grid, run = jobs.Grid(tmp_path, text=text), Run("moe", is_wsd=True)
-    jobs.write_text(tmp_path / "manifest.json", '{"inputs": "text"}')
+    grid, run = Grid(tmp_path, text), Run("moe", is_wsd=True)
+    run_folders.write_text(tmp_path / "manifest.json", '{"inputs": "text"}')
     for steps in (20, 40, 60):
-        job = finish_run(grid, replace(run, steps=steps))
-        start = job.run.decay_start
-        (job.folder / "checkpoints" / f"iter_{start:07}").mkdir()
+        folder = finish_run(grid, replace(run, steps=steps))
+        start = folder.run.decay_start
+        (folder.path / "checkpoints" / f"iter_{start:07}").mkdir()
     finish_run(grid, replace(run, steps=80, seed=1))
     with (tmp_path / replace(run, steps=40).name / "checkpoints" / "metrics.jsonl").open("a") as log:
         log.write("{damaged\n")
-    longer = jobs.make_job(replace(run, steps=45), grid)
-    saves = longer.folder / "checkpoints"
+    longer = make_run_folder(replace(run, steps=45), grid)
+    saves = longer.path / "checkpoints"
     (saves / "iter_0000030").mkdir(parents=True)  # left by an interrupted copy
-    jobs.prepare(longer, grid)
+    run_folders.prepare(longer, grid)
     assert (saves / "latest_checkpointed_iteration.txt").read_text() == "30" and (saves / "iter_0000030").exists()
     lines = [json.loads(line) for line in (saves / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["iteration"] == 30 and {line["kind"] for line in lines} == {"start", "log"}
     for steps in (15, 50):
-        other = jobs.make_job(replace(run, steps=steps), grid)
-        jobs.prepare(other, grid)
-        assert not other.has_checkpoint, "others have decayed by step 15; 50 steps read the text more than once"
-    jobs.write_text(tmp_path / "manifest.json", '{"inputs": "later"}')
-    with pytest.raises(jobs.ToolError):
-        jobs.prepare(other, grid)
+        other = make_run_folder(replace(run, steps=steps), grid)
+        run_folders.prepare(other, grid)
+        assert not other.has_checkpoint(), "others have decayed by step 15; 50 steps read the text more than once"
+    run_folders.write_text(tmp_path / "manifest.json", '{"inputs": "later"}')
+    with pytest.raises(run_folders.ToolError):
+        run_folders.prepare(other, grid)
 
 
 def test_each_arm_has_its_own_rate_and_warmup(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -198,11 +212,11 @@ def test_each_arm_has_its_own_rate_and_warmup(capsys: pytest.CaptureFixture[str]
     assert tuned == {(0, "dense"): (2.0, 4)} | {
         (experts, arm): (2.0 if arm == "moe" else 1.0, 4) for experts in (4, 8) for arm in ("moe", "remoe")
     }  # fmt: skip
-    pairs = [pair for experts in args.experts for pair in compare.planned_runs(args, tuned, experts)]
-    planned = [*dict.fromkeys(run for run, _ in pairs)]
-    assert len(planned) == 2 * (2 * 2 + 1) and planned[0].arm == "remoe"
-    assert compare.choose_rates(args, {}) == {} and [*compare.planned_runs(args, {}, 8)] == []
-    for run in planned:
+    pairs = [pair for experts in args.experts for pair in compare.pair_runs(args, tuned, experts)]
+    runs = [*dict.fromkeys(run for run, _ in pairs)]
+    assert len(runs) == 2 * (2 * 2 + 1) and runs[0].arm == "remoe"
+    assert compare.choose_rates(args, {}) == {} and [*compare.pair_runs(args, {}, 8)] == []
+    for run in runs:
         loss = {"dense": 2.0, "moe": 1.6, "remoe": 1.5}[run.arm] + run.seed / 100
         flops = 1e9 if run.arm != "remoe" else 1.5e9
         rows.append((run, results.Result(40, loss=loss, flops=flops, step_flops=2.5e7)))
@@ -227,62 +241,3 @@ def test_each_arm_has_its_own_rate_and_warmup(capsys: pytest.CaptureFixture[str]
     (tmp_path / "old.json").write_text('{"a": 1}')
     for wrong in ("--collect --corpus broad", f"--results {files[1]} --size 4x256", f"--results {tmp_path}/old.json"):
         assert compare.main([*given, *wrong.split()]) == 1
-
-
-def test_a_layout_is_no_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DATA_PATH", "pile")
-    monkeypatch.setenv("MODEL", "hybrid")
-    one = jobs.make_job(Run("remoe", size="182m", is_tiny=False), jobs.Grid(tmp_path)).stamp
-    monkeypatch.setenv("PP", "2")
-    assert jobs.make_job(Run("remoe", size="182m", is_tiny=False), jobs.Grid(tmp_path)).stamp == one
-
-
-# ---------------------------------------------------------------- Slurm
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Path:
-    """Return a folder with stubs: sbatch records its arguments, squeue prints the file `queue` or fails without it."""
-    folder = tmp_path / "cluster"
-    folder.mkdir()
-    commands = {
-        "sbatch": "n=$(cat count 2>/dev/null || echo 100)\necho $((n + 1)) | tee count\n"
-        '{ echo "$OUTPUT_DIR ${EP-} ${REHEARSE-}"; printf "%s\\n" "$@"; } >job.$((n + 1))',
-        "squeue": '[[ -f queue ]] || { echo "Unable to contact slurm controller" >&2; exit 1; }\ncat queue',
-    }
-    for name, text in commands.items():
-        (folder / name).write_text(f"#!/bin/bash\ncd {folder}\n{text}\n")
-        (folder / name).chmod(0o755)
-    return folder
-
-
-def test_slurm_jobs_are_submitted_once(cluster: Path, tmp_path: Path) -> None:
-    output_dir, path = tmp_path / "sweep", f"{cluster}{os.pathsep}{os.environ['PATH']}"
-    options = f"--figures experts --experts 4 --routings moe remoe --output-dir {output_dir} --train-iters 50".split()
-    options += ["--slurm=--nodes 2 --comment='a b'", "--", "--lr", "1e-3"]
-
-    def submit(code: int = 0) -> tuple[str, str]:
-        return sweep(*options, code=code, PATH=path, EP="8", TP="2", REHEARSE="1")
-
-    (cluster / "queue").touch()
-    output, _ = submit()
-    moe, remoe = (output_dir / f"182m_{arm}_e4g1k1_gpu_steps50_seed1234" for arm in ("moe", "remoe"))
-    assert f"{moe.name}: Slurm job 101\n" in output and f"{remoe.name}: Slurm job 102\n" in output
-    scripts = REPOSITORY / "scripts"
-    assert (cluster / "job.102").read_text().splitlines() == [
-        f"{remoe} 4 0",
-        *("--parsable", f"--job-name={remoe}", f"--output={remoe}/slurm-%j.out", "--gpus-per-node=8"),
-        *("--nodes", "2", "--comment=a b", f"{scripts}/slurm/train.sbatch", f"{scripts}/train_llama_182m_remoe.sh"),
-        *("8", "50", "", "4", "1", "--", "--seed", "1234", "--lr", "1e-3"),
-    ]
-    # One is still queued; the other is gone without a result.
-    (cluster / "queue").write_text(f"    7 of another\n102 {remoe}\n")
-    output, _ = submit()
-    assert "queued or running as Slurm job 102" in output and f"{moe.name}: Slurm job 103\n" in output
-    # One has finished and is still listed.
-    write_run(remoe, 50, line(50), final(50, 4.0))
-    (cluster / "queue").write_text(f"102 {remoe}\n103 {moe}\n")
-    output, _ = submit()
-    assert f"{remoe.name}: finished" in output and sorted(cluster.glob("job.*"))[-1].name == "job.103"
-    (cluster / "queue").unlink()
-    assert "squeue failed: Unable to contact slurm controller" in submit(code=1)[1]

@@ -19,19 +19,13 @@ from rich.console import Console
 
 from tests.data_sets import write_small_corpus
 from tests.entry import shared_entry
-from tests.tools.sweeping import start, sweep
-from tests.training_runs import REPOSITORY, SMALL, finish, records, wait_until
+from tests.training_runs import REPOSITORY, records, wait_until
 from tools.experiments import compare, grids
 from tools.experiments.arms import ARMS, RATE, SETTINGS
 from tools.experiments.results import finished, read_folder
 from tools.experiments.run import Run, Text
 from tools.runs.training_display import ShownTraining, TrainingDisplay
 from tools.text.corpora.dataset import MIXED, make_text
-
-ITERATIONS = 20
-FLAGS = [*SMALL, *"--moe-ffn-hidden-size 128 --split 80,20,0 --eval-interval 20 --eval-iters 2".split()]
-FLAGS += ["--ckpt-format", "torch"]
-
 
 SLOW_TO_SAVE = """
 import os, sys
@@ -74,30 +68,6 @@ def test_a_second_interrupt_ends_all_at_once(tmp_path: Path) -> None:
     for place in (0, 1):
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / f"{place}.pid").read_text().split()[0]), 0)
-
-
-# ---------------------------------------------------------------- launch scripts
-
-
-def test_launch_scripts_train_once(data: Path, tmp_path: Path) -> None:
-    """A finished run is not trained again, and other settings for its folder are refused.
-
-    Granularity 3 does not divide the FFN size: that run fails, the other does not.
-    """
-    options = f"--output-dir {tmp_path} --gpus-per-node 1 --micro-batch-size 2 --train-iters {ITERATIONS}".split()
-    options += "--figures granularity --routings remoe --granularities".split()
-    failing, name = (f"182m_remoe_e8g{granularity}k1_gpu_steps20_seed1234" for granularity in (3, 1))
-    output, errors = finish(start(*options, "3", "1", "--", *FLAGS, DATA_PATH=str(data)), code=1)
-    assert "failed with exit code" in output and "--moe-granularity" in output
-    assert failing in errors and name not in errors and f"{name}: validation loss" in output
-    assert list(records((tmp_path / name / "train.log").read_text())) == list(range(1, ITERATIONS + 1))
-    output, _ = sweep(*options, "1", "--", *FLAGS, DATA_PATH=str(data), REHEARSE="1")
-    assert "1 finished; 0 to train" in output
-    _, errors = sweep(*options, "1", "--", *FLAGS, "--lr", "1e-3", code=2, DATA_PATH=str(data))
-    assert "--lr was 5e-4 and is now 1e-3" in errors and "a different --output-dir" in errors
-
-
-# ---------------------------------------------------------------- tiny models
 
 
 @contextmanager

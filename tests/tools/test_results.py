@@ -10,10 +10,11 @@ import pytest
 from matplotlib.image import imread
 
 from tests.tools.sweeping import TEXT, final, finish_run, line, sweep, write_run
-from tools.experiments import compare, jobs, results, tables
+from tools.experiments import compare, results, tables
 from tools.experiments.results import Result, read_result
 from tools.experiments.run import Run
-from tools.experiments.sweep import make_panel, parse_arguments, plan_runs
+from tools.experiments.run_folders import Grid, make_run_folder, write_json
+from tools.experiments.sweep import list_figure_runs, make_panel, parse_arguments
 from tools.recipes import flops as stages
 from tools.runs.figure_reader import STAMP, read_figures
 
@@ -141,25 +142,25 @@ def test_gaps_by_hand() -> None:
 
 
 def test_tables_and_panels_of_a_folder(tmp_path: Path) -> None:
-    grid = jobs.Grid(tmp_path, text=TEXT)
+    grid = Grid(tmp_path, TEXT)
     base = Run("remoe", steps=20)
     for seed in (1, 2):
         for run, loss in ((base, 1.5), (replace(base, arm="moe"), 1.6), (base.vary("l1-init", 1.0), 1.7)):
             finish_run(grid, replace(run, seed=seed), loss + seed / 100)
     finish_run(grid, replace(base, arm="moe", seed=3), 9.99)  # ReMoE has no run with this seed
-    job = jobs.make_job(replace(base, arm="moe-hash"), grid)
-    write_run(job.folder, 20, line(8))
-    jobs.write_json(job.folder / results.STAMP, job.stamp)
+    folder = make_run_folder(replace(base, arm="moe-hash"), grid)
+    write_run(folder.path, 20, line(8))
+    write_json(folder.path / STAMP, folder.stamp)
     (tmp_path / "else").mkdir()
     options = "--tiny --train-iters 20 --seeds 1 2 --figures size routing l1-init --collect --output-dir".split()
     output, _ = sweep(*options, str(tmp_path))
     page = (tmp_path / "results.md").read_text()
     assert re.search(r"\| 182m_moe_e8g1k1_steps20 \| 4\.4067 ± \S+ \| \+0\.1000 ± 0\.0000 \(2\) \| higher", page)
-    assert f"- {job.run.name}: not finished, at iteration 8 of 20" in page and page.count("| 182m") == 3
+    assert f"- {folder.run.name}: not finished, at iteration 8 of 20" in page and page.count("| 182m") == 3
     assert "moe-hash" in output and imread(tmp_path / "results.png").size
     args = parse_arguments([*options, str(tmp_path)])
     rows = results.finished(results.read_folder(tmp_path))
-    panels = [make_panel(figure, planned, rows) for figure, planned in plan_runs(args).items()]
+    panels = [make_panel(figure, runs, rows) for figure, runs in list_figure_runs(args).items()]
     assert [panel.title for panel in panels] == ["size", "routing", "l1-init"]
     assert panels[2].lines[("remoe", "")] == {1e-8: [1.51, 1.52], 1.0: [1.71, 1.72]}
 

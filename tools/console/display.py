@@ -35,8 +35,8 @@ def say(console: Console, line: str, style: str = "") -> None:
 def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], text: int) -> None:
     """Print a table to standard output; the first `text` columns are left-aligned, the others right-aligned."""
     table = Table(box=None, pad_edge=False)
-    for place, title in enumerate(titles):
-        table.add_column(title, justify="left" if place < text else "right")
+    for column, title in enumerate(titles):
+        table.add_column(title, justify="left" if column < text else "right")
     for row in rows:
         table.add_row(*row)
     Console(highlight=False, width=500).print(table)  # on a narrower terminal, do not break words

@@ -27,8 +27,8 @@ def group_by_flag(words: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the words before -- and those after it."""
-    place = words.index("--") if "--" in words else len(words)
-    return [*words[:place]], [*words[place + 1 :]]
+    end = words.index("--") if "--" in words else len(words)
+    return [*words[:end]], [*words[end + 1 :]]
 
 
 def without(words: Iterable[str], flags: Container[str]) -> list[str]:

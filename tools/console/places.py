@@ -10,9 +10,9 @@ LOG = "train.log"  # output of the run, in its folder
 PACKAGE = ROOT / "megatron" / "remoe" if (ROOT / "pretrain_gpt.py").exists() else ROOT
 
 
-def run_folder(place: Path) -> Path:
+def run_folder(path: Path) -> Path:
     """Return a run's folder, given that folder or the checkpoints/ in it."""
-    return place.parent if place.name == "checkpoints" else place
+    return path.parent if path.name == "checkpoints" else path
 
 
 def is_clone() -> bool:

@@ -113,7 +113,7 @@ def choose_rates(args: argparse.Namespace, results: Results) -> dict[tuple[int, 
     return {key: min(losses, key=losses.__getitem__) for key, losses in read_tuning(args, results).items()}
 
 
-def planned_runs(args: argparse.Namespace, tuned: Tuned, experts: int) -> Iterator[tuple[Run, Run]]:
+def pair_runs(args: argparse.Namespace, tuned: Tuned, experts: int) -> Iterator[tuple[Run, Run]]:
     """Yield the tuned runs with `experts` experts, each with the run of the same seed and length that sets its FLOPs.
 
     For each seed, runs of the arm that sets FLOPs come first. With `--equal-flops none` each run is paired with itself.
@@ -163,7 +163,7 @@ def run_of_equal_flops(run: Run, reference: Run, results: Results) -> Run | None
 def make_lines(args: argparse.Namespace, results: Results, experts: int) -> list[Line]:
     """Return the table's lines for a number of experts: one line for each length and arm."""
     lines: dict[tuple[str, str], Line] = {}
-    for run, matching in planned_runs(args, choose_rates(args, results), experts):
+    for run, matching in pair_runs(args, choose_rates(args, results), experts):
         if run in results:
             titles, reference = (f"{run.steps}", run.arm), (f"{run.steps}", args.reference)
             line = lines.setdefault(titles, Line(titles, {}, reference=reference))
@@ -197,14 +197,14 @@ def show(args: argparse.Namespace, rows: Sequence[Row]) -> None:
             text += markdown(["steps", "arm"], lines)
             for line in lines:
                 steps, arm = line.titles
-                losses = {seed: figures["loss"] for seed, figures in line.seeds.items()}
+                losses = {seed: values["loss"] for seed, values in line.seeds.items()}
                 panels.setdefault(f"E = {experts}, {steps} steps", {})[arm] = losses
         arms = {run.arm for run in results if run.experts in (0, experts) and not run.is_tuning}
         if missing := arms.intersection(args.arms) - {line.titles[1] for line in lines}:
             text += ["", f"E = {experts}: the runs of {', '.join(sorted(missing))} have different flags; not shown."]
     if (args.results or args.collect) and not panels:
-        places = " ".join(map(str, args.results or [args.output_dir]))
-        raise ToolError(f"{places}: no run has these flags. Give those that the runs had.")
+        paths = " ".join(map(str, args.results or [args.output_dir]))
+        raise ToolError(f"{paths}: no run has these flags. Give those that the runs had.")
     picture = partial(draw_final_losses, panels=panels, base=args.reference)
     write_page(args, rows, text, picture if panels else None)
 
@@ -217,7 +217,7 @@ def main(arguments: Sequence[str]) -> int:
         if tuning := tuning_runs(args):
             yield tuning
         tuned = choose_rates(args, finished(read_folder(args.output_dir)))
-        pairs = [pair for experts in args.experts for pair in planned_runs(args, tuned, experts)]
+        pairs = [pair for experts in args.experts for pair in pair_runs(args, tuned, experts)]
         runs = [*dict.fromkeys(run for run, _ in pairs)]
         tried = set[Run]()  # a run that ends with NaN has no result
         while runs:

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -20,18 +19,17 @@ from ..console.places import home
 from ..recipes.data import is_set
 from ..runs.running import run_tool
 from ..text.corpora import dataset
-from .execute import execute, queued_jobs, sbatch_command, state
-from .jobs import Grid, Job, check_conflicts, make_job
+from .execute import command_line, execute
 from .results import Row, read_folder, read_results, write_results
 from .run import Run, Text, check_flags
+from .run_folders import Grid, RunFolder, check_conflicts, make_run_folder
 
 NOT_FINITE = {16, 17}  # Megatron's exit codes after NaN or Inf (core/rerun_state_machine.py)
 
 
 def grid_parser(name: str, description: str | None, seeds: Sequence[int]) -> argparse.ArgumentParser:
-    """Return a parser with the options that all grids share. Its defaults are those of tiny models."""
+    """Return a parser with the options that all grids share."""
     parser = tool_parser(name, description)
-    parser.set_defaults(tiny=True, gpus_per_node=8, micro_batch_size=None, slurm=None)
     parser.usage = "%(prog)s [options] [-- Megatron flags]"
     add, default = parser.add_argument, "(default: %(default)s)"
     text = f"seeds, each a run (default: {' '.join(map(str, seeds))})"
@@ -49,7 +47,7 @@ def grid_parser(name: str, description: str | None, seeds: Sequence[int]) -> arg
     add("--collect", action="store_true", help="only write the table of the output folder, and the picture")
     text = "make the page of one or more results.json, with the flags of their runs"
     add("--results", type=Path, nargs="+", metavar="FILE.json", help=text)
-    text = "list commands and state (also with DRY_RUN=1)"
+    text = "list the commands of the next runs (also with DRY_RUN=1)"
     add("--dry-run", action="store_true", default=is_set(os.environ, "DRY_RUN"), help=text)
     return parser
 
@@ -64,19 +62,21 @@ def parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> argpar
 
 
 def prepare_text(args: argparse.Namespace, console: Console) -> Text:
-    """Return the text of tiny runs; build it if missing. Raise ToolError if it is wrong, or missing in a dry run."""
+    """Return the text of tiny runs; build it if missing.
+
+    Raises:
+        ToolError: the folder holds something else.
+    """
     folder = (args.text_dir or home() / dataset.FOLDERS[args.corpus]).expanduser().resolve()
-    place, corpus = folder / dataset.TOKENS[args.tokens], folder / "corpus" / "manifest.json"
-    if not args.dry_run and not (corpus.exists() and (place / "manifest.json").exists()):
+    data, corpus = folder / dataset.TOKENS[args.tokens], folder / "corpus" / "manifest.json"
+    if not (corpus.exists() and (data / "manifest.json").exists()):
         with lock(folder, "quickstart"):
             dataset.make_text(folder, args.corpus, args.tokens)
     for line in dataset.missing_domains(folder):
         say(console, line)
     try:
-        text, made = Text.read(place), json.loads(corpus.read_text(encoding="utf-8"))
+        text, made = Text.read(data), json.loads(corpus.read_text(encoding="utf-8"))
         domains = {*made["domains"], *made["missing"]}
-    except FileNotFoundError as error:
-        raise ToolError(f"{error.filename}: there is no text yet. Run this without --dry-run first.") from None
     except (ValueError, KeyError) as error:
         raise ToolError(f"{folder}: not a text of this version ({error}). Remove it, or give --text-dir.") from None
     if domains != {*dataset.CORPORA[args.corpus]()}:
@@ -104,20 +104,16 @@ def run_grid(
     def work() -> int:
         console, folder = Console(), args.output_dir
         if args.collect or args.results:
-            rows = [row for file in args.results for row in read_results(file)] if args.results else read_folder(folder)
-            if not rows:
-                raise ToolError(f"--output-dir {folder}: there are no runs. Give the folder of the runs.")
-            show(rows)
+            show_finished(args, read_folder(folder), show)
             return 0
-        text = prepare_text(args, console) if args.tiny else None
-        grid = Grid(folder, args.flags, text, args.gpus_per_node, args.micro_batch_size, args.slurm)
-        jobs_by_round = make_jobs(rounds(), grid)
+        grid = Grid(folder, prepare_text(args, console), args.flags)
+        folders_by_round = make_run_folders(rounds(), grid)
         if args.dry_run:
-            list_unfinished_round(jobs_by_round, grid)
+            list_commands(folders_by_round)
             return 0
         with lock(folder, name) as held:
             try:
-                failed = train(jobs_by_round, grid, args.processes, held, console)
+                failed = train(folders_by_round, grid, args.processes, held, console)
             finally:
                 show(read_folder(folder))
         if failed:
@@ -128,30 +124,52 @@ def run_grid(
     return run_tool(name, work, "stopped. The same command continues from here")
 
 
-def make_jobs(rounds: Iterable[Sequence[Run]], grid: Grid) -> Iterator[list[Job]]:
-    """Yield the jobs of each round. A round is requested when the previous one has been used."""
+def show_finished(args: argparse.Namespace, rows: Sequence[Row], show: Callable[[Sequence[Row]], None]) -> None:
+    """Show `rows`, or those of the files in --results. Raise ToolError if there are none."""
+    if args.results:
+        rows = [row for file in args.results for row in read_results(file)]
+    if not rows:
+        raise ToolError(f"--output-dir {args.output_dir}: there are no runs. Give the folder of the runs.")
+    show(rows)
+
+
+def make_run_folders(rounds: Iterable[Sequence[Run]], grid: Grid) -> Iterator[list[RunFolder]]:
+    """Yield the runs of each round with their folders. A round is requested when the previous one has been used."""
     for runs in rounds:
         check_flags(grid.flags, runs)
-        yield [make_job(run, grid) for run in runs]
+        yield [make_run_folder(run, grid) for run in runs]
 
 
-def train(rounds: Iterable[Sequence[Job]], grid: Grid, processes: int, held: IO[str], console: Console) -> list[str]:
-    """Train the jobs of all rounds, and return the names of those that failed.
+def list_commands(rounds: Iterable[Sequence[RunFolder]]) -> None:
+    """Print the commands of the unfinished runs of the first round that has some.
+
+    Later rounds depend on its results.
+    """
+    for folders in rounds:
+        check_conflicts(folders)
+        if lines := [command_line(folder) for folder in folders if folder.read_loss() is None]:
+            print(*lines, sep="\n")
+            return
+
+
+def train(
+    rounds: Iterable[Sequence[RunFolder]], grid: Grid, processes: int, held: IO[str], console: Console
+) -> list[str]:
+    """Train the runs of all rounds, and return the names of those that failed.
 
     A tuning run may end with NaN or Inf if other runs of its arm do not. After other failures no round follows, because
     it would depend on them.
     """
     failed: list[str] = []
-    for jobs in rounds:
-        done = sum(job.loss is not None for job in jobs)
-        doing = "train" if grid.sbatch_flags is None else "submit or wait for"
-        say(console, f"{len(jobs)} runs in {grid.output}: {done} finished; {len(jobs) - done} to {doing}.")
-        ended = execute(console, grid, jobs, processes, held)
+    for folders in rounds:
+        done = sum(folder.read_loss() is not None for folder in folders)
+        say(console, f"{len(folders)} runs in {grid.output}: {done} finished; {len(folders) - done} to train.")
+        ended = execute(console, grid, folders, processes, held)
         if not ended:
             continue
-        tuning = [job for job in jobs if job.run.is_tuning]
-        arms = {(job.run.experts, job.run.arm) for job in tuning}
-        tuned = {(job.run.experts, job.run.arm) for job in tuning if job.loss}
+        tuning = [folder for folder in folders if folder.run.is_tuning]
+        arms = {(folder.run.experts, folder.run.arm) for folder in tuning}
+        tuned = {(folder.run.experts, folder.run.arm) for folder in tuning if folder.read_loss() is not None}
         must_stop = tuned < arms or not {*ended.values()} <= NOT_FINITE
         if must_stop or not tuning:
             failed += ended
@@ -159,24 +177,6 @@ def train(rounds: Iterable[Sequence[Job]], grid: Grid, processes: int, held: IO[
             break
         say(console, f"NaN or Inf; continues without {', '.join(ended)}.", "red")
     return failed
-
-
-def list_unfinished_round(rounds: Iterable[Sequence[Job]], grid: Grid) -> None:
-    """Print the state and the command of each run of the first unfinished round, or else of the last, for a shell.
-
-    Later rounds depend on its results.
-    """
-    for jobs in rounds:
-        check_conflicts(jobs)
-        if any(job.loss is None for job in jobs):
-            break
-    queued = {} if grid.sbatch_flags is None else queued_jobs()
-    states = [state(job, queued) for job in jobs]
-    for job, now in zip(jobs, states, strict=True):
-        words = job.words if grid.sbatch_flags is None else sbatch_command(job, grid)
-        variables = (f"{name}={shlex.quote(value)}" for name, value in job.environment.items())
-        print(f"# {job.folder.name}: {now}", " ".join([*variables, shlex.join(words)]), sep="\n")
-    print(f"# to train: {sum(now != 'finished' for now in states)} runs")
 
 
 def write_page(

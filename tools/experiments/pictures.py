@@ -18,13 +18,13 @@ MARGIN = 0.6  # room for the labels at each end of the loss axis of `plot_rows`,
 
 
 @dataclass
-class Panel:
+class LossPanel:
     """A plot of losses over a setting, with a line for each arm.
 
     Attributes:
         title, label: of the panel, and of its horizontal axis.
-        lines: arm and a note → place on the horizontal axis → losses of the seeds.
-        ticks: place → label.
+        lines: arm and a note → position on the horizontal axis → losses of the seeds.
+        ticks: position → label.
         is_log: whether the horizontal axis is logarithmic.
     """
 
@@ -41,7 +41,7 @@ def color_key(arm: str) -> str:
     return ARMS[arm].router or ("topk" if routing == "moe" else routing)
 
 
-def draw(path: Path, panels: Sequence[Panel], label: str) -> None:
+def draw(path: Path, panels: Sequence[LossPanel], label: str) -> None:
     """Write a .png file of at least one panel; `label` is the label of the vertical axis."""
     from matplotlib.ticker import NullLocator
 
@@ -50,8 +50,8 @@ def draw(path: Path, panels: Sequence[Panel], label: str) -> None:
     colors = {name: color for name, (color, _) in zip(names, styles, strict=True)}
     columns, rows = min(IN_A_ROW, len(panels)), -(-len(panels) // IN_A_ROW)
     with picture(path, font_size=13, pad=(0.12, 0.1), figsize=(5 * max(2, columns), 4.8 * rows)) as figure:
-        for place, panel in enumerate(panels, start=1):
-            axes = figure.add_subplot(rows, columns, place)
+        for number, panel in enumerate(panels, start=1):
+            axes = figure.add_subplot(rows, columns, number)
             for name, line in panel.lines.items():
                 points = sorted(line.items())
                 title = " ".join(filter(None, (ARMS[name[0]].title, name[1])))
@@ -62,7 +62,7 @@ def draw(path: Path, panels: Sequence[Panel], label: str) -> None:
             axes.set(title=panel.title, xlabel=panel.label, xscale="log" if panel.is_log else "linear")
             axes.set_xticks([*panel.ticks], [*panel.ticks.values()])
             axes.xaxis.set_minor_locator(NullLocator())
-            if place % columns == 1 or columns == 1:
+            if number % columns == 1 or columns == 1:
                 axes.set_ylabel(label)
         legends = [axes.get_legend_handles_labels() for axes in figure.axes]
         handles = {title: handle for legend in legends for handle, title in zip(*legend, strict=True)}
@@ -75,8 +75,8 @@ def draw_final_losses(path: Path, panels: Mapping[str, Losses], base: str) -> No
     columns = -(-len(panels) // rows)
     height = 1 + 0.8 * max(map(len, panels.values()))
     with picture(path, font_size=13, pad=(0.12, 0.1), figsize=(max(8, 6 * columns), height * rows)) as figure:
-        for place, (title, losses) in enumerate(panels.items(), start=1):
-            axes = figure.add_subplot(rows, columns, place)
+        for number, (title, losses) in enumerate(panels.items(), start=1):
+            axes = figure.add_subplot(rows, columns, number)
             plot_rows(axes, losses, base)
             axes.set(title=title, xlabel="nats per byte; lower is better")
         note = "Loss on held-out text: seeds, mean with 95 % interval" + ("\n" if columns == 1 else " ")

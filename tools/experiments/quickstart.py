@@ -21,9 +21,10 @@ from ..runs.run_figures import TOTALS, RunFigures
 from ..runs.running import make_main
 from ..text.corpora import dataset
 from .execute import execute
-from .jobs import Grid, Job, make_job
 from .quickstart_picture import draw
+from .results import read_result
 from .run import Run, Text
+from .run_folders import Grid, RunFolder, make_run_folder
 
 ARMS = {"dense": "dense", "moe": "moe", "remoe": "remoe-capped"}  # name of the folder → arm
 SIZE, EXPERTS = tiny.SIZES[tiny.QUICKSTART], 32
@@ -64,32 +65,32 @@ def run(args: Namespace) -> None:
             say(console, f"  {line}")
         domains = ", ".join(f"{name} {number:,}" for name, number in text.train_tokens.items())
         say(console, f"  training text in subword tokens: {domains}")
-        grid = Grid(runs, text=text)
+        grid = Grid(runs, text)
         base = Run("dense", args.seed, args.iterations, tiny.QUICKSTART, warmup=warmup, tokens=tokens)
         runs_by_name = {name: replace(base, arm=arm, experts=EXPERTS, topk=1) for name, arm in ARMS.items()}
-        jobs = [make_job(each, grid, name) for name, each in runs_by_name.items()]
-        if execute(console, grid, jobs, len(jobs), held):
+        folders = [make_run_folder(each, grid, name) for name, each in runs_by_name.items()]
+        if execute(console, grid, folders, len(folders), held):
             raise ToolError("A run failed; see above. Fix the cause and run the same command: it continues.")
-        figures = {job.run.routing: read_figures(job.folder) for job in jobs}
-        summary = summarize(jobs, figures) | {"seed": args.seed, "corpus": args.corpus}
+        metrics = {folder.run.routing: read_figures(folder.path) for folder in folders}
+        summary = summarize(folders, metrics) | {"seed": args.seed, "corpus": args.corpus}
         write_json(runs / "summary.json", summary)
-        draw(runs / "report.png", figures, summary)
+        draw(runs / "report.png", metrics, summary)
     print_summary(summary)
     print_next_steps(console, output, runs, [*text.train_tokens][-1])
 
 
-def summarize(jobs: Sequence[Job], runs: Mapping[str, RunFigures]) -> dict[str, Any]:
-    """Return the figures of the three models; losses are in nats per byte of text."""
-    iterations, experts, size = jobs[0].run.steps, jobs[-1].run.experts, SIZE
+def summarize(folders: Sequence[RunFolder], runs: Mapping[str, RunFigures]) -> dict[str, Any]:
+    """Return the results of the three models; losses are in nats per byte of text."""
+    iterations, experts, size = folders[0].run.steps, folders[-1].run.experts, SIZE
     summary: dict[str, Any] = {"iterations": iterations, "experts": experts}
-    for job, (model, figures) in zip(jobs, runs.items(), strict=True):
-        result, total = job.result(), figures.parameters or 0
+    for folder, (model, metrics) in zip(folders, runs.items(), strict=True):
+        result, total = read_result(folder.path), metrics.parameters or 0
         assert result is not None
-        unused = (experts - job.run.topk) * size.layers * 3 * size.hidden * size.ffn if job.run.experts else 0
+        unused = (experts - folder.run.topk) * size.layers * 3 * size.hidden * size.ffn if folder.run.experts else 0
         summary[model] = {
             "val_loss": result.loss,
             "val_loss_by_domain": result.losses,
-            "tokens_per_second": figures.tokens_per_second,
+            "tokens_per_second": metrics.tokens_per_second,
             "active_params": total - unused,
             "total_params": total,
         }
@@ -99,11 +100,11 @@ def summarize(jobs: Sequence[Job], runs: Mapping[str, RunFigures]) -> dict[str, 
     return summary
 
 
-def late_sparsity(figures: RunFigures, last: int, experts: int) -> float:
+def late_sparsity(metrics: RunFigures, last: int, experts: int) -> float:
     """Return the sparsity of the computed pairs over the last quarter of `last` iterations, from the running sums."""
-    iterations = figures.curve(TOTALS[0]).iterations
+    iterations = metrics.curve(TOTALS[0]).iterations
     ends = np.append(iterations[iterations <= 0.75 * last][-1:], iterations[-1])
-    return float(1 - figures.experts_per_token(ends)[-1] / experts)
+    return float(1 - metrics.experts_per_token(ends)[-1] / experts)
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from .pictures import plot_rows
 
 
 def draw(path: Path, runs: Mapping[str, RunFigures], summary: Mapping[str, Any]) -> None:
-    """Write the picture from each model's figures and the summary of `quickstart.summarize`."""
+    """Write the picture from each model's metrics and the summary of `quickstart.summarize`."""
     remoe, iterations = runs["remoe"], summary["iterations"]
     with picture(path, font_size=11, pad=(0.15, 0.15), figsize=(16, 11)) as figure:
         ((loss, sparsity), (coefficient, load)) = figure.subplots(2, 2)
@@ -28,9 +28,9 @@ def draw(path: Path, runs: Mapping[str, RunFigures], summary: Mapping[str, Any])
         _draw_load(load, late_load(remoe, iterations), remoe.topk / summary["experts"])
 
 
-def late_load(figures: RunFigures, last: int) -> dict[int, NDArray[np.float64]]:
+def late_load(metrics: RunFigures, last: int) -> dict[int, NDArray[np.float64]]:
     """Return layer → share of its tokens whose gate for each expert is positive, float `[E]`, over the last quarter."""
-    late = [loads for iteration, loads in figures.loads.items() if iteration > 0.75 * last]
+    late = [loads for iteration, loads in metrics.loads.items() if iteration > 0.75 * last]
     return {layer: np.mean([loads[layer] for loads in late], axis=0) for layer in late[-1]}
 
 
@@ -49,9 +49,9 @@ def _draw_sparsity(axes: Any, remoe: RunFigures, summary: Mapping[str, Any]) -> 
 def _draw_load(axes: Any, load: Mapping[int, NDArray[np.float64]], even: float) -> None:
     """Draw a bar for each expert of each layer, and the line of the even share."""
     width, experts = 0.8 / len(load), np.arange(len(next(iter(load.values()))))
-    for place, (layer, shares) in enumerate(load.items()):
-        left = experts - 0.4 + place * width
-        look = {"color": routing_color("remoe"), "alpha": 1 - place / len(load), "label": f"layer {layer}"}
+    for index, (layer, shares) in enumerate(load.items()):
+        left = experts - 0.4 + index * width
+        look = {"color": routing_color("remoe"), "alpha": 1 - index / len(load), "label": f"layer {layer}"}
         axes.bar(left, shares, width, align="edge", **look)
     axes.axhline(even, color=TARGET, linestyle="--", linewidth=1.5, label=f"even: {100 * even:.1f} %")
     axes.set(title="ReMoE: tokens whose gate for the expert is positive, last quarter", xlabel="expert")

@@ -58,39 +58,39 @@ Row = tuple[Run, Result | None]  # None: the run has no log yet
 def read_result(folder: Path) -> Result | None:
     """Return the results of the run in a folder; None if it has not begun."""
     try:
-        figures = read_figures(folder)
+        metrics = read_figures(folder)
     except ToolError:
         return None
-    if not figures.args and not figures.last:
+    if not metrics.args and not metrics.last:
         return None
-    train_iters = figures.whole("train_iters")
-    losses = {name: loss * figures.per_byte.get(name, 1.0) for name, loss in figures.final_losses(train_iters).items()}
-    loss = _mean_loss(figures, losses)
-    experts = figures.experts_per_token(figures.curve("lm_loss").iterations[-2:])[-1:]
-    experts_per_token = float(experts[0]) if len(experts) and np.isfinite(experts[0]) else figures.topk or None
-    flops, seconds = training_flops(figures), figures.seconds
-    sequence = 0.0 if flops is None else flops_per_sequence(Namespace(**figures.args), experts_per_token)
+    train_iters = metrics.whole("train_iters")
+    losses = {name: loss * metrics.per_byte.get(name, 1.0) for name, loss in metrics.final_losses(train_iters).items()}
+    loss = _mean_loss(metrics, losses)
+    experts = metrics.experts_per_token(metrics.curve("lm_loss").iterations[-2:])[-1:]
+    experts_per_token = float(experts[0]) if len(experts) and np.isfinite(experts[0]) else metrics.topk or None
+    flops, seconds = training_flops(metrics), metrics.seconds
+    sequence = 0.0 if flops is None else flops_per_sequence(Namespace(**metrics.args), experts_per_token)
     return Result(
-        iterations=figures.last if loss is None else train_iters,  # the last steps may have no line
+        iterations=metrics.last if loss is None else train_iters,  # the last steps may have no line
         loss=loss,
         losses=losses,
-        first_near=figures.first_near,
-        settled=figures.settled,
+        first_near=metrics.first_near,
+        settled=metrics.settled,
         experts_per_token=experts_per_token,
-        inactive=figures.inactive_experts,
+        inactive=metrics.inactive_experts,
         training_seconds=float(seconds.sum()) if len(seconds) else None,
         flops=flops,
-        step_flops=sequence * figures.whole("global_batch_size") or None,
+        step_flops=sequence * metrics.whole("global_batch_size") or None,
     )
 
 
-def _mean_loss(figures: RunFigures, losses: Mapping[str, float]) -> float | None:
+def _mean_loss(metrics: RunFigures, losses: Mapping[str, float]) -> float | None:
     """Return the mean loss of all sets, weighted by the size of their text; None until every set has a loss."""
-    wanted = figures.args.get("validation_set_names") or [""]
+    wanted = metrics.args.get("validation_set_names") or [""]
     if not losses.keys() >= {*wanted}:
         return None
-    tokens = weigh([figures.evaluations[name][-1] for name in wanted])
-    weights = {name: number / figures.per_byte.get(name, 1.0) for name, number in zip(wanted, tokens, strict=True)}
+    tokens = weigh([metrics.evaluations[name][-1] for name in wanted])
+    weights = {name: number / metrics.per_byte.get(name, 1.0) for name, number in zip(wanted, tokens, strict=True)}
     return sum(losses[name] * weight for name, weight in weights.items()) / sum(weights.values())
 
 

@@ -1,7 +1,6 @@
 """Define a run: a recipe with its routing, sizes, seed and schedule, and the training text."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -163,22 +162,6 @@ class Run:
             flags += dataset.data_flags(text.folder, text.train_tokens)
         return [*flags, *self.added_flags(), *self.fitting(given)]
 
-    def script_words(self, gpus_per_node: int, micro_batch: int | None, given: Sequence[str]) -> list[str]:
-        """Return the arguments of the launch script train_llama_{size}_{routing}.sh."""
-        words = [str(gpus_per_node), str(self.steps), "" if micro_batch is None else str(micro_batch)]
-        words += [str(self.experts), str(self.granularity)] if self.experts else [str(self.expansion)]
-        flags = self.added_flags() + (["--moe-router-topk", str(self.topk)] if self.topk > 1 else [])
-        if self.rate != 1:
-            flags += [word for pair in zip(RATES, self.rates(Training()), strict=True) for word in pair]
-        return [*words, "--", *flags, "--seed", str(self.seed), *self.fitting(given)]
-
-    def script_environment(self, given: Mapping[str, str]) -> dict[str, str]:
-        """Return variables that replace those of the `given` environment: EP is lowered to divide the experts."""
-        if not self.experts or not given.get("EP", "").isdecimal():
-            return {}
-        fitting = math.gcd(int(given["EP"]), self.experts * self.granularity)
-        return {"EP": str(fitting)} if fitting != int(given["EP"]) else {}
-
     def fitting(self, given: Sequence[str]) -> list[str]:
         """Return the `given` flags, for a dense model without --moe-... ones: Megatron refuses some of those."""
         expert_flags = {flag for flag in group_by_flag(given) if flag.startswith("--moe-")}
@@ -186,7 +169,7 @@ class Run:
 
 
 RATES = ("--lr", "--min-lr")
-# A run's fields, its folder and Grid set these flags.
+# A run's fields and its folder set these flags.
 CHOSEN = {
     "--seed", "--train-iters", "--train-samples", "--num-experts", "--moe-router-topk", "--moe-granularity",
     "--moe-relu-routing", "--micro-batch-size", "--save", "--load", "--tensorboard-dir",
@@ -196,7 +179,7 @@ SCHEDULE = {
     "--lr-wsd-decay-iters", "--log-interval", "--save-interval", "--save-retain-interval", "--split", "--eval-iters",
 }  # fmt: skip
 # A tiny run's text is compared by its fingerprint, not by its path.
-PLACES = {"--data-path", "--train-data-path", "--valid-data-path", "--vocab-file", "--merge-file"}
+PATH_FLAGS = {"--data-path", "--train-data-path", "--valid-data-path", "--vocab-file", "--merge-file"}
 
 
 def check_flags(given: Sequence[str], runs: Sequence[Run]) -> None:
@@ -208,7 +191,7 @@ def check_flags(given: Sequence[str], runs: Sequence[Run]) -> None:
     for flag in group_by_flag(given):
         for run in runs:
             varied = {*(RATES if run.rate != 1 else ()), *(SCHEDULE if run.is_wsd else ())}
-            varied |= PLACES if run.is_tiny else set()
+            varied |= PATH_FLAGS if run.is_tiny else set()
             if flag in {*CHOSEN, *varied, *group_by_flag(run.added_flags())} or (run.expansion > 1 and "ffn" in flag):
                 raise RecipeError(f"{flag} after --: {run.name} sets it. Choose it with the options before --.")
 

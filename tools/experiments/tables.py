@@ -9,7 +9,7 @@ from typing import Any
 from ..console.markdown import table
 from .significance import MARGIN, Difference, compare, half_width, seeds_for_equivalence
 
-Figures = Mapping[str, Any]  # names of `Result`'s attributes → values; absent or None if unknown
+Values = Mapping[str, Any]  # names of `Result`'s attributes → values; absent or None if unknown
 EQUAL_STEPS, EQUAL_FLOPS = "gap", "gap, equal FLOPs"
 COLUMNS = (
     "loss", EQUAL_STEPS, "verdict", EQUAL_FLOPS, "verdict, equal FLOPs", "steps, equal FLOPs", "FLOPs",
@@ -24,14 +24,14 @@ class Line:
 
     Attributes:
         titles: one for each of the table's first columns.
-        seeds: seed → figures of the run.
-        matched: seed → figures of the run with equal FLOPs; equals `seeds` for the arm that sets them.
+        seeds: seed → values of the run.
+        matched: seed → values of the run with equal FLOPs; equals `seeds` for the arm that sets them.
         reference: titles of the line from which gaps are measured; empty for none.
     """
 
     titles: tuple[str, ...]
-    seeds: dict[int, Figures]
-    matched: dict[int, Figures] = field(default_factory=dict)
+    seeds: dict[int, Values]
+    matched: dict[int, Values] = field(default_factory=dict)
     reference: tuple[str, ...] = ()
 
 
@@ -69,8 +69,8 @@ def markdown(header: Sequence[str], lines: Sequence[Line]) -> Iterator[str]:
     verdicts = compare(differences, MARGIN)
     rows = [[*line.titles, *_cells(line, differences, verdicts)] for line in lines]
     titles = [*header, *COLUMNS]
-    kept = [place for place in range(len(titles)) if place < len(header) or any(row[place] for row in rows)]
-    yield from table([titles[place] for place in kept], ([row[place] for place in kept] for row in rows))
+    kept = [column for column in range(len(titles)) if column < len(header) or any(row[column] for row in rows)]
+    yield from table([titles[column] for column in kept], ([row[column] for column in kept] for row in rows))
     if not verdicts:
         return
     yield ""
@@ -92,15 +92,15 @@ def _cells(
     verdicts: Mapping[tuple[tuple[str, ...], str], Difference],
 ) -> list[str]:
     """Return the cells of a line under `COLUMNS`."""
-    figures = [*line.seeds.values()]
+    runs = [*line.seeds.values()]
 
     def known(name: str) -> list[Any]:
-        return [value for each in figures if (value := each.get(name)) is not None]
+        return [value for each in runs if (value := each.get(name)) is not None]
 
     def mean(name: str, form: str) -> str:
         return format(statistics.fmean(known(name)), form) if known(name) else ""
 
-    cells = [interval([each["loss"] for each in figures])]
+    cells = [interval([each["loss"] for each in runs])]
     for kind in (EQUAL_STEPS, EQUAL_FLOPS):
         values = differences.get((line.titles, kind), ())
         verdict = verdicts[line.titles, kind].verdict if values else ""
@@ -112,7 +112,7 @@ def _cells(
     cells.append(", ".join(f"{statistics.fmean(counts):.1f}" for counts in layers))
     for name in ("first_near", "settled"):
         reached = sorted(known(name))
-        part = f" ({len(reached)} of {len(figures)})" if len(reached) < len(figures) else ""
+        part = f" ({len(reached)} of {len(runs)})" if len(reached) < len(runs) else ""
         cells.append(f"{statistics.median_low(reached)}{part}" if reached else "")
     cells += [interval(known("flip_rate")), interval(known("flip_count")), mean("training_seconds", ".0f")]
-    return [*cells, str(len(figures))]
+    return [*cells, str(len(runs))]

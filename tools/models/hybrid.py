@@ -4,21 +4,10 @@ import argparse
 import re
 
 from ..console.errors import ConversionError
+from ..recipes.flops import moe_layer_pattern
 
 FINAL_NORM = {"gpt": "decoder.final_layernorm.", "hybrid": "decoder.final_norm."}
 ATTENTION = ("self_attention.", "input_layernorm.")
-
-
-def moe_layer_pattern(args: argparse.Namespace) -> list[bool]:
-    """Return for each layer of a GPTModel whether it has experts: --moe-layer-freq as Megatron reads it.
-
-    Args:
-        args: Megatron's, or those saved in a checkpoint or a log; older ones do not have the flag.
-    """
-    frequency: int | list[int] | None = getattr(args, "moe_layer_freq", None)
-    every = 1 if frequency is None else frequency
-    pattern = every if isinstance(every, list) else [layer % every == 0 for layer in range(args.num_layers)]
-    return [bool(args.num_experts and has_experts) for has_experts in pattern]
 
 
 def hybrid_layer(layer: int, rest: str) -> int:

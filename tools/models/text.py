@@ -14,8 +14,8 @@ import torch
 from megatron.remoe.files.indexed import IndexedReader
 
 from ..console.errors import ToolError
+from ..recipes.on_cpu import megatron_on_cpu
 from .measuring import TOKENS_PER_FORWARD
-from .on_cpu import megatron_on_cpu
 
 if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDataset

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     # This process is the first rank.
     os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(options.gpus)})
     logging.disable(logging.INFO)
-    from ..models.on_cpu import megatron_on_cpu
+    from ..recipes.on_cpu import megatron_on_cpu
 
     megatron_on_cpu()  # even on a machine with GPUs
     from megatron.remoe import cpu

@@ -10,7 +10,7 @@ from megatron.remoe.files.gpt2_files import GPT2_FILES
 from ..console.flags import group_by_flag
 from .layout import RecipeError
 
-PLACEHOLDER = "PREFIX"  # stands for the data in a plan without data
+PLACEHOLDER = "PREFIX"  # stands for the data in a dry run without data
 SPLITS = ("969,30,1", "98,1,1", "90,5,5", "80,10,10", "34,33,33")  # the paper's first; each next needs fewer documents
 _WEIGHT = r"[0-9.]+(?:e[+-]?[0-9]+)?"  # of a data set
 _SHARD = re.compile(r"(?:pile_)?([0-2]\d)_text_document")
@@ -21,21 +21,21 @@ def is_set(environment: Mapping[str, str], name: str) -> bool:
     return environment.get(name, "") not in ("", "0")
 
 
-def find_data(environment: Mapping[str, str], planned: bool) -> list[str]:
+def find_data(environment: Mapping[str, str], is_dry_run: bool) -> list[str]:
     """Return the words for --data-path, weights included.
 
     Args:
         environment: has DATA_PATH or DATA_DIR.
-        planned: nothing is trained, so no data need to be given.
+        is_dry_run: nothing is trained, so no data need to be given.
 
     Raises:
-        RecipeError: a run that is not just planned has neither variable, or DATA_DIR has no data set or a shard twice.
+        RecipeError: neither variable is set and this is no dry run, or DATA_DIR has no data set or a shard twice.
     """
     if given := environment.get("DATA_PATH"):
         return add_weights(split_data_path(given))
     if given := environment.get("DATA_DIR"):
         return find_data_sets(given)
-    if planned:
+    if is_dry_run:
         return [PLACEHOLDER]
     raise RecipeError("no data: set DATA_PATH to a prefix of .bin/.idx, or DATA_DIR to a folder of them")
 
@@ -118,11 +118,11 @@ def choose_split(data_path: Sequence[str]) -> str:
     return SPLITS[0]
 
 
-def find_vocabulary(environment: Mapping[str, str], flags: Sequence[str], planned: bool) -> list[str]:
+def find_vocabulary(environment: Mapping[str, str], flags: Sequence[str], is_dry_run: bool) -> list[str]:
     """Return the tokenizer's flags for GPT-2's two files; none if Megatron's `flags` choose a tokenizer.
 
     Raises:
-        RecipeError: a file is missing, and the run is not just planned.
+        RecipeError: a file is missing, and this is no dry run.
     """
     if "--tokenizer-type" in group_by_flag(flags):
         return []
@@ -130,9 +130,9 @@ def find_vocabulary(environment: Mapping[str, str], flags: Sequence[str], planne
     words = ["--tokenizer-type", "GPT2BPETokenizer"]
     vocabularies, merges = zip(*GPT2_FILES[:2], strict=True)
     for variable, flag, names in (("VOCAB_FILE", "--vocab-file", vocabularies), ("MERGE_FILE", "--merge-file", merges)):
-        places = [f"{folder}{above}/{name}" for above in ("", "/..") for name in names]
-        path = environment.get(variable) or next((place for place in places if os.path.isfile(place)), places[0])
-        if not planned and not os.path.isfile(path):
+        candidates = [f"{folder}{above}/{name}" for above in ("", "/..") for name in names]
+        path = environment.get(variable) or next(filter(os.path.isfile, candidates), candidates[0])
+        if not is_dry_run and not os.path.isfile(path):
             raise RecipeError(f"{variable}: there is no {path} (GPT-2's {' or '.join(names)})")
         words += [flag, path]
     return words

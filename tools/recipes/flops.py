@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from ..models.hybrid import moe_layer_pattern
 from ..runs.run_figures import TOTALS, WITHIN, RunFigures
 
 # Raised for arguments of an unknown type or layers that are not counted.
@@ -65,6 +64,18 @@ class _Defaulting(argparse.Namespace):
 
     def __getattr__(self, name: str) -> Any:
         return None
+
+
+def moe_layer_pattern(args: argparse.Namespace) -> list[bool]:
+    """Return for each layer of a GPTModel whether it has experts: --moe-layer-freq as Megatron reads it.
+
+    Args:
+        args: Megatron's, or those saved in a checkpoint or a log; older ones do not have the flag.
+    """
+    frequency: int | list[int] | None = getattr(args, "moe_layer_freq", None)
+    every = 1 if frequency is None else frequency
+    pattern = every if isinstance(every, list) else [layer % every == 0 for layer in range(args.num_layers)]
+    return [bool(args.num_experts and has_experts) for has_experts in pattern]
 
 
 def key_value_heads(args: argparse.Namespace) -> int:

@@ -69,14 +69,14 @@ def gpu_flags(
         has_experts: whether the model has experts.
         kernels: the environment variable KERNELS.
         values: from `deciding_values`.
-        interpreter: starts the run; if empty, no package is looked for, and plain PyTorch is chosen.
+        interpreter: starts the run.
         nodes: number of nodes; each chooses its layers.
 
     Raises:
         RecipeError: context parallelism would run in plain PyTorch, which does not have it; see `try_engine`.
     """
     problem: str | None = "not asked for"
-    if interpreter and values["--transformer-impl"] != "local":
+    if values["--transformer-impl"] != "local":
         problem = try_engine(interpreter, nodes)
     if problem is None:
         engine, chosen = "Transformer Engine", ["--transformer-impl", "transformer_engine"]
@@ -92,7 +92,7 @@ def gpu_flags(
         chosen = [*PLAIN_PYTORCH, "--no-rope-fusion"]
     # Without apex, a product of PyTorch's accumulates weight gradients, at least in Megatron's output layer. That is
     # not yet tested on a GPU, so only KERNELS=triton uses it.
-    if not kernels and (not interpreter or importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None):
+    if not kernels and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         chosen.append("--no-gradient-accumulation-fusion")
     return [*GPU_FLAGS, *chosen], engine
 
@@ -111,8 +111,8 @@ def gpu_settings(
 ) -> dict[str, str]:
     """Return the environment variables of a training run on GPUs; they do not change what the user has set.
 
-    `flags` are the user's, `values` come from `deciding_values`. `gpu` is the kind of GPU that a plan is for; None for
-    this machine's.
+    `flags` are the user's, `values` come from `deciding_values`. `gpu` is the kind of GPU of a dry run; None for this
+    machine's.
     """
     chosen, question = {}, ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     if gpu is None:

@@ -9,7 +9,7 @@ from ..console.flags import group_by_flag, split, without
 from ..console.places import entry, home
 from ..console.places import interpreter as default_interpreter
 from . import data, hardware
-from .layout import Layout, RecipeError, whole_number
+from .layout import Layout, RecipeError, parse_count
 from .models import PAPER, SAVE_INTERVALS, Routing, Size, Training
 
 PROJECT = "remoe"
@@ -19,6 +19,31 @@ REPLACED = {  # the user's flag → the recipe's flag that Megatron refuses next
     "--lr-warmup-iters": "--lr-warmup-fraction",
     "--lr-warmup-samples": "--lr-warmup-fraction",
 }
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of a launch script.
+
+    Attributes:
+        save_interval: iterations between two checkpoints.
+        project: for Weights & Biases.
+        output: folder of the run.
+        interpreter: Python that trains.
+        given: the user's flags for Megatron.
+        is_dry_run: nothing is trained.
+    """
+
+    size: Size
+    routing: Routing
+    training: Training
+    layout: Layout
+    save_interval: int
+    project: str
+    output: str
+    interpreter: str
+    given: list[str]
+    is_dry_run: bool
 
 
 @dataclass(frozen=True)
@@ -65,91 +90,117 @@ def read_arguments(routing: str, given: Sequence[str]) -> tuple[dict[str, int], 
         raise RecipeError(f"too many arguments: {' '.join(given[len(defaults) + 1 :])}. Put Megatron's flags after --")
     texts = dict(zip((*defaults, "project_name"), given, strict=False))
     project = texts.pop("project_name", "") or PROJECT
-    return defaults | {name: whole_number(name, text) for name, text in texts.items() if text}, project
+    return defaults | {name: parse_count(name, text) for name, text in texts.items() if text}, project
 
 
-def plan(
-    size: str, routing: str, arguments: Sequence[str], environment: Mapping[str, str], look_for_packages: bool = True
-) -> Launch:
-    """Return the run that a launch script would start, given its arguments (those after -- too) and environment.
-
-    `look_for_packages` looks for Transformer Engine and apex, which takes seconds if they are installed.
+def read_recipe(size: str, kind: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Recipe:
+    """Return the settings of a launch script, given its arguments (those after -- too) and environment.
 
     Raises:
         RecipeError: an argument or a variable is wrong.
     """
-    given, extra = split(arguments)
-    numbers, project = read_arguments(routing, given)
-    planned = data.is_set(environment, "DRY_RUN") or data.is_set(environment, "REHEARSE")
-    has_experts, expansion = routing != "dense", numbers.get("ffn_expansion", 1)
-    model = replace(PAPER[size], ffn=PAPER[size].ffn * expansion)
-    kind = Routing(routing, numbers.get("num_experts", 0), numbers.get("granularity", 1))
-    end = f"e{kind.experts}g{kind.granularity}" if has_experts else f"ffn{4 * expansion}"
-    name = f"llama_{size}_{routing}_{end}" + ("" if project == PROJECT else f"_{project}")
-    output = environment.get("OUTPUT_DIR") or str(home() / "runs" / name)
+    words, given = split(arguments)
+    numbers, project = read_arguments(kind, words)
+    expansion = numbers.get("ffn_expansion", 1)
+    routing = Routing(kind, numbers.get("num_experts", 0), numbers.get("granularity", 1))
+    end = f"ffn{4 * expansion}" if kind == "dense" else f"e{routing.experts}g{routing.granularity}"
+    name = f"llama_{size}_{kind}_{end}" + ("" if project == PROJECT else f"_{project}")
+    return Recipe(
+        size=replace(PAPER[size], ffn=PAPER[size].ffn * expansion),
+        routing=routing,
+        training=Training(numbers["train_iters"], numbers["micro_batch_size"]),
+        layout=Layout.read(numbers["gpus_per_node"], environment),
+        save_interval=SAVE_INTERVALS[size],
+        project=project,
+        output=environment.get("OUTPUT_DIR") or str(home() / "runs" / name),
+        interpreter=environment.get("PYTHON") or default_interpreter(),
+        given=given,
+        is_dry_run=data.is_set(environment, "DRY_RUN") or data.is_set(environment, "REHEARSE"),
+    )
 
-    data_path = data.find_data(environment, planned)
-    parts = data.choose_split([] if "--split" in group_by_flag(extra) else data_path)
-    tokenizer = data.find_vocabulary(environment, extra, planned)
-    interpreter, kernels = environment.get("PYTHON") or default_interpreter(), environment.get("KERNELS", "")
-    if kernels not in ("", "triton"):
-        raise RecipeError(f"KERNELS={kernels}: choose triton, or leave it unset")
-    fast = hardware.TRITON if kernels else []
-    layout = Layout.read(numbers["gpus_per_node"], environment)
 
-    depth = _depth_flags(model, routing, layout, environment.get("MODEL") or "gpt", extra)
-    launcher = layout.launcher(interpreter, environment, planned)
-    suited, engine, settings = list[str](), "", hardware.cpu_settings(environment)
-    if "--cpu" not in extra:
-        if not planned:
-            hardware.check_gpus(layout.gpus_per_node, interpreter)
-        values = hardware.deciding_values(layout, extra)
-        suited, engine = hardware.gpu_flags(
-            has_experts, kernels, values, interpreter if look_for_packages else "", 1 if planned else layout.nodes
-        )
-        gpu = environment.get("GPU", "") if planned else None
-        settings = hardware.gpu_settings(extra, values, environment, gpu)
+def make_launch(recipe: Recipe, environment: Mapping[str, str]) -> Launch:
+    """Return the training run of a recipe.
+
+    Raises:
+        RecipeError: data, a node's address or rank, or GPUs are missing, or settings exclude each other.
+    """
+    data_flags, cache, notes = _choose_data(recipe, environment)
+    depth = _depth_flags(recipe, environment.get("MODEL") or "gpt")
+    launcher = recipe.layout.launcher(recipe.interpreter, environment, recipe.is_dry_run)
+    hardware_flags, settings, more_notes = _choose_hardware(recipe, environment)
     flags = [
-        *depth, *model.flags(), *Training(numbers["train_iters"], numbers["micro_batch_size"]).flags(),
-        *tokenizer, "--data-path", *data_path, "--split", parts, *"--eval-interval 1000 --eval-iters 100".split(),
-        "--save", f"{output}/checkpoints", "--load", f"{output}/checkpoints",
-        "--save-interval", str(SAVE_INTERVALS[size]), "--exit-signal-handler",
-        # Runs side by side on one data set must not read the other's half-written index.
-        "--data-cache-path", f"{output}/{data.cache_name(data_path)}",
-        "--tensorboard-dir", f"{output}/tensorboard", *"--log-interval 10 --log-throughput".split(),
-        *kind.flags(model.ffn), *layout.flags(has_experts), *suited, *fast,
+        *depth, *recipe.size.flags(), *recipe.training.flags(), *data_flags, *_output_flags(recipe, cache),
+        *recipe.routing.flags(recipe.size.ffn), *recipe.layout.flags(recipe.routing.kind != "dense"), *hardware_flags,
     ]  # fmt: skip
     if environment.get("WANDB_API_KEY"):
-        flags += ["--wandb-project", project, "--wandb-exp-name", Path(output).name, "--wandb-save-dir", output]
-    replaced = {REPLACED[flag] for flag in group_by_flag(extra) if flag in REPLACED}
-    flags = [*without(flags, replaced), *extra]
-    notes = []
+        flags += ["--wandb-project", recipe.project, "--wandb-exp-name", Path(recipe.output).name]
+        flags += ["--wandb-save-dir", recipe.output]
+    replaced = {REPLACED[flag] for flag in group_by_flag(recipe.given) if flag in REPLACED}
+    flags = [*without(flags, replaced), *recipe.given]
+    return Launch(launcher, flags, settings, recipe.output, recipe.layout, [*notes, *more_notes])
+
+
+def _choose_data(recipe: Recipe, environment: Mapping[str, str]) -> tuple[list[str], str, list[str]]:
+    """Return the flags for vocabulary and data, the name of the folder of Megatron's indices, and notes."""
+    data_path = data.find_data(environment, recipe.is_dry_run)
+    parts = data.choose_split([] if "--split" in group_by_flag(recipe.given) else data_path)
+    tokenizer, notes = data.find_vocabulary(environment, recipe.given, recipe.is_dry_run), []
     if not environment.get("DATA_PATH") and (missing := data.missing_shards(data_path)):
         notes.append(f"Shards missing: {' '.join(missing)}; all data sets are used, shard 00 too.")
     if parts != data.SPLITS[0]:
         notes.append(f"Split: {parts}, because the paper's {data.SPLITS[0]} leaves a part without documents")
-    if engine:
-        notes.append(f"Layers: {engine}")
-    if hardware.SPINNING in settings:
-        notes.append(f"CPU: {hardware.SPINNING}={settings[hardware.SPINNING]}, for runs beside other programs")
-    if fast:
-        notes.append(f"KERNELS=triton: {' '.join(fast)}")
-    return Launch(launcher, flags, settings, output, layout, notes)
+    return [*tokenizer, "--data-path", *data_path, "--split", parts], data.cache_name(data_path), notes
 
 
-def _depth_flags(size: Size, routing: str, layout: Layout, model_class: str, extra: Sequence[str]) -> list[str]:
+def _choose_hardware(recipe: Recipe, environment: Mapping[str, str]) -> tuple[list[str], dict[str, str], list[str]]:
+    """Return flags and environment variables for the machine, and notes."""
+    kernels, has_experts = environment.get("KERNELS", ""), recipe.routing.kind != "dense"
+    if kernels not in ("", "triton"):
+        raise RecipeError(f"KERNELS={kernels}: choose triton, or leave it unset")
+    fast = hardware.TRITON if kernels else []
+    note = [f"KERNELS=triton: {' '.join(fast)}"] if fast else []
+    if "--cpu" in recipe.given:
+        settings = hardware.cpu_settings(environment)
+        notes = [f"CPU: {name}={value}, for runs beside other programs" for name, value in settings.items()]
+        return fast, settings, [*notes, *note]
+    if not recipe.is_dry_run:
+        hardware.check_gpus(recipe.layout.gpus_per_node, recipe.interpreter)
+    values = hardware.deciding_values(recipe.layout, recipe.given)
+    nodes = 1 if recipe.is_dry_run else recipe.layout.nodes
+    flags, layers = hardware.gpu_flags(has_experts, kernels, values, recipe.interpreter, nodes)
+    gpu = environment.get("GPU", "") if recipe.is_dry_run else None
+    settings = hardware.gpu_settings(recipe.given, values, environment, gpu)
+    return [*flags, *fast], settings, [f"Layers: {layers}", *note]
+
+
+def _output_flags(recipe: Recipe, cache: str) -> list[str]:
+    """Return the flags for evaluation, checkpoints and logs in the run's folder, with its subfolder for indices."""
+    output = recipe.output
+    return [
+        *"--eval-interval 1000 --eval-iters 100".split(),
+        *("--save", f"{output}/checkpoints", "--load", f"{output}/checkpoints"),
+        *("--save-interval", str(recipe.save_interval), "--exit-signal-handler"),
+        # Runs side by side on one data set must not read the other's half-written index.
+        *("--data-cache-path", f"{output}/{cache}"),
+        *("--tensorboard-dir", f"{output}/tensorboard", "--log-interval", "10", "--log-throughput"),
+    ]
+
+
+def _depth_flags(recipe: Recipe, model_class: str) -> list[str]:
     """Return the flags for the layers and their virtual stages."""
-    if model_class not in ("gpt", "hybrid"):
+    size, layout = recipe.size, recipe.layout
+    if model_class == "gpt":
+        virtual = ["--num-virtual-stages-per-pipeline-rank", str(layout.vpp)] if layout.vpp > 1 else []
+        return ["--num-layers", str(size.layers), *virtual]
+    if model_class != "hybrid":
         raise RecipeError(f"MODEL={model_class}: choose gpt or hybrid")
-    if model_class == "hybrid":
-        if "--num-layers" in group_by_flag(extra):
-            raise RecipeError(
-                "MODEL=hybrid takes no --num-layers: give --hybrid-layer-pattern, such as '*E*E' for two layers with "
-                "experts, or '*-*-' without"
-            )
-        stages = layout.pp * layout.vpp
-        if size.layers % stages:  # Megatron would accept a pattern with fewer layers
-            raise RecipeError(f"PP={layout.pp} x VPP={layout.vpp} does not divide the {size.layers} layers")
-        return size.hybrid_flags(routing, stages)
-    virtual = ["--num-virtual-stages-per-pipeline-rank", str(layout.vpp)] if layout.vpp > 1 else []
-    return ["--num-layers", str(size.layers), *virtual]
+    if "--num-layers" in group_by_flag(recipe.given):
+        raise RecipeError(
+            "MODEL=hybrid takes no --num-layers: give --hybrid-layer-pattern, such as '*E*E' for two layers with "
+            "experts, or '*-*-' without"
+        )
+    stages = layout.pp * layout.vpp
+    if size.layers % stages:  # Megatron would accept a pattern with fewer layers
+        raise RecipeError(f"PP={layout.pp} x VPP={layout.vpp} does not divide the {size.layers} layers")
+    return size.hybrid_flags(recipe.routing.kind, stages)

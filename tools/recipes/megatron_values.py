@@ -51,7 +51,7 @@ def child_environment() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    from ..models.on_cpu import megatron_on_cpu
+    from .on_cpu import megatron_on_cpu
 
     megatron_on_cpu()
     from megatron.remoe.start.messages import usage_errors

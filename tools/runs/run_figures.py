@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.remoe.training.run_log import TOTALS, whole_number
+from megatron.remoe.training.run_log import TOTALS, as_whole_number
 
 WITHIN = 0.01  # share of the target within which S counts as settled
 SMOOTHED = 0.03  # each point drawn is the mean over this share of the curve
@@ -92,7 +92,7 @@ class RunFigures:
 
     def whole(self, name: str) -> int:
         """Return an argument if it is a positive whole number, else 0."""
-        return whole_number(self.args.get(name)) or 0
+        return as_whole_number(self.args.get(name)) or 0
 
     @property
     def num_experts(self) -> int:

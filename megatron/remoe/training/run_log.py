@@ -141,13 +141,13 @@ def read_run_log(path: Path, unread: Callable[[str], object] = lambda line: None
             except (ValueError, RecursionError):
                 record = None
             is_record = isinstance(record, dict) and isinstance(record.get("kind"), str)
-            if is_record and whole_number(record.get("iteration")) is not None:
+            if is_record and as_whole_number(record.get("iteration")) is not None:
                 yield record
             elif line.endswith("\n") and not line.isspace():
                 unread(line)
 
 
-def whole_number(value: Any) -> int | None:
+def as_whole_number(value: Any) -> int | None:
     """Return a value if it is a whole number from 0 to `LARGEST`, else None."""
     return value if type(value) is int and 0 <= value <= LARGEST else None
 

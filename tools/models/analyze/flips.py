@@ -12,9 +12,9 @@ from megatron.remoe.start.checkpoint_files import newest_complete
 from ...console.display import print_table, show_step
 from ...console.errors import ToolError
 from ...console.files import write_json
+from ...recipes.on_cpu import megatron_on_cpu
 from ..hf.opening import OpenedModel, open_run
 from ..measuring import compute_logits, watch_routers
-from ..on_cpu import megatron_on_cpu
 from ..text import read_batches, read_sequences
 from .findings import Numbers
 

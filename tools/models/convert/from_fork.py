@@ -17,9 +17,9 @@ import torch
 from megatron.remoe.training.arguments import apply_granularity, drop_ignored_fork_flags
 
 from ...console.errors import ConversionError
+from ...recipes.flops import moe_layer_pattern
 from ..checkpoints import LAYOUT, open_folder, rename_expert_norm
 from ..hf.settings import complete
-from ..hybrid import moe_layer_pattern
 from .rewriting import LAYER, Content, read_content, stack_layers, write_content
 
 COEFFICIENT = "moe_relu_l1_reg_coeff"

@@ -12,8 +12,8 @@ from transformers.utils import logging
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 
 from ...console.errors import ConversionError, ToolError
+from ...recipes.on_cpu import megatron_on_cpu
 from ..measuring import check_finite, find_blocks
-from ..on_cpu import megatron_on_cpu
 from .tokenizer import find_folder_tokenizer, find_training_tokenizer, generation_config
 
 if TYPE_CHECKING:

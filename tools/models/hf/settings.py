@@ -11,8 +11,8 @@ from megatron.remoe.hf import RemoeConfig
 from megatron.remoe.routing.refusals import flag_name, shown
 
 from ...console.errors import ConversionError
+from ...recipes.flops import moe_layer_pattern
 from ...recipes.megatron_values import make_parser
-from ..hybrid import moe_layer_pattern
 
 # The configuration's field → Megatron's argument with the same value.
 MODEL = {

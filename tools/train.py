@@ -11,13 +11,13 @@ from pathlib import Path
 
 from megatron.remoe.files.errors import with_code
 
-from ..console.errors import ToolError
-from ..console.flags import split
-from ..console.places import LOG
-from .data import is_set
-from .launch import Launch, plan
-from .models import PAPER, ROUTINGS
-from .process import run_training
+from .console.errors import ToolError
+from .console.flags import split
+from .console.places import LOG
+from .recipes.data import is_set
+from .recipes.launch import Launch, make_launch, read_recipe
+from .recipes.models import PAPER, ROUTINGS
+from .recipes.process import run_training
 
 ARGUMENTS = {"dense": "[ffn_expansion]", "moe": "[num_experts] [granularity]", "remoe": "[num_experts] [granularity]"}
 ENVIRONMENT = """\
@@ -69,7 +69,7 @@ def main(words: Sequence[str]) -> int:
         print(usage(size, routing), end="")
         return 0
     try:
-        launch = plan(size, routing, arguments, os.environ)
+        launch = make_launch(read_recipe(size, routing, arguments, os.environ), os.environ)
         for note in launch.notes:
             print(note, file=sys.stderr)
         if is_set(os.environ, "DRY_RUN"):
@@ -85,7 +85,7 @@ def main(words: Sequence[str]) -> int:
 def show(launch: Launch) -> int:
     """Print the cost of the run, unless DRY_RUN=command, and its command; return the exit code."""
     if os.environ["DRY_RUN"] != "command":
-        from ..plan.cost import main as cost
+        from .plan.cost import main as cost
 
         if code := cost([*machine_flags(launch), "--", *launch.flags]):
             return code
@@ -103,7 +103,7 @@ def machine_flags(launch: Launch) -> list[str]:
 def rehearse(launch: Launch) -> int:
     """Simulate the run and return the exit code of `remoe rehearse`."""
     os.environ.update(launch.settings)
-    from ..plan.rehearse import main as rehearsal
+    from .plan.rehearse import main as rehearsal
 
     figures = ["--json", os.environ["REHEARSE_JSON"]] if os.environ.get("REHEARSE_JSON") else []
     return rehearsal([*machine_flags(launch), *figures, "--", *launch.flags])
