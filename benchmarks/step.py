@@ -48,8 +48,8 @@ COMMON = f"""
 --eval-interval 1000 --log-interval 1 --num-workers 0
 """.split()
 GPU_FLAGS = [*PLAIN_PYTORCH, *"--bf16 --no-gradient-accumulation-fusion --no-rope-fusion --log-interval 1000".split()]
-LEVELED = 4  # micro-batches from which a router's levels are computed; the tokens of a sequence are similar
-PROFILED_STEP = LEVELED + 1
+# Micro-batches from which a router's levels are computed, as the tokens of a sequence are similar; a later step.
+LEVELED, PROFILED_STEP = 4, 5
 
 
 def on_gpu(words: Sequence[str] = ()) -> bool:
@@ -212,8 +212,7 @@ def measure(shape: str, variants: list[Variant], rounds: int, steps: int, more: 
         for variant in variants[:: 1 if number % 2 == 0 else -1]:
             records[variant.name].append(run(shape, variant, WARM_UP + steps + 1, more))
             seconds = statistics.median(records[variant.name][-1]["steps"][WARM_UP:])
-            line = f"{time.strftime('%X')} {shape} round {number + 1}/{rounds} {variant.name}: {seconds:.4g} s a step"
-            print(line, file=sys.stderr, flush=True)
+            print(time.strftime("%X"), shape, number + 1, variant.name, f"{seconds:.4g} s", file=sys.stderr, flush=True)
     rows, first, granularity = [], None, SHAPES[shape][1]
     for name, runs in records.items():
         seconds = statistics.median(seconds for record in runs for seconds in record["steps"][WARM_UP:])
@@ -229,16 +228,16 @@ def main() -> None:
     """Measure and print a table for each shape."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="default: all three")
-    text = f"{'; '.join(VARIANTS)} (default: the first {len(USUAL)})"
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=USUAL, metavar="NAME", help=text)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=USUAL, metavar="NAME",
+                        help=f"{'; '.join(VARIANTS)} (default: the first {len(USUAL)})")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3, help="runs of each variant (default 3)")
     parser.add_argument("--steps", type=int, default=6, help="measured steps of each run (default 6)")
     parser.add_argument("more", nargs="*", help="more of Megatron's flags, after --")
     options = parser.parse_args()
-    variants = [VARIANTS[name] for name in options.variants]
-    columns = ["variant", "s/step", "tokens/s", f"s/step over {variants[0].name}", "full-size experts/token", "MiB"]
+    columns = ["variant", "s/step", "tokens/s", f"s/step over {options.variants[0]}", "full-size experts/token", "MiB"]
     for shape in options.shapes:
-        rows = measure(shape, variants, options.rounds, options.steps, options.more)
+        given = [VARIANTS[name] for name in options.variants]
+        rows = measure(shape, given, options.rounds, options.steps, options.more)
         print(f"(E, G) = {shape}\n", *table(columns, rows, text=1), "", sep="\n", flush=True)
 
 
@@ -246,7 +245,6 @@ if __name__ == "__main__":
     if path := os.environ.get("BENCHMARK_RECORD"):
         recorder = Recorder()
         pretrain.main(lambda model_cfg: model_cfg.post_wrap_hooks.append(recorder.install))
-        active = [float(active) for active in recorder.record["active"]]
-        Path(path).write_text(json.dumps(recorder.record | {"active": active}))
+        Path(path).write_text(json.dumps(recorder.record, default=float))
     else:
         main()
