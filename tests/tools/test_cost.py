@@ -1,4 +1,4 @@
-"""Test the memory estimate: activations, recomputation, phases, exchanged bytes, and the optimizer."""
+"""Test the memory estimate: activations, recomputation, phases, and exchanged bytes."""
 
 import argparse
 
@@ -80,15 +80,3 @@ def test_micro_batches_in_flight(chunks: int | None, micro_batches: int, expecte
     monkeypatch.setattr(memory, "get_num_microbatches", lambda: micro_batches)
     args = arguments(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=chunks)
     assert [memory._micro_batches_in_flight(args, stage) for stage in range(4)] == pytest.approx(expected)
-
-
-def test_optimizer_bytes() -> None:
-    """The distributed optimizer splits its state: shared weights over 4 GPUs, experts over 2."""
-    common = {"accumulate_allreduce_grads_in_fp32": True, "world_size": 4, "expert_model_parallel_size": 2}
-    common |= {"pipeline_model_parallel_size": 1, "virtual_pipeline_model_parallel_size": None}
-    common |= {"padded_vocab_size": 128, "cross_entropy_loss_fusion": False}
-    stages = [Stage(shared=1000, experts=400, layers=("*E", "*E"))]
-    for bf16, is_split, expected in ((True, False, 12 * 1400), (True, True, 12 * 450), (False, False, 8 * 1400)):
-        given = arguments(bf16=bf16, use_distributed_optimizer=is_split, **common)
-        counted = memory.stage_memory(given, stages, 0, 1)
-        assert (counted.weights, counted.gradients, counted.optimizer) == ((4 - 2 * bf16) * 1400, 4 * 1400, expected)
