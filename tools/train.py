@@ -35,14 +35,14 @@ Environment variables; only the data is required:
                  MASTER_PORT (default: 29500)
   KERNELS=triton use Triton kernels; not tested on a GPU yet
   OUTPUT_DIR     folder for the checkpoints, scalars and log of the run (default: runs/<name>)
-  WANDB_API_KEY  if set, figures also go to Weights & Biases
+  WANDB_API_KEY  if set, metrics also go to Weights & Biases
   CUDA_DEVICE_MAX_CONNECTIONS, PYTORCH_CUDA_ALLOC_CONF   set for GPUs, unless you set them
   GOMP_SPINCOUNT set to 1000 with --cpu, unless you set it or OMP_WAIT_POLICY
   PYTHON         the interpreter (default: .venv's, else python3)
   DRY_RUN=1      print the cost of the run on GPUs, and the command; DRY_RUN=command: only the command
   REHEARSE=1     simulate the run without GPUs: whether it starts, its memory, waits, launches and time
   GPU            kind of GPU for both (default: h100)
-  REHEARSE_JSON  a file for the rehearsal's figures
+  REHEARSE_JSON  a file for the rehearsal's numbers
 """
 
 
@@ -105,8 +105,8 @@ def rehearse(launch: Launch) -> int:
     os.environ.update(launch.settings)
     from .plan.rehearse import main as rehearsal
 
-    figures = ["--json", os.environ["REHEARSE_JSON"]] if os.environ.get("REHEARSE_JSON") else []
-    return rehearsal([*machine_flags(launch), *figures, "--", *launch.flags])
+    numbers = ["--json", os.environ["REHEARSE_JSON"]] if os.environ.get("REHEARSE_JSON") else []
+    return rehearsal([*machine_flags(launch), *numbers, "--", *launch.flags])
 
 
 def train(launch: Launch) -> int:

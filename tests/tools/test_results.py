@@ -33,7 +33,7 @@ def read(folder: Path) -> Result:
 ])  # fmt: skip
 def test_only_the_final_validation_loss_finishes_a_run(tmp_path, records, loss: float | None) -> None:
     write_run(tmp_path, 20, *records)
-    assert read(tmp_path).loss == loss
+    assert read(tmp_path).loss == loss and read_result(tmp_path / "nothing") is None
 
 
 def test_losses_of_several_sets_are_weighted_and_per_byte(tmp_path: Path) -> None:
@@ -49,15 +49,6 @@ def test_losses_of_several_sets_are_weighted_and_per_byte(tmp_path: Path) -> Non
     assert result.loss == pytest.approx((2.0 * 100 + 1.0 * 300) / (400 + 600))
 
 
-def test_figures_of_a_resumed_run(tmp_path: Path) -> None:
-    last = line(20, 0.2, sparsity=0.74, target_sparsity=0.75)
-    write_run(tmp_path / "run", 25, line(1, 0.9), line(10), line(20), last, final(25, 4.5))
-    result = read(tmp_path / "run")
-    assert (result.iterations, result.settled, result.first_near) == (25, None, None)
-    assert result.training_seconds == pytest.approx(10 * 0.1 + 10 * 0.2), "the first step is one of the first ten"
-    assert read_result(tmp_path / "nothing") is None
-
-
 def test_time_of_a_run_started_twice(tmp_path: Path) -> None:
     """The first step after each start takes 9 s, all others 1 s; the log has no line for steps 61 to 64."""
     sessions = [line(1, 9.0), line(10, 1.8), *(line(at, 1.0) for at in range(20, 61, 10))]
@@ -68,61 +59,44 @@ def test_time_of_a_run_started_twice(tmp_path: Path) -> None:
     assert read(tmp_path).training_seconds == pytest.approx(64 * 14 / 6 + 9 + 15)
 
 
-def test_no_dense_stage_where_s_starts_at_its_target(tmp_path: Path) -> None:
-    for first, second, names in ((0.5, 0.51, "steady"), (0.512, 0.504, "way steady"), (0.499, 0.501, "steady")):
-        path = {1: first, 10: second, 20: 0.5, 30: 0.5}
-        lines = [line(at, sparsity=s, target_sparsity=0.5) for at, s in path.items()]
-        write_run(tmp_path, 30, *lines, num_experts=4, moe_router_topk=2)
-        result = stages.stages(read_figures(tmp_path), stages.Flops(sequence=100.0, expert=10.0))
-        assert [stage.name for stage in result] == names.split() and result[-1].last == 30
+def lines(sparsities: dict[int, float], target: float, **more: Any) -> list[dict[str, object]]:
+    return [line(at, sparsity=value, target_sparsity=target, **more) for at, value in sparsities.items()]
 
 
-def test_flops_of_a_near_dense_warmup(tmp_path: Path) -> None:
-    """15 of the 20 logged steps have 6 experts, the others 2; a log that begins later has only the latter."""
-    for start, experts in ((0, 5.0), (500, 2.0)):
-        lines = [line(start + 10), line(start + 20)]
-        known = {"num_experts": 8, "moe_router_topk": 2, "moe_warmup_topk": 6, "moe_warmup_steps": 15}
-        write_run(tmp_path, start + 20, *lines, **known)
-        metrics = tmp_path / "checkpoints" / "metrics.jsonl"
-        metrics.write_text(metrics.read_text().replace('"iteration": 0', f'"iteration": {start}'))
-        [whole] = stages.stages(read_figures(tmp_path), stages.Flops(sequence=100.0, expert=10.0))
-        assert whole.experts == experts and whole.first == start + 1
+def counts(pairs: dict[int, int]) -> list[dict[str, object]]:
+    return [line(at, total_active_pairs=sum_, total_layer_tokens=10 * at) for at, sum_ in pairs.items()]
 
 
-def test_stages_of_a_remoe(tmp_path: Path) -> None:
-    """Stages match a hand calculation for 8 experts and k = 2; a log line covers the iterations since the last one."""
-    path = [0.50, 0.51, 0.53, 0.70, 0.745, 0.76, 0.744, 0.755, 0.75, 0.75]
-    lines = [line(5 * place, sparsity=s, target_sparsity=0.75) for place, s in enumerate(path, start=1)]
-    write_run(tmp_path, 50, *lines, num_experts=8, moe_router_topk=2)
-    assert (read(tmp_path).first_near, read(tmp_path).settled) == (25, 35)
-    dense, way, steady = stages.stages(read_figures(tmp_path), stages.Flops(sequence=100.0, expert=10.0))
-    assert (dense.first, dense.last, way.first, way.last, steady.first, steady.last) == (1, 10, 11, 25, 26, 50)
-    assert dense.experts == pytest.approx(8 * (0.50 + 0.49) / 2)
-    assert way.hours == pytest.approx(15 * 0.1 / 3600)
-    assert dense.flops == pytest.approx(4 * 5 * ((100 + 10 * (4 - 2)) + (100 + 10 * (3.92 - 2))))
+# 8 experts with k = 2; the whole path of a ReMoE, by log lines that cover five iterations each
+PATH = dict(zip(range(5, 51, 5), (0.5, 0.51, 0.53, 0.7, 0.745, 0.76, 0.744, 0.755, 0.75, 0.75), strict=True))
+WARMUP = {"moe_warmup_topk": 6, "moe_warmup_steps": 15}
+STAGES: dict[str, tuple[list[dict[str, object]], dict[str, object], list[tuple[str, int, int, float]]]] = {
+    "a ReMoE": (lines(PATH, 0.75), {}, [("dense", 1, 10, 3.96), ("way", 11, 25, 8.2 / 3), ("steady", 26, 50, 1.9856)]),
+    "no dense stage": (lines({1: 0.745, 10: 0.75}, 0.75), {}, [("steady", 1, 10, 2.004)]),
+    "from above": (
+        lines({1: 0.76, 10: 0.755, 20: 0.75}, 0.75),
+        {},
+        [("way", 1, 10, 1.956), ("steady", 11, 20, 2.0)],
+    ),
+    "a line without S": ([*lines({10: 0.75}, 0.75), line(20), *lines({30: 0.75}, 0.75)], {}, [("steady", 1, 30, 2.0)]),
+    "a near-dense warm-up": ([line(10), line(20)], WARMUP, [("all", 1, 20, 5.0)]),
+    "sums of pairs": (counts({10: 250, 20: 400}), {"moe_baseline_router": "top_p"}, [("all", 1, 20, 2.0)]),
+}
 
 
-def test_stages_leave_out_lines_without_a_sparsity(tmp_path: Path) -> None:
-    lines = [line(10, sparsity=0.75, target_sparsity=0.75), line(20), line(30, sparsity=0.75, target_sparsity=0.75)]
-    write_run(tmp_path, 30, *lines, num_experts=8, moe_router_topk=2)
-    [steady] = stages.stages(read_figures(tmp_path), stages.Flops(sequence=100.0, expert=10.0))
-    assert (steady.first, steady.last, steady.experts) == (1, 30, 2.0)
-
-
-def test_stages_count_the_running_sums_of_all_steps(tmp_path: Path) -> None:
-    """The sums give the pairs of all steps between two lines; the logged S is that of one step."""
-    lines = [
-        line(at, 1, sparsity=s, target_sparsity=0.75, total_active_pairs=pairs, total_layer_tokens=10 * at)
-        for at, pairs, s in ((10, 700, 0.1), (20, 1000, 0.75))
-    ]
-    write_run(tmp_path, 20, *lines, num_experts=8, moe_router_topk=2)
-    dense, way = stages.stages(read_figures(tmp_path), stages.Flops(sequence=100.0, expert=10.0))
-    assert (dense.last, dense.experts, way.experts) == (10, 7.0, 3.0)
-    assert dense.flops == 10 * 4 * (100 + 10 * (7 - 2))
-    lines = [line(at, 1, total_active_pairs=pairs, total_layer_tokens=10 * at) for at, pairs in ((10, 250), (20, 400))]
-    write_run(tmp_path, 20, *lines, num_experts=8, moe_router_topk=2, moe_baseline_router="top_p")
-    [whole] = stages.stages(read_figures(tmp_path), stages.Flops(sequence=100.0, expert=10.0))
-    assert whole.experts == 2.0 and whole.flops == 10 * 4 * (100 + 5) + 10 * 4 * (100 - 5)
+@pytest.mark.parametrize("name", STAGES)
+def test_stages_by_hand(name: str, tmp_path: Path) -> None:
+    records, args, expected = STAGES[name]
+    write_run(tmp_path, 50, *records, num_experts=8, moe_router_topk=2, **args)
+    result = stages.stages(read_figures(tmp_path), stages.Flops(sequence=100.0, expert=10.0))
+    found = [(stage.name, stage.first, stage.last, pytest.approx(stage.experts)) for stage in result]
+    assert found == expected
+    for stage in result:
+        steps = 20 if name == "a line without S" else stage.last - stage.first + 1
+        assert stage.hours == pytest.approx(steps * 0.1 / 3600)
+        assert stage.flops == pytest.approx(4 * steps * (100 + 10 * (stage.experts - 2)))
+    if name == "a ReMoE":
+        assert (read(tmp_path).first_near, read(tmp_path).settled) == (25, 35)
 
 
 def test_gaps_by_hand() -> None:

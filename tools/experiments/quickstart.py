@@ -134,7 +134,7 @@ def print_next_steps(console: Console, output: Path, runs: Path, domain: str) ->
     """Print the paths of all files, and commands to try next; `runs` is the folder of these runs."""
     tensorboard, output, runs = short(Path(interpreter()).with_name("tensorboard")), short(output), short(runs)
     each = runs / f"{{{','.join(tiny.NAMES)}}}"
-    say(console, f"\n  picture     {runs / 'report.png'}\n  figures     {runs / 'summary.json'}")
+    say(console, f"\n  picture     {runs / 'report.png'}\n  numbers     {runs / 'summary.json'}")
     say(console, f"  logs        {each / LOG}\n  checkpoints {each / 'checkpoints'}")
     say(console, f"  TensorBoard {tensorboard} --logdir {runs}")
     say(console, "\nTo try next, with the ReMoE model (README.md, After training):")

@@ -138,20 +138,20 @@ class TrainingStage:
     experts: float
 
 
-def stages(figures: RunFigures, flops: Flops) -> list[TrainingStage]:
+def stages(metrics: RunFigures, flops: Flops) -> list[TrainingStage]:
     """Return the dense stage, the way to the target (within 1 %) and the steady stage, as far as the log has them.
 
     Models without ReLU routing have one stage, "all". A line of the log covers the iterations since the previous line.
     """
-    iterations, seconds = figures.curve("seconds_per_iteration").iterations, figures.seconds
-    batches, target = figures.batches(iterations), figures.target_sparsity
-    steps = np.diff(iterations, prepend=figures.began)
-    if target is None and TOTALS[0] not in figures.curves:  # k experts per token, after a warm-up
-        warmup, most = figures.whole("moe_warmup_steps"), figures.whole("moe_warmup_topk") or figures.topk
-        warming = np.diff(iterations.clip(max=warmup), prepend=min(figures.began, warmup)) / np.maximum(steps, 1)
-        experts = figures.topk + (most - figures.topk) * warming
+    iterations, seconds = metrics.curve("seconds_per_iteration").iterations, metrics.seconds
+    batches, target = metrics.batches(iterations), metrics.target_sparsity
+    steps = np.diff(iterations, prepend=metrics.began)
+    if target is None and TOTALS[0] not in metrics.curves:  # k experts per token, after a warm-up
+        warmup, most = metrics.whole("moe_warmup_steps"), metrics.whole("moe_warmup_topk") or metrics.topk
+        warming = np.diff(iterations.clip(max=warmup), prepend=min(metrics.began, warmup)) / np.maximum(steps, 1)
+        experts = metrics.topk + (most - metrics.topk) * warming
     else:
-        experts = figures.experts_per_token(iterations)
+        experts = metrics.experts_per_token(iterations)
     known = np.isfinite(batches) & np.isfinite(experts)
     if not known.any():
         return []
@@ -159,14 +159,14 @@ def stages(figures: RunFigures, flops: Flops) -> list[TrainingStage]:
     steps, last = steps[known], int(iterations[-1])
     ends = [("all", last)]
     if target is not None:
-        sparsity = figures.values("sparsity", iterations)
+        sparsity = metrics.values("sparsity", iterations)
         risen = sparsity - sparsity[0] > RISING * (target - sparsity[0])
         dense = int(iterations[risen.argmax() - 1]) if risen.any() else last  # the first line has not risen
         dense = 0 if sparsity[0] >= (1 - WITHIN) * target else dense
-        way = 0 if figures.first_near == iterations[0] else figures.first_near or last
+        way = 0 if metrics.first_near == iterations[0] else metrics.first_near or last
         ends = [("dense", dense), ("way", way), ("steady", last)]
-    cost = steps * batches * (flops.sequence + (experts - figures.topk) * flops.expert)
-    stages_found, before = [], figures.began
+    cost = steps * batches * (flops.sequence + (experts - metrics.topk) * flops.expert)
+    stages_found, before = [], metrics.began
     for name, end in ends:
         lines = (before < iterations) & (iterations <= end)
         if lines.any():
@@ -176,17 +176,17 @@ def stages(figures: RunFigures, flops: Flops) -> list[TrainingStage]:
     return stages_found
 
 
-def training_flops(figures: RunFigures) -> float | None:
+def training_flops(metrics: RunFigures) -> float | None:
     """Return the FLOPs of a whole run; None if the log misses arguments or first steps, or layers are not counted.
 
     The result is exact if the log has the running sums of computed pairs, as each line since version 0.1 does.
     """
     try:
-        flops = Flops.count(figures.args)
+        flops = Flops.count(metrics.args)
     except UNCOUNTED:
         return None
-    stages_found = stages(figures, flops)
-    if not stages_found or figures.began:
+    stages_found = stages(metrics, flops)
+    if not stages_found or metrics.began:
         return None
-    unlogged = figures.whole("train_iters") - stages_found[-1].last  # at the target
-    return sum(stage.flops for stage in stages_found) + unlogged * figures.whole("global_batch_size") * flops.sequence
+    unlogged = metrics.whole("train_iters") - stages_found[-1].last  # at the target
+    return sum(stage.flops for stage in stages_found) + unlogged * metrics.whole("global_batch_size") * flops.sequence

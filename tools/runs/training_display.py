@@ -1,6 +1,5 @@
 """Run training processes and show their progress: bars on a terminal, otherwise a few plain lines."""
 
-import itertools
 import signal
 import subprocess
 from collections import deque
@@ -20,8 +19,7 @@ from ..console.display import duration, say
 from .log_reader import MILLISECONDS, RESUMED, read_log
 
 PLAIN_LINES = 4  # per run, without a terminal
-KEPT, SHOWN = 300, 15  # last lines of the output, and how many of them to show if a run fails
-_LAUNCHER = "torch/distributed/elastic"  # in the first line of torchrun's report, which never has the cause
+SHOWN = 15  # last lines of the output to show if a run fails
 
 
 @dataclass
@@ -34,7 +32,7 @@ class ShownTraining:
     cost: float
     done: int = 0  # iterations
     next_line: float = 0.0  # iteration of the next plain line
-    title: str = ""  # its place and name, as in "3/12 dense"
+    title: str = ""  # its number and name, as in "3/12 dense"
 
 
 class TrainingDisplay:
@@ -94,12 +92,12 @@ class TrainingDisplay:
                 raise
 
     def run(
-        self, shown: ShownTraining, command: Sequence[str], environment: Mapping[str, str], log: IO[str] | None = None
+        self, shown: ShownTraining, command: Sequence[str], environment: Mapping[str, str], log: IO[str]
     ) -> tuple[int, str]:
         """Train a run to its end. Its output also goes to `log`.
 
         Returns:
-            Its exit code, and the last lines of its output before torchrun's own.
+            Its exit code, and the last lines of its output.
 
         Raises:
             KeyboardInterrupt: all runs were stopped.
@@ -109,21 +107,19 @@ class TrainingDisplay:
         self._progress.update(bar, note="starting", visible=True)
         self._progress.update(self._bars["all"], visible=True)
         self._plain(f"{shown.title}: starting")
-        tail: deque[str] = deque(maxlen=KEPT)
-        write = log.write if log else len
+        tail: deque[str] = deque(maxlen=SHOWN)
         try:
             with self._start(command, {**environment, "PYTHONUNBUFFERED": "1"}) as process:
                 assert process.stdout is not None
                 for line in process.stdout:
                     tail.append(line)
-                    write(line)
+                    log.write(line)
                     self._show(shown, line)
         finally:
             self._progress.update(bar, visible=False)
         if self._stopped:
             raise KeyboardInterrupt
-        lines = [*itertools.takewhile(lambda line: _LAUNCHER not in line, tail)] or [*tail]
-        return process.returncode, "".join(lines[-SHOWN:]).rstrip()
+        return process.returncode, "".join(tail).rstrip()
 
     def _start(self, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
         with self._starting:
@@ -145,7 +141,7 @@ class TrainingDisplay:
 
     def _stop(self) -> None:
         """Let all runs save a checkpoint and end; Ctrl-C meanwhile ends them at once."""
-        for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT makes the launch script kill the run
+        for number in (signal.SIGTERM, signal.SIGINT):
             with suppress(KeyboardInterrupt):
                 with self._starting:
                     self._stopped = True
