@@ -11,7 +11,7 @@ from typing import Any
 COMMANDS = {
     "train": ("train", "train a model of the paper: remoe train SIZE ROUTING [its script's arguments]"),
     "quickstart": ("experiments.quickstart", "train three tiny models on a CPU and compare them"),
-    "sweep": ("experiments.sweep", "train the paper's grids of models and tabulate them"),
+    "sweep": ("experiments.sweep", "print commands for the paper's grids, or train tiny models, and tabulate"),
     "compare": ("experiments.compare", "compare routings at equal steps and equal FLOPs"),
     "preprocess": ("preprocess_data", "turn text into a data set for Megatron"),
     "inspect": ("text.inspect_data", "show the documents of a data set, and check it"),

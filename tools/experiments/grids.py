@@ -61,7 +61,7 @@ def parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> argpar
     return args
 
 
-def prepare_text(args: argparse.Namespace, console: Console) -> Text:
+def prepare_text(args: argparse.Namespace) -> Text:
     """Return the text of tiny runs; build it if missing.
 
     Raises:
@@ -73,7 +73,7 @@ def prepare_text(args: argparse.Namespace, console: Console) -> Text:
         with lock(folder, "quickstart"):
             dataset.make_text(folder, args.corpus, args.tokens)
     for line in dataset.missing_domains(folder):
-        say(console, line)
+        say(Console(stderr=True), line)
     try:
         text, made = Text.read(data), json.loads(corpus.read_text(encoding="utf-8"))
         domains = {*made["domains"], *made["missing"]}
@@ -106,7 +106,7 @@ def run_grid(
         if args.collect or args.results:
             show_finished(args, read_folder(folder), show)
             return 0
-        grid = Grid(folder, prepare_text(args, console), args.flags)
+        grid = Grid(folder, prepare_text(args), args.flags)
         folders_by_round = make_run_folders(rounds(), grid)
         if args.dry_run:
             list_commands(folders_by_round)
