@@ -16,9 +16,12 @@ import torch
 
 from megatron.core import optimizer as core_optimizer
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer, MegatronOptimizer
+from megatron.core.rerun_state_machine import RerunMode, RerunState, RerunStateMachine
 from megatron.core.tensor_parallel import ColumnParallelLinear, layers
+from megatron.core.utils import local_multi_tensor_l2_norm
 from megatron.remoe import patches
 from megatron.remoe.files.errors import UsageError
 from megatron.remoe.patches import fusions, log_lines
@@ -139,6 +142,87 @@ def test_megatron_still_leaves_adam_to_its_default(monkeypatch: pytest.MonkeyPat
     on_device = torch.nn.Parameter(torch.empty(2, device="meta"))
     steps = [adam_patches._step(3, {"fused": fused, "capturable": False}, on_device) for fused in (False, True)]
     assert [step.device.type for step in steps] == ["cpu", "meta"], "where the kernel looks for it"
+
+
+def test_megatron_still_waits_for_each_gradients_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meta tensors have no values, so reading one raises an error."""
+    shapes = [(3, 4), (5,), (2, 2)]
+    without_values = [torch.empty(shape, device="meta") for shape in shapes]
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        local_multi_tensor_l2_norm(0, None, [without_values], False)
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    monkeypatch.setattr(clip_grads, "l2_norm_impl", local_multi_tensor_l2_norm)
+    patches.waits.keep_norms_on_device()
+    patched = clip_grads.l2_norm_impl
+    assert patched(0, None, [[tensor.as_subclass(OnGPU) for tensor in without_values]], False)[0].shape == (1,)
+    torch.manual_seed(1)
+    tensors = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
+    actual = patched(0, None, [[tensor.as_subclass(OnGPU) for tensor in tensors]], False)[0]
+    assert actual.dtype == torch.float32 and actual.shape == (1,)
+    expected = torch.cat([tensor.flatten() for tensor in tensors]).float().norm()
+    torch.testing.assert_close(actual.as_subclass(torch.Tensor)[0], expected, rtol=1e-2, atol=0)
+    on_cpu = patched(0, None, [tensors], False)[0]
+    assert torch.equal(on_cpu, local_multi_tensor_l2_norm(0, None, [tensors], False)[0]), "to the last digit"
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> RerunStateMachine:
+    """Return Megatron's unpatched machine after its first step."""
+    for name in ("validate_result", "should_run_forward_backward"):
+        stock(monkeypatch, RerunStateMachine, name)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(RerunStateMachine, "_reduce_any", lambda _self, value: value)
+    machine = RerunStateMachine(mode=RerunMode.VALIDATE_RESULTS)
+    machine.first_iteration_complete = True
+    return machine
+
+
+def step(machine: RerunStateMachine, *losses: torch.Tensor) -> list[str]:
+    """Validate the losses of one step. Return the machine's reaction to each loss, and the result that it rejected."""
+    events = []
+    assert machine.should_run_forward_backward(None)
+    for loss in losses:
+        for rejection in (torch.isnan, torch.isinf):
+            machine.validate_result(loss, rejection, f"{rejection.__name__} of {len(losses)}")
+        events.append("asks for a rerun" if machine.rerun_requested else "goes on")
+    machine.should_run_forward_backward(None)
+    return [*events, f"{machine.failed_validation_call.caller.message}, its {machine.failed_validation_call.sequence}."]
+
+
+def test_megatron_still_waits_for_each_result(machine: RerunStateMachine) -> None:
+    losses = [torch.tensor(value) for value in (1.0, float("inf"), 1.0)]
+    assert step(machine, *losses) == ["goes on", "asks for a rerun", "asks for a rerun", "isinf of 3, its 2."]
+
+
+def test_results_are_validated_once_a_step(machine: RerunStateMachine) -> None:
+    patches.waits.validate_once_per_step()
+    # A meta tensor has no value, so reading it before the last backward pass would fail.
+    machine.should_run_forward_backward(None)
+    with torch.device("meta"):
+        machine.validate_result(torch.empty(()), torch.isnan, "nothing")
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        machine.should_run_forward_backward(None)
+    machine.state = RerunState.NOT_RUNNING_YET
+    losses = [torch.tensor(value) for value in (1.0, float("inf"), 1.0)]
+    assert step(machine, *losses) == ["goes on", "goes on", "goes on", "isinf of 3, its 2."]
+    assert machine.state == RerunState.RERUNNING_IN_PLACE
+    # The rerun has the same results, so Megatron's own diagnosis asks for a checkpoint.
+    for rejection in (torch.isnan, torch.isinf):
+        machine.validate_result(losses[0], rejection, f"{rejection.__name__} of 3")
+    machine.validate_result(losses[1], torch.isinf, "isinf of 3")
+    assert machine.checkpoint_requested
+
+
+def test_without_reruns_a_step_that_is_not_finite_ends_before_the_update(machine: RerunStateMachine) -> None:
+    machine.set_mode(RerunMode.DISABLED)
+    patches.waits.validate_once_per_step()
+    machine.should_run_forward_backward(None)
+    machine.validate_result(torch.tensor(float("nan")), torch.isnan, "found NaN in a loss")
+    with pytest.raises(RuntimeError, match="found NaN in a loss"):
+        machine.should_run_forward_backward(None)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None, reason="apex is installed")

@@ -10,7 +10,7 @@ import warnings
 
 import megatron.remoe
 from megatron.remoe.files.errors import UsageError
-from megatron.remoe.patches import checkpoints, fusions, log_lines, optimizer, start, validation
+from megatron.remoe.patches import checkpoints, fusions, log_lines, optimizer, start, validation, waits
 
 TESTED = "0.19.2"  # the version of megatron-core that the tests run with
 
@@ -20,6 +20,8 @@ PATCHES = (
     optimizer.share_optimizer_steps,
     optimizer.keep_padding_of_buckets,
     optimizer.use_fused_adam,
+    waits.keep_norms_on_device,
+    waits.validate_once_per_step,
     fusions.enable_torch_weight_gradient_fusion,
     fusions.use_fla_cross_entropy,
     validation.fill_validation_batches,
