@@ -75,7 +75,7 @@ def test_a_signal_before_torchrun_has_children_is_not_lost(training, number: int
     wait_until((tmp_path / "log").exists)  # tee creates the log, after the launcher has started
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == code and output.splitlines()[0].startswith("Saving")
+    assert process.returncode == code and output.splitlines()[0].startswith("Stopping")
     assert ("Stopped before the first checkpoint" in output) == stopped
 
 
