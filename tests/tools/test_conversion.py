@@ -16,6 +16,7 @@ from tools.models import checkpoints
 from tools.models.convert import models
 from tools.models.convert.command import main as command
 from tools.models.convert.command import training_command
+from tools.models.hf.opening import open_run
 from tools.models.hf.settings import complete
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
@@ -89,6 +90,16 @@ def test_from_dense(data: Path, dense: tuple[Path, str], tmp_path: Path, capfd: 
     assert "a checkpoint of a ReMoE already" in capfd.readouterr().err
 
 
+def test_from_dense_with_normalized_gates(dense: tuple[Path, str], tmp_path: Path, capfd) -> None:
+    words = ["--num-experts", "8", "--moe-relu-normalize"]
+    assert main("--load", dense[0], "--save", tmp_path / "remoe", *words) == 0
+    printed = capfd.readouterr().out
+    loss_before, loss_after, sparsity = measured(printed)
+    assert loss_after < loss_before * 1.01 and sparsity > 0.4 and "--moe-relu-normalize" in printed
+    model = open_run(tmp_path / "remoe", None).model
+    assert all(float(layer.mlp.router.gate_scale.scale) > 0.1 for layer in model.decoder.layers)
+
+
 def test_the_command_leaves_out_what_full_validation_computes(dense: tuple[Path, str]) -> None:
     args = complete(checkpoints.find(dense[0], None).args)
     vars(args).update(num_experts=8, full_validation=True, multiple_validation_sets=True, eval_iters=[11, 10])
@@ -112,7 +123,7 @@ def test_layout_and_speed_of_the_source_are_free(dense: tuple[Path, str]) -> Non
     """Settings that ReLU routing refuses in a run do not stop a conversion if they do not change the weights."""
     saved = checkpoints.find(dense[0], None).args
     free = {"tensor_model_parallel_size": 2, "fp8": "e4m3", "cuda_graph_impl": "full_iteration"}
-    given = argparse.Namespace(num_experts=4, moe_router_topk=None)
+    given = argparse.Namespace(num_experts=4, moe_router_topk=None, moe_relu_normalize=None)
     target = models.target_args(complete(argparse.Namespace(**(vars(saved) | free))), given)
     assert target.moe_relu_routing and target.tensor_model_parallel_size == 2
 

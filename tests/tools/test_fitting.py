@@ -13,11 +13,15 @@ def normed_inputs(common: float) -> torch.Tensor:
     return torch.nn.functional.normalize(inputs, dim=1) * hidden**0.5
 
 
-@pytest.mark.parametrize(("common", "bound"), [(0.0, 0.25), (1.0, 0.1), (10.0, 0.05)])
-def test_gates_of_copies_add_up_to_one(common: float, bound: float) -> None:
+@pytest.mark.parametrize(
+    ("common", "bound", "normalizes"), [(0.0, 0.25, False), (1.0, 0.1, False), (10.0, 0.05, False), (1.0, 0.15, True)]
+)
+def test_gates_of_copies_add_up_to_one(common: float, bound: float, normalizes: bool) -> None:
     inputs = normed_inputs(common)
-    weight, error, sparsity = fit_router(inputs, torch.ones(len(inputs), 2), copies=8, seed=5)
-    gates = torch.relu(inputs @ weight.T)
+    fit = fit_router(inputs, torch.ones(len(inputs), 2), copies=8, seed=5, normalizes=normalizes)
+    weight, scale, error, sparsity = fit
+    logits = inputs @ weight.T
+    gates = scale * torch.relu(logits / logits.norm(dim=1, keepdim=True) if normalizes else logits)
     sums = gates.view(len(inputs), 2, 8).sum(dim=2)
     assert (sums - 1).square().mean().sqrt() == pytest.approx(error, rel=1e-3)
     assert error < bound
@@ -32,6 +36,6 @@ def test_gates_of_another_router_are_found() -> None:
     inputs = normed_inputs(common=1.0)
     wanted = torch.randn(8, 32, generator=torch.Generator().manual_seed(4)) / 10
     off = wanted + torch.randn(8, 32, generator=torch.Generator().manual_seed(6)) / 30
-    weight, error, _ = fit_router(inputs, torch.relu(inputs @ wanted.T), start=7 * off)
+    weight, _, error, _ = fit_router(inputs, torch.relu(inputs @ wanted.T), start=7 * off)
     assert error < 0.02
     torch.testing.assert_close(weight, wanted, rtol=0, atol=0.02)

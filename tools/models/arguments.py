@@ -10,7 +10,7 @@ from ..console.flags import tool_parser, whole_number
 
 FOLDER: dict[str, Any] = {"type": Path, "metavar": "FOLDER"}
 NUMBER: dict[str, Any] = {"type": whole_number(1), "metavar": "N"}
-ONLY_FOR_REMOE = "num_experts moe_router_topk data_path tokens loss_bound".split()
+ONLY_FOR_REMOE = "num_experts moe_router_topk moe_relu_normalize data_path tokens loss_bound".split()
 SEED = 1234  # Megatron's default
 FIT_TOKENS = 32768
 
@@ -128,6 +128,7 @@ def parse_convert(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument_group("shape of a ReMoE from a dense checkpoint").add_argument
     add("--num-experts", type=whole_number(2), metavar="E", help="experts, each as large as the dense layer")
     add("--moe-router-topk", type=int, metavar="K", help="k of the target sparsity (default: 1)")
+    parser.add_argument("--moe-relu-normalize", action="store_true", default=None, help="normalize the gates")
     add = parser.add_argument_group("fit").add_argument
     add("--data-path", nargs="+", metavar="WORD", help="text, as in Megatron (default: the run's)")
     text = f"tokens to fit the routers to, and as many again to measure the loss (default: {FIT_TOKENS})"

@@ -32,7 +32,7 @@ REPEATED = """num_layers hidden_size ffn_hidden_size num_attention_heads group_q
 kv_channels qk_layernorm attention_dropout hidden_dropout normalization layernorm_epsilon swiglu squared_relu
 add_bias_linear add_qkv_bias position_embedding_type rotary_base rotary_percent max_position_embeddings
 init_method_std untie_embeddings_and_output_weights make_vocab_size_divisible_by vocab_size tokenizer_type
-tokenizer_model vocab_file merge_file moe_relu_routing num_experts moe_router_topk moe_granularity
+tokenizer_model vocab_file merge_file moe_relu_routing moe_relu_normalize num_experts moe_router_topk moe_granularity
 moe_ffn_hidden_size moe_layer_freq moe_router_dtype moe_token_dispatcher_type moe_shared_expert_intermediate_size
 moe_shared_expert_gate seq_length bf16 fp16 micro_batch_size global_batch_size train_iters lr min_lr lr_decay_style
 lr_decay_iters lr_wsd_decay_style lr_wsd_decay_iters lr_warmup_iters lr_warmup_fraction weight_decay adam_beta1
@@ -101,9 +101,9 @@ def _fit_routers(
         else:
             wanted, copies = torch.cat(gates.pop(layer)), 1
             start = source.decoder.layers[layer].mlp.router.weight.detach()
-        routers[layer], error, sparsity = fit_router(seen, wanted, copies, start, options.seed + number)
-        fit = f"gates within {error:.1%} (root mean square), sparsity {sparsity:.3f}"
-        print(f"layer {layer + 1} of {args.num_layers}: {fit}", flush=True)
+        fit = fit_router(seen, wanted, copies, start, options.seed + number, new_args.moe_relu_normalize)
+        routers[layer], about = fit, f"gates within {fit.error:.1%} (root mean square), sparsity {fit.sparsity:.3f}"
+        print(f"layer {layer + 1} of {args.num_layers}: {about}", flush=True)
     fill(target, source, routers)
     for parameter in target.parameters():  # measure the weights that will be saved
         parameter.data = parameter.data.to(args.params_dtype).float()

@@ -17,13 +17,14 @@ from megatron.remoe.routing.refusals import flag_name, routing_problems
 from ...console.errors import ConversionError
 from ...recipes.megatron_values import make_parser
 from ..megatron_model import EXPERT, SINGLE_PROCESS_SETTINGS
+from .fitting import Fit
 
 # Settings that only top-k routing uses; a ReMoE has their defaults.
 TOPK_ONLY = """moe_aux_loss_coeff moe_router_score_function moe_router_enable_expert_bias moe_router_topk_scaling_factor
 moe_router_num_groups moe_router_group_topk moe_router_topk_limited_devices moe_router_fusion moe_expert_capacity_factor
 moe_pad_expert_input_to_capacity moe_enable_deepep moe_warmup_topk moe_warmup_steps""".split()
 BAD_FLAG = "REMOE-E501"  # code of errors about flags that do not fit
-ROUTER = re.compile(r".*\.layers\.(?P<layer>\d+)\.mlp\.router\.(?P<name>\w+)")
+ROUTER = re.compile(r".*\.layers\.(?P<layer>\d+)\.mlp\.router\.(?P<name>[\w.]+)")
 
 
 def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argparse.Namespace:
@@ -46,7 +47,7 @@ def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argp
         _become_mixture(target, options)
     else:
         _refuse_shape(options)
-    target.moe_relu_routing = True
+    target.moe_relu_routing, target.moe_relu_normalize = True, bool(options.moe_relu_normalize)
     target.moe_router_load_balancing_type, target.moe_token_dispatcher_type = "none", "alltoall"
     defaults = vars(make_parser().parse_args([]))
     vars(target).update({name: defaults.get(name) for name in TOPK_ONLY})  # None for another version's flags
@@ -74,25 +75,29 @@ def _refuse_shape(options: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def fill(target: GPTModel, source: GPTModel, routers: dict[int, torch.Tensor]) -> None:
+def fill(target: GPTModel, source: GPTModel, routers: dict[int, Fit]) -> None:
     """Copy the source's weights into the ReMoE; a dense layer goes into each expert.
 
     Args:
         target: the ReMoE, changed.
         source: dense or top-k.
-        routers: layer's index → router weights `[num_experts, hidden]`.
+        routers: layer's index → its fitted router.
     """
     state = source.state_dict()
     for name, tensor in target.state_dict().items():
         expert, router = EXPERT.fullmatch(name), ROUTER.fullmatch(name)
         if router and router["name"] == "weight":
-            tensor.copy_(routers[int(router["layer"])])
+            tensor.copy_(routers[int(router["layer"])].weights)
         elif not torch.is_tensor(tensor) or router:
             continue  # λ starts at λ₀
         elif expert and name not in state:
             tensor.copy_(state[expert["mlp"] + expert["weight"]])
         else:
             tensor.copy_(state[name])
+    for layer, fit in routers.items():
+        gate_scale = target.decoder.layers[layer].mlp.router.gate_scale
+        if gate_scale is not None:
+            gate_scale.scale.fill_(fit.scale / gate_scale.initial)
 
 
 @contextmanager
