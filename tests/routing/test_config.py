@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("process_groups")
 def test_flags_are_the_fields() -> None:
     args = add_remoe_arguments(argparse.ArgumentParser()).parse_args([])
     ours = {name for name in ReMoEConfig.__dataclass_fields__ if name not in MEGATRON_FIELDS}
-    more = {"local_layer_fusion", "allow_changed_settings"}
+    more = {"local_layer_fusion", "allow_changed_settings", "resume_flag", "resume_folder"}
     assert vars(args).keys() == ours | more
     for name in ours:
         assert getattr(args, name) == ReMoEConfig.__dataclass_fields__[name].default

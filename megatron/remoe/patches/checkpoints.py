@@ -66,7 +66,8 @@ def go_back_from_damage() -> None:
         verifies = args.verify_integrity
         while True:
             flag, folder = args.resume_flag, Path(args.resume_folder)
-            args.verify_integrity = verifies and (folder / INTEGRITY_FNAME).is_file()
+            is_hashed = not args.resume_folder or (folder / INTEGRITY_FNAME).is_file()
+            args.verify_integrity = verifies and is_hashed
             try:
                 loaded = stock(model, *rest, **options)
                 break

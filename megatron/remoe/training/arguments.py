@@ -48,6 +48,7 @@ def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         help="Resume from a checkpoint although the seed, data, batch size, k or other settings that change the "
         "result differ. Without it such a start is refused and the differences are listed.",
     )
+    parser.set_defaults(resume_flag="--load", resume_folder="")  # `Resume.apply` sets them
     return parser
 
 
@@ -68,7 +69,6 @@ def parse_args(extra_args_provider: ArgumentsProvider | None = None) -> argparse
         parser.set_defaults(enable_one_logger=False, tokenizer_type=GPT2_TOKENIZER)
         # One rank builds the data index while all others wait. After the first step, a hanging rank is found quickly.
         parser.set_defaults(distributed_timeout_minutes=60, distributed_timeout_seconds_after_init=600)
-        parser.set_defaults(resume_flag="--load", resume_folder="")  # set by `Resume.apply`
         explain_flag_errors(parser)
         return extra_args_provider(parser) if extra_args_provider is not None else parser
 
