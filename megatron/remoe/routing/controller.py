@@ -107,7 +107,7 @@ class SparsityController:
                 [*(sums.guarded[row] for row in self._rows), *(sums.l1_exponent[row] for row in self._rows)],
                 [*(router.guarded for router in self.routers), *(router.l1_exponent for router in self.routers)],
             )
-            sums.ranks[self._row_indices] = 1.0
+            sums.ranks.index_fill_(0, self._row_indices, 1.0)
         gradients = [getattr(parameter, "main_grad", parameter.grad) for parameter in self._watched]
         if gradients := [gradient for gradient in gradients if gradient is not None]:
             # 0 · x is 0, or NaN if a gradient is not finite; the all-reduce spreads NaN to all ranks. Sum in fp32: a
